@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine with python3: make demo, make test.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: demo test lint format mini-sd datasets readme clean
+
+demo: $(VENV)/.ready
+	bash finetune.sh
+
+test: $(VENV)/.ready
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# Rebuild the embedded model from nothing: hours on a CPU, minutes on a GPU. See models/mini-sd/README.md.
+mini-sd: $(VENV)/.ready
+	bash models/make_mini_sd.sh
+
+# Rebuild the two shipped datasets. See datasets/README.md.
+datasets: $(VENV)/.ready
+	$(PYTHON) -m finetuning.shapes.write_dataset --output datasets/shapes --train 400 --validation 64
+	$(PYTHON) -m finetuning.shapes.write_dataset --output datasets/chalk --style chalk --train 600 --validation 64 --leave_out cross star
+
+# uv fetches and links the packages in seconds where pip alone takes minutes; what it installs is the same.
+$(VENV)/.ready: requirements.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check uv
+	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs
+
+# Write the tables of flags in README.md again, from the code.
+readme: $(VENV)/.ready
+	PYTHONPATH=. $(PYTHON) tests/write_readme_flags.py

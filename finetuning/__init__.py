@@ -1,0 +1,1 @@
+"""What the scripts share. Importable from the checkout, nothing to install."""

@@ -1,0 +1,52 @@
+"""Open a picture file as the RGB picture that its maker meant.
+
+Turned as EXIF says; transparency laid on white; 16 bits scaled to 8, not clipped; CMYK, palette, grey and 1-bit
+converted; the first frame of an animation.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif"})
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # half a picture is a fault to be named, not a grey area to be learned
+
+
+class UnreadablePicture(ValueError):
+    """A picture that cannot be decoded to its end; the message names the file and the reason."""
+
+
+def open_rgb(source):
+    """A PIL RGB image from a path or an open PIL image. Raises UnreadablePicture."""
+    name = source if isinstance(source, str | Path) else getattr(source, "filename", "") or "picture"
+    try:
+        with Image.open(source) if isinstance(source, str | Path) else source as image:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UnreadablePicture(f"{name}: {error}") from error
+
+
+def frames(path):
+    """How many frames the file has; 1 for a still picture."""
+    with Image.open(path) as image:
+        return getattr(image, "n_frames", 1)
+
+
+def _to_rgb(image):
+    if image.mode.startswith("I") or image.mode == "F":
+        return _scale_deep(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_deep(image):
+    """16-bit greys hold 0..65535; 32-bit floats 0..1. PIL's own conversion would clip both at 255."""
+    values = np.asarray(image, dtype=np.float64)
+    scale = 255.0 if image.mode == "F" and values.max(initial=0) <= 1 else 255 / 65535
+    return Image.fromarray(np.clip(values * scale + 0.5, 0, 255).astype(np.uint8)).convert("RGB")

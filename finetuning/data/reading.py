@@ -1,0 +1,270 @@
+"""Read a folder of pictures with metadata, or a Hub dataset, into rows that are known to exist.
+
+Hugging Face `datasets` refuses some layouts that people really have (absolute file names) and silently empties others
+(metadata above train/), so local folders are read here; every doubt is counted and named instead of dropped.
+"""
+
+import csv
+import json
+import os
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+
+from finetuning.data.pictures import EXTENSIONS
+
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "eval", "dev"),
+    "test": ("test", "testing"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture and its captions. `picture` is a path, or an index into a Hub dataset."""
+
+    picture: Path | int
+    captions: tuple[str, ...]
+    origin: str  # where a person finds it: "train/metadata.jsonl line 12"
+
+
+@dataclass
+class Findings:
+    """What is wrong (`faults`: the run stops or skips) and what is worth knowing (`notes`), by kind, with examples."""
+
+    faults: dict = field(default_factory=lambda: defaultdict(list))
+    notes: dict = field(default_factory=lambda: defaultdict(list))
+
+    def report(self, shown=5):
+        lines = []
+        for mark, kinds in (("x", self.faults), ("-", self.notes)):
+            for kind, examples in kinds.items():
+                more = f", and {len(examples) - shown} more" if len(examples) > shown else ""
+                lines.append(f"  {mark} {len(examples)} {kind}: {'; '.join(examples[:shown])}{more}")
+        return "\n".join(lines)
+
+
+class DatasetProblem(ValueError):
+    """A dataset that cannot be read as it stands; the message says what to do."""
+
+
+def read_folder(root, split, image_column, caption_column, allow_outside_paths, findings):
+    """The rows of one split of a local folder, sorted by path; None where the folder has no such split.
+
+    caption_column "none" reads pictures alone, each with an empty caption (unconditional training).
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DatasetProblem(f"there is no folder {root}")
+    split_dirs = {name: _split_dir(root, names) for name, names in SPLIT_NAMES.items()}
+    base = split_dirs[split]
+    if base is None:
+        if split != "train":
+            return None
+        base = root
+    others = [folder for name, folder in split_dirs.items() if folder and name != split]
+    pictures = [p for p in _walk(base) if not any(other in p.parents for other in others if other != base)]
+    if not pictures:
+        raise DatasetProblem(f"there are no pictures in {base} ({', '.join(sorted(EXTENSIONS))})")
+    if caption_column == "none":
+        return [Row(path, ("",), _shown(path, root)) for path in pictures]
+
+    metadata = _metadata_files(base, root, others)
+    if not metadata:
+        raise DatasetProblem(_no_metadata_message(base, pictures))
+    resolver = _Resolver(root, base, pictures, allow_outside_paths)
+    rows, seen = [], defaultdict(int)
+    for path in metadata:
+        for where, record in _records(path, root, findings):
+            name = _file_name(record, image_column, where)
+            captions = _captions(record, caption_column, where, path)
+            picture, trouble = resolver.find(name, path.parent)
+            if trouble == "another split":
+                continue
+            if trouble:
+                findings.faults[trouble].append(f"{where} ({name})")
+                continue
+            seen[picture] += 1
+            if not captions:
+                findings.faults["rows with an empty caption"].append(f"{where} ({name})")
+                continue
+            rows.append(Row(picture, captions, where))
+    for path in pictures:
+        if path not in seen:
+            findings.faults["pictures that no metadata row names"].append(_shown(path, root))
+    for path, count in seen.items():
+        if count > 1:
+            findings.notes["pictures named by more than one row (all are kept)"].append(_shown(path, root))
+    if resolver.moved:
+        note = "absolute file names of another machine, read as the picture of that name in this folder"
+        findings.notes[note] += resolver.moved
+    return sorted(rows, key=lambda row: (str(row.picture), row.origin))
+
+
+def read_hub(dataset, image_column, caption_column, findings):
+    """The rows of a loaded Hugging Face dataset split; pictures stay in the dataset and are decoded when needed."""
+    missing = [name for name in (image_column, caption_column) if name not in (*dataset.column_names, "none")]
+    if missing:
+        raise DatasetProblem(
+            f"the dataset has no column {' or '.join(missing)}, only {', '.join(dataset.column_names)}: "
+            "name them with --image_column and --caption_column"
+        )
+    captions = [""] * len(dataset) if caption_column == "none" else dataset[caption_column]
+    rows = []
+    for index, value in enumerate(captions):
+        texts = ("",) if caption_column == "none" else _as_captions(value, f"row {index}", caption_column)
+        if texts:
+            rows.append(Row(index, texts, f"row {index}"))
+        else:
+            findings.faults["rows with an empty caption"].append(f"row {index}")
+    return rows
+
+
+class _Resolver:
+    """Finds the picture that a metadata row means, or says in words why not."""
+
+    def __init__(self, root, base, pictures, allow_outside_paths):
+        self.root, self.base, self.allow_outside_paths = root, base, allow_outside_paths
+        self.real_root = root.resolve()
+        self.pictures = set(pictures)
+        self.by_name = defaultdict(list)
+        for path in pictures:
+            self.by_name[path.name].append(path)
+        self.moved = []
+
+    def find(self, name, folder):
+        named = Path(name)
+        is_absolute = named.is_absolute() or PureWindowsPath(name).is_absolute()
+        candidates = [named] if is_absolute else [folder / named, self.base / named]
+        for candidate in candidates:
+            candidate = Path(os.path.normpath(candidate))
+            if candidate.is_file():
+                return self._inside(candidate)
+        if is_absolute:
+            here = self.by_name[PureWindowsPath(name).name if "\\" in name else named.name]
+            if len(here) == 1:
+                self.moved.append(name)
+                return here[0], None
+            if here:
+                return None, "absolute file names that fit several pictures of this folder (use relative names)"
+        return None, "rows whose picture is not there"
+
+    def _inside(self, path):
+        real = path.resolve()
+        if self.real_root not in real.parents:
+            if self.allow_outside_paths:
+                return path, None
+            return None, "rows that reach outside the dataset's folder (--allow_outside_paths permits it)"
+        if path in self.pictures:
+            return path, None
+        # The same file by another spelling (an absolute name through a link, say), or a picture of another split.
+        relative = self.root / real.relative_to(self.real_root)
+        if relative in self.pictures:
+            return relative, None
+        if path.suffix.lower() not in EXTENSIONS:
+            return None, "rows that name a file that is not a picture"
+        return None, "another split"
+
+
+def _split_dir(root, names):
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _walk(base):
+    """Pictures below a folder in a stable order, without hidden files and folders."""
+    found = []
+    for folder, subfolders, files in os.walk(base, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        found += [
+            Path(folder) / name
+            for name in files
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+        ]
+    return sorted(found)
+
+
+def _metadata_files(base, root, others):
+    """metadata.* in the split's folder, below it, and above it up to the root."""
+    found = []
+    for folder, subfolders, files in os.walk(base, followlinks=True):
+        subfolders.sort()
+        if not any(other == Path(folder) or other in Path(folder).parents for other in others if other != base):
+            found += [Path(folder) / name for name in METADATA_NAMES if name in files]
+    if base != root:
+        found += [root / name for name in METADATA_NAMES if (root / name).is_file()]
+    return sorted(found)
+
+
+def _no_metadata_message(base, pictures):
+    sidecars = sum(path.with_suffix(suffix).is_file() for path in pictures for suffix in (".txt", ".caption"))
+    message = f"{base} has {len(pictures)} pictures but no {' or '.join(METADATA_NAMES)}"
+    if sidecars:
+        message += f"; {sidecars} captions stand in .txt/.caption files beside them, which have to be gathered first"
+    return message + (
+        '. Write one line {"file_name": "picture.png", "text": "its caption"} per picture into '
+        f"{base / METADATA_NAMES[0]}, or train without captions with --caption_column none"
+    )
+
+
+def _records(path, root, findings):
+    """Yield (where, record) of a metadata file. Raises DatasetProblem naming the file where it cannot be read."""
+    shown = _shown(path, root)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        for number, record in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
+            yield f"{shown} row {number}", record
+        return
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DatasetProblem(f"{shown} is not UTF-8 ({error}): save it again as UTF-8") from error
+    if path.suffix == ".csv":
+        for number, record in enumerate(csv.DictReader(text.splitlines(keepends=True)), 1):
+            yield f"{shown} row {number}", record
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{shown} line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            findings.faults["metadata lines that are not JSON"].append(f"{where}: {error}")
+            continue
+        if not isinstance(record, dict):
+            findings.faults["metadata lines that are not JSON objects"].append(where)
+            continue
+        yield where, record
+
+
+def _file_name(record, image_column, where):
+    for key in ("file_name", f"{image_column}_file_name", image_column):
+        if isinstance(record.get(key), str) and record[key]:
+            return record[key]
+    raise DatasetProblem(
+        f'{where} names no picture: it has {", ".join(record) or "nothing"}, and "file_name" is needed '
+        "(or name the column with --image_column)"
+    )
+
+
+def _captions(record, column, where, path):
+    if column not in record:
+        raise DatasetProblem(
+            f"{where} has no column {column!r}, only {', '.join(map(str, record)) or 'nothing'}: "
+            f"name the captions' column with --caption_column, or add it in {path.name}"
+        )
+    return _as_captions(record[column], where, column)
+
+
+def _as_captions(value, where, column):
+    values = value if isinstance(value, list | tuple) else [value]
+    if not all(text is None or isinstance(text, str) for text in values):
+        raise DatasetProblem(f"{where}: {column!r} must be text or a list of texts, not {value!r}")
+    return tuple(text.strip() for text in values if text and text.strip())
+
+
+def _shown(path, root):
+    return str(path.relative_to(root)) if root in path.parents else str(path)

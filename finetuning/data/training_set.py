@@ -1,0 +1,305 @@
+"""The dataset flags, the check before the first step, and the batches."""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from finetuning.cli import flag
+from finetuning.data.order import Order
+from finetuning.data.pictures import UnreadablePicture, frames, open_rgb
+from finetuning.data.reading import DatasetProblem, Findings, read_folder, read_hub
+from finetuning.data.transforms import INTERPOLATIONS, Transform
+from finetuning.draws import python_random
+
+
+@dataclass
+class DataArgs:
+    """Dataset"""
+
+    train_data_dir: str | None = flag(
+        None, "image folder with metadata.jsonl ({file_name, text} a line); train/ if any"
+    )
+    dataset_name: str | None = flag(None, "dataset on the Hugging Face Hub, or a local folder as for --train_data_dir")
+    dataset_config_name: str | None = flag(None, "configuration of the Hub dataset")
+    image_column: str = flag("image", "column of a Hub dataset that holds the picture; in a folder, file_name")
+    caption_column: str = flag("text", 'column or metadata key of the caption or list of captions; "none": no captions')
+    max_train_samples: int | None = flag(None, "train on this many rows, drawn with the seed")
+    on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
+    check_pictures: str = flag(
+        "full", "before the first step decode every picture to its end, or read the headers only (faster, misses cuts)",
+        choices=("full", "header"),
+    )  # fmt: skip
+    allow_outside_paths: bool = flag(False, "let metadata and links reach pictures outside the dataset's folder")
+    resolution: str = flag("512", "side of the training pictures in pixels, or HEIGHTxWIDTH")
+    center_crop: bool = flag(False, "crop the centre (default: a random place)")
+    random_flip: bool = flag(False, "mirror half of the pictures")
+    random_resized_crop_scale: float | None = flag(
+        None, "crop a random area of at least this share of the picture, 0 to 1 (GLIDE's resize_ratio)"
+    )
+    image_interpolation_mode: str = flag("lanczos", "how pictures are resized", choices=INTERPOLATIONS)
+    proportion_empty_prompts: float = flag(
+        0.0, "share of captions dropped for classifier-free guidance; 0.1 as SD 1.x was trained (GLIDE's uncond_p)"
+    )
+    train_batch_size: int = flag(16, "rows per process and forward pass")
+    dataloader_num_workers: int = flag(0, "processes that decode pictures; 0 decodes in the training process")
+
+    @property
+    def size(self):
+        """(height, width) in pixels."""
+        sides = [int(side) for side in self.resolution.lower().split("x")]
+        return (sides[0], sides[-1])
+
+    def problems(self):
+        if not (self.train_data_dir or self.dataset_name):
+            yield "name a dataset: --train_data_dir FOLDER, or --dataset_name for one on the Hub"
+        if self.train_data_dir and self.dataset_name:
+            yield "--train_data_dir and --dataset_name name two datasets: give one"
+        if self.train_data_dir and not Path(self.train_data_dir).is_dir():
+            yield f"--train_data_dir {self.train_data_dir}: there is no such folder"
+        sides = self.resolution.lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+            yield f"--resolution {self.resolution} must be one side in pixels or HEIGHTxWIDTH, as 512 or 512x768"
+        if self.random_resized_crop_scale is not None and not 0 < self.random_resized_crop_scale <= 1:
+            yield f"--random_resized_crop_scale {self.random_resized_crop_scale} must be above 0 and at most 1"
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            yield f"--proportion_empty_prompts {self.proportion_empty_prompts} must lie in 0..1"
+        if self.train_batch_size < 1:
+            yield f"--train_batch_size {self.train_batch_size} must be at least 1"
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            yield f"--max_train_samples {self.max_train_samples} must be at least 1"
+        if self.dataloader_num_workers < 0:
+            yield f"--dataloader_num_workers {self.dataloader_num_workers} must not be negative"
+
+
+@dataclass
+class Batch:
+    """One micro-batch. `weights` are each row's share of the optimizer step's loss; over the step they sum to 1."""
+
+    pixels: torch.Tensor  # [batch, 3, height, width] in [-1, 1]
+    input_ids: torch.Tensor  # [batch, tokens]
+    weights: torch.Tensor  # [batch]
+    rows: list  # [batch] index of each row
+    step: int
+    epoch: int
+    ends_step: bool  # the last micro-batch of its optimizer step
+
+    def to(self, device):
+        for name in ("pixels", "input_ids", "weights"):
+            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+        return self
+
+
+class PictureSet(torch.utils.data.Dataset):
+    """Rows with their pictures and tokens. Indexed by Place, so that every draw has its place in the run."""
+
+    def __init__(self, rows, pictures, transform, tokenize, seed, caption_dropout=0.0):
+        self.rows, self.pictures, self.transform, self.tokenize = rows, pictures, transform, tokenize
+        self.seed, self.caption_dropout = seed, caption_dropout
+        self.skip_pixels = False  # set where cached latents stand in for the pictures
+
+    def __len__(self):
+        return len(self.rows)
+
+    def picture(self, index):
+        """The RGB picture of a row."""
+        where = self.rows[index].picture
+        return open_rgb(where if isinstance(where, Path) else self.pictures[where])
+
+    def caption(self, index, epoch):
+        """One of the row's captions, or "" where it is dropped."""
+        rng = python_random(self.seed, "caption", epoch, index)
+        if rng.random() < self.caption_dropout:
+            return ""
+        return rng.choice(self.rows[index].captions)
+
+    def __getitem__(self, place):
+        pixels = torch.empty(3, 0, 0)
+        if not self.skip_pixels:
+            pixels = self.transform(self.picture(place.row), place.epoch, place.row)
+        return place, pixels, self.caption(place.row, place.epoch)
+
+    def collate(self, items):
+        places, pixels, captions = zip(*items, strict=True)
+        return Batch(
+            pixels=torch.stack(pixels),
+            input_ids=self.tokenize(captions),
+            weights=torch.tensor([place.weight for place in places]),
+            rows=[place.row for place in places],
+            step=places[0].step,
+            epoch=places[0].epoch,
+            ends_step=places[0].ends_step,
+        )
+
+    def fingerprint(self):
+        """A hash of which rows there are, in which order, with which captions; pictures count by name."""
+        names = [(row.picture if isinstance(row.picture, int) else row.picture.name, row.captions) for row in self.rows]
+        return hashlib.sha256(repr(names).encode()).hexdigest()
+
+    def describe(self, indices):
+        """The named rows for a message: where they stand and their first caption."""
+        return "\n".join(
+            f"  {self.rows[i].origin}: {self.rows[i].picture} {self.rows[i].captions[0]!r}" for i in indices
+        )
+
+    def loader(self, order: Order, first_step, last_step, workers, pin_memory=False):
+        """Micro-batches of the steps first_step <= step < last_step."""
+        return DataLoader(
+            self,
+            batch_sampler=_Batches(order, first_step, last_step),
+            collate_fn=self.collate,
+            num_workers=workers,
+            pin_memory=pin_memory,
+        )
+
+
+@dataclass
+class _Batches:
+    order: Order
+    first_step: int
+    last_step: int
+
+    def __iter__(self):
+        return self.order.micro_batches(self.first_step, self.last_step)
+
+
+def load_pictures(args: DataArgs, tokenizer, seed, validation_fraction=0.0, say=print, cache_dir=None):
+    """(training set, validation set or None): read, checked, every problem named at once.
+
+    Raises DatasetProblem with the whole list where rows cannot be trained on and --on_bad_rows is error. The
+    validation set is the folder's own validation split, else the share `validation_fraction` of the rows.
+    """
+    findings = Findings()
+    rows, held_out, pictures, validation_pictures = _read(args, findings, cache_dir)
+    rows = _without_unreadable(rows, pictures, args.check_pictures, findings)
+    if held_out:
+        held_out = _without_unreadable(held_out, validation_pictures, args.check_pictures, findings)
+    _note_cut_captions(rows, tokenizer, findings)
+    report = findings.report()
+    if findings.faults and args.on_bad_rows == "error":
+        raise DatasetProblem(
+            f"the dataset has {sum(map(len, findings.faults.values()))} faults (x):\n{report}\n"
+            "  mend them, or leave those rows out with --on_bad_rows skip"
+        )
+    if report:
+        say(f"dataset, left out (x) and noted (-):\n{report}")
+    if not rows:
+        raise DatasetProblem("no row is left to train on")
+
+    if held_out is None and validation_fraction:
+        held_out, rows = _split_off(rows, validation_fraction, seed)
+        validation_pictures = pictures
+    if args.max_train_samples is not None:
+        if args.max_train_samples > len(rows):
+            say(f"--max_train_samples {args.max_train_samples}: the dataset has only {len(rows)} rows, all are used")
+        rows = _sample(rows, args.max_train_samples, seed)
+
+    tokenize = lambda captions: tokens(tokenizer, captions)
+    height, width = args.size
+    transform = Transform(
+        height, width, args.center_crop, args.random_flip, args.image_interpolation_mode,
+        args.random_resized_crop_scale, seed,
+    )  # fmt: skip
+    training = PictureSet(rows, pictures, transform, tokenize, seed, args.proportion_empty_prompts)
+    if not held_out:
+        return training, None
+    plain = Transform(height, width, True, False, args.image_interpolation_mode, None, seed)
+    return training, PictureSet(held_out, validation_pictures, plain, tokenize, seed)
+
+
+def tokens(tokenizer, captions):
+    """Token ids [captions, tokenizer.model_max_length]: cut and padded to the text encoder's length."""
+    return tokenizer(
+        list(captions),
+        max_length=tokenizer.model_max_length,
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+def _read(args, findings, cache_dir):
+    """(rows, validation rows or None, the Hub dataset's pictures or None, the same for validation)."""
+    source = args.train_data_dir or args.dataset_name
+    if Path(source).is_dir() and not _is_saved_dataset(Path(source)):
+        columns = (args.image_column, args.caption_column, args.allow_outside_paths, findings)
+        return read_folder(source, "train", *columns), read_folder(source, "validation", *columns), None, None
+
+    from datasets import load_dataset  # a slow import that a local folder does not need
+
+    splits = load_dataset(source, args.dataset_config_name, cache_dir=cache_dir)
+    if "train" not in splits:
+        raise DatasetProblem(f"{source} has no split named train, only {', '.join(splits)}")
+    columns = (args.image_column, args.caption_column, findings)
+    validation = splits.get("validation")
+    return (
+        read_hub(splits["train"], *columns),
+        None if validation is None else read_hub(validation, *columns),
+        splits["train"][args.image_column],
+        None if validation is None else validation[args.image_column],
+    )
+
+
+def _is_saved_dataset(folder):
+    """Parquet or Arrow files with the pictures inside them, as `datasets` writes them."""
+    return any(path.suffix in (".parquet", ".arrow") and path.stem != "metadata" for path in folder.rglob("*"))
+
+
+def _without_unreadable(rows, pictures, depth, findings):
+    """The rows whose picture opens; the others go into the findings. Decoding runs on all cores."""
+
+    def trouble(row):
+        try:
+            if isinstance(row.picture, int):
+                open_rgb(pictures[row.picture])
+            elif depth == "full":
+                open_rgb(row.picture)
+                if frames(row.picture) > 1:
+                    return "animated"
+            else:
+                frames(row.picture)
+        except (UnreadablePicture, OSError) as error:
+            return f"{row.origin} ({error})"
+        return None
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        troubles = list(tqdm(pool.map(trouble, rows), total=len(rows), desc="checking pictures", leave=False, delay=2))
+    kept = []
+    for row, found in zip(rows, troubles, strict=True):
+        if found == "animated":
+            findings.notes["animated pictures (the first frame is used)"].append(row.origin)
+        if found in (None, "animated"):
+            kept.append(row)
+        else:
+            findings.faults["pictures that cannot be read"].append(found)
+    return kept
+
+
+def _note_cut_captions(rows, tokenizer, findings):
+    """Captions longer than the text encoder reads; only their first tokens are trained on."""
+    texts = [(row, text) for row in rows for text in row.captions]
+    for start in range(0, len(texts), 1024):
+        part = texts[start : start + 1024]
+        lengths = map(len, tokenizer([text for _, text in part], verbose=False).input_ids)
+        for (row, _), length in zip(part, lengths, strict=True):
+            if length > tokenizer.model_max_length:
+                kind = f"captions longer than {tokenizer.model_max_length} tokens (the end is not read)"
+                findings.notes[kind].append(f"{row.origin}, {length} tokens")
+
+
+def _split_off(rows, fraction, seed):
+    chosen = set(_chosen(len(rows), max(1, round(fraction * len(rows))), seed, "validation split"))
+    return [r for i, r in enumerate(rows) if i in chosen], [r for i, r in enumerate(rows) if i not in chosen]
+
+
+def _sample(rows, count, seed):
+    return [rows[i] for i in sorted(_chosen(len(rows), min(count, len(rows)), seed, "sample"))]
+
+
+def _chosen(total, count, seed, purpose):
+    return python_random(seed, purpose).sample(range(total), count)

@@ -1,0 +1,42 @@
+"""The flags that choose a model, and the error that a family raises."""
+
+from dataclasses import dataclass
+
+from finetuning.cli import REQUIRED, flag
+
+
+@dataclass
+class ModelArgs:
+    """Model"""
+
+    pretrained_model_name_or_path: str = flag(REQUIRED, "folder of a diffusers pipeline, or its name on the Hub")
+    revision: str | None = flag(None, "git revision of the Hub model")
+    variant: str | None = flag(None, "weights' variant, e.g. fp16; parts that have none are loaded without")
+    non_ema_revision: str | None = flag(
+        None, "git revision whose UNet is trained; the average starts from the main one"
+    )
+    non_ema_variant: str | None = flag(
+        None, "variant whose UNet is trained, e.g. non_ema as in SD 1.5; the average starts from the main one"
+    )
+    from_scratch: bool = flag(False, "train a UNet of random weights instead of the base's")
+    unet_config: str | None = flag(
+        None, "with --from_scratch: JSON/YAML file or text of UNet settings to change, e.g. "
+        "'{block_out_channels: [96, 192], layers_per_block: 3, attention_head_dim: 8}'",
+    )  # fmt: skip
+    train_text_encoder: bool = flag(False, "train the text encoder as well (see --text_encoder_lr)")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: slower, far less memory")
+    enable_xformers_memory_efficient_attention: bool = flag(
+        False, "attention by xformers, tested against PyTorch's at the start; without a GPU PyTorch's is used"
+    )
+    compile: bool = flag(False, "torch.compile the UNet: a slow first step, then faster ones")
+    cache_dir: str | None = flag(None, "where models and datasets of the Hub are kept")
+
+    def problems(self):
+        if self.unet_config and not self.from_scratch:
+            yield "--unet_config only goes with --from_scratch"
+        if self.from_scratch and (self.non_ema_revision or self.non_ema_variant):
+            yield "--from_scratch trains new weights: leave --non_ema_revision and --non_ema_variant out"
+
+
+class ModelProblem(ValueError):
+    """A model that cannot be used as asked; the message names the flag and the fix."""

@@ -1,0 +1,80 @@
+"""A pipeline to draw with, from whatever a person has: a folder, a Hub name, or a checkpoint of a run."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from finetuning.families.contract import ModelProblem
+
+SCHEDULERS = {
+    "dpm++": "DPMSolverMultistepScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model as it was named: `label=path`, or a path that is its own label."""
+
+    label: str
+    path: str
+
+    @classmethod
+    def parse(cls, text):
+        label, separator, path = text.partition("=")
+        if separator and "/" not in label:
+            return cls(label, path)
+        folder = Path(text)
+        return cls("/".join(folder.parts[-2:]) if folder.name.startswith("checkpoint-") else folder.name, text)
+
+
+def open_pipeline(source, *, weights="ema", base=None, vae=None, scheduler=None, device="cpu", dtype=torch.float32):
+    """A diffusers pipeline with its progress bar off. Raises ModelProblem.
+
+    source     folder of a pipeline, Hub name, or checkpoint-N folder of a run, whose other parts come from `base`
+               (none: the model that the run started from)
+    weights    "ema" or "raw": which of the two a run has kept; where only one is there, that one
+    vae        folder or Hub name of another autoencoder
+    scheduler  a key of SCHEDULERS; none keeps the pipeline's own
+    """
+    path = Path(source)
+    parts = {}
+    try:
+        if (path / "training_state.json").is_file():
+            base = (
+                base or json.loads((path / "training_state.json").read_text())["args"]["pretrained_model_name_or_path"]
+            )
+            parts = _checkpoint_parts(path, weights, dtype)
+        elif weights == "raw" and any((path / "unet").glob("*.non_ema.safetensors")):
+            parts["unet"] = UNet2DConditionModel.from_pretrained(path / "unet", variant="non_ema", torch_dtype=dtype)
+        if vae:
+            subfolder = "vae" if (Path(vae) / "vae").is_dir() else None
+            parts["vae"] = AutoencoderKL.from_pretrained(vae, subfolder=subfolder, torch_dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(
+            base or source, safety_checker=None, requires_safety_checker=False, torch_dtype=dtype, **parts
+        )
+    except (OSError, ValueError) as error:
+        raise ModelProblem(f"{source} cannot be opened as a diffusers pipeline: {error}") from error
+    if scheduler:
+        pipeline.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _checkpoint_parts(folder, weights, dtype):
+    """The trained parts of a checkpoint; the rest is the base's."""
+    suffix = "_ema" if weights == "ema" and (folder / "unet_ema").is_dir() else ""
+    parts = {"unet": UNet2DConditionModel.from_pretrained(folder / f"unet{suffix}", torch_dtype=dtype)}
+    if (folder / f"text_encoder{suffix}").is_dir():
+        parts["text_encoder"] = CLIPTextModel.from_pretrained(folder / f"text_encoder{suffix}", torch_dtype=dtype)
+    return parts

@@ -1,0 +1,317 @@
+"""Stable Diffusion 1.x and 2.x: one text encoder, a UNet over latents of 4 channels, an autoencoder."""
+
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from finetuning.cli import write_json
+from finetuning.families.contract import ModelArgs, ModelProblem
+
+PIPELINE = "StableDiffusionPipeline"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".onnx")
+
+
+class Denoiser(torch.nn.Module):
+    """Text and noisy latents in, prediction out: one module, so that one wrapper serves all that is trained."""
+
+    def __init__(self, unet, text_encoder):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, noisy, timesteps, input_ids):
+        """[batch, 4, h, w], [batch], [batch, tokens] -> [batch, 4, h, w]."""
+        text = self.text_encoder(input_ids, return_dict=False)[0]
+        return self.unet(noisy, timesteps, text, return_dict=False)[0]
+
+
+class StableDiffusion:
+    """The parts of one model, where they came from, and how they are saved."""
+
+    def __init__(self, folder, tokenizer, vae, scheduler, denoiser, ema_start, trains_text_encoder):
+        self.folder, self.tokenizer, self.vae, self.scheduler = folder, tokenizer, vae, scheduler
+        self.denoiser, self.ema_start, self.trains_text_encoder = denoiser, ema_start, trains_text_encoder
+
+    # -- what a run needs ------------------------------------------------------------------------------------------
+
+    @property
+    def pixels_per_latent(self):
+        """8 for every Stable Diffusion: pictures have to be a multiple of it."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def trained_modules(self):
+        """The parts that are trained, by the name of their folder."""
+        modules = {"unet": self.denoiser.unet}
+        if self.trains_text_encoder:
+            modules["text_encoder"] = self.denoiser.text_encoder
+        return modules
+
+    def trained_parameters(self):
+        """{name: parameter} of all that is trained, in a fixed order."""
+        return {
+            f"{part}.{name}": parameter
+            for part, module in self.trained_modules.items()
+            for name, parameter in module.named_parameters()
+        }
+
+    def parameter_groups(self, denoiser_lr, text_encoder_lr):
+        """Optimizer groups; the list of parameters is made once, an iterator would be empty the second time."""
+        rates = {"unet": denoiser_lr, "text_encoder": text_encoder_lr}
+        return [{"params": list(m.parameters()), "lr": rates[part]} for part, m in self.trained_modules.items()]
+
+    def to(self, device, frozen_dtype):
+        """Move everything; what is not trained is kept in `frozen_dtype`. Files are never written from these."""
+        self.vae.to(device, frozen_dtype)
+        self.denoiser.unet.to(device)
+        self.denoiser.text_encoder.to(device, torch.float32 if self.trains_text_encoder else frozen_dtype)
+
+    @torch.no_grad()
+    def posterior(self, pixels):
+        """(mean, standard deviation), fp32 [batch, 4, H/8, W/8], of the latents of pictures [batch, 3, H, W]."""
+        distribution = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        return distribution.mean.float(), distribution.std.float()
+
+    def scale_latents(self, latents):
+        """To the unit variance that the denoiser works in."""
+        return latents * self.vae.config.scaling_factor
+
+    @contextmanager
+    def pipeline(self):
+        """A diffusers pipeline of the weights as they are now, in evaluation mode for as long as it is used."""
+        was_training = self.denoiser.training
+        self.denoiser.eval()
+        sampler = DPMSolverMultistepScheduler.from_config(self.scheduler.config)
+        pipeline = StableDiffusionPipeline(
+            self.vae, self.denoiser.text_encoder, self.tokenizer, self.denoiser.unet, sampler,
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        pipeline.set_progress_bar_config(disable=True)
+        try:
+            yield pipeline
+        finally:
+            self.denoiser.train(was_training)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save_trained(self, folder, suffix=""):
+        """Write the trained parts as they are now, each into its folder plus `suffix`."""
+        for part, module in self.trained_modules.items():
+            self._write_part(part, module, Path(folder) / f"{part}{suffix}")
+
+    def load_trained(self, folder, ema):
+        """Take a checkpoint's trained weights; with `ema`, return its averaged ones by parameter name, else None."""
+        for part, module in self.trained_modules.items():
+            path = Path(folder) / part
+            if not path.is_dir():
+                raise ModelProblem(f"{folder} holds no trained {part}: it was made without --train_text_encoder")
+            module.load_state_dict(_read_part(path))
+        if not ema:
+            return None
+        return {
+            f"{part}.{name}": value
+            for part in self.trained_modules
+            for name, value in _read_part(Path(folder) / f"{part}_ema").items()
+        }
+
+    # -- the finished pipeline -------------------------------------------------------------------------------------
+
+    def save_pipeline(self, folder, ema):
+        """Write a pipeline that from_pretrained loads: averaged weights, and the raw ones beside them as `non_ema`.
+
+        Parts that were not trained are copied from the base byte for byte.
+        """
+        folder = Path(folder)
+        index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
+        shutil.copyfile(self.folder / "model_index.json", folder / "model_index.json")
+        for part in (name for name, value in index.items() if isinstance(value, list) and value[0]):
+            if part not in (*self.trained_modules, "scheduler"):
+                _copy_part(self.folder / part, folder / part)
+        prediction_type = self.scheduler.config.prediction_type
+        _write_scheduler(self.folder / "scheduler", folder / "scheduler", prediction_type)
+        with ema.averaged_weights():
+            self.save_trained(folder)
+        if ema.shadow is not None:
+            for part, module in self.trained_modules.items():
+                self._write_weights(part, module, folder / part, "non_ema")
+
+    def _write_part(self, part, module, target):
+        target.mkdir(parents=True)
+        if part == "text_encoder" and (self.folder / part / "config.json").is_file():
+            shutil.copyfile(self.folder / part / "config.json", target / "config.json")
+        else:
+            module.save_config(target)
+        self._write_weights(part, module, target)
+
+    def _write_weights(self, part, module, target, variant=None):
+        weights = {name: value.detach().contiguous() for name, value in module.state_dict().items()}
+        if part == "text_encoder":
+            # The names that transformers 4, A1111 and every file of SD 1.x have; transformers 5 writes them without.
+            weights = {f"text_model.{name}": value for name, value in weights.items()}
+        save_file(weights, target / _weights_name(part, variant), metadata={"format": "pt"})
+
+
+def load(args: ModelArgs, prediction_type, seed):
+    """The model that the flags name, its parts in fp32 on the CPU. Raises ModelProblem.
+
+    `prediction_type` None keeps the base's.
+    """
+    folder = _local_folder(args)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    if index.get("_class_name") != PIPELINE:
+        raise ModelProblem(f"{folder} is a {index.get('_class_name')}; this script trains {PIPELINE}")
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", **_how(folder, "text_encoder", args.variant))
+    vae = AutoencoderKL.from_pretrained(folder / "vae", **_how(folder, "vae", args.variant))
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    if prediction_type:
+        scheduler.register_to_config(prediction_type=prediction_type)
+
+    ema_start = None
+    if args.from_scratch:
+        unet = _new_unet(folder, args.unet_config, seed)
+    elif args.non_ema_revision or args.non_ema_variant:
+        unet = _separate_unet(args, folder)
+        main = UNet2DConditionModel.from_pretrained(folder / "unet", **_how(folder, "unet", args.variant))
+        ema_start = {f"unet.{name}": value for name, value in main.state_dict().items()}
+    else:
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", **_how(folder, "unet", args.variant))
+    _check_fit(unet, text_encoder, vae)
+
+    vae.requires_grad_(False)
+    text_encoder.requires_grad_(args.train_text_encoder)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        if args.train_text_encoder:
+            text_encoder.gradient_checkpointing_enable()
+    denoiser = Denoiser(unet, text_encoder)
+    denoiser.train()
+    vae.eval()
+    return StableDiffusion(folder, tokenizer, vae, scheduler, denoiser, ema_start, args.train_text_encoder)
+
+
+def _local_folder(args):
+    """The folder of the model's files; a Hub name is downloaded into the cache, or found there."""
+    name = args.pretrained_model_name_or_path
+    if Path(name).is_dir():
+        if not (Path(name) / "model_index.json").is_file():
+            raise ModelProblem(
+                f"--pretrained_model_name_or_path {name} has no model_index.json: it is not a diffusers pipeline. "
+                "(A checkpoint folder is resumed with --resume_from_checkpoint)"
+            )
+        return Path(name)
+    try:
+        return Path(
+            StableDiffusionPipeline.download(
+                name, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir
+            )
+        )
+    except (OSError, ValueError) as error:
+        where = f"{name} at revision {args.revision}" if args.revision else name
+        raise ModelProblem(
+            f"--pretrained_model_name_or_path {where} is neither a folder nor to be had: {error}"
+        ) from error
+
+
+def _how(folder, part, variant):
+    """from_pretrained's options: fp32, and the variant where the part has files of it (not every part has)."""
+    has_variant = variant and any((folder / part).glob(f"*.{variant}.*"))
+    return {"torch_dtype": torch.float32, "variant": variant if has_variant else None}
+
+
+def _separate_unet(args, folder):
+    """The UNet to train, when it is not the one that the average starts from."""
+    if Path(args.pretrained_model_name_or_path).is_dir():
+        if args.non_ema_revision:
+            raise ModelProblem(
+                f"--non_ema_revision {args.non_ema_revision}: {args.pretrained_model_name_or_path} is a folder and "
+                "has no revisions; name the files with --non_ema_variant "
+                "(unet/diffusion_pytorch_model.VARIANT.safetensors)"
+            )
+        if not any((folder / "unet").glob(f"*.{args.non_ema_variant}.*")):
+            raise ModelProblem(f"--non_ema_variant {args.non_ema_variant}: no such weights in {folder / 'unet'}")
+    try:
+        return UNet2DConditionModel.from_pretrained(
+            args.pretrained_model_name_or_path, subfolder="unet", revision=args.non_ema_revision or args.revision,
+            variant=args.non_ema_variant, cache_dir=args.cache_dir, torch_dtype=torch.float32,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        flags = f"--non_ema_revision {args.non_ema_revision} --non_ema_variant {args.non_ema_variant}"
+        raise ModelProblem(f"{flags}: no UNet to be had there: {error}") from error
+
+
+def _new_unet(folder, overrides, seed):
+    """A UNet of random weights: the base's own layout, changed by --unet_config."""
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    if overrides:
+        text = Path(overrides).read_text(encoding="utf-8") if Path(overrides).is_file() else overrides
+        try:
+            changes = yaml.safe_load(text)  # JSON is YAML too
+        except yaml.YAMLError as error:
+            raise ModelProblem(f"--unet_config {overrides}: {error}") from error
+        if not isinstance(changes, dict):
+            raise ModelProblem(f"--unet_config {overrides} is neither a file nor {{key: value, ...}}")
+        config |= changes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet2DConditionModel.from_config(config)
+
+
+def _check_fit(unet, text_encoder, vae):
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise ModelProblem(
+            f"the UNet takes {unet.config.in_channels} channels and the autoencoder gives "
+            f"{vae.config.latent_channels}: an inpainting or upscaling model is not trained by this script"
+        )
+    if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
+        raise ModelProblem(
+            f"the UNet expects text of width {unet.config.cross_attention_dim} and the text encoder gives "
+            f"{text_encoder.config.hidden_size}: set cross_attention_dim in --unet_config"
+        )
+
+
+def _weights_name(part, variant=None):
+    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    return f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+
+
+def _read_part(folder):
+    path = next(folder.glob("*.safetensors"))
+    return {name.removeprefix("text_model."): value for name, value in load_file(path).items()}
+
+
+def _copy_part(source, target):
+    """Copy a part's files. Where only a variant was loaded (model.fp16.safetensors), it takes the plain name."""
+    target.mkdir()
+    files = sorted(path for path in source.iterdir() if path.is_file())
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    for path in files:
+        if not (weights and path.suffix in PICKLES):
+            shutil.copyfile(path, target / path.name)
+    plain = {path.name for path in weights if path.name.count(".") == 1}
+    if weights and not plain:
+        stem = weights[0].name.split(".")[0]
+        (target / weights[0].name).rename(target / f"{stem}.safetensors")
+
+
+def _write_scheduler(source, target, prediction_type):
+    """The base's scheduler as it is, except that it says what the trained UNet predicts."""
+    target.mkdir()
+    config = json.loads((source / "scheduler_config.json").read_text(encoding="utf-8"))
+    if config.get("prediction_type", "epsilon") == prediction_type:
+        shutil.copyfile(source / "scheduler_config.json", target / "scheduler_config.json")
+    else:
+        write_json(target / "scheduler_config.json", config | {"prediction_type": prediction_type})

@@ -1,0 +1,139 @@
+"""Read a picture of the shapes world pixel by pixel: which shapes, colours, sizes, places, background and style.
+
+No network is asked. The background is the commonest colour of the border; what differs from it is cut into connected
+things; a thing's colour is the nearest of the palette to the median of its own pixels; its shape is the one whose
+drawn silhouette overlaps its filled silhouette best; its style is how much of that silhouette is painted.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from finetuning.shapes.drawing import outline
+from finetuning.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIDE, Scene, Thing
+
+DIFFERS = 60  # RGB distance from the background at which a pixel belongs to a thing
+SMALLEST = 30  # pixels of the filled silhouette; less is a speck
+LARGE_FROM = 24  # pixels of the longer side
+FILLED_FROM = 0.9  # share of the silhouette that is painted
+TEMPLATE = 48
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One thing as it was read off a picture."""
+
+    thing: Thing
+    x: float
+    y: float
+    overlap: float  # intersection over union with the best shape, 0..1
+    painted: float  # share of the silhouette that differs from the background
+
+    @property
+    def style(self):
+        return "filled" if self.painted >= FILLED_FROM else "chalk"
+
+
+def read(picture):
+    """(background, [Seen, ...] from the largest to the smallest) of a PIL picture."""
+    if picture.size != (SIDE, SIDE):
+        picture = picture.resize((SIDE, SIDE), Image.Resampling.BOX)
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    plain = np.median(border, axis=0)
+    painted = np.linalg.norm(pixels - plain, axis=-1) > DIFFERS
+    filled = ndimage.binary_fill_holes(painted)
+    labels, count = ndimage.label(filled)
+    seen = []
+    for number in range(1, count + 1):
+        silhouette = labels == number
+        if silhouette.sum() >= SMALLEST:
+            seen.append(_read_thing(pixels, plain, painted, silhouette))
+    seen.sort(key=lambda one: -one[0])
+    return _nearest(plain, BACKGROUNDS), [one for _, one in seen]
+
+
+def agrees(scene: Scene, picture):
+    """{"shape", "color", "size", "background", "count", "relation", "all"}: whether the picture shows what was asked.
+
+    shape and color look at the asked things alone, matched in the way that is best for them; "all" wants everything.
+    """
+    background, seen = read(picture)
+    wanted = scene.things
+    right = {"background": background == scene.background, "count": len(seen) == len(wanted)}
+    found = _match(scene, seen)
+    for part in ("shape", "color", "size"):
+        right[part] = all(
+            one is not None and getattr(one.thing, part) == getattr(thing, part)
+            for thing, one in zip(wanted, found, strict=True)
+        )
+    right["relation"] = scene.relation is None or (None not in found and _stands(scene.relation, *found))
+    right["all"] = all(right.values())
+    return right
+
+
+def _match(scene, seen):
+    """For each thing asked for, what was seen of it or None; of two, in the order that fits better."""
+    wanted = scene.things
+    seen = list(seen[: len(wanted)]) + [None] * (len(wanted) - len(seen))
+    orders = [seen, seen[::-1]] if len(wanted) == 2 else [seen]
+
+    def fit(order):
+        pairs = [(thing, one.thing) for thing, one in zip(wanted, order, strict=True) if one]
+        score = sum((a.shape == b.shape) + (a.color == b.color) + 0.5 * (a.size == b.size) for a, b in pairs)
+        return score + 0.25 * (len(pairs) == 2 and _stands(scene.relation, *order))
+
+    return max(orders, key=fit)
+
+
+def _stands(relation, first, second):
+    dx, dy = first.x - second.x, first.y - second.y
+    return {
+        "above": dy < 0 and abs(dy) > abs(dx),
+        "below": dy > 0 and abs(dy) > abs(dx),
+        "to the left of": dx < 0 and abs(dx) > abs(dy),
+        "to the right of": dx > 0 and abs(dx) > abs(dy),
+    }[relation]
+
+
+def _read_thing(pixels, plain, painted, silhouette):
+    """(area, Seen)."""
+    rows, columns = np.flatnonzero(silhouette.any(1)), np.flatnonzero(silhouette.any(0))
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    own = silhouette & painted
+    # Pixels at an edge mix with the background: the colour is read where it is furthest from it.
+    distance = np.linalg.norm(pixels - plain, axis=-1)
+    strong = own & (distance >= np.quantile(distance[own], 0.6))
+    color = _nearest(np.median(pixels[strong], axis=0), COLORS)
+    cut = silhouette[top:bottom, left:right]
+    overlaps = {shape: _overlap(cut, shape) for shape in SHAPES}
+    shape = max(overlaps, key=overlaps.get)
+    size = "large" if max(bottom - top, right - left) >= LARGE_FROM else "small"
+    center_y, center_x = (top + bottom) / 2, (left + right) / 2
+    area = silhouette.sum()
+    return area, Seen(Thing(size, color, shape), center_x, center_y, overlaps[shape], own.sum() / area)
+
+
+def _overlap(cut, shape):
+    """Intersection over union with the shape drawn into the same box."""
+    stretched = np.asarray(Image.fromarray(cut).resize((TEMPLATE, TEMPLATE), Image.Resampling.NEAREST))
+    template = _template(shape)
+    return (stretched & template).sum() / (stretched | template).sum()
+
+
+@cache
+def _template(shape):
+    """The shape's silhouette, its bounding box stretched over TEMPLATE x TEMPLATE pixels."""
+    corners = np.array(outline(shape, 0, 0, 1))
+    low, high = corners.min(0), corners.max(0)
+    scaled = (corners - low) / (high - low) * TEMPLATE
+    image = Image.new("1", (TEMPLATE, TEMPLATE))
+    ImageDraw.Draw(image).polygon([tuple(point) for point in scaled], fill=1)
+    return np.asarray(image)
+
+
+def _nearest(color, palette):
+    return min(palette, key=lambda name: float(np.linalg.norm(color - np.array(palette[name]))))

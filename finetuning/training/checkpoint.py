@@ -1,0 +1,244 @@
+"""Checkpoints that are whole or not there, and resuming from them to the last bit.
+
+checkpoint-N/
+    unet/ (text_encoder/)              the trained weights, in diffusers layout: from_pretrained loads them
+    unet_ema/ (text_encoder_ema/)      the averaged weights, likewise
+    optimizer.pt                       moments, and the fp16 loss scale
+    training_state.json                step, arguments, dataset, versions
+    manifest.json                      size and sha256 of every file
+Nothing else is needed: every draw, the row order and the learning rate are functions of the step.
+"""
+
+import json
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetuning.cli import as_dict, flag, write_json
+from finetuning.training.files import BrokenFolder, check_whole, remove_leftovers, whole_folder
+from finetuning.training.optim import load_optimizer
+
+# Flags that cannot change what a run computes: where it writes, how often it looks, how it is watched.
+WITHOUT_EFFECT = frozenset(
+    {
+        "cache_dir",
+        "cache_latents",
+        "check_pictures",
+        "checkpointing_epochs",
+        "checkpointing_minutes",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "dataloader_num_workers",
+        "foreach_ema",
+        "hub_model_id",
+        "hub_token",
+        "local_rank",
+        "logging_dir",
+        "num_validation_images",
+        "offload_ema",
+        "output_dir",
+        "push_to_hub",
+        "report_to",
+        "resume_from_checkpoint",
+        "tracker_project_name",
+        "validation_epochs",
+        "validation_guidance_scale",
+        "validation_inference_steps",
+        "validation_loss_rows",
+        "validation_prompts",
+        "validation_steps",
+    }
+)
+
+
+@dataclass
+class CheckpointArgs:
+    """Checkpoints and resuming"""
+
+    checkpointing_steps: int = flag(
+        500, "write a checkpoint every N optimizer steps; 0: only by the other two, and at the end"
+    )
+    checkpointing_epochs: int = flag(0, "write a checkpoint every N epochs")
+    checkpointing_minutes: float = flag(
+        0.0, "write a checkpoint every N minutes (miniGLIDE's checkpoint-time, in minutes)"
+    )
+    checkpoints_total_limit: int | None = flag(
+        None, "keep the newest N checkpoints; older ones go after the new one stands"
+    )
+    resume_from_checkpoint: str | None = flag(None, '"latest" whole checkpoint of --output_dir, or a checkpoint folder')
+
+    def problems(self):
+        for name in ("checkpointing_steps", "checkpointing_epochs", "checkpointing_minutes"):
+            if getattr(self, name) < 0:
+                yield f"--{name} {getattr(self, name)} must not be negative"
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            yield f"--checkpoints_total_limit {self.checkpoints_total_limit} must be at least 1"
+
+
+def checkpoints_in(folder):
+    """[(step, path)] of every checkpoint-N, oldest first. Other names (checkpoint-best) are not ours to touch."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*")]
+    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+
+
+def seed_of_resumed_run(args):
+    """The seed that the run to be resumed drew for itself, or None where there is none to be found."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return None
+    named = [] if wanted == "latest" else [Path(wanted), Path(args.output_dir) / wanted]
+    for folder in [*named, *(path for _, path in reversed(checkpoints_in(args.output_dir)))]:
+        try:
+            return json.loads((folder / "training_state.json").read_text(encoding="utf-8"))["args"]["seed"]
+        except (OSError, ValueError, KeyError):
+            continue  # a broken checkpoint is reported when it is loaded
+    return None
+
+
+class CheckpointProblem(ValueError):
+    """A checkpoint that was asked for cannot be used; the message says why and what to do."""
+
+
+class Checkpointer:
+    """Writes and reads the state of one run. `due` is asked after each step, `save` writes, `resume` goes back."""
+
+    def __init__(self, args: CheckpointArgs, family, ema, optimizer, run, order, dataset_id):
+        self.args, self.family, self.ema, self.optimizer = args, family, ema, optimizer
+        self.order, self.dataset_id = order, dataset_id
+        self.scaler, self.is_main, self.say = run.scaler, run.is_main, run.say
+        self.folder = Path(args.output_dir)
+        self.written_at = time.monotonic()
+        self.last_saved = None
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
+
+    def due(self, step):
+        """Whether a checkpoint belongs after `step` optimizer steps."""
+        args = self.args
+        by_steps = args.checkpointing_steps and step % args.checkpointing_steps == 0
+        epoch_length = self.order.steps_per_epoch * args.checkpointing_epochs
+        return bool(by_steps or (epoch_length and step % epoch_length == 0) or self.time_is_up())
+
+    def time_is_up(self):
+        """Whether --checkpointing_minutes have passed on this process's clock."""
+        minutes = self.args.checkpointing_minutes
+        return bool(minutes) and time.monotonic() - self.written_at >= 60 * minutes
+
+    def save(self, step):
+        """Write checkpoint-`step`, then delete what --checkpoints_total_limit has no room for."""
+        self.written_at = time.monotonic()
+        if not self.is_main or self.last_saved == step:
+            return
+        with whole_folder(self.folder / f"checkpoint-{step}") as folder:
+            self.family.save_trained(folder)
+            if self.ema.shadow is not None:
+                with self.ema.averaged_weights():
+                    self.family.save_trained(folder, suffix="_ema")
+            scaler = self.scaler.state_dict() if self.scaler else None
+            torch.save({"optimizer": self.optimizer.state_dict(), "scaler": scaler}, folder / "optimizer.pt")
+            write_json(folder / "training_state.json", self._state(step))
+        self.last_saved = step
+        self._prune(step)
+
+    def resume(self):
+        """Load what --resume_from_checkpoint asks for; the number of optimizer steps that are done."""
+        wanted = self.args.resume_from_checkpoint
+        if wanted is None:
+            self._refuse_older_checkpoints()
+            return 0
+        folder = self._latest() if wanted == "latest" else self._named(wanted)
+        if folder is None:
+            self.say(f"there is no checkpoint in {self.folder}: starting afresh")
+            return 0
+        state = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
+        self._name_changes(state, folder)
+        ema_shadow = self.family.load_trained(folder, ema=self.ema.shadow is not None)
+        if ema_shadow is not None:
+            self.ema.load(ema_shadow, state["ema_updates"])
+        saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        load_optimizer(self.optimizer, saved["optimizer"])
+        if self.scaler and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.last_saved = state["step"] if folder.parent == self.folder else None
+        self.say(f"resumed from {folder}: {state['step']} steps are done")
+        return state["step"]
+
+    def _state(self, step):
+        return {
+            "step": step,
+            "ema_updates": self.ema.updates,
+            "dataset": self.dataset_id,
+            "versions": {"torch": torch.__version__},
+            "args": as_dict(self.args) | {"hub_token": None},
+        }
+
+    def _all(self):
+        return checkpoints_in(self.folder)
+
+    def _prune(self, newest):
+        if self.args.checkpoints_total_limit is None:
+            return
+        older = [path for step, path in self._all() if step != newest]
+        for path in older[: max(0, len(older) + 1 - self.args.checkpoints_total_limit)]:
+            shutil.rmtree(path)
+
+    def _latest(self):
+        for _, path in reversed(self._all()):
+            try:
+                check_whole(path)
+                return path
+            except BrokenFolder as problem:
+                self.say(f"{problem}; looking for an older one")
+        return None
+
+    def _named(self, wanted):
+        candidates = [Path(wanted), self.folder / wanted]
+        folder = next((path for path in candidates if path.is_dir()), None)
+        if folder is None:
+            there = ", ".join(path.name for _, path in self._all()) or "none"
+            raise CheckpointProblem(
+                f"--resume_from_checkpoint {wanted}: there is no such folder; {self.folder} has {there}"
+            )
+        try:
+            check_whole(folder)
+        except BrokenFolder as problem:
+            raise CheckpointProblem(f"--resume_from_checkpoint: {problem}; name another, or take latest") from problem
+        return folder
+
+    def _refuse_older_checkpoints(self):
+        found = self._all()
+        if found:
+            raise CheckpointProblem(
+                f"--output_dir {self.folder} holds checkpoints of an earlier run (newest: {found[-1][1].name}): go on "
+                "with --resume_from_checkpoint latest, or name another --output_dir"
+            )
+
+    def _name_changes(self, state, folder):
+        before, now = state["args"], as_dict(self.args)
+        if before.get("use_ema") != now.get("use_ema") and now.get("use_ema"):
+            raise CheckpointProblem(
+                f"{folder} was trained without --use_ema, so there is no average to go on with: leave --use_ema out, "
+                "or start a new run from the checkpoint's weights"
+            )
+        harmless = set(WITHOUT_EFFECT)
+        if now["lr_scheduler"].startswith("constant"):  # the other schedules depend on how long the run will be
+            harmless |= {"max_train_steps", "num_train_epochs"}
+        changed = [
+            f"--{name} {before.get(name)} -> {value}"
+            for name, value in now.items()
+            if name not in harmless and before.get(name, value) != value
+        ]
+        if state["dataset"] != self.dataset_id:
+            changed.append("the dataset's rows or captions")
+        if state["versions"]["torch"] != torch.__version__:
+            changed.append(f"torch {state['versions']['torch']} -> {torch.__version__}")
+        if changed:
+            self.say(
+                "since the checkpoint these have changed, so the result will differ from an uninterrupted run: "
+                + "; ".join(changed)
+            )

@@ -1,0 +1,100 @@
+"""Optimizers and learning-rate schedules, all from libraries, behind one call each."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.optimization import SchedulerType, get_scheduler
+
+from finetuning.cli import flag
+
+FROM_FLAGS = ("lr", "betas", "weight_decay", "eps")
+
+
+@dataclass
+class OptimArgs:
+    """Optimizer and schedule"""
+
+    learning_rate: float = flag(1e-4, "learning rate of the denoiser")
+    text_encoder_lr: float | None = flag(None, "learning rate of the text encoder (none: as the denoiser)")
+    scale_lr: bool = flag(False, "multiply the learning rates by batch size x accumulation x processes")
+    lr_scheduler: str = flag("constant", "learning-rate schedule", choices=[kind.value for kind in SchedulerType])
+    lr_warmup_steps: int = flag(500, "optimizer steps of linear warm-up, for the schedules that have one")
+    lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts")
+    lr_power: float = flag(1.0, "power of the polynomial schedule")
+    lr_step_rules: str | None = flag(None, "rules of piecewise_constant, e.g. 1:10,0.1:20,0.01")
+    optimizer: str = flag("adamw", "optimizer", choices=("adamw", "adamw8bit", "adafactor", "prodigy"))
+    use_8bit_adam: bool = flag(False, "AdamW with 8-bit states from bitsandbytes; the same as --optimizer adamw8bit")
+    adam_beta1: float = flag(0.9, "decay of the first moment (GLIDE's momentum)")
+    adam_beta2: float = flag(0.999, "decay of the second moment")
+    adam_weight_decay: float = flag(1e-2, "decoupled weight decay")
+    adam_epsilon: float = flag(1e-8, "epsilon of Adam")
+    max_grad_norm: float = flag(1.0, "clip the norm of the whole gradient at this; 0 only measures it")
+
+    def problems(self):
+        if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
+            yield f"--use_8bit_adam and --optimizer {self.optimizer} name two optimizers: give one"
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"--{name} {getattr(self, name)} must be at least 0 and below 1"
+        for name in ("learning_rate", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                yield f"--{name} {getattr(self, name)} must not be negative"
+        if (self.lr_scheduler == "piecewise_constant") != (self.lr_step_rules is not None):
+            yield "--lr_scheduler piecewise_constant and --lr_step_rules go together"
+
+
+def build_optimizer(args: OptimArgs, groups):
+    """The optimizer over `groups`, [{"params": [...], "lr": ...}]; nothing is prepared for a device here."""
+    common = {"lr": groups[0]["lr"], "weight_decay": args.adam_weight_decay}
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, **common}
+    kind = "adamw8bit" if args.use_8bit_adam else args.optimizer
+    if kind == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **adam)
+    if kind == "adafactor":
+        return torch.optim.Adafactor(groups, **common)
+    if kind == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(groups, **adam, safeguard_warmup=True, use_bias_correction=True)
+    return torch.optim.AdamW(groups, **adam)
+
+
+def learning_rates(args: OptimArgs, group_size):
+    """(denoiser's, text encoder's) peak learning rate; `group_size` rows make one optimizer step."""
+    factor = group_size if args.scale_lr else 1
+    text = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
+    return args.learning_rate * factor, text * factor
+
+
+def load_optimizer(optimizer, state):
+    """Take over a checkpoint's moments; what the flags say (learning rate, betas, decay) stays as the flags say."""
+    chosen = [{key: group[key] for key in FROM_FLAGS if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, chosen, strict=True):
+        group.update(own)
+
+
+def build_schedule(args: OptimArgs, optimizer, total_steps, first_step=0):
+    """A diffusers schedule over an optimizer whose groups hold their peak rates; it stands at `first_step`.
+
+    A schedule is a function of the step alone, so there is nothing of it to save: on resume it is built again from
+    the flags, and a changed --learning_rate is really used. It is never prepared by accelerate, which would step it
+    once per process and so run its clock faster.
+    """
+    for group in optimizer.param_groups:
+        group.pop("initial_lr", None)
+    schedule = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        step_rules=args.lr_step_rules,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=total_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    schedule.last_epoch = first_step
+    for group, peak, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = peak * factor(first_step)
+    return schedule

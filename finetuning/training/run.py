@@ -1,0 +1,244 @@
+"""One training run: devices, precision, seed, logs, signals, and the end."""
+
+import importlib.util
+import json
+import math
+import os
+import random
+import signal
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration
+from tqdm.auto import tqdm
+
+from finetuning.cli import as_dict, flag, write_json
+from finetuning.training.checkpoint import seed_of_resumed_run
+
+TRACKERS = ("tensorboard", "wandb", "all", "none")
+
+
+@dataclass
+class RunArgs:
+    """Run"""
+
+    output_dir: str = flag("sd-model-finetuned", "where everything goes: pipeline, checkpoints, logs, args.json")
+    num_train_epochs: int = flag(100, "passes over the dataset; --max_train_steps wins over it")
+    max_train_steps: int | None = flag(None, "optimizer steps in all, exactly, those before a resume included")
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
+    seed: int | None = flag(None, "seed of every draw; none: drawn once, written to args.json and kept on resume")
+    mixed_precision: str | None = flag(
+        None, "precision of activations; none: what `accelerate launch` or accelerate_config.yaml says",
+        choices=("no", "fp16", "bf16"),
+    )  # fmt: skip
+    allow_tf32: bool = flag(False, "TF32 matrix products on Ampere GPUs and later: faster, a little less exact")
+    report_to: str = flag("tensorboard", "where logs go besides metrics.jsonl", choices=TRACKERS)
+    logging_dir: str = flag("logs", "folder of the TensorBoard logs, inside --output_dir")
+    tracker_project_name: str = flag("text2image-fine-tune", "project's name for the trackers")
+    push_to_hub: bool = flag(False, "upload the finished pipeline, without checkpoints, to the Hub")
+    hub_token: str | None = flag(None, "token for the Hub; better logged in with `hf auth login`")
+    hub_model_id: str | None = flag(None, "repository on the Hub (none: the output folder's name)")
+    local_rank: int = flag(-1, "accepted for older launchers; accelerate reads the environment itself")
+
+    def problems(self):
+        for name in ("num_train_epochs", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                yield f"--{name} {getattr(self, name)} must be at least 1"
+        if self.max_train_steps is not None and self.max_train_steps < 1:
+            yield f"--max_train_steps {self.max_train_steps} must be at least 1"
+        if self.report_to in ("wandb", "tensorboard") and importlib.util.find_spec(self.report_to) is None:
+            yield f"--report_to {self.report_to}: it is not installed: pip install {self.report_to}"
+        if Path(self.output_dir).is_file():
+            yield f"--output_dir {self.output_dir} is a file"
+
+
+class NonFinite(ArithmeticError):
+    """A loss or a gradient is not a number; nothing of it has reached a checkpoint."""
+
+
+class Run:
+    """What belongs to the process rather than to the model: accelerate, logs, signals."""
+
+    def __init__(self, args: RunArgs):
+        self.args = args
+        wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        precision = "no" if wanted == "fp16" and PartialState().device.type == "cpu" else wanted
+        self.output_dir = Path(args.output_dir)
+        trackers = [] if args.report_to == "none" else args.report_to
+        self.accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(
+                project_dir=str(self.output_dir), logging_dir=str(self.output_dir / args.logging_dir)
+            ),
+        )
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.bar = None
+        self.stop_signal = None
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizing happens in forked loader processes
+        if args.allow_tf32:
+            torch.set_float32_matmul_precision("high")
+        if precision != wanted:
+            self.say("no GPU here: fp16 needs one, so this run is in fp32")
+        if args.seed is None:
+            args.seed = seed_of_resumed_run(args)
+        if args.seed is None:
+            args.seed = self._new_seed()
+
+    @property
+    def weights_dtype(self):
+        """Precision of what is not trained."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+
+    @property
+    def scaler(self):
+        """The fp16 loss scaler, or None."""
+        return self.accelerator.scaler
+
+    def say(self, message):
+        """One line (or paragraph) for the person at the terminal, from the main process only."""
+        if self.is_main:
+            tqdm.write(str(message), file=sys.stderr)
+
+    def begin(self, first_step, total_steps):
+        """Write args.json, open the logs, catch SIGTERM and Ctrl-C, show the bar."""
+        if self.is_main:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            write_json(self.output_dir / "args.json", self._facts())
+            self._forget_metrics_after(first_step)
+        if self.args.report_to != "none":
+            plain = {k: v for k, v in as_dict(self.args).items() if isinstance(v, int | float | str)}
+            self.accelerator.init_trackers(self.args.tracker_project_name, {**plain, "hub_token": ""})
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        self.bar = tqdm(
+            initial=first_step,
+            total=total_steps,
+            desc="training",
+            unit="step",
+            disable=not self.is_main,
+            smoothing=0.05,
+        )
+
+    def accumulate(self, model, batch):
+        """Gradients are exchanged between processes at the last micro-batch of a step only."""
+        return nullcontext() if batch.ends_step else self.accelerator.no_sync(model)
+
+    def backward(self, row_losses, weights):
+        """Add the gradient of the weighted loss; returns its value on this process, a detached scalar."""
+        loss = (row_losses * weights).sum()
+        # Processes' gradients are averaged, and the weights of a step sum to 1 over all of them.
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+        return loss.detach()
+
+    def clip(self, parameters):
+        """Clip the whole gradient at --max_grad_norm; returns its norm before."""
+        return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm or float("inf"))
+
+    def total(self, value):
+        """Sum of a scalar tensor over the processes, as a float."""
+        return self.accelerator.reduce(value, reduction="sum").item()
+
+    def any(self, flag):
+        """Whether the flag is set on any process: all have to stop, save or go on together."""
+        if self.accelerator.num_processes == 1:
+            return bool(flag)
+        return self.total(torch.tensor(float(bool(flag)), device=self.device)) > 0
+
+    def check_finite(self, loss, norm, training_set, rows):
+        """Raises NonFinite, naming the rows of the step, before anything of it can reach the weights.
+
+        Under fp16 an overflowing gradient is ordinary: the loss scaler skips that step and lowers its scale.
+        """
+        overflow_is_ordinary = self.scaler is not None and self.scaler.get_scale() >= 1
+        if not math.isfinite(loss):
+            what = f"the loss is {loss}"
+        elif not torch.isfinite(norm) and not overflow_is_ordinary:
+            what = f"the gradient's norm is {norm.item()}"
+        else:
+            return
+        raise NonFinite(
+            f"{what}; the rows of this step were\n{training_set.describe(rows)}\n"
+            "Usual causes: too high a --learning_rate, fp16 without --mixed_precision bf16 where the GPU has it, or a "
+            "broken picture. The last checkpoint is whole: go on from it with --resume_from_checkpoint latest"
+        )
+
+    def log(self, values, step):
+        """Numbers of one step, to metrics.jsonl and the trackers."""
+        self.accelerator.log(values, step=step)
+        if self.is_main:
+            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def log_pictures(self, name, pictures, step):
+        """PIL pictures of one size, to the trackers that show them."""
+        from torchvision.transforms.v2.functional import pil_to_tensor
+
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                for number, picture in enumerate(pictures):
+                    tracker.writer.add_image(f"{name}/{number}", pil_to_tensor(picture), step)
+            elif tracker.name == "wandb":
+                import wandb
+
+                tracker.log({name: [wandb.Image(picture) for picture in pictures]}, step=step)
+
+    def tick(self, **shown):
+        """One step further on the bar."""
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+        self.bar.update(1)
+
+    def finish(self):
+        """Close the bar, the trackers and the processes' group."""
+        self.bar.close()
+        self.accelerator.end_training()
+
+    def _on_signal(self, number, _frame):
+        if self.stop_signal is not None:  # asked twice: stop at once; the checkpoints on disk are whole
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.stop_signal = number
+        self.say(f"{signal.Signals(number).name}: saving a checkpoint after this step (again: stop at once)")
+
+    def _facts(self):
+        packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "peft")
+        return {
+            **(as_dict(self.args) | {"hub_token": None}),
+            "command": sys.argv,
+            "precision": self.accelerator.mixed_precision,
+            "processes": self.accelerator.num_processes,
+            "device": str(self.device),
+            "versions": {name: version(name) for name in packages},
+        }
+
+    def _new_seed(self):
+        """A drawn seed, the same on all processes."""
+        drawn = torch.tensor(random.SystemRandom().randrange(2**31), device=self.device)
+        return int(self.accelerator.reduce(drawn, reduction="sum").item() % 2**31)
+
+    def _forget_metrics_after(self, step):
+        """A run that resumes writes the steps after its checkpoint again."""
+        path = self.output_dir / "metrics.jsonl"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            path.write_text("".join(kept), encoding="utf-8")
+
+
+def push_to_hub(run: Run, folder):
+    """Upload the finished pipeline; checkpoints, logs and optimizer states stay here. Returns the page's address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=run.args.hub_token)
+    name = run.args.hub_model_id or Path(run.args.output_dir).resolve().name
+    repo = api.create_repo(name, exist_ok=True)
+    api.upload_folder(
+        repo_id=repo.repo_id, folder_path=folder, commit_message="Fine-tuned Stable Diffusion",
+        ignore_patterns=["checkpoint-*", "logs/*", ".incomplete-*"],
+    )  # fmt: skip
+    return str(repo)

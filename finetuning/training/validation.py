@@ -1,0 +1,163 @@
+"""Looking at the model while it trains: the same prompts and seeds, the same rows, timesteps and noise, every time."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from finetuning.cli import flag, write_json
+from finetuning.data.latents import sampled
+from finetuning.data.order import Place
+from finetuning.draws import gaussian, python_random, torch_generator
+from finetuning.evaluation.grid import labelled_grid
+from finetuning.training.noise import NoiseArgs, NoiseDraws, diffusion_loss
+
+
+@dataclass
+class ValidationArgs:
+    """Validation"""
+
+    validation_prompts: list[str] | None = flag(None, "prompts to draw with fixed seeds, the base first (step 0)")
+    num_validation_images: int = flag(1, "pictures per prompt")
+    validation_epochs: int = flag(5, "validate every N epochs, unless --validation_steps is given; 0: only at the ends")
+    validation_steps: int | None = flag(None, "validate every N optimizer steps")
+    validation_guidance_scale: float = flag(7.5, "guidance scale of the validation pictures")
+    validation_inference_steps: int = flag(25, "sampling steps of the validation pictures (DPM-Solver++)")
+    validation_fraction: float = flag(0.0, "hold out this share of the rows for the validation loss, where the dataset "
+                                      "has no validation split")  # fmt: skip
+    validation_loss_rows: int = flag(256, "rows that the validation loss is taken over at most; 0: no validation loss")
+
+    def problems(self):
+        if not 0 <= self.validation_fraction < 1:
+            yield f"--validation_fraction {self.validation_fraction} must be at least 0 and below 1"
+        for name in ("num_validation_images", "validation_inference_steps"):
+            if getattr(self, name) < 1:
+                yield f"--{name} {getattr(self, name)} must be at least 1"
+        for name in ("validation_epochs", "validation_loss_rows"):
+            if getattr(self, name) < 0:
+                yield f"--{name} {getattr(self, name)} must not be negative"
+        if self.validation_steps is not None and self.validation_steps < 1:
+            yield f"--validation_steps {self.validation_steps} must be at least 1"
+
+
+class Validation:
+    """Pictures and loss of the averaged weights (of the raw ones without EMA), at step 0, every so often, at the end.
+
+    Written below output_dir/validation: step-N/*.png and grid.png, losses.json of the base, and comparison.png.
+    """
+
+    def __init__(self, run, args: ValidationArgs, model, ema, schedule, held_out, noise_args: NoiseArgs, batch_size):
+        self.run, self.args, self.model, self.ema, self.schedule = run, args, model, ema, schedule
+        self.held_out = held_out if args.validation_loss_rows else None
+        self.noise_args, self.batch_size = noise_args, batch_size
+        self.folder = Path(run.output_dir) / "validation"
+        self.done_at = None
+
+    def due(self, step, steps_per_epoch):
+        """Whether step 0, the step or the epoch asks for validation."""
+        every = self.args.validation_steps or self.args.validation_epochs * steps_per_epoch
+        return step == 0 or bool(every and step % every == 0)
+
+    def look(self, step):
+        """Draw and measure on the main process; the others wait."""
+        if self.done_at != step and self.run.is_main and (self.args.validation_prompts or self.held_out):
+            with self.ema.averaged_weights(), torch.no_grad():
+                if self.held_out:
+                    self.run.log(self._loss(step), step)
+                if self.args.validation_prompts:
+                    self._draw(step)
+        self.done_at = step
+        self.run.accelerator.wait_for_everyone()
+
+    def compare(self, step):
+        """A grid of the base beside the model as it is at `step`; its path, or None without prompts."""
+        base, tuned = self.folder / "step-0", self.folder / f"step-{step}"
+        if not (self.run.is_main and self.args.validation_prompts and base.is_dir() and tuned.is_dir()):
+            return None
+        names = self._names()
+        rows = [[Image.open(folder / name).convert("RGB") for folder in (base, tuned)] for name in names]
+        labels = [prompt for prompt in self.args.validation_prompts for _ in range(self.args.num_validation_images)]
+        path = Path(self.run.output_dir) / "comparison.png"
+        labelled_grid(rows, labels, ["base", f"fine-tuned, step {step}"], scale_to=192).save(path)
+        return path
+
+    def _names(self):
+        count = self.args.num_validation_images
+        return [f"prompt{p:02d}-{i}.png" for p in range(len(self.args.validation_prompts)) for i in range(count)]
+
+    def _draw(self, step):
+        folder = self.folder / f"step-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        count, prompts = self.args.num_validation_images, self.args.validation_prompts
+        asked = [prompt for prompt in prompts for _ in range(count)]
+        pictures = []
+        with self.model.pipeline() as pipeline, self.run.accelerator.autocast():
+            for start in range(0, len(asked), self.batch_size):
+                part = asked[start : start + self.batch_size]
+                seed = self.run.args.seed
+                pictures += pipeline(
+                    part,
+                    num_inference_steps=self.args.validation_inference_steps,
+                    guidance_scale=self.args.validation_guidance_scale,
+                    generator=[torch_generator(seed, "validation picture", start + i) for i in range(len(part))],
+                    **self._size(),
+                ).images
+        for name, picture in zip(self._names(), pictures, strict=True):
+            picture.save(folder / name)
+        rows = [pictures[start : start + count] for start in range(0, len(pictures), count)]
+        labelled_grid(rows, prompts, [f"step {step}"] + [""] * (count - 1), scale_to=192).save(folder / "grid.png")
+        self.run.log_pictures("validation", pictures, step)
+
+    def _size(self):
+        height, width = self.run.args.size
+        return {"height": height, "width": width}
+
+    def _loss(self, step):
+        """The mean over the held-out rows, and its change since step 0 with a 95 % interval of the paired difference.
+
+        Timesteps are stratified: the rows share the schedule evenly among them, and each row keeps its own.
+        """
+        losses = self._row_losses()
+        values = {"validation_loss": losses.mean().item()}
+        kept = self.folder / "base_losses.json"
+        if step == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(kept, losses.tolist())
+        elif kept.is_file():
+            base = torch.tensor(json.loads(kept.read_text(encoding="utf-8")), dtype=torch.float64)
+            if len(base) == len(losses) > 1:
+                change = losses - base
+                values["validation_loss_change"] = change.mean().item()
+                values["validation_loss_change_95"] = 1.96 * change.std().item() / math.sqrt(len(change))
+        return values
+
+    def _row_losses(self):
+        """[rows], float64."""
+        seed = self.run.args.seed
+        count = min(self.args.validation_loss_rows, len(self.held_out))
+        rows = sorted(python_random(seed, "validation rows").sample(range(len(self.held_out)), count))
+        strata = python_random(seed, "validation timesteps").sample(range(count), count)
+        timesteps = torch.tensor([int((stratum + 0.5) / count * len(self.schedule)) for stratum in strata])
+        device, losses = self.run.device, []
+        self.model.denoiser.eval()
+        for start in range(0, count, self.batch_size):
+            part = rows[start : start + self.batch_size]
+            places = [Place(row, 0, 0, 1.0, True) for row in part]
+            batch = self.held_out.collate([self.held_out[place] for place in places]).to(device)
+            latents = sampled(self.model, *self.model.posterior(batch.pixels), seed, batch)
+            noise = gaussian(seed, "validation noise", 0, part, latents.shape[1:]).to(device)
+            still = torch.zeros(1, device=device)
+            draws = NoiseDraws(noise, timesteps[start : start + len(part)].to(device), still, still)
+            with self.run.accelerator.autocast():
+                predict = lambda noisy, t, ids=batch.input_ids: self.model.denoiser(noisy, t, ids)
+                losses.append(diffusion_loss(predict, self.schedule, latents, draws, _plain(self.noise_args)).cpu())
+        self.model.denoiser.train()
+        return torch.cat(losses).double()
+
+
+def _plain(args):
+    """The objective without what only training does to it (offsets, perturbation, DREAM, weights)."""
+    return NoiseArgs(prediction_type=args.prediction_type, loss_type=args.loss_type, huber_c=args.huber_c)

@@ -1,0 +1,596 @@
+"""The layouts and faults that people's image folders really have."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from finetuning.data.reading import DatasetProblem, Findings, read_folder, read_hub
+
+
+def pictures(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2)).save(path)
+
+
+def jsonl(path, *records):
+    """Metadata from pairs (file name, caption) or whole records."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = [record if isinstance(record, dict) else dict(zip(("file_name", "text"), record)) for record in records]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+@dataclass
+class Reading:
+    rows: list | None
+    findings: Findings
+    root: Path
+
+    @property
+    def captions(self):
+        """{picture relative to the root: its captions}."""
+        return {os.path.relpath(row.picture, self.root): row.captions for row in self.rows}
+
+    @property
+    def faults(self):
+        return {kind: examples for kind, examples in self.findings.faults.items() if examples}
+
+    @property
+    def notes(self):
+        return {kind: examples for kind, examples in self.findings.notes.items() if examples}
+
+
+def read(root, split="train", image_column="image", caption_column="text", allow_outside_paths=False):
+    findings = Findings()
+    return Reading(
+        read_folder(root, split, image_column, caption_column, allow_outside_paths, findings), findings, root
+    )
+
+
+def clean(root, **options):
+    """The captions of a folder in which nothing is wrong and nothing needs saying."""
+    reading = read(root, **options)
+    assert (reading.faults, reading.notes) == ({}, {})
+    return reading.captions
+
+
+TWO = {"a.png": ("a cat",), "b.png": ("ein Hündchen",)}
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A folder with the pictures a.png and b.png, still without metadata."""
+    pictures(tmp_path, "a.png", "b.png")
+    return tmp_path
+
+
+# Formats of the metadata
+
+
+def test_jsonl(two):
+    jsonl(two / "metadata.jsonl", ("b.png", "ein Hündchen"), ("a.png", "a cat"))
+    reading = read(two)
+    assert reading.captions == TWO
+    assert list(reading.captions) == ["a.png", "b.png"]  # by path, not as the file has them
+    assert [row.origin for row in reading.rows] == ["metadata.jsonl line 2", "metadata.jsonl line 1"]
+
+
+def test_csv(two):
+    (two / "metadata.csv").write_text("file_name,text\na.png,a cat\nb.png,ein Hündchen\n", encoding="utf-8")
+    assert clean(two) == TWO
+
+
+def test_csv_keeps_numbers_na_quotes_and_line_ends_inside_captions(tmp_path):
+    captions = ["12", "NA", 'a "big" cat, asleep', "one\ntwo", "split\u2028here"]
+    pictures(tmp_path, *(f"{i}.png" for i in range(5)))
+    with open(tmp_path / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("file_name", "text"), *((f"{i}.png", text) for i, text in enumerate(captions))])
+    assert clean(tmp_path) == {f"{i}.png": (text,) for i, text in enumerate(captions)}
+
+
+def test_csv_caption_with_an_unquoted_comma_is_a_fault_not_cut(two):
+    (two / "metadata.csv").write_text("file_name,text\na.png,a cat, asleep\nb.png,a dog\n", encoding="utf-8")
+    reading = read(two)
+    assert reading.captions == {"b.png": ("a dog",)}
+    assert any("more fields" in kind and found == ["metadata.csv row 1"] for kind, found in reading.faults.items())
+
+
+def test_parquet(two):
+    table = pyarrow.table({"file_name": ["a.png", "b.png"], "text": ["a cat", "ein Hündchen"]})
+    pyarrow.parquet.write_table(table, two / "metadata.parquet")
+    assert clean(two) == TWO
+
+
+def test_broken_parquet_is_named(two):
+    (two / "metadata.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DatasetProblem, match=r"metadata\.parquet"):
+        read(two)
+
+
+LINES = ['{"file_name": "a.png", "text": "a cat"}', '{"file_name": "b.png", "text": "ein Hündchen"}']
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\n".join(LINES).encode(),
+        "\r\n".join([*LINES, ""]).encode(),
+        "\n\n".join(["", LINES[0], "   ", LINES[1], "", ""]).encode(),
+        b"\xef\xbb\xbf" + "\n".join(LINES).encode(),
+    ],
+    ids=["no newline at the end", "CRLF", "blank lines", "BOM"],
+)
+def test_jsonl_as_editors_leave_it(two, content):
+    (two / "metadata.jsonl").write_bytes(content)
+    assert clean(two) == TWO
+
+
+def test_csv_with_bom_and_crlf(two):
+    content = "\ufefffile_name,text\r\na.png,a cat\r\n\r\nb.png,ein Hündchen\r\n"
+    (two / "metadata.csv").write_bytes(content.encode())
+    assert clean(two) == TWO
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_metadata_that_is_not_utf8_is_named(two, name):
+    (two / name).write_bytes("file_name,text\na.png,é\n".encode("latin-1"))
+    with pytest.raises(DatasetProblem, match=rf"{name} is not UTF-8"):
+        read(two)
+
+
+def test_broken_line_is_named_with_its_number(two):
+    (two / "metadata.jsonl").write_text("\n".join([LINES[0], "", LINES[1][:-2], "[1]", LINES[1]]), encoding="utf-8")
+    reading = read(two)
+    assert reading.captions == TWO
+    ((example,),) = [found for kind, found in reading.faults.items() if kind.endswith("not JSON")]
+    assert example.startswith("metadata.jsonl line 3: ")
+    assert reading.faults["metadata lines that are not JSON objects"] == ["metadata.jsonl line 4"]
+
+
+# Where pictures and metadata stand
+
+
+def test_metadata_in_the_root_above_train(tmp_path):
+    """Seed 003: metadata.jsonl beside train/, the pictures in train/living_room/."""
+    pictures(tmp_path, "train/living_room/1.jpg", "train/living_room/2.jpg", "train/living_room/3.jpg")
+    jsonl(
+        tmp_path / "metadata.jsonl",
+        ("train/living_room/1.jpg", "from the root"),
+        ("living_room/2.jpg", "from train"),
+        ("./train/living_room/3.jpg", "with a dot"),
+    )
+    assert clean(tmp_path) == {
+        "train/living_room/1.jpg": ("from the root",),
+        "train/living_room/2.jpg": ("from train",),
+        "train/living_room/3.jpg": ("with a dot",),
+    }
+
+
+def test_train_beside_test_trains_on_train_alone(tmp_path):
+    for split in ("train", "test", "validation"):
+        pictures(tmp_path / split, "1.png")
+        jsonl(tmp_path / split / "metadata.jsonl", ("1.png", split))
+    assert clean(tmp_path) == {"train/1.png": ("train",)}
+
+
+def test_pictures_in_the_root_beside_test_train_without_it(tmp_path):
+    pictures(tmp_path, "1.png", "test/2.png")
+    jsonl(tmp_path / "metadata.jsonl", ("1.png", "mine"), ("test/2.png", "kept for later"))
+    assert clean(tmp_path) == {"1.png": ("mine",)}
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "eval", "dev"])
+def test_validation_split_is_found_under_its_usual_names(tmp_path, name):
+    for split in ("train", name):
+        pictures(tmp_path / split, "1.png")
+        jsonl(tmp_path / split / "metadata.jsonl", ("1.png", split))
+    assert clean(tmp_path, split="validation") == {f"{name}/1.png": (name,)}
+    assert clean(tmp_path) == {"train/1.png": ("train",)}
+
+
+def test_no_validation_split_is_none(two):
+    jsonl(two / "metadata.jsonl", ("a.png", "a cat"), ("b.png", "a dog"))
+    assert read(two, "validation").rows is None
+
+
+def test_one_metadata_file_in_the_root_serves_every_split(tmp_path):
+    pictures(tmp_path, "train/1.png", "validation/2.png")
+    jsonl(tmp_path / "metadata.jsonl", ("train/1.png", "one"), ("validation/2.png", "two"))
+    assert clean(tmp_path) == {"train/1.png": ("one",)}
+    assert clean(tmp_path, split="validation") == {"validation/2.png": ("two",)}
+
+
+def test_a_fault_in_the_roots_metadata_is_counted_once_over_the_splits(tmp_path):
+    pictures(tmp_path, "train/1.png", "validation/2.png")
+    jsonl(tmp_path / "metadata.jsonl", ("train/1.png", "one"), ("validation/2.png", "two"), ("train/gone.png", "three"))
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write("{broken\n")
+    findings = Findings()
+    for split in ("train", "validation"):
+        read_folder(tmp_path, split, "image", "text", False, findings)
+    assert sorted(len(found) for found in findings.faults.values() if found) == [1, 1]
+
+
+def test_row_for_a_picture_outside_every_split_is_a_fault(tmp_path):
+    pictures(tmp_path, "train/1.png", "extra/2.png")
+    jsonl(tmp_path / "metadata.jsonl", ("train/1.png", "one"), ("extra/2.png", "two"))
+    reading = read(tmp_path)
+    assert reading.captions == {"train/1.png": ("one",)}
+    assert [found for found in reading.faults.values()] == [["metadata.jsonl line 2 (extra/2.png)"]]
+
+
+def test_metadata_in_sub_folders(tmp_path):
+    pictures(tmp_path, "train/x/1.png", "train/y/1.png")
+    jsonl(tmp_path / "train/x/metadata.jsonl", ("1.png", "in x"))
+    (tmp_path / "train/y/metadata.csv").write_text("text,file_name\nin y,1.png\n")
+    assert clean(tmp_path) == {"train/x/1.png": ("in x",), "train/y/1.png": ("in y",)}
+
+
+def test_metadata_above_sub_folders_without_a_split(tmp_path):
+    pictures(tmp_path, "images/1.png")
+    jsonl(tmp_path / "metadata.jsonl", ("images/1.png", "one"))
+    assert clean(tmp_path) == {"images/1.png": ("one",)}
+
+
+def test_flat_folder_with_test_in_a_file_name_keeps_every_row(tmp_path):
+    names = ["my_test_room.jpg", "1.jpg", "train_station.jpg"]
+    pictures(tmp_path, *names)
+    jsonl(tmp_path / "metadata.jsonl", *((name, "a room") for name in names))
+    assert sorted(clean(tmp_path)) == sorted(names)
+
+
+def test_upper_case_and_odd_names_are_pictures(tmp_path):
+    names = ["A.JPG", "_b.webp", "ünï cödé.png", "c.d.Jpeg"]
+    pictures(tmp_path, *names)
+    jsonl(tmp_path / "metadata.jsonl", *((name, "x") for name in names))
+    assert sorted(clean(tmp_path)) == sorted(names)
+
+
+def test_hidden_files_and_other_files_are_not_pictures(two):
+    pictures(two, ".hidden.png", ".cache/c.png")
+    (two / "notes.txt").write_text("hello")
+    jsonl(two / "metadata.jsonl", ("a.png", "a cat"), ("b.png", "ein Hündchen"))
+    assert clean(two) == TWO
+
+
+def test_folder_named_relative_to_the_working_directory(two, monkeypatch):
+    jsonl(two / "metadata.jsonl", ("a.png", "a cat"), (str(two / "b.png"), "ein Hündchen"))
+    monkeypatch.chdir(two)
+    assert clean(Path(two.name)) == TWO
+    monkeypatch.chdir(two.parent)
+    assert clean(Path("elsewhere/..") / two.name if False else Path(two.name)) == TWO
+
+
+# Absolute names and names that reach outside
+
+
+def test_absolute_name_inside_the_folder(two):
+    jsonl(two / "metadata.jsonl", (str(two / "a.png"), "a cat"), (str(two / "b.png"), "ein Hündchen"))
+    assert clean(two) == TWO
+
+
+def test_absolute_name_through_a_link_to_the_folder(tmp_path):
+    pictures(tmp_path / "real", "a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    jsonl(tmp_path / "real/metadata.jsonl", (str(tmp_path / "link/a.png"), "a cat"))
+    assert clean(tmp_path / "real") == {"a.png": ("a cat",)}
+
+
+@pytest.mark.parametrize("folder", ["/home/ubuntu/projects/finetune-sd/images/", "D:\\photos\\", "D:/photos/"])
+def test_absolute_name_of_another_machine_is_the_picture_of_that_name(tmp_path, folder):
+    """Seed 004: metadata.jsonl above train/, written with the paths of the machine that made it."""
+    pictures(tmp_path / "train", "iibjsy2QFEE.jpg", "okb9GB_O6w0.jpg")
+    jsonl(tmp_path / "metadata.jsonl", (f"{folder}iibjsy2QFEE.jpg", "a flower"), ("train/okb9GB_O6w0.jpg", "a cat"))
+    reading = read(tmp_path)
+    assert reading.captions == {"train/iibjsy2QFEE.jpg": ("a flower",), "train/okb9GB_O6w0.jpg": ("a cat",)}
+    assert reading.faults == {}
+    ((kind, examples),) = reading.notes.items()
+    assert "another machine" in kind
+    assert examples == [f"{folder}iibjsy2QFEE.jpg"]
+
+
+def test_absolute_name_of_another_machine_that_is_nowhere_here(two):
+    jsonl(two / "metadata.jsonl", ("a.png", "a cat"), ("b.png", "a dog"), ("/gone/c.png", "a bird"))
+    assert read(two).faults == {"rows whose picture is not there": ["metadata.jsonl line 3 (/gone/c.png)"]}
+
+
+def test_absolute_name_of_another_machine_that_fits_two_pictures_is_not_guessed(tmp_path):
+    pictures(tmp_path, "x/1.png", "y/1.png")
+    jsonl(tmp_path / "metadata.jsonl", ("/gone/1.png", "which?"), ("x/1.png", "x"), ("y/1.png", "y"))
+    reading = read(tmp_path)
+    assert reading.captions == {"x/1.png": ("x",), "y/1.png": ("y",)}
+    ((kind, examples),) = reading.faults.items()
+    assert "fit several pictures" in kind
+    assert examples == ["metadata.jsonl line 1 (/gone/1.png)"]
+
+
+def test_absolute_names_of_another_machine_for_two_splits(tmp_path):
+    pictures(tmp_path, "train/1.png", "validation/2.png")
+    jsonl(tmp_path / "metadata.jsonl", ("/gone/1.png", "one"), ("/gone/2.png", "two"))
+    train, validation = read(tmp_path), read(tmp_path, "validation")
+    assert (train.captions, train.faults) == ({"train/1.png": ("one",)}, {})
+    assert (validation.captions, validation.faults) == ({"validation/2.png": ("two",)}, {})
+
+
+def test_same_names_in_two_splits_are_told_apart_by_where_the_metadata_stands(tmp_path):
+    for split in ("train", "validation"):
+        pictures(tmp_path / split, "00000.png")
+        jsonl(tmp_path / split / "metadata.jsonl", (f"/gone/{split}/00000.png", split))
+    assert read(tmp_path).captions == {"train/00000.png": ("train",)}
+    assert read(tmp_path, "validation").captions == {"validation/00000.png": ("validation",)}
+
+
+@pytest.fixture(params=["absolute", "dots", "link to a file", "link to a folder"])
+def reaching_outside(request, tmp_path):
+    """A dataset with one honest row and one that reaches a picture outside; (folder, name of the outside row)."""
+    pictures(tmp_path, "data/a.png", "secret/s.png")
+    root = tmp_path / "data"
+    name = {
+        "absolute": str(tmp_path / "secret/s.png"),
+        "dots": "../secret/s.png",
+        "link to a file": "s.png",
+        "link to a folder": "linked/s.png",
+    }[request.param]
+    if request.param == "link to a file":
+        (root / "s.png").symlink_to(tmp_path / "secret/s.png")
+    if request.param == "link to a folder":
+        (root / "linked").symlink_to(tmp_path / "secret")
+    jsonl(root / "metadata.jsonl", ("a.png", "a cat"), (name, "a secret"))
+    return root, name
+
+
+def test_row_that_reaches_outside_is_refused(reaching_outside):
+    root, name = reaching_outside
+    reading = read(root)
+    assert reading.captions == {"a.png": ("a cat",)}
+    outside = [(kind, found) for kind, found in reading.faults.items() if "--allow_outside_paths" in kind]
+    assert [found for _, found in outside] == [[f"metadata.jsonl line 2 ({name})"]]
+
+
+def test_allow_outside_paths_permits_it(reaching_outside):
+    root, _ = reaching_outside
+    reading = read(root, allow_outside_paths=True)
+    assert reading.faults == {}
+    assert sorted(reading.captions.values()) == [("a cat",), ("a secret",)]
+    assert all(row.picture.is_file() for row in reading.rows)
+
+
+@pytest.mark.parametrize("target", ["s.png", "."])
+def test_links_reach_outside_without_captions_only_when_permitted(tmp_path, target):
+    pictures(tmp_path, "data/a.png", "secret/s.png")
+    (tmp_path / "data" / ("s.png" if target != "." else "linked")).symlink_to(tmp_path / "secret" / target)
+    refused = read(tmp_path / "data", caption_column="none")
+    assert refused.captions == {"a.png": ("",)}
+    assert any("--allow_outside_paths" in kind for kind in refused.faults)
+    assert len(clean(tmp_path / "data", caption_column="none", allow_outside_paths=True)) == 2
+
+
+def test_links_within_the_folder_are_no_fault(tmp_path):
+    pictures(tmp_path, "store/1.png")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/1.png").symlink_to(tmp_path / "store/1.png")
+    jsonl(tmp_path / "train/metadata.jsonl", ("1.png", "one"))
+    assert clean(tmp_path) == {"train/1.png": ("one",)}
+
+
+# Rows and pictures that do not match
+
+
+def test_row_without_picture_and_picture_without_row(two):
+    jsonl(two / "metadata.jsonl", ("a.png", "a cat"), ("c.png", "a bird"))
+    reading = read(two)
+    assert reading.captions == {"a.png": ("a cat",)}
+    assert reading.faults == {
+        "rows whose picture is not there": ["metadata.jsonl line 2 (c.png)"],
+        "pictures that no metadata row names": ["b.png"],
+    }
+
+
+def test_row_that_names_a_file_which_is_no_picture(two):
+    jsonl(two / "metadata.jsonl", ("a.png", "a cat"), ("b.png", "a dog"), ("metadata.jsonl", "itself"))
+    assert read(two).faults == {
+        "rows that name a file that is not a picture": ["metadata.jsonl line 3 (metadata.jsonl)"]
+    }
+
+
+@pytest.mark.parametrize("caption", ["", "  \t", None, [], [""], [None, " "]], ids=repr)
+def test_empty_caption_is_a_fault(two, caption):
+    jsonl(two / "metadata.jsonl", ("a.png", caption), ("b.png", "a dog"))
+    reading = read(two)
+    assert reading.captions == {"b.png": ("a dog",)}
+    assert reading.faults == {"rows with an empty caption": ["metadata.jsonl line 1 (a.png)"]}
+
+
+def test_row_without_the_caption_key_is_an_empty_caption_where_others_have_it(two):
+    jsonl(two / "metadata.jsonl", {"file_name": "a.png"}, ("b.png", "a dog"))
+    reading = read(two)
+    assert reading.captions == {"b.png": ("a dog",)}
+    assert reading.faults == {"rows with an empty caption": ["metadata.jsonl line 1 (a.png)"]}
+
+
+@pytest.mark.parametrize("name", ["", None])
+def test_row_with_an_empty_file_name_is_a_fault(two, name):
+    jsonl(two / "metadata.jsonl", (name, "a ghost"), ("a.png", "a cat"), ("b.png", "a dog"))
+    reading = read(two)
+    assert len(reading.rows) == 2
+    assert list(reading.faults.values()) == [["metadata.jsonl line 1"]]
+
+
+def test_list_of_captions_keeps_all_that_say_something(two):
+    jsonl(two / "metadata.jsonl", ("a.png", ["a cat ", "", "a pet"]), ("b.png", "a dog"))
+    assert clean(two) == {"a.png": ("a cat", "a pet"), "b.png": ("a dog",)}
+
+
+@pytest.mark.parametrize("caption", [12, {"en": "a cat"}, ["a cat", 3]], ids=repr)
+def test_caption_that_is_not_text_is_named(two, caption):
+    jsonl(two / "metadata.jsonl", ("a.png", caption), ("b.png", "a dog"))
+    with pytest.raises(DatasetProblem, match=r"metadata\.jsonl line 1: 'text' must be text or a list of texts"):
+        read(two)
+
+
+def test_several_rows_for_one_picture_are_all_kept_and_noted(two):
+    jsonl(two / "metadata.jsonl", ("a.png", "a cat"), ("b.png", "a dog"), ("./a.png", "a pet"))
+    reading = read(two)
+    assert [row.captions for row in reading.rows] == [("a cat",), ("a pet",), ("a dog",)]
+    assert reading.faults == {}
+    assert reading.notes == {"pictures named by more than one row (all are kept)": ["a.png"]}
+
+
+# Columns
+
+
+def test_other_columns_can_be_named(two):
+    jsonl(two / "metadata.jsonl", {"photo": "a.png", "alt": "a cat"}, {"photo": "b.png", "alt": "ein Hündchen"})
+    assert clean(two, image_column="photo", caption_column="alt") == TWO
+
+
+def test_image_file_name_is_taken_as_the_picture(two):
+    jsonl(two / "metadata.jsonl", *({"image_file_name": name, "text": text[0]} for name, text in TWO.items()))
+    assert clean(two) == TWO
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_missing_caption_column_lists_the_columns_there_are(two, name):
+    jsonl(two / "metadata.jsonl", *({"file_name": name, "alt": "x", "tags": "y"} for name in TWO))
+    if name == "metadata.csv":
+        (two / "metadata.jsonl").unlink()
+        (two / name).write_text("file_name,alt,tags\na.png,x,y\nb.png,x,y\n")
+    with pytest.raises(
+        DatasetProblem, match=rf"{name} .*no column 'text', only file_name, alt, tags.*--caption_column"
+    ):
+        read(two)
+
+
+def test_missing_file_name_column_lists_the_columns_there_are(two):
+    (two / "metadata.csv").write_text("picture,text\na.png,a cat\nb.png,a dog, asleep\n")
+    with pytest.raises(DatasetProblem, match=r'picture, text, and "file_name" is needed'):
+        read(two)
+
+
+def test_csv_without_a_header_is_explained_even_with_rows_of_other_lengths(two):
+    (two / "metadata.csv").write_text("a.png,a cat\nb.png,a dog, asleep\nb.png,a dog\n")
+    with pytest.raises(DatasetProblem, match=r'it has a\.png, a cat, and "file_name" is needed'):
+        read(two)
+
+
+def test_caption_column_none_reads_pictures_alone(two):
+    assert clean(two, caption_column="none") == {"a.png": ("",), "b.png": ("",)}
+    (two / "metadata.jsonl").write_text("not even JSON\n")
+    assert clean(two, caption_column="none") == {"a.png": ("",), "b.png": ("",)}
+
+
+# Nothing to read
+
+
+def test_no_metadata_says_what_to_write(two):
+    with pytest.raises(DatasetProblem, match="2 pictures but no metadata.jsonl") as caught:
+        read(two)
+    assert '{"file_name": "picture.png", "text": "its caption"}' in str(caught.value)
+    assert "--caption_column none" in str(caught.value)
+    assert "beside them" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".caption"])
+def test_no_metadata_counts_the_sidecars(two, suffix):
+    (two / f"a{suffix}").write_text("a cat")
+    with pytest.raises(DatasetProblem, match="1 captions stand in .txt/.caption files beside them"):
+        read(two)
+
+
+def test_class_folders_without_metadata_are_explained(tmp_path):
+    pictures(tmp_path, "cat/1.png", "dog/1.png")
+    with pytest.raises(DatasetProblem, match="2 pictures but no metadata.jsonl"):
+        read(tmp_path)
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(DatasetProblem, match="there are no pictures in") as caught:
+        read(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_empty_metadata_names_every_picture(two):
+    (two / "metadata.jsonl").write_text("")
+    reading = read(two)
+    assert reading.rows == []
+    assert reading.faults == {"pictures that no metadata row names": ["a.png", "b.png"]}
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(DatasetProblem, match="there is no folder"):
+        read(tmp_path / "gone")
+
+
+# The whole
+
+
+def test_order_does_not_depend_on_the_hash_seed(tmp_path, root):
+    for folder in "edcba":
+        pictures(tmp_path / folder, "2.png", "1.png")
+        jsonl(tmp_path / folder / "metadata.jsonl", ("1.png", f"{folder}1"), ("2.png", f"{folder}2"), ("1.png", "more"))
+    program = (
+        "import sys; from finetuning.data.reading import *\n"
+        "for row in read_folder(sys.argv[1], 'train', 'image', 'text', False, Findings()): print(row)"
+    )
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)], cwd=root, check=True, capture_output=True, text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2", "3")
+    ]  # fmt: skip
+    assert printed[0].count("\n") == 15
+    assert printed[0] == printed[1] == printed[2]
+
+
+def test_report_counts_and_shows_the_first_examples():
+    findings = Findings()
+    findings.faults["rows whose picture is not there"] += [f"line {n}" for n in range(1, 9)]
+    findings.notes["pictures named twice"].append("a.png")
+    assert findings.report(shown=2) == (
+        "  x 8 rows whose picture is not there: line 1; line 2, and 6 more\n  - 1 pictures named twice: a.png"
+    )
+
+
+# Datasets of the Hub
+
+
+def hub(columns, image_column="image", caption_column="text"):
+    findings = Findings()
+    return read_hub(Dataset.from_dict(columns), image_column, caption_column, findings), findings
+
+
+def test_hub_rows_are_indices_with_their_captions():
+    rows, findings = hub({"image": ["x", "y"], "text": [" a cat", "a dog"]})
+    assert [(row.picture, row.captions, row.origin) for row in rows] == [
+        (0, ("a cat",), "row 0"),
+        (1, ("a dog",), "row 1"),
+    ]
+    assert not findings.report()
+
+
+def test_hub_lists_and_empty_captions():
+    rows, findings = hub({"image": ["x", "y", "z"], "text": [["a cat", "a pet"], [], ["a dog"]]})
+    assert [(row.picture, row.captions) for row in rows] == [(0, ("a cat", "a pet")), (2, ("a dog",))]
+    assert findings.faults == {"rows with an empty caption": ["row 1"]}
+
+
+def test_hub_missing_columns_are_all_named():
+    with pytest.raises(DatasetProblem, match="no column image or text, only photo, caption"):
+        hub({"photo": ["x"], "caption": ["a cat"]})
+
+
+def test_hub_without_captions():
+    rows, _ = hub({"image": ["x", "y"]}, caption_column="none")
+    assert [(row.picture, row.captions) for row in rows] == [(0, ("",)), (1, ("",))]

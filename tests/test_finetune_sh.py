@@ -1,0 +1,90 @@
+"""finetune.sh: every flag in it exists, presets included, and it runs."""
+
+import json
+import os
+import re
+import subprocess
+
+import pytest
+
+import train_text_to_image
+from finetuning import cli
+
+# The two launches of the experiment log (2023-06-16 and 2023-06-29) and the tutorial's list, word for word.
+SEED_COMMANDS = {
+    "experiment log": """
+        --pretrained_model_name_or_path=CompVis/stable-diffusion-v1-4 --dataset_name=lambdalabs/pokemon-blip-captions
+        --non_ema_revision=non-ema --use_ema --resolution=512 --center_crop --random_flip --train_batch_size=8
+        --gradient_accumulation_steps=1 --gradient_checkpointing --max_train_steps=15000 --learning_rate=1e-04
+        --max_grad_norm=1 --lr_scheduler=constant --lr_warmup_steps=0 --output_dir=out --report_to=tensorboard
+        --checkpointing_steps=500 --enable_xformers_memory_efficient_attention
+        --validation_prompts Brown_couch Rustic""",
+    "tutorial": """
+        --pretrained_model_name_or_path=runwayml/stable-diffusion-v1-5 --train_data_dir=datasets/chalk --use_ema
+        --resolution=512 --center_crop --random_flip --train_batch_size=1 --gradient_accumulation_steps=4
+        --gradient_checkpointing --max_train_steps=150 --learning_rate=1e-05 --max_grad_norm=1 --lr_scheduler=constant
+        --lr_warmup_steps=0 --output_dir=unsplash-lite-v1""",
+}
+
+# Names and defaults of the official example script, August 2026.
+OFFICIAL = {
+    "input_perturbation": 0, "revision": None, "variant": None, "dataset_name": None, "dataset_config_name": None,
+    "train_data_dir": None, "image_column": "image", "caption_column": "text", "max_train_samples": None,
+    "validation_prompts": None, "output_dir": "sd-model-finetuned", "cache_dir": None, "seed": None,
+    "resolution": "512", "center_crop": False, "random_flip": False, "train_batch_size": 16, "num_train_epochs": 100,
+    "max_train_steps": None, "gradient_accumulation_steps": 1, "gradient_checkpointing": False, "learning_rate": 1e-4,
+    "scale_lr": False, "lr_scheduler": "constant", "lr_warmup_steps": 500, "snr_gamma": None, "dream_training": False,
+    "dream_detail_preservation": 1.0, "use_8bit_adam": False, "allow_tf32": False, "use_ema": False,
+    "offload_ema": False, "foreach_ema": False, "non_ema_revision": None, "dataloader_num_workers": 0,
+    "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-08, "max_grad_norm": 1.0,
+    "push_to_hub": False, "hub_token": None, "prediction_type": None, "hub_model_id": None, "logging_dir": "logs",
+    "mixed_precision": None, "report_to": "tensorboard", "local_rank": -1, "checkpointing_steps": 500,
+    "checkpoints_total_limit": None, "resume_from_checkpoint": None,
+    "enable_xformers_memory_efficient_attention": False, "noise_offset": 0, "validation_epochs": 5,
+    "tracker_project_name": "text2image-fine-tune", "image_interpolation_mode": "lanczos",
+}  # fmt: skip
+
+
+def known_flags():
+    return {field.name: field for _, fields in cli.groups(train_text_to_image.Args) for field in fields}
+
+
+def test_every_flag_in_finetune_sh_exists_presets_included(root):
+    text = (root / "finetune.sh").read_text(encoding="utf-8")
+    ours = set(re.findall(r"--([a-z0-9_]+)", text)) - {"config_file", "logdir", "model", "prompt", "help"}
+    assert len(ours) > 20
+    assert ours - set(known_flags()) == set()
+
+
+@pytest.mark.parametrize("command", SEED_COMMANDS)
+def test_the_commands_of_the_seeds_are_understood(command, root, monkeypatch):
+    monkeypatch.chdir(root)
+    args, problems = cli.read(train_text_to_image.Args, "", SEED_COMMANDS[command].split())
+    assert problems == []
+    assert args.use_ema and args.lr_warmup_steps == 0 and args.learning_rate in (1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_flags_and_defaults_of_the_official_script_are_kept(name):
+    assert known_flags()[name].default == OFFICIAL[name]
+
+
+def test_models_that_have_left_the_hub_are_not_used(root):
+    settings = re.findall(r"(?:MODEL_NAME|DATASET_NAME)=(\S+)", (root / "finetune.sh").read_text(encoding="utf-8"))
+    assert settings and not [name for name in settings if name.startswith(("runwayml/", "lambdalabs/"))]
+
+
+def test_it_runs_with_variables_from_the_environment(root, tiny_model, shapes_folder, tmp_path):
+    settings = {
+        "MODEL_NAME": tiny_model, "TRAIN_DIR": shapes_folder, "OUTPUT_DIR": tmp_path, "RESOLUTION": 32, "BATCH": 2,
+        "STEPS": 2, "LR": "1e-5", "NON_EMA_VARIANT": "non_ema", "EMA_DECAY": 0.5, "EXTRA": "--validation_inference_steps 1",
+    }  # fmt: skip
+    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+    done = subprocess.run(
+        ["bash", "finetune.sh"], cwd=root, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path}/comparison.png" in done.stdout
+    args = json.loads((tmp_path / "args.json").read_text())
+    assert (args["max_train_steps"], args["learning_rate"], args["ema_decay"]) == (2, 1e-5, 0.5)
+    assert (tmp_path / "comparison.png").is_file() and list((tmp_path / "logs").rglob("events*"))

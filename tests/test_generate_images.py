@@ -1,0 +1,80 @@
+"""generate_images.py, run as a user runs it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import generate_images
+import train_text_to_image
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+SMALL = ["--num_inference_steps", "2", "--size", "32"]
+
+
+def draw(folder, *arguments):
+    assert generate_images.main([*map(str, arguments), *SMALL, "--output_dir", str(folder)]) == 0
+    return json.loads((folder / "images.json").read_text())
+
+
+def test_prompts_by_seeds_by_models_by_guidance_make_pictures_a_grid_and_a_record(tiny_model, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a blue square\n\na green star\n")
+    models = ["--model", f"one={tiny_model}", f"two={tiny_model}"]
+    records = draw(
+        tmp_path / "out", *models, "--prompt", "a red circle", "--prompts_file", prompts, "--seed", 0, 1,
+        "--guidance_scale", 1, 3,
+    )  # fmt: skip
+    assert len(records) == 3 * 2 * 2 * 2
+    assert len({record["file"] for record in records}) == len(records)
+    for record in records:
+        assert Image.open(tmp_path / "out" / record["file"]).size == (32, 32)
+    assert "a-red-circle_two_seed1_g3_s2.png" in {record["file"] for record in records}
+    width, height = Image.open(tmp_path / "out/grid.png").size
+    assert width > 4 * 160 and height > 6 * 160  # two models x two scales; three prompts x two seeds
+
+
+def test_a_picture_depends_on_its_seed_alone_not_on_the_batch(tiny_model, tmp_path):
+    common = ["--model", f"m={tiny_model}", "--prompt", "a red circle", "a blue square", "a green star", "--seed", 5]
+    draw(tmp_path / "alone", *common, "--batch_size", 1)
+    draw(tmp_path / "together", *common, "--batch_size", 3)
+    for path in (tmp_path / "alone").glob("*seed5*.png"):
+        one, other = (
+            np.asarray(Image.open(folder / path.name), dtype=int) for folder in (path.parent, tmp_path / "together")
+        )
+        assert np.abs(one - other).max() <= 1
+
+
+def test_checkpoints_and_raw_weights_are_columns_too(tiny_model, shapes_folder, tmp_path):
+    run = tmp_path / "run"
+    arguments = f"""--pretrained_model_name_or_path {tiny_model} --train_data_dir {shapes_folder} --resolution 32
+        --train_batch_size 4 --max_train_steps 2 --checkpointing_steps 1 --learning_rate 0.01 --use_ema --seed 0
+        --ema_start warm --validation_epochs 0 --validation_loss_rows 0 --report_to none --output_dir {run}"""
+    assert train_text_to_image.main(arguments.split()) == 0
+    models = ["--model", run / "checkpoint-1", run / "checkpoint-2", f"final={run}", "--prompt", "a red circle"]
+    records = draw(tmp_path / "ema", *models, "--weights", "ema")
+    assert [record["model"] for record in records] == ["run/checkpoint-1", "run/checkpoint-2", "final"]
+    raw = draw(tmp_path / "raw", *models, "--weights", "raw")
+    pixels = lambda folder, record: (folder / record["file"]).read_bytes()
+    assert pixels(tmp_path / "ema", records[1]) == pixels(tmp_path / "ema", records[2])
+    assert pixels(tmp_path / "raw", raw[1]) == pixels(tmp_path / "raw", raw[2])
+    assert pixels(tmp_path / "raw", raw[1]) != pixels(tmp_path / "ema", records[1])
+
+
+def test_what_is_wrong_is_said_together(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        generate_images.main(["--model", "a", "b/a", "--size", "64by64", "--scheduler", "magic"])
+    message = capsys.readouterr().err
+    assert "--scheduler magic" in message
+    with pytest.raises(SystemExit):
+        generate_images.main(["--model", "a", "b/a", "--size", "64by64"])
+    message = capsys.readouterr().err
+    assert "--prompt" in message and "--size 64by64" in message and "same name" in message
+
+
+def test_a_model_that_is_not_there_is_one_clear_line(tmp_path, capsys):
+    assert (
+        generate_images.main(["--model", str(tmp_path / "none"), "--prompt", "a", "--output_dir", str(tmp_path)]) == 1
+    )
+    assert "none cannot be opened as a diffusers pipeline" in capsys.readouterr().err

@@ -1,0 +1,399 @@
+"""Every train_*.py, run as a user runs it, held to the same invariants."""
+
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from finetuning.training import files
+
+SCRIPTS = sorted(path.stem for path in Path(__file__).resolve().parent.parent.glob("train_*.py"))
+pytestmark = [pytest.mark.parametrize("script", SCRIPTS), pytest.mark.usefixtures("fresh_accelerate")]
+STEPS = 8
+
+
+@pytest.fixture
+def arguments(tiny_model, shapes_folder):
+    """11 rows in groups of 4: three steps an epoch, the last of 3 rows. Everything that draws is switched on."""
+    return f"""
+        --pretrained_model_name_or_path {tiny_model} --train_data_dir {shapes_folder} --resolution 32
+        --train_batch_size 2 --gradient_accumulation_steps 2 --max_train_steps {STEPS} --seed 3
+        --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 2 --use_ema --ema_decay 0.9 --train_text_encoder
+        --random_flip --proportion_empty_prompts 0.3 --noise_offset 0.05 --input_perturbation 0.1 --snr_gamma 5
+        --checkpointing_steps 2 --validation_epochs 0 --report_to none
+    """.split()
+
+
+def train(script, arguments, output_dir, *more):
+    """Run the script in this process; its exit status."""
+    return importlib.import_module(script).main([*arguments, "--output_dir", str(output_dir), *map(str, more)])
+
+
+def in_child(work):
+    """Start `work()` in a forked child, which needs no second import; returns its process id."""
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            status = work()
+        finally:
+            os._exit(status)
+    return pid
+
+
+def metrics(folder):
+    path = Path(folder) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def state(folder, step=STEPS):
+    """All that a run computed: pipeline, checkpoint with EMA, optimizer, logged losses."""
+    folder = Path(folder)
+    weights = {
+        f"{path.relative_to(folder)}": files.sha256(path)
+        for path in [*folder.glob("*/*.safetensors"), *folder.glob(f"checkpoint-{step}/*/*.safetensors")]
+    }
+    optimizer = torch.load(folder / f"checkpoint-{step}/optimizer.pt", weights_only=True)
+    return weights, repr_tensors(optimizer), metrics(folder)
+
+
+def repr_tensors(value):
+    """Nested containers with every tensor as its exact bytes."""
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype), tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes())
+    if isinstance(value, dict):
+        return {key: repr_tensors(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [repr_tensors(item) for item in value]
+    return value
+
+
+def assert_same(first, second):
+    """Compared part by part, so that a failure says what differs."""
+    for name, one, other in zip(("weights", "optimizer", "metrics"), first, second, strict=True):
+        assert one == other, f"{name} differ"
+
+
+@pytest.fixture
+def straight(script, arguments, tmp_path):
+    """A run that was never interrupted, with a checkpoint at every step."""
+    folder = tmp_path / "straight"
+    assert train(script, arguments, folder, "--checkpointing_steps", 1) == 0
+    return folder
+
+
+@pytest.mark.parametrize("stopped_at", [1, 3, 5])  # the first step, the end of an epoch, the middle of one
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(script, arguments, straight, tmp_path, stopped_at):
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    shutil.copytree(straight / f"checkpoint-{stopped_at}", resumed / f"checkpoint-{stopped_at}")
+    lines = (straight / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (resumed / "metrics.jsonl").write_text("".join(lines[: stopped_at + 2]))  # two steps were logged, then lost
+    assert train(script, arguments, resumed, "--resume_from_checkpoint", "latest") == 0
+    assert_same(state(resumed), state(straight))
+
+
+def test_8_bit_adam_resumes_exactly(script, arguments, tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert train(script, arguments, straight, "--use_8bit_adam") == 0
+    resumed.mkdir()
+    shutil.copytree(straight / "checkpoint-4", resumed / "checkpoint-4")
+    assert train(script, arguments, resumed, "--use_8bit_adam", "--resume_from_checkpoint", "checkpoint-4") == 0
+    assert state(resumed)[:2] == state(straight)[:2]
+
+
+def test_killed_at_random_moments_and_inside_saves_nothing_is_lost(script, arguments, straight, tmp_path, monkeypatch):
+    folder = tmp_path / "killed"
+    sync = files._sync
+    monkeypatch.setattr(files, "_sync", lambda path: (time.sleep(0.005), sync(path)))  # a slow disk: long saves
+    rng = random.Random(0)
+    killed_in_save = kills = 0
+    more = ("--checkpointing_steps", 1, "--checkpoints_total_limit", 1, "--resume_from_checkpoint", "latest")
+    for attempt in range(40):
+        child = in_child(lambda: train(script, arguments, folder, *more))
+        wait_for_save = attempt % 2 == 0
+        deadline = time.monotonic() + (60 if wait_for_save else rng.uniform(0.5, 2.0))
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            inside = any(folder.glob(f"{files.ASIDE}checkpoint-*"))
+            if (wait_for_save and inside) or time.monotonic() > deadline:
+                time.sleep(rng.uniform(0, 0.1) if inside else 0)
+                os.kill(child, signal.SIGKILL)
+                _, status = os.waitpid(child, 0)
+                killed = os.WIFSIGNALED(status)
+                kills += killed
+                killed_in_save += killed and any(folder.glob(f"{files.ASIDE}checkpoint-*"))
+                break
+            time.sleep(0.002)
+        else:
+            break
+        if attempt > 8 and killed_in_save:
+            in_child_status = os.waitstatus_to_exitcode(
+                os.waitpid(in_child(lambda: train(script, arguments, folder, *more)), 0)[1]
+            )
+            assert in_child_status == 0
+            break
+    assert kills >= 2 and killed_in_save >= 1
+    assert (folder / "model_index.json").is_file()
+    assert not list(folder.glob(f"{files.ASIDE}*"))
+    assert_same(state(folder), state(straight))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_ctrl_c_save_a_checkpoint_first(script, arguments, straight, tmp_path, number, capfd):
+    folder = tmp_path / "stopped"
+    child = in_child(lambda: train(script, arguments, folder, "--checkpointing_steps", 0))
+    while len(metrics(folder)) < 2:
+        time.sleep(0.001)
+    os.kill(child, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
+    assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{len(metrics(folder))}"]
+    assert "--resume_from_checkpoint latest" in capfd.readouterr().err
+    assert train(script, arguments, folder, "--resume_from_checkpoint", "latest") == 0
+    assert_same(state(folder), state(straight))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_reaches_no_checkpoint(script, arguments, tmp_path, capfd, tensors):
+    rates = ("--learning_rate", "1e30", "--lr_scheduler", "constant", "--max_grad_norm", 0)
+    assert train(script, arguments, tmp_path, *rates) == 1
+    message = capfd.readouterr().err
+    assert "NonFinite" in message and "metadata.jsonl line" in message
+    assert not (tmp_path / "model_index.json").exists()
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        assert all(t.isfinite().all() for part in tensors(checkpoint).values() for t in part.values())
+
+
+def test_accumulation_and_batch_size_are_interchangeable(script, arguments, tmp_path, tensors):
+    cuts = {"4x1": (4, 1), "2x2": (2, 2), "1x4": (1, 4)}
+    for name, (batch, accumulation) in cuts.items():
+        size = ("--train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
+        assert train(script, arguments, tmp_path / name, *size) == 0
+    losses = {name: [line["train_loss"] for line in metrics(tmp_path / name)] for name in cuts}
+    assert losses["2x2"] == pytest.approx(losses["4x1"], rel=1e-5)
+    assert losses["1x4"] == pytest.approx(losses["4x1"], rel=1e-5)
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(script, arguments, root, tmp_path, tensors):
+    plain = ("--learning_rate", "1e-4", "--max_train_steps", 4)
+    assert train(script, arguments, tmp_path / "one", *plain) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", f"{script}.py"]
+    command += [*arguments, *map(str, plain), "--gradient_accumulation_steps", "1", "--output_dir", tmp_path / "two"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "two/args.json").read_text())
+    assert facts["processes"] == 2  # `accelerate launch --cpu --num_processes 2` was seen to start one
+    one, two = tensors(tmp_path / "one/checkpoint-4"), tensors(tmp_path / "two/checkpoint-4")
+    for part, weights in one.items():
+        for name, value in weights.items():
+            torch.testing.assert_close(two[part][name], value, rtol=0, atol=1e-6, msg=f"{part} {name}")
+
+
+def test_max_train_steps_is_exact_also_after_a_resume(script, arguments, tmp_path):
+    assert train(script, arguments, tmp_path, "--max_train_steps", 5) == 0
+    assert train(script, arguments, tmp_path, "--max_train_steps", 7, "--resume_from_checkpoint", "latest") == 0
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 8))
+    assert (tmp_path / "checkpoint-7").is_dir()
+
+
+def test_epochs_decide_where_no_steps_are_given(script, arguments, tmp_path):
+    cut = arguments.index("--max_train_steps")
+    arguments = arguments[:cut] + arguments[cut + 2 :]
+    assert train(script, arguments, tmp_path, "--num_train_epochs", 2, "--checkpointing_steps", 0) == 0
+    assert len(metrics(tmp_path)) == 6  # three steps an epoch
+
+
+def test_checkpoints_by_epochs_and_their_limit(script, arguments, tmp_path):
+    (tmp_path / "checkpoint-best").mkdir()  # somebody else's folder does no harm and stays
+    by_epoch = ("--checkpointing_steps", 0, "--checkpointing_epochs", 1, "--checkpoints_total_limit", 2)
+    assert train(script, arguments, tmp_path, *by_epoch) == 0
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-6",
+        "checkpoint-8",
+        "checkpoint-best",
+    ]
+
+
+def test_checkpoints_by_the_clock(script, arguments, tmp_path):
+    assert train(script, arguments, tmp_path, "--checkpointing_steps", 0, "--checkpointing_minutes", 1e-9) == 0
+    assert len(list(tmp_path.glob("checkpoint-*"))) == STEPS
+
+
+def test_latest_passes_over_a_broken_checkpoint_and_a_named_one_is_refused(
+    script, arguments, straight, tmp_path, capfd
+):
+    broken = straight / f"checkpoint-{STEPS}" / "optimizer.pt"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    assert train(script, arguments, straight, "--resume_from_checkpoint", f"checkpoint-{STEPS}") == 1
+    assert "optimizer.pt" in capfd.readouterr().err
+    assert train(script, arguments, straight, "--resume_from_checkpoint", "latest") == 0
+    message = capfd.readouterr().err
+    assert "optimizer.pt" in message and f"checkpoint-{STEPS - 1}" in message
+
+
+def test_latest_without_a_checkpoint_starts_afresh_and_says_so(script, arguments, tmp_path, capfd):
+    assert train(script, arguments, tmp_path, "--resume_from_checkpoint", "latest", "--max_train_steps", 1) == 0
+    assert "starting afresh" in capfd.readouterr().err
+
+
+def test_a_named_checkpoint_may_be_a_path_with_a_slash_or_lie_elsewhere(script, arguments, straight, tmp_path, capfd):
+    there = f"{straight}/checkpoint-5/"
+    assert train(script, arguments, tmp_path / "elsewhere", "--resume_from_checkpoint", there) == 0
+    assert state(tmp_path / "elsewhere")[:2] == state(straight)[:2]
+    assert train(script, arguments, tmp_path / "elsewhere", "--resume_from_checkpoint", "checkpoint-99") == 1
+    assert "checkpoint-99" in capfd.readouterr().err
+
+
+def test_an_output_dir_with_checkpoints_is_not_trained_over(script, arguments, straight, capfd):
+    assert train(script, arguments, straight) == 1
+    assert "--resume_from_checkpoint latest" in capfd.readouterr().err
+
+
+def test_changed_arguments_are_named_on_resume(script, arguments, straight, capfd):
+    changed = ("--resume_from_checkpoint", "checkpoint-5", "--learning_rate", 0, "--adam_weight_decay", 0.5)
+    before = files.sha256(straight / "checkpoint-5/unet/diffusion_pytorch_model.safetensors")
+    shutil.rmtree(straight / f"checkpoint-{STEPS}")
+    assert train(script, arguments, straight, *changed) == 0
+    message = capfd.readouterr().err
+    assert "--learning_rate 0.001 -> 0.0" in message and "--adam_weight_decay 0.01 -> 0.5" in message
+    assert "--output_dir" not in message.split("these have changed")[1].splitlines()[0]
+    # and the new learning rate is really used: with 0 the weights stay where they are
+    assert files.sha256(straight / f"checkpoint-{STEPS}/unet/diffusion_pytorch_model.safetensors") == before
+
+
+def test_the_pipeline_loads_holds_both_weights_and_leaves_the_rest_untouched(script, arguments, tiny_model, tmp_path):
+    arguments = [word for word in arguments if word != "--train_text_encoder"]
+    assert train(script, arguments, tmp_path, "--prediction_type", "v_prediction") == 0
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert pipeline("a red circle", num_inference_steps=1, height=32, width=32).images[0].size == (32, 32)
+    for part in ("vae", "text_encoder", "tokenizer"):
+        for path in (tiny_model / part).iterdir():
+            assert (tmp_path / part / path.name).read_bytes() == path.read_bytes()
+            assert (tmp_path / part / path.name).stat().st_mode & 0o777 == 0o666 & ~files._umask()
+    assert json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+    unet = tmp_path / "unet"
+    assert files.sha256(unet / "diffusion_pytorch_model.safetensors") == files.sha256(
+        tmp_path / f"checkpoint-{STEPS}/unet_ema/diffusion_pytorch_model.safetensors"
+    )
+    assert files.sha256(unet / "diffusion_pytorch_model.non_ema.safetensors") == files.sha256(
+        tmp_path / f"checkpoint-{STEPS}/unet/diffusion_pytorch_model.safetensors"
+    )
+
+
+def test_weights_loaded_apart_keep_their_share_in_the_average(script, arguments, tiny_model, tmp_path, tensors):
+    """With a learning rate of 0 the trained weights stay the raw ones, so the average is known exactly."""
+    decay = 0.9
+    apart = ("--non_ema_variant", "non_ema", "--learning_rate", 0)
+    assert train(script, arguments, tmp_path, *apart) == 0
+    base = tensors(tiny_model)
+    main, raw = (
+        base["unet/diffusion_pytorch_model.safetensors"],
+        base["unet/diffusion_pytorch_model.non_ema.safetensors"],
+    )
+    result = tensors(tmp_path)["unet/diffusion_pytorch_model.safetensors"]
+    for name, value in result.items():
+        expected = decay**STEPS * main[name] + (1 - decay**STEPS) * raw[name]
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_validation_draws_the_base_first_and_logs_pictures_and_losses(script, arguments, tmp_path):
+    looks = ["--validation_prompts", "a red circle", "a blue square", "--validation_steps", "4"]
+    looks += ["--validation_inference_steps", "2", "--report_to", "tensorboard"]
+    assert train(script, arguments, tmp_path, *looks) == 0
+    drawn = sorted(path.name for path in (tmp_path / "validation").iterdir())
+    assert drawn == ["base_losses.json", "step-0", "step-4", "step-8"]
+    assert (tmp_path / "comparison.png").is_file()
+    losses = {line["step"]: line for line in metrics(tmp_path) if "validation_loss" in line}
+    assert sorted(losses) == [0, 4, 8] and losses[8]["validation_loss_change_95"] > 0
+    change = losses[8]["validation_loss"] - losses[0]["validation_loss"]
+    assert losses[8]["validation_loss_change"] == pytest.approx(change, abs=1e-6)
+    [log] = {path.parent for path in (tmp_path / "logs").rglob("events*") if path.parent.name == "text2image-fine-tune"}
+    events = EventAccumulator(str(log)).Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == list(range(1, STEPS + 1))
+    assert {"lr", "grad_norm", "validation_loss"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Images("validation/1")] == [0, 4, 8]
+
+
+def test_looking_does_not_change_what_is_trained(script, arguments, straight, tmp_path):
+    looks = ["--validation_prompts", "a red circle", "--validation_steps", "2", "--validation_inference_steps", "1"]
+    assert train(script, arguments, tmp_path / "looked", *looks) == 0
+    assert state(tmp_path / "looked")[:2] == state(straight)[:2]
+
+
+def test_gradients_are_clipped_and_their_norm_before_is_logged(script, arguments, tmp_path, tensors):
+    """Plain Adam hides the gradient's size, so the clip is seen in Adam's first moment."""
+    assert train(script, arguments, tmp_path, "--max_train_steps", 1, "--max_grad_norm", 1e-4) == 0
+    assert metrics(tmp_path)[0]["grad_norm"] > 1e-2
+    moments = torch.load(tmp_path / "checkpoint-1/optimizer.pt", weights_only=True)["optimizer"]["state"]
+    norm = torch.stack([one["exp_avg"].norm() / (1 - 0.9) for one in moments.values()]).norm().item()
+    assert norm == pytest.approx(1e-4, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--optimizer adafactor", "--optimizer prodigy --learning_rate 1", "--loss_type huber", "--dream_training",
+        "--prediction_type sample", "--gradient_checkpointing", "--offload_ema --foreach_ema", "--allow_tf32",
+        "--random_resized_crop_scale 0.5", "--resolution 32x40", "--enable_xformers_memory_efficient_attention",
+        "--from_scratch --unet_config {layers_per_block:\u00a02}", "--dataloader_num_workers 2", "--text_encoder_lr 1e-5",
+        "--mixed_precision fp16", "--mixed_precision bf16", "--center_crop --image_interpolation_mode bicubic",
+        "--validation_fraction 0.2 --max_train_samples 6",
+    ],
+)  # fmt: skip
+def test_every_way_of_training_trains(script, arguments, tmp_path, tiny_model, flags, tensors):
+    words = [word.replace("\u00a0", " ") for word in flags.split(" ")]
+    assert train(script, arguments, tmp_path, "--max_train_steps", 2, *words) == 0
+    before = tensors(tiny_model)["unet/diffusion_pytorch_model.safetensors"]
+    after = tensors(tmp_path)["unet/diffusion_pytorch_model.non_ema.safetensors"]
+    changed = [name for name in after if name not in before or not torch.equal(before[name], after[name])]
+    assert len(changed) > 0.9 * len(after)
+    assert all(value.isfinite().all() for value in after.values())
+
+
+def test_a_resolution_that_does_not_fit_the_autoencoder_is_refused(script, arguments, tmp_path, capfd):
+    assert train(script, arguments, tmp_path, "--resolution", 36) == 1
+    assert "--resolution 36" in capfd.readouterr().err
+
+
+def test_faults_of_the_dataset_are_named_together_before_the_first_step(
+    script, arguments, shapes_folder, tmp_path, capfd
+):
+    bad = tmp_path / "bad"
+    shutil.copytree(shapes_folder / "train", bad)
+    (bad / "00000.png").write_bytes((bad / "00000.png").read_bytes()[:80])
+    with open(bad / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "gone.png", "text": "a"}\n')
+    (bad / "orphan.png").write_bytes((bad / "00001.png").read_bytes())
+    assert train(script, arguments, tmp_path / "out", "--train_data_dir", bad) == 1
+    message = capfd.readouterr().err
+    assert all(word in message for word in ("3 faults", "00000.png", "gone.png", "orphan.png", "--on_bad_rows skip"))
+    assert train(script, arguments, tmp_path / "out", "--train_data_dir", bad, "--on_bad_rows", "skip") == 0
+
+
+def test_a_seed_that_was_drawn_is_kept_on_resume(script, arguments, tmp_path):
+    cut = arguments.index("--seed")
+    arguments = arguments[:cut] + arguments[cut + 2 :]
+    assert train(script, arguments, tmp_path / "straight") == 0
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "straight/checkpoint-4", tmp_path / "resumed/checkpoint-4")
+    assert train(script, arguments, tmp_path / "resumed", "--resume_from_checkpoint", "latest") == 0
+    assert state(tmp_path / "resumed")[:2] == state(tmp_path / "straight")[:2]
+
+
+def test_the_script_runs_under_accelerate_launch_as_in_the_seeds(script, arguments, root, tmp_path):
+    launcher = Path(sys.executable).with_name("accelerate")
+    command = [launcher, "launch", "--mixed_precision=fp16", f"{script}.py", *arguments, "--max_train_steps", "1"]
+    done = subprocess.run([*command, "--output_dir", tmp_path], cwd=root, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "this run is in fp32" in done.stderr
+    assert (tmp_path / "model_index.json").is_file()

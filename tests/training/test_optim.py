@@ -1,0 +1,238 @@
+"""Optimizers that really optimize, schedules that can be entered at any step, and resuming both."""
+
+import io
+import math
+
+import pytest
+import torch
+from diffusers.optimization import SchedulerType
+
+from finetuning.training.optim import OptimArgs, build_optimizer, build_schedule, learning_rates, load_optimizer
+
+OPTIMIZERS = {"adamw": 1e-2, "adamw8bit": 1e-2, "adafactor": 1e-2, "prodigy": 1.0}  # a learning rate that suits each
+TARGET = 0.5
+
+
+def weights():
+    """One tensor that is big enough for 8-bit states, and one that is not."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in ((64, 64), (8,))]
+
+
+def optimizer_for(kind, parameters, **flags):
+    args = OptimArgs(optimizer=kind, **({"learning_rate": OPTIMIZERS[kind]} | flags))
+    return build_optimizer(args, [{"params": parameters, "lr": args.learning_rate}])
+
+
+def distance(parameters):
+    return sum((p.double() - TARGET).square().sum() for p in parameters)
+
+
+def take_steps(optimizer, parameters, count):
+    for _ in range(count):
+        optimizer.zero_grad()
+        distance(parameters).backward()
+        optimizer.step()
+
+
+def through_a_file(state):
+    """As a checkpoint keeps it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# -- optimizers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_every_step_comes_closer(kind):
+    parameters = weights()
+    optimizer = optimizer_for(kind, parameters, adam_weight_decay=0.0)
+    distances = [distance(parameters).item()]
+    for _ in range(5):
+        take_steps(optimizer, parameters, 1)
+        distances.append(distance(parameters).item())
+    assert distances == sorted(distances, reverse=True) and len(set(distances)) == 6
+
+
+def test_8_bit_adam_keeps_8_bit_moments_of_big_tensors():
+    parameters = weights()
+    optimizer = build_optimizer(OptimArgs(use_8bit_adam=True), [{"params": parameters, "lr": 1e-2}])
+    take_steps(optimizer, parameters, 1)
+    big, small = (optimizer.state[parameter] for parameter in parameters)
+    assert big["state1"].dtype == big["state2"].dtype == torch.uint8
+    assert small["state1"].dtype == torch.float32
+
+
+def test_use_8bit_adam_is_the_optimizer_adamw8bit():
+    group = [{"params": weights(), "lr": 1e-2}]
+    assert type(build_optimizer(OptimArgs(use_8bit_adam=True), group)) is type(optimizer_for("adamw8bit", weights()))
+
+
+def test_adamw_makes_its_first_step_by_hand():
+    """Bias-corrected, the first step is learning rate x sign of the gradient, after the decoupled weight decay."""
+    weight = torch.nn.Parameter(torch.tensor([2.0, -3.0]))
+    optimizer = optimizer_for("adamw", [weight], learning_rate=0.1, adam_weight_decay=0.5)
+    take_steps(optimizer, [weight], 1)
+    torch.testing.assert_close(weight.detach(), torch.tensor([2 * 0.95 - 0.1, -3 * 0.95 + 0.1]))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "prodigy"])
+def test_adams_flags_arrive(kind):
+    flags = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_weight_decay": 0.3, "adam_epsilon": 1e-5}
+    (group,) = optimizer_for(kind, weights(), **flags).param_groups
+    assert (tuple(group["betas"]), group["weight_decay"], group["eps"]) == ((0.8, 0.95), 0.3, 1e-5)
+
+
+def test_each_group_keeps_its_own_learning_rate():
+    first, second = weights()
+    groups = [{"params": [first], "lr": 1e-3}, {"params": [second], "lr": 1e-5}]
+    assert [group["lr"] for group in build_optimizer(OptimArgs(), groups).param_groups] == [1e-3, 1e-5]
+
+
+# -- learning rates --------------------------------------------------------------------------------------------------
+
+
+def test_scale_lr_multiplies_by_the_rows_of_a_step():
+    assert learning_rates(OptimArgs(learning_rate=1e-4), 32) == (1e-4, 1e-4)
+    assert learning_rates(OptimArgs(learning_rate=1e-4, text_encoder_lr=1e-5), 32) == (1e-4, 1e-5)
+    scaled = learning_rates(OptimArgs(learning_rate=1e-4, text_encoder_lr=1e-5, scale_lr=True), 32)
+    assert scaled == pytest.approx((3.2e-3, 3.2e-4))
+
+
+# -- schedules -------------------------------------------------------------------------------------------------------
+
+TOTAL = 20
+PEAKS = (1e-2, 1e-3)
+
+
+def schedule_args(kind, **flags):
+    rules = "1:5,0.5:10,0.1" if kind == "piecewise_constant" else None
+    usual = {"lr_warmup_steps": 4, "lr_num_cycles": 2, "lr_power": 2.0}
+    return OptimArgs(lr_scheduler=kind, lr_step_rules=rules, **(usual | flags))
+
+
+def two_groups(peaks=PEAKS):
+    return torch.optim.AdamW(
+        [{"params": [p], "lr": peak} for p, peak in zip(weights(), peaks, strict=True)], lr=peaks[0]
+    )
+
+
+def rates(args, first_step, total=TOTAL, optimizer=None):
+    """The learning rates that the steps from `first_step` on are made with: [(denoiser's, text encoder's), ...]."""
+    optimizer = optimizer or two_groups()
+    schedule = build_schedule(args, optimizer, total, first_step)
+    used = []
+    for _ in range(first_step, total):
+        used.append(tuple(group["lr"] for group in optimizer.param_groups))
+        optimizer.step()
+        schedule.step()
+    return used
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
+def test_a_schedule_entered_at_any_step_goes_on_like_an_uninterrupted_one(kind):
+    args = schedule_args(kind)
+    straight = rates(args, 0)
+    assert len(set(straight)) > 1 or kind == "constant"
+    for first_step in (1, 4, 7, 19):
+        assert rates(args, first_step) == straight[first_step:]
+
+
+def test_rates_by_hand():
+    warm_up = [0, 0.25, 0.5, 0.75]
+    constant = [one for one, _ in rates(schedule_args("constant_with_warmup"), 0)]
+    assert constant == pytest.approx([1e-2 * share for share in warm_up + [1] * 16])
+    linear = [one for one, _ in rates(schedule_args("linear"), 0)]
+    assert linear == pytest.approx([1e-2 * share for share in warm_up + [1 - n / 16 for n in range(16)]])
+    cosine = [one for one, _ in rates(schedule_args("cosine"), 0)]
+    falling = [0.5 * (1 + math.cos(math.pi * n / 16)) for n in range(16)]
+    assert cosine == pytest.approx([1e-2 * share for share in warm_up + falling])
+    pieces = [one for one, _ in rates(schedule_args("piecewise_constant"), 0)]
+    assert pieces == pytest.approx([1e-2] * 5 + [5e-3] * 5 + [1e-3] * 10)
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
+def test_a_warm_up_as_long_as_the_run_ends_like_any_other(kind):
+    """diffusers' polynomial schedule divides by the steps that are left after the warm-up."""
+    assert len(rates(schedule_args(kind, lr_warmup_steps=TOTAL), 0)) == TOTAL
+
+
+# -- going on from a checkpoint --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_resumed_optimizer_makes_the_steps_of_an_uninterrupted_one(kind):
+    straight = weights()
+    optimizer = optimizer_for(kind, straight)
+    take_steps(optimizer, straight, 4)
+    state = through_a_file(optimizer.state_dict())
+    resumed = [torch.nn.Parameter(weight.detach().clone()) for weight in straight]
+    successor = optimizer_for(kind, resumed)
+    load_optimizer(successor, state)
+    take_steps(optimizer, straight, 4)
+    take_steps(successor, resumed, 4)
+    assert all(torch.equal(one, other) for one, other in zip(straight, resumed, strict=True))
+    # The moments matter: without them the same four steps lead elsewhere.
+    fresh = [torch.nn.Parameter(weight.detach().clone()) for weight in weights()]
+    load_nothing = optimizer_for(kind, fresh)
+    take_steps(load_nothing, fresh, 4)
+    assert not torch.equal(fresh[0], resumed[0])
+
+
+def test_adams_moments_are_those_of_the_checkpoint():
+    parameters = weights()
+    optimizer = optimizer_for("adamw", parameters)
+    take_steps(optimizer, parameters, 3)
+    successor = optimizer_for("adamw", weights())
+    load_optimizer(successor, through_a_file(optimizer.state_dict()))
+    for kept, loaded in zip(optimizer.state.values(), successor.state.values(), strict=True):
+        assert kept["exp_avg"].abs().min() > 0 and loaded["step"] == 3
+        assert torch.equal(kept["exp_avg"], loaded["exp_avg"])
+        assert torch.equal(kept["exp_avg_sq"], loaded["exp_avg_sq"])
+
+
+def test_the_flags_win_over_the_checkpoint_on_resume():
+    parameters = weights()
+    optimizer = optimizer_for("adamw", parameters)
+    build_schedule(schedule_args("cosine"), optimizer, TOTAL)
+    take_steps(optimizer, parameters, 3)
+    changed = {"learning_rate": 3e-2, "adam_beta1": 0.5, "adam_weight_decay": 0.2, "adam_epsilon": 1e-6}
+    successor = optimizer_for("adamw", weights(), **changed)
+    load_optimizer(successor, through_a_file(optimizer.state_dict()))
+    (group,) = successor.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (3e-2, (0.5, 0.999), 0.2, 1e-6)
+
+
+def test_a_changed_learning_rate_is_used_by_the_schedule_after_a_resume():
+    before, args = two_groups(), schedule_args("cosine")
+    build_schedule(
+        args, before, TOTAL
+    )  # leaves its peaks in the optimizer's state, where the next run must not find them
+    after = two_groups(peaks=(5e-2, 5e-3))
+    load_optimizer(after, through_a_file(before.state_dict()))
+    ten_steps_on = [tuple(5 * rate for rate in pair) for pair in rates(args, 0)[10:]]
+    assert rates(args, 10, optimizer=after) == [pytest.approx(pair) for pair in ten_steps_on]
+
+
+# -- the flags -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"use_8bit_adam": True, "optimizer": "prodigy"}, "--use_8bit_adam"),
+        ({"optimizer": "prodigy", "text_encoder_lr": 1e-5}, "--text_encoder_lr"),
+        ({"adam_beta1": 1.0}, "--adam_beta1"),
+        ({"learning_rate": -1e-4}, "--learning_rate"),
+        ({"learning_rate": math.nan}, "--learning_rate"),
+        ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler"),
+        ({"lr_step_rules": "1:10,0.1"}, "--lr_scheduler"),
+    ],
+)
+def test_flags_that_cannot_work_are_named(flags, named):
+    (problem,) = OptimArgs(**flags).problems()
+    assert problem.startswith(named)
+    assert not list(OptimArgs().problems())

@@ -1,0 +1,258 @@
+"""What belongs to the process: precision, seed, logs, signals, bad numbers, and the upload."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+
+from finetuning.training.run import NonFinite, Run, RunArgs, push_to_hub
+
+
+@pytest.fixture
+def start(tmp_path, fresh_accelerate, monkeypatch):
+    """A Run on the CPU with these flags, without trackers."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+    def make(**flags):
+        return Run(RunArgs(**({"output_dir": str(tmp_path / "run"), "report_to": "none", "seed": 0} | flags)))
+
+    return make
+
+
+def logged(run):
+    return [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+# -- precision and seed ----------------------------------------------------------------------------------------------
+
+
+def test_fp16_without_a_gpu_is_fp32_and_says_so(start, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # as accelerate launch hands it over
+    run = start()
+    assert (run.accelerator.mixed_precision, run.weights_dtype, run.scaler) == ("no", torch.float32, None)
+    assert "no GPU here: fp16 needs one" in capsys.readouterr().err
+
+
+def test_the_flag_wins_over_accelerates_precision(start, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    run = start(mixed_precision="bf16")
+    assert (run.accelerator.mixed_precision, run.weights_dtype) == ("bf16", torch.bfloat16)
+
+
+def test_a_seed_that_is_not_given_is_drawn_once_and_kept(start):
+    first = start(seed=None)
+    assert 0 <= first.args.seed < 2**31
+    first.begin(0, 1)
+    first.finish()
+    assert start(seed=None).args.seed == first.args.seed
+    assert start(seed=5).args.seed == 5
+
+
+def test_two_runs_draw_different_seeds(start, tmp_path):
+    seeds = {start(seed=None, output_dir=str(tmp_path / name)).args.seed for name in ("a", "b", "c")}
+    assert len(seeds) == 3
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"seed": null}', "[]"])
+def test_args_json_without_a_seed_is_no_obstacle(content, start, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/args.json").write_text(content)
+    assert 0 <= start(seed=None).args.seed < 2**31
+
+
+# -- the step --------------------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_is_that_of_the_weighted_loss(start):
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    loss = start().backward(weight**2, torch.tensor([0.5, 0.25, 0.0]))
+    assert loss.item() == 1.5 and not loss.requires_grad
+    assert weight.grad.tolist() == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(("limit", "gradient"), [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0]), (0.0, [3.0, 4.0])])
+def test_clip_returns_the_norm_before_and_0_only_measures(limit, gradient, start):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert start(max_grad_norm=limit).clip([weight]).item() == 5.0
+    assert weight.grad.tolist() == pytest.approx(gradient, rel=1e-5)
+
+
+class Rows:
+    def describe(self, rows):
+        return f"rows {rows}"
+
+
+def scaler(scale):
+    return SimpleNamespace(get_scale=lambda: scale)
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "scaler", "said"),
+    [
+        (float("nan"), 1.0, None, "the loss is nan"),
+        (float("inf"), 1.0, None, "the loss is inf"),
+        (float("nan"), 1.0, scaler(65536.0), "the loss is nan"),
+        (1.0, float("nan"), None, "the gradient's norm is nan"),
+        (1.0, float("inf"), None, "the gradient's norm is inf"),
+        (1.0, float("inf"), scaler(0.5), "the gradient's norm is inf"),  # it has come down from 65536: no overflow
+    ],
+)
+def test_numbers_that_are_none_stop_the_run_and_name_the_rows(loss, norm, scaler, said, start):
+    run = start()
+    run.accelerator.scaler = scaler
+    with pytest.raises(NonFinite, match=rf"(?s){said}.*rows \[3, 1\].*--resume_from_checkpoint latest"):
+        run.check_finite(loss, torch.tensor(norm), Rows(), [3, 1])
+
+
+@pytest.mark.parametrize(("norm", "scaler"), [(1.0, None), (float("inf"), scaler(65536.0))])
+def test_ordinary_numbers_and_ordinary_fp16_overflow_go_on(norm, scaler, start):
+    run = start()
+    run.accelerator.scaler = scaler
+    run.check_finite(1.0, torch.tensor(norm), Rows(), [3, 1])
+
+
+# -- logs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_forgets_the_steps_that_it_will_write_again(start):
+    first = start()
+    first.begin(0, 10)
+    for step in range(1, 6):
+        first.log({"train_loss": 0.5 * step}, step)
+    with open(first.output_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "train_lo')  # what a kill may leave
+    resumed = start()
+    resumed.begin(3, 10)
+    assert logged(resumed) == [{"step": step, "train_loss": 0.5 * step} for step in (1, 2, 3)]
+    resumed.log({"train_loss": 7.0}, 4)
+    assert logged(resumed)[-1] == {"step": 4, "train_loss": 7.0}
+
+
+def test_a_new_run_in_an_old_folder_starts_its_log_anew(start):
+    first = start()
+    first.begin(0, 10)
+    first.log({"validation_loss": 1.0}, 0)
+    first.log({"train_loss": 1.0}, 1)
+    start().begin(0, 10)
+    assert logged(first) == []
+
+
+def test_args_json_holds_the_flags_and_no_token(start):
+    run = start(hub_token="hf_secret", num_train_epochs=3)
+    run.begin(0, 10)
+    text = (run.output_dir / "args.json").read_text()
+    facts = json.loads(text)
+    assert (facts["num_train_epochs"], facts["seed"], facts["precision"]) == (3, 0, "no")
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0] or facts["versions"]["torch"]
+    assert "hf_secret" not in text
+
+
+def test_nothing_of_the_token_reaches_the_trackers(start):
+    run = start(hub_token="hf_secret", report_to="tensorboard")
+    run.begin(0, 10)
+    run.log({"train_loss": 1.0}, 1)
+    run.finish()
+    logs = [path for path in (run.output_dir / "logs").rglob("*") if path.is_file()]
+    assert logs and not any(b"hf_secret" in path.read_bytes() for path in logs)
+
+
+def test_pictures_go_to_tensorboard_as_channels_first_bytes(start):
+    from PIL import Image
+
+    run, shown = start(), []
+    writer = SimpleNamespace(add_image=lambda name, pixels, step: shown.append((name, tuple(pixels.shape), step)))
+    run.accelerator.trackers = [SimpleNamespace(name="tensorboard", writer=writer)]
+    run.log_pictures("validation", [Image.new("RGB", (6, 4))] * 2, 9)
+    assert shown == [("validation/0", (3, 4, 6), 9), ("validation/1", (3, 4, 6), 9)]
+
+
+# -- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_for_a_checkpoint_and_the_second_stops_at_once(number, start, monkeypatch, capsys):
+    run = start()
+    run.begin(0, 10)
+    assert not run.any(run.stop_signal is not None)
+    os.kill(os.getpid(), number)
+    assert run.stop_signal == number and run.any(run.stop_signal is not None)
+    assert f"{signal.Signals(number).name}: saving a checkpoint" in capsys.readouterr().err
+    killed = []
+    monkeypatch.setattr(os, "kill", lambda pid, sent: killed.append((pid, sent, signal.getsignal(sent))))
+    signal.raise_signal(number)
+    assert killed == [(os.getpid(), number, signal.SIG_DFL)]
+
+
+# -- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """A Hub that only notes what it is given: [(repository, files, token), ...]."""
+    seen = []
+
+    class FakeHub:
+        def __init__(self, token):
+            self.token = token
+
+        def create_repo(self, name, exist_ok):
+            assert exist_ok
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/somebody/{name.split('/')[-1]}")
+
+        def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
+            files = [str(p.relative_to(folder_path)) for p in sorted(Path(folder_path).rglob("*")) if p.is_file()]
+            kept = sorted(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+            seen.append((repo_id, kept, self.token))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
+    return seen
+
+
+@pytest.mark.parametrize("logging_dir", ["logs", "tb/here"])
+def test_the_finished_pipeline_is_uploaded_and_nothing_of_the_run(logging_dir, start, uploads):
+    run = start(hub_token="hf_secret", logging_dir=logging_dir)
+    pipeline = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+    others = ["checkpoint-5/optimizer.pt", "checkpoint-5/unet/diffusion_pytorch_model.safetensors",
+              f"{logging_dir}/text2image-fine-tune/events", ".incomplete-checkpoint-6-1/unet/config.json"]  # fmt: skip
+    for name in pipeline + others:
+        (run.output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.output_dir / name).touch()
+    assert push_to_hub(run, run.output_dir) == "https://huggingface.co/somebody/run"
+    assert uploads == [("somebody/run", pipeline, "hf_secret")]
+
+
+def test_hub_model_id_names_the_repository(start, uploads):
+    run = start(hub_model_id="somebody/chalk")
+    run.output_dir.mkdir()
+    push_to_hub(run, run.output_dir)
+    assert uploads[0][0] == "somebody/chalk"
+
+
+# -- the flags -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("num_train_epochs", 0), ("gradient_accumulation_steps", 0), ("max_train_steps", 0)]
+)
+def test_flags_that_cannot_work_are_named(flag, value):
+    (problem,) = RunArgs(**{flag: value, "report_to": "none"}).problems()
+    assert problem == f"--{flag} {value} must be at least 1"
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (problem,) = RunArgs(report_to="wandb").problems()
+    assert problem == "--report_to wandb: it is not installed: pip install wandb"
+
+
+def test_an_output_dir_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    (problem,) = RunArgs(report_to="none", output_dir=str(tmp_path / "file")).problems()
+    assert problem == f"--output_dir {tmp_path / 'file'} is a file"
