@@ -78,8 +78,8 @@ def train(args, run):
     validation = Validation(run, args, model, ema, schedule, held_out, args, args.train_batch_size)
     denoiser, stepper = run.accelerator.prepare(model.denoiser, optimizer)
     run.begin(first_step, total_steps)
-    if first_step == 0:
-        validation.look(0)
+    if first_step < total_steps and validation.due(first_step, order.steps_per_epoch):
+        validation.look(first_step)
 
     # The loop: a batch here is a micro-batch; its optimizer step may have several
     step, step_loss, step_rows = first_step, 0.0, []

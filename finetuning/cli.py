@@ -22,6 +22,7 @@ each group's `problems` yields.
 import argparse
 import dataclasses
 import difflib
+import inspect
 import json
 import sys
 import types
@@ -45,7 +46,7 @@ def groups(args_class):
     """The dataclasses that declare flags, in reading order: [(class, [field, ...]), ...]."""
     found = []
     for group in reversed(args_class.__mro__):
-        own = group.__dict__.get("__annotations__", {})
+        own = inspect.get_annotations(group)
         fields = [f for f in dataclasses.fields(args_class) if f.name in own and "help" in f.metadata]
         if fields:
             found.append((group, fields))
@@ -184,10 +185,14 @@ def _convert(raw, kind, choices):
             raise ValueError(f"must be {'a whole number' if inner is int else 'a number'}")
         try:
             value = inner(raw)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"must be {'a whole number' if inner is int else 'a number'}") from None
         if inner is int and isinstance(raw, float) and raw != value:
             raise ValueError("must be a whole number")
+    elif isinstance(raw, list | dict):
+        raise ValueError("takes one value, not a list")
+    elif isinstance(raw, bool):  # YAML reads no, off, yes and on as these
+        raise ValueError("must be text: put it in quotes")
     else:
         value = str(raw)
     if choices and value not in choices:
@@ -198,7 +203,7 @@ def _convert(raw, kind, choices):
 def _read_config(path, fields):
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return {}, [f"--config {path}: {error}"]
     if not isinstance(content, dict):
         return {}, [f"--config {path}: must be a list of `flag: value` lines"]

@@ -119,7 +119,7 @@ def test_every_problem_is_reported_at_once():
         "--steps 1 x: must be a whole number",
         "--snr_gamma ?: must be a number",
         "--folder is required: where the pictures are",
-    ] or sorted(problems) == []
+    ]
 
 
 def test_problems_of_all_groups_are_reported_together():
@@ -230,6 +230,7 @@ def test_config_problems_are_reported_with_those_of_the_command_line(config):
         ("resolution: .inf", "--resolution inf: must be a whole number"),
         ("learning_rate: [1, 2]", "--learning_rate 1 2: must be a number"),
         ("note: [a, b]", "--note a b: takes one value, not a list"),
+        ("note: no", "--note False: must be text: put it in quotes"),
         ("use_ema: 1", "--use_ema 1: must be true or false"),
         ("precision: bf16", "--precision bf16: must be one of fp32, fp16"),
     ],
@@ -267,7 +268,7 @@ def test_empty_config_changes_nothing(config):
 
 
 def test_groups_and_titles_in_reading_order():
-    assert [(title(group), [field.name for field in fields][0]) for group, fields in groups(Args)] == [
+    assert [(title(group), fields[0].name) for group, fields in groups(Args)] == [
         ("Dataset", "folder"),
         ("Optimizer", "learning_rate"),
     ]
@@ -290,7 +291,9 @@ def test_help_shows_groups_defaults_and_choices(capsys):
 
 
 def test_flag_table():
-    assert flag_table(Args) == """\
+    assert (
+        flag_table(Args)
+        == """\
 **Dataset**
 
 | flag | default | meaning |
@@ -312,3 +315,4 @@ def test_flag_table():
 | `--shuffle` | on | in a new order every epoch |
 | `--note` | empty | kept with the run |
 """
+    )

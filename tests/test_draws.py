@@ -88,5 +88,5 @@ def test_global_generators_are_left_alone():
 
 def test_numbers_stay_the_same_from_version_to_version():
     """Checkpoints of an earlier version go on with the same draws only as long as these hold."""
-    assert python_random(0, "order", 1).random() == GOLDEN_PYTHON
-    assert torch.rand((), generator=torch_generator(0, "order", 1), dtype=torch.float64).item() == GOLDEN_TORCH
+    assert python_random(0, "order", 1).random() == 0.7689023377892621
+    assert torch.randperm(8, generator=torch_generator(0, "order", 1)).tolist() == [6, 2, 3, 4, 7, 0, 1, 5]

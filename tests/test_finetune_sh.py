@@ -77,7 +77,8 @@ def test_models_that_have_left_the_hub_are_not_used(root):
 def test_it_runs_with_variables_from_the_environment(root, tiny_model, shapes_folder, tmp_path):
     settings = {
         "MODEL_NAME": tiny_model, "TRAIN_DIR": shapes_folder, "OUTPUT_DIR": tmp_path, "RESOLUTION": 32, "BATCH": 2,
-        "STEPS": 2, "LR": "1e-5", "NON_EMA_VARIANT": "non_ema", "EMA_DECAY": 0.5, "EXTRA": "--validation_inference_steps 1",
+        "STEPS": 2, "LR": "1e-5", "NON_EMA_VARIANT": "non_ema", "EMA_DECAY": 0.5,
+        "EXTRA": "--validation_inference_steps 1",
     }  # fmt: skip
     environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
     done = subprocess.run(

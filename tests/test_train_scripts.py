@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from diffusers import StableDiffusionPipeline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from finetuning.training import files
+from finetuning.training.checkpoint import checkpoints_in
 
 SCRIPTS = sorted(path.stem for path in Path(__file__).resolve().parent.parent.glob("train_*.py"))
 pytestmark = [pytest.mark.parametrize("script", SCRIPTS), pytest.mark.usefixtures("fresh_accelerate")]
@@ -57,6 +59,11 @@ def metrics(folder):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+def steps(folder):
+    """The lines of metrics.jsonl that training steps wrote; validation writes others."""
+    return [line for line in metrics(folder) if "train_loss" in line]
+
+
 def state(folder, step=STEPS):
     """All that a run computed: pipeline, checkpoint with EMA, optimizer, logged losses."""
     folder = Path(folder)
@@ -71,7 +78,7 @@ def state(folder, step=STEPS):
 def repr_tensors(value):
     """Nested containers with every tensor as its exact bytes."""
     if isinstance(value, torch.Tensor):
-        return (str(value.dtype), tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes())
+        return (str(value.dtype), tuple(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes())
     if isinstance(value, dict):
         return {key: repr_tensors(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -96,8 +103,8 @@ def straight(script, arguments, tmp_path):
 @pytest.mark.parametrize("stopped_at", [1, 3, 5])  # the first step, the end of an epoch, the middle of one
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(script, arguments, straight, tmp_path, stopped_at):
     resumed = tmp_path / "resumed"
-    resumed.mkdir()
-    shutil.copytree(straight / f"checkpoint-{stopped_at}", resumed / f"checkpoint-{stopped_at}")
+    for name in (f"checkpoint-{stopped_at}", "validation"):
+        shutil.copytree(straight / name, resumed / name)
     lines = (straight / "metrics.jsonl").read_text().splitlines(keepends=True)
     (resumed / "metrics.jsonl").write_text("".join(lines[: stopped_at + 2]))  # two steps were logged, then lost
     assert train(script, arguments, resumed, "--resume_from_checkpoint", "latest") == 0
@@ -113,39 +120,41 @@ def test_8_bit_adam_resumes_exactly(script, arguments, tmp_path):
     assert state(resumed)[:2] == state(straight)[:2]
 
 
+def test_cached_latents_train_the_same_and_resume_exactly(script, arguments, tmp_path):
+    """The cache encodes 16 rows at once and not 2, which may change the last bits, but nothing else."""
+    cut = ("--center_crop", "--checkpointing_steps", 1)
+    fresh, cached, resumed = (tmp_path / name for name in ("fresh", "cached", "resumed"))
+    assert train(script, arguments, fresh, *cut) == 0
+    assert train(script, arguments, cached, *cut, "--cache_latents") == 0
+    losses = [[line["train_loss"] for line in steps(folder)] for folder in (fresh, cached)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    shutil.copytree(cached / "checkpoint-5", resumed / "checkpoint-5")
+    assert train(script, arguments, resumed, *cut, "--cache_latents", "--resume_from_checkpoint", "latest") == 0
+    assert state(resumed)[:2] == state(cached)[:2]
+
+
 def test_killed_at_random_moments_and_inside_saves_nothing_is_lost(script, arguments, straight, tmp_path, monkeypatch):
     folder = tmp_path / "killed"
     sync = files._sync
     monkeypatch.setattr(files, "_sync", lambda path: (time.sleep(0.005), sync(path)))  # a slow disk: long saves
     rng = random.Random(0)
-    killed_in_save = kills = 0
     more = ("--checkpointing_steps", 1, "--checkpoints_total_limit", 1, "--resume_from_checkpoint", "latest")
-    for attempt in range(40):
-        child = in_child(lambda: train(script, arguments, folder, *more))
-        wait_for_save = attempt % 2 == 0
-        deadline = time.monotonic() + (60 if wait_for_save else rng.uniform(0.5, 2.0))
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
-            inside = any(folder.glob(f"{files.ASIDE}checkpoint-*"))
-            if (wait_for_save and inside) or time.monotonic() > deadline:
-                time.sleep(rng.uniform(0, 0.1) if inside else 0)
-                os.kill(child, signal.SIGKILL)
-                _, status = os.waitpid(child, 0)
-                killed = os.WIFSIGNALED(status)
-                kills += killed
-                killed_in_save += killed and any(folder.glob(f"{files.ASIDE}checkpoint-*"))
-                break
-            time.sleep(0.002)
-        else:
-            break
-        if attempt > 8 and killed_in_save:
-            in_child_status = os.waitstatus_to_exitcode(
-                os.waitpid(in_child(lambda: train(script, arguments, folder, *more)), 0)[1]
-            )
-            assert in_child_status == 0
-            break
-    assert kills >= 2 and killed_in_save >= 1
-    assert (folder / "model_index.json").is_file()
-    assert not list(folder.glob(f"{files.ASIDE}*"))
+    work = lambda: train(script, arguments, folder, *more)
+    newest = lambda: max((step for step, _ in checkpoints_in(folder)), default=0)
+    saving = lambda: any(folder.glob(f"{files.ASIDE}checkpoint-*"))
+
+    killed_in_save = 0
+    for new_checkpoints, in_save in [(0, True), (1, False), (0, True), (2, False), (1, True), (0, False)]:
+        done, child = newest(), in_child(work)
+        while newest() < done + new_checkpoints or (in_save and not saving()):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        killed_in_save += saving()
+    assert killed_in_save >= 1
+    assert os.waitstatus_to_exitcode(os.waitpid(in_child(work), 0)[1]) == 0
+    assert not saving()
     assert_same(state(folder), state(straight))
 
 
@@ -153,11 +162,11 @@ def test_killed_at_random_moments_and_inside_saves_nothing_is_lost(script, argum
 def test_sigterm_and_ctrl_c_save_a_checkpoint_first(script, arguments, straight, tmp_path, number, capfd):
     folder = tmp_path / "stopped"
     child = in_child(lambda: train(script, arguments, folder, "--checkpointing_steps", 0))
-    while len(metrics(folder)) < 2:
+    while len(steps(folder)) < 2:
         time.sleep(0.001)
     os.kill(child, number)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
-    assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{len(metrics(folder))}"]
+    assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{len(steps(folder))}"]
     assert "--resume_from_checkpoint latest" in capfd.readouterr().err
     assert train(script, arguments, folder, "--resume_from_checkpoint", "latest") == 0
     assert_same(state(folder), state(straight))
@@ -178,7 +187,7 @@ def test_accumulation_and_batch_size_are_interchangeable(script, arguments, tmp_
     for name, (batch, accumulation) in cuts.items():
         size = ("--train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
         assert train(script, arguments, tmp_path / name, *size) == 0
-    losses = {name: [line["train_loss"] for line in metrics(tmp_path / name)] for name in cuts}
+    losses = {name: [line["train_loss"] for line in steps(tmp_path / name)] for name in cuts}
     assert losses["2x2"] == pytest.approx(losses["4x1"], rel=1e-5)
     assert losses["1x4"] == pytest.approx(losses["4x1"], rel=1e-5)
 
@@ -202,7 +211,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(script, arguments
 def test_max_train_steps_is_exact_also_after_a_resume(script, arguments, tmp_path):
     assert train(script, arguments, tmp_path, "--max_train_steps", 5) == 0
     assert train(script, arguments, tmp_path, "--max_train_steps", 7, "--resume_from_checkpoint", "latest") == 0
-    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 8))
+    assert [line["step"] for line in steps(tmp_path)] == list(range(1, 8))
     assert (tmp_path / "checkpoint-7").is_dir()
 
 
@@ -210,7 +219,7 @@ def test_epochs_decide_where_no_steps_are_given(script, arguments, tmp_path):
     cut = arguments.index("--max_train_steps")
     arguments = arguments[:cut] + arguments[cut + 2 :]
     assert train(script, arguments, tmp_path, "--num_train_epochs", 2, "--checkpointing_steps", 0) == 0
-    assert len(metrics(tmp_path)) == 6  # three steps an epoch
+    assert len(steps(tmp_path)) == 6  # three steps an epoch
 
 
 def test_checkpoints_by_epochs_and_their_limit(script, arguments, tmp_path):
@@ -333,26 +342,40 @@ def test_looking_does_not_change_what_is_trained(script, arguments, straight, tm
 def test_gradients_are_clipped_and_their_norm_before_is_logged(script, arguments, tmp_path, tensors):
     """Plain Adam hides the gradient's size, so the clip is seen in Adam's first moment."""
     assert train(script, arguments, tmp_path, "--max_train_steps", 1, "--max_grad_norm", 1e-4) == 0
-    assert metrics(tmp_path)[0]["grad_norm"] > 1e-2
+    assert steps(tmp_path)[0]["grad_norm"] > 1e-2
     moments = torch.load(tmp_path / "checkpoint-1/optimizer.pt", weights_only=True)["optimizer"]["state"]
     norm = torch.stack([one["exp_avg"].norm() / (1 - 0.9) for one in moments.values()]).norm().item()
     assert norm == pytest.approx(1e-4, rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--optimizer adafactor", "--optimizer prodigy --learning_rate 1", "--loss_type huber", "--dream_training",
-        "--prediction_type sample", "--gradient_checkpointing", "--offload_ema --foreach_ema", "--allow_tf32",
-        "--random_resized_crop_scale 0.5", "--resolution 32x40", "--enable_xformers_memory_efficient_attention",
-        "--from_scratch --unet_config {layers_per_block:\u00a02}", "--dataloader_num_workers 2", "--text_encoder_lr 1e-5",
-        "--mixed_precision fp16", "--mixed_precision bf16", "--center_crop --image_interpolation_mode bicubic",
-        "--validation_fraction 0.2 --max_train_samples 6",
-    ],
-)  # fmt: skip
+WAYS = """
+    --optimizer adafactor
+    --optimizer prodigy --learning_rate 1
+    --loss_type huber
+    --dream_training
+    --prediction_type sample
+    --gradient_checkpointing
+    --offload_ema --foreach_ema
+    --allow_tf32
+    --random_resized_crop_scale 0.5
+    --resolution 32x40
+    --center_crop --image_interpolation_mode bicubic
+    --center_crop --cache_latents
+    --enable_xformers_memory_efficient_attention
+    --from_scratch --unet_config '{layers_per_block: 2}'
+    --dataloader_num_workers 2
+    --text_encoder_lr 1e-5
+    --mixed_precision fp16
+    --mixed_precision bf16
+    --validation_fraction 0.2 --max_train_samples 6
+    --caption_column none
+    --scale_lr --report_to all
+"""
+
+
+@pytest.mark.parametrize("flags", map(str.strip, WAYS.strip().splitlines()))
 def test_every_way_of_training_trains(script, arguments, tmp_path, tiny_model, flags, tensors):
-    words = [word.replace("\u00a0", " ") for word in flags.split(" ")]
-    assert train(script, arguments, tmp_path, "--max_train_steps", 2, *words) == 0
+    assert train(script, arguments, tmp_path, "--max_train_steps", 2, *shlex.split(flags)) == 0
     before = tensors(tiny_model)["unet/diffusion_pytorch_model.safetensors"]
     after = tensors(tmp_path)["unet/diffusion_pytorch_model.non_ema.safetensors"]
     changed = [name for name in after if name not in before or not torch.equal(before[name], after[name])]

@@ -4,6 +4,7 @@ Turned as EXIF says; transparency laid on white; 16 bits scaled to 8, not clippe
 converted; the first frame of an animation.
 """
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +21,25 @@ class UnreadablePicture(ValueError):
 
 def open_rgb(source):
     """A PIL RGB image from a path or an open PIL image. Raises UnreadablePicture."""
-    name = source if isinstance(source, str | Path) else getattr(source, "filename", "") or "picture"
-    try:
-        with Image.open(source) if isinstance(source, str | Path) else source as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UnreadablePicture(f"{name}: {error}") from error
+    with _opened(source) as image:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def frames(path):
-    """How many frames the file has; 1 for a still picture."""
-    with Image.open(path) as image:
+    """How many frames the file has; 1 for a still picture. Reads the headers alone. Raises UnreadablePicture."""
+    with _opened(path) as image:
         return getattr(image, "n_frames", 1)
+
+
+@contextmanager
+def _opened(source):
+    name = source if isinstance(source, str | Path) else getattr(source, "filename", "") or "picture"
+    try:
+        with Image.open(source) if isinstance(source, str | Path) else source as image:
+            yield image
+    except Exception as error:  # on broken files the decoders also raise IndexError, TypeError, struct.error, ...
+        raise UnreadablePicture(f"{name}: {error}") from error
 
 
 def _to_rgb(image):

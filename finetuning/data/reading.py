@@ -5,6 +5,7 @@ Hugging Face `datasets` refuses some layouts that people really have (absolute f
 """
 
 import csv
+import io
 import json
 import os
 from collections import defaultdict
@@ -68,23 +69,30 @@ def read_folder(root, split, image_column, caption_column, allow_outside_paths, 
     pictures = [p for p in _walk(base) if not any(other in p.parents for other in others if other != base)]
     if not pictures:
         raise DatasetProblem(f"there are no pictures in {base} ({', '.join(sorted(EXTENSIONS))})")
+    resolver = _Resolver(root, base, others, pictures, allow_outside_paths)
     if caption_column == "none":
-        return [Row(path, ("",), _shown(path, root)) for path in pictures]
+        return _uncaptioned(pictures, resolver, findings)
 
     metadata = _metadata_files(base, root, others)
     if not metadata:
         raise DatasetProblem(_no_metadata_message(base, pictures))
-    resolver = _Resolver(root, base, pictures, allow_outside_paths)
     rows, seen = [], defaultdict(int)
     for path in metadata:
-        for where, record in _records(path, root, findings):
-            name = _file_name(record, image_column, where)
-            captions = _captions(record, caption_column, where, path)
+        # Metadata above the splits is read for each of them; what is wrong with it is said once, for train.
+        said = findings if split == "train" or base in path.parents else Findings()
+        records = list(_records(path, root, said))
+        _check_columns(records, image_column, caption_column, _shown(path, root))
+        for where, record in records:
+            name = _file_name(record, image_column)
+            if name is None:
+                said.faults["rows that name no picture"].append(where)
+                continue
+            captions = _as_captions(record.get(caption_column), where, caption_column)
             picture, trouble = resolver.find(name, path.parent)
             if trouble == "another split":
                 continue
             if trouble:
-                findings.faults[trouble].append(f"{where} ({name})")
+                said.faults[trouble].append(f"{where} ({name})")
                 continue
             seen[picture] += 1
             if not captions:
@@ -101,6 +109,18 @@ def read_folder(root, split, image_column, caption_column, allow_outside_paths, 
         note = "absolute file names of another machine, read as the picture of that name in this folder"
         findings.notes[note] += resolver.moved
     return sorted(rows, key=lambda row: (str(row.picture), row.origin))
+
+
+def _uncaptioned(pictures, resolver, findings):
+    rows = []
+    for path in pictures:
+        _, trouble = resolver.permit(path)
+        where = _shown(path, resolver.root)
+        if trouble:
+            findings.faults[trouble].append(where)
+        else:
+            rows.append(Row(path, ("",), where))
+    return rows
 
 
 def read_hub(dataset, image_column, caption_column, findings):
@@ -125,33 +145,39 @@ def read_hub(dataset, image_column, caption_column, findings):
 class _Resolver:
     """Finds the picture that a metadata row means, or says in words why not."""
 
-    def __init__(self, root, base, pictures, allow_outside_paths):
-        self.root, self.base, self.allow_outside_paths = root, base, allow_outside_paths
+    def __init__(self, root, base, others, pictures, allow_outside_paths):
+        self.root, self.base, self.others, self.allow_outside_paths = root, base, others, allow_outside_paths
         self.real_root = root.resolve()
         self.pictures = set(pictures)
         self.by_name = defaultdict(list)
-        for path in pictures:
+        for path in {*pictures, *(path for other in others for path in _walk(other))}:
             self.by_name[path.name].append(path)
         self.moved = []
 
     def find(self, name, folder):
         named = Path(name)
         is_absolute = named.is_absolute() or PureWindowsPath(name).is_absolute()
-        candidates = [named] if is_absolute else [folder / named, self.base / named]
-        for candidate in candidates:
+        is_above = self.base not in (folder, *folder.parents)  # such metadata may mean the pictures of any split
+        places = [folder, self.base, *(self.others if is_above else [])]
+        for candidate in [named] if is_absolute else [place / named for place in places]:
             candidate = Path(os.path.normpath(candidate))
             if candidate.is_file():
-                return self._inside(candidate)
+                return self.permit(candidate)
         if is_absolute:
-            here = self.by_name[PureWindowsPath(name).name if "\\" in name else named.name]
+            same_name = self.by_name[PureWindowsPath(name).name if "\\" in name else named.name]
+            here = [path for path in same_name if folder in path.parents] or self.pictures.intersection(same_name)
             if len(here) == 1:
+                (path,) = here
+                if path not in self.pictures:
+                    return None, "another split"
                 self.moved.append(name)
-                return here[0], None
+                return path, None
             if here:
                 return None, "absolute file names that fit several pictures of this folder (use relative names)"
         return None, "rows whose picture is not there"
 
-    def _inside(self, path):
+    def permit(self, path):
+        """(picture, None) for a file that is there, or (None, why not)."""
         real = path.resolve()
         if self.real_root not in real.parents:
             if self.allow_outside_paths:
@@ -165,7 +191,9 @@ class _Resolver:
             return relative, None
         if path.suffix.lower() not in EXTENSIONS:
             return None, "rows that name a file that is not a picture"
-        return None, "another split"
+        if any(other in relative.parents for other in self.others):
+            return None, "another split"
+        return None, "rows whose picture is hidden or outside the splits' folders"
 
 
 def _split_dir(root, names):
@@ -214,7 +242,11 @@ def _records(path, root, findings):
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        for number, record in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except pyarrow.ArrowException as error:
+            raise DatasetProblem(f"{shown} cannot be read: {error}") from error
+        for number, record in enumerate(table.to_pylist(), 1):
             yield f"{shown} row {number}", record
         return
     try:
@@ -222,8 +254,12 @@ def _records(path, root, findings):
     except UnicodeDecodeError as error:
         raise DatasetProblem(f"{shown} is not UTF-8 ({error}): save it again as UTF-8") from error
     if path.suffix == ".csv":
-        for number, record in enumerate(csv.DictReader(text.splitlines(keepends=True)), 1):
-            yield f"{shown} row {number}", record
+        for number, record in enumerate(csv.DictReader(io.StringIO(text)), 1):
+            if None in record:
+                kind = "metadata rows with more fields than columns (a caption with a comma needs quotes)"
+                findings.faults[kind].append(f"{shown} row {number}")
+            else:
+                yield f"{shown} row {number}", record
         return
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -240,23 +276,29 @@ def _records(path, root, findings):
         yield where, record
 
 
-def _file_name(record, image_column, where):
-    for key in ("file_name", f"{image_column}_file_name", image_column):
-        if isinstance(record.get(key), str) and record[key]:
-            return record[key]
-    raise DatasetProblem(
-        f'{where} names no picture: it has {", ".join(record) or "nothing"}, and "file_name" is needed '
-        "(or name the column with --image_column)"
-    )
-
-
-def _captions(record, column, where, path):
-    if column not in record:
+def _check_columns(records, image_column, caption_column, shown):
+    """A column that no record has is a problem of the whole file. Raises DatasetProblem listing those there are."""
+    columns = dict.fromkeys(key for _, record in records for key in record)
+    there = ", ".join(columns) or "nothing"
+    if records and not any(name in columns for name in _file_name_columns(image_column)):
         raise DatasetProblem(
-            f"{where} has no column {column!r}, only {', '.join(map(str, record)) or 'nothing'}: "
-            f"name the captions' column with --caption_column, or add it in {path.name}"
+            f'{shown} names no pictures: it has {there}, and "file_name" is needed '
+            "(or name the column with --image_column)"
         )
-    return _as_captions(record[column], where, column)
+    if records and caption_column not in columns:
+        raise DatasetProblem(
+            f"{shown} has no column {caption_column!r}, only {there}: "
+            "name the captions' column with --caption_column, or add it"
+        )
+
+
+def _file_name_columns(image_column):
+    return ("file_name", f"{image_column}_file_name", image_column)
+
+
+def _file_name(record, image_column):
+    names = (record.get(key) for key in _file_name_columns(image_column))
+    return next((name for name in names if isinstance(name, str) and name), None)
 
 
 def _as_captions(value, where, column):

@@ -194,6 +194,8 @@ def load_pictures(args: DataArgs, tokenizer, seed, validation_fraction=0.0, say=
     if held_out is None and validation_fraction:
         held_out, rows = _split_off(rows, validation_fraction, seed)
         validation_pictures = pictures
+        if not rows:
+            raise DatasetProblem(f"no row is left to train on: {validation_fraction} of {len(held_out)} are held out")
     if args.max_train_samples is not None:
         if args.max_train_samples > len(rows):
             say(f"--max_train_samples {args.max_train_samples}: the dataset has only {len(rows)} rows, all are used")
@@ -257,15 +259,12 @@ def _without_unreadable(rows, pictures, depth, findings):
         try:
             if isinstance(row.picture, int):
                 open_rgb(pictures[row.picture])
-            elif depth == "full":
+                return None
+            if depth == "full":
                 open_rgb(row.picture)
-                if frames(row.picture) > 1:
-                    return "animated"
-            else:
-                frames(row.picture)
-        except (UnreadablePicture, OSError) as error:
+            return "animated" if frames(row.picture) > 1 else None
+        except (UnreadablePicture, OSError, ValueError, SyntaxError) as error:  # `datasets` decodes for itself
             return f"{row.origin} ({error})"
-        return None
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         troubles = list(tqdm(pool.map(trouble, rows), total=len(rows), desc="checking pictures", leave=False, delay=2))
@@ -293,8 +292,10 @@ def _note_cut_captions(rows, tokenizer, findings):
 
 
 def _split_off(rows, fraction, seed):
-    chosen = set(_chosen(len(rows), max(1, round(fraction * len(rows))), seed, "validation split"))
-    return [r for i, r in enumerate(rows) if i in chosen], [r for i, r in enumerate(rows) if i not in chosen]
+    pictures = list(dict.fromkeys(row.picture for row in rows))  # all rows of a picture go to the same side
+    count = max(1, round(fraction * len(pictures)))
+    chosen = {pictures[i] for i in _chosen(len(pictures), count, seed, "validation split")}
+    return [row for row in rows if row.picture in chosen], [row for row in rows if row.picture not in chosen]
 
 
 def _sample(rows, count, seed):

@@ -44,5 +44,9 @@ def labelled_grid(rows, row_labels, column_labels, scale_to=None):
 
 
 def _wrap(text, font, width):
-    characters = max(4, int(width / max(1.0, font.getlength("n"))))
-    return textwrap.wrap(text, characters) or [""]
+    """The text in as few lines as fit the width, measured: letters differ in width by a factor of four."""
+    for characters in range(len(text), 0, -1):
+        lines = textwrap.wrap(text, characters)
+        if max(map(font.getlength, lines), default=0) <= width:
+            return lines or [""]
+    return textwrap.wrap(text, 1) or [""]

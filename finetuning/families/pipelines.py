@@ -20,6 +20,7 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+TRAINABLE = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,21 @@ def open_pipeline(source, *, weights="ema", base=None, vae=None, scheduler=None,
                 base or json.loads((path / "training_state.json").read_text())["args"]["pretrained_model_name_or_path"]
             )
             parts = _checkpoint_parts(path, weights, dtype)
-        elif weights == "raw" and any((path / "unet").glob("*.non_ema.safetensors")):
-            parts["unet"] = UNet2DConditionModel.from_pretrained(path / "unet", variant="non_ema", torch_dtype=dtype)
+        elif weights == "raw":
+            for part, kind in TRAINABLE.items():
+                if any((path / part).glob("*.non_ema.safetensors")):
+                    parts[part] = kind.from_pretrained(path / part, variant="non_ema", dtype=dtype)
         if vae:
             subfolder = "vae" if (Path(vae) / "vae").is_dir() else None
-            parts["vae"] = AutoencoderKL.from_pretrained(vae, subfolder=subfolder, torch_dtype=dtype)
+            parts["vae"] = AutoencoderKL.from_pretrained(vae, subfolder=subfolder, dtype=dtype)
         pipeline = DiffusionPipeline.from_pretrained(
-            base or source, safety_checker=None, requires_safety_checker=False, torch_dtype=dtype, **parts
+            base or source, safety_checker=None, requires_safety_checker=False, dtype=dtype, **parts
         )
     except (OSError, ValueError) as error:
         raise ModelProblem(f"{source} cannot be opened as a diffusers pipeline: {error}") from error
     if scheduler:
-        pipeline.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipeline.scheduler.config)
+        options = {"skip_prk_steps": True} if scheduler == "pndm" else {}  # PLMS, Stable Diffusion's own kind of PNDM
+        pipeline.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipeline.scheduler.config, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -74,7 +78,7 @@ def open_pipeline(source, *, weights="ema", base=None, vae=None, scheduler=None,
 def _checkpoint_parts(folder, weights, dtype):
     """The trained parts of a checkpoint; the rest is the base's."""
     suffix = "_ema" if weights == "ema" and (folder / "unet_ema").is_dir() else ""
-    parts = {"unet": UNet2DConditionModel.from_pretrained(folder / f"unet{suffix}", torch_dtype=dtype)}
+    parts = {"unet": UNet2DConditionModel.from_pretrained(folder / f"unet{suffix}", dtype=dtype)}
     if (folder / f"text_encoder{suffix}").is_dir():
-        parts["text_encoder"] = CLIPTextModel.from_pretrained(folder / f"text_encoder{suffix}", torch_dtype=dtype)
+        parts["text_encoder"] = CLIPTextModel.from_pretrained(folder / f"text_encoder{suffix}", dtype=dtype)
     return parts

@@ -1,6 +1,8 @@
 """Stable Diffusion 1.x and 2.x: one text encoder, a UNet over latents of 4 channels, an autoencoder."""
 
+import inspect
 import json
+import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,9 +76,12 @@ class StableDiffusion:
 
     def to(self, device, frozen_dtype):
         """Move everything; what is not trained is kept in `frozen_dtype`. Files are never written from these."""
-        self.vae.to(device, frozen_dtype)
-        self.denoiser.unet.to(device)
-        self.denoiser.text_encoder.to(device, torch.float32 if self.trains_text_encoder else frozen_dtype)
+        for module in (self.vae, self.denoiser.unet, self.denoiser.text_encoder):
+            module.to(device)
+        if frozen_dtype != torch.float32:
+            self.vae.to(frozen_dtype)
+            if not self.trains_text_encoder:
+                self.denoiser.text_encoder.to(frozen_dtype)
 
     @torch.no_grad()
     def posterior(self, pixels):
@@ -136,7 +141,7 @@ class StableDiffusion:
         folder = Path(folder)
         index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
         shutil.copyfile(self.folder / "model_index.json", folder / "model_index.json")
-        for part in (name for name, value in index.items() if isinstance(value, list) and value[0]):
+        for part in _parts(index):
             if part not in (*self.trained_modules, "scheduler"):
                 _copy_part(self.folder / part, folder / part)
         prediction_type = self.scheduler.config.prediction_type
@@ -172,6 +177,12 @@ def load(args: ModelArgs, prediction_type, seed):
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     if index.get("_class_name") != PIPELINE:
         raise ModelProblem(f"{folder} is a {index.get('_class_name')}; this script trains {PIPELINE}")
+    missing = [part for part in _parts(index) if not (folder / part).is_dir()]
+    if missing:
+        raise ModelProblem(
+            f"{folder} lacks {', '.join(missing)}, which its model_index.json names: fetch what is missing, or set the "
+            "entry of a part that is not needed (safety_checker) to [null, null]"
+        )
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", **_how(folder, "text_encoder", args.variant))
     vae = AutoencoderKL.from_pretrained(folder / "vae", **_how(folder, "vae", args.variant))
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -202,6 +213,11 @@ def load(args: ModelArgs, prediction_type, seed):
     return StableDiffusion(folder, tokenizer, vae, scheduler, denoiser, ema_start, args.train_text_encoder)
 
 
+def _parts(index):
+    """The folders that a model_index.json names."""
+    return [name for name, value in index.items() if isinstance(value, list) and value[0]]
+
+
 def _local_folder(args):
     """The folder of the model's files; a Hub name is downloaded into the cache, or found there."""
     name = args.pretrained_model_name_or_path
@@ -228,7 +244,7 @@ def _local_folder(args):
 def _how(folder, part, variant):
     """from_pretrained's options: fp32, and the variant where the part has files of it (not every part has)."""
     has_variant = variant and any((folder / part).glob(f"*.{variant}.*"))
-    return {"torch_dtype": torch.float32, "variant": variant if has_variant else None}
+    return {"dtype": torch.float32, "variant": variant if has_variant else None}
 
 
 def _separate_unet(args, folder):
@@ -245,7 +261,7 @@ def _separate_unet(args, folder):
     try:
         return UNet2DConditionModel.from_pretrained(
             args.pretrained_model_name_or_path, subfolder="unet", revision=args.non_ema_revision or args.revision,
-            variant=args.non_ema_variant, cache_dir=args.cache_dir, torch_dtype=torch.float32,
+            variant=args.non_ema_variant, cache_dir=args.cache_dir, dtype=torch.float32,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         flags = f"--non_ema_revision {args.non_ema_revision} --non_ema_variant {args.non_ema_variant}"
@@ -257,17 +273,24 @@ def _new_unet(folder, overrides, seed):
     config = UNet2DConditionModel.load_config(folder / "unet")
     config = {name: value for name, value in config.items() if not name.startswith("_")}
     if overrides:
-        text = Path(overrides).read_text(encoding="utf-8") if Path(overrides).is_file() else overrides
+        # os.path, because Path.is_file raises where a long text cannot be the name of a file
+        text = Path(overrides).read_text(encoding="utf-8") if os.path.isfile(overrides) else overrides
         try:
             changes = yaml.safe_load(text)  # JSON is YAML too
         except yaml.YAMLError as error:
             raise ModelProblem(f"--unet_config {overrides}: {error}") from error
         if not isinstance(changes, dict):
             raise ModelProblem(f"--unet_config {overrides} is neither a file nor {{key: value, ...}}")
+        unknown = changes.keys() - inspect.signature(UNet2DConditionModel.__init__).parameters.keys()
+        if unknown:
+            raise ModelProblem(f"--unet_config: a UNet has no setting named {', '.join(sorted(unknown))}")
         config |= changes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet2DConditionModel.from_config(config)
+        try:
+            return UNet2DConditionModel.from_config(config)
+        except (TypeError, ValueError) as error:
+            raise ModelProblem(f"--unet_config {overrides}: {error}") from error
 
 
 def _check_fit(unet, text_encoder, vae):

@@ -62,8 +62,9 @@ class Scene:
 
 def parse(caption):
     """The scene that a caption describes. Raises ValueError where the caption is not of this world."""
-    thing = r"an? (small|large) (\w+) (\w+)"
-    found = re.fullmatch(rf"{thing}(?: ({'|'.join(RELATIONS)}) {thing})? on a (\w+) background", caption.strip())
+    size, color, shape, background, relation = map("|".join, (RADII, COLORS, SHAPES, BACKGROUNDS, RELATIONS))
+    thing = rf"an? ({size}) ({color}) ({shape})"
+    found = re.fullmatch(rf"{thing}(?: ({relation}) {thing})? on a ({background}) background", caption.strip())
     if not found:
         raise ValueError(f"not a caption of the shapes world: {caption!r}")
     *first, relation, size, color, shape, background = found.groups()

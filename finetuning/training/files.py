@@ -112,8 +112,11 @@ def remove_leftovers(parent):
 
 def sha256(path):
     """Hex digest of a file, read in blocks."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _umask():

@@ -33,6 +33,8 @@ class OptimArgs:
     def problems(self):
         if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
             yield f"--use_8bit_adam and --optimizer {self.optimizer} name two optimizers: give one"
+        if self.optimizer == "prodigy" and self.text_encoder_lr not in (None, self.learning_rate):
+            yield "--text_encoder_lr: --optimizer prodigy finds one learning rate for all: leave the flag out"
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)} must be at least 0 and below 1"
@@ -90,7 +92,7 @@ def build_schedule(args: OptimArgs, optimizer, total_steps, first_step=0):
         optimizer=optimizer,
         step_rules=args.lr_step_rules,
         num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=total_steps,
+        num_training_steps=max(total_steps, args.lr_warmup_steps + 1),  # polynomial divides by what warm-up leaves
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )

@@ -6,6 +6,9 @@ import torch
 
 from finetuning.families.contract import ModelProblem
 
+# Bytes of optimizer state for each trained parameter, which has four itself.
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 2, "prodigy": 16}
+
 
 def check_before_start(args, run, model, training, held_out, order, total_steps):
     """Print what is about to happen; raises ModelProblem listing everything that cannot work."""
@@ -17,9 +20,15 @@ def check_before_start(args, run, model, training, held_out, order, total_steps)
             problems.append(
                 f"--resolution {side} does not fit the autoencoder: take a multiple of {factor}, e.g. {near}"
             )
+    if args.dream_training and model.scheduler.config.prediction_type != "epsilon":
+        problems.append(
+            f"--dream_training works with epsilon, and this model predicts {model.scheduler.config.prediction_type}: "
+            "leave the flag out"
+        )
     trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
-    copies = 3 + args.use_ema + (0 if args.use_8bit_adam or args.optimizer == "adamw8bit" else 1)
-    needed, free = 4 * trained * copies, _free_bytes(run.output_dir)
+    optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
+    needed = trained * (4 + STATE_BYTES[optimizer] + 4 * args.use_ema)
+    free = _free_bytes(run.output_dir)
     if needed > free:
         problems.append(
             f"a checkpoint needs about {needed / 1e9:.1f} GB and the disk of --output_dir {args.output_dir} has "
@@ -75,7 +84,8 @@ def _probe_xformers(run):
 
     try:
         pairs = zip(result(memory_efficient_attention), result(pytorch), strict=True)
-        worst = max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
+        # torch's max keeps a nan, Python's drops it unless it comes first
+        worst = torch.stack([(a - b).float().norm() / b.float().norm() for a, b in pairs]).max().item()
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise ModelProblem(f"xformers' attention fails on this GPU ({error}); {advice}") from error
     if not worst < 0.02:

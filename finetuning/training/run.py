@@ -222,11 +222,12 @@ class Run:
         return int(self.accelerator.reduce(drawn, reduction="sum").item() % 2**31)
 
     def _forget_metrics_after(self, step):
-        """A run that resumes writes the steps after its checkpoint again."""
+        """A run that resumes writes what came after its checkpoint again: later steps, and its step's validation."""
         path = self.output_dir / "metrics.jsonl"
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+            kept = [line for line, one in whole if one["step"] < step or (one["step"] == step and "train_loss" in one)]
             path.write_text("".join(kept), encoding="utf-8")
 
 
@@ -239,6 +240,6 @@ def push_to_hub(run: Run, folder):
     repo = api.create_repo(name, exist_ok=True)
     api.upload_folder(
         repo_id=repo.repo_id, folder_path=folder, commit_message="Fine-tuned Stable Diffusion",
-        ignore_patterns=["checkpoint-*", "logs/*", ".incomplete-*"],
+        ignore_patterns=["checkpoint-*", f"{Path(run.args.logging_dir)}/*", ".incomplete-*"],
     )  # fmt: skip
     return str(repo)

@@ -108,8 +108,10 @@ class Validation:
         for name, picture in zip(self._names(), pictures, strict=True):
             picture.save(folder / name)
         rows = [pictures[start : start + count] for start in range(0, len(pictures), count)]
-        labelled_grid(rows, prompts, [f"step {step}"] + [""] * (count - 1), scale_to=192).save(folder / "grid.png")
+        grid = labelled_grid(rows, prompts, [f"step {step}"] + [""] * (count - 1), scale_to=192)
+        grid.save(folder / "grid.png")
         self.run.log_pictures("validation", pictures, step)
+        self.run.log_pictures("validation grid", [grid], step)
 
     def _size(self):
         height, width = self.run.args.size

@@ -19,6 +19,10 @@ def picture(mode, *rows):
     return image
 
 
+def plain(color):
+    return Image.new("RGB", (4, 4), color)
+
+
 def pixels(image):
     """Rows of RGB tuples."""
     assert image.mode == "RGB"
@@ -119,10 +123,18 @@ def test_one_bit_and_grey_become_rgb(tmp_path, mode, values):
 
 
 def test_animation_shows_its_first_frame(tmp_path):
-    later = [Image.new("RGB", (4, 4), color) for color in (BLUE, GREEN)]
-    path = saved(tmp_path, Image.new("RGB", (4, 4), RED), "moving.gif", save_all=True, append_images=later)
+    path = saved(tmp_path, plain(RED), "moving.gif", save_all=True, append_images=[plain(BLUE), plain(GREEN)])
     assert open_rgb(path).getpixel((2, 2)) == RED
     assert frames(path) == 3
+
+
+def test_animation_cut_after_its_first_frame_is_unreadable(tmp_path):
+    path = saved(tmp_path, plain(RED), "cut.gif", save_all=True, append_images=[plain(BLUE)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex(b"\x21\xf9\x04") + 11])  # into the second frame's description
+    assert open_rgb(path).getpixel((2, 2)) == RED
+    with pytest.raises(UnreadablePicture, match=r"cut\.gif: "):
+        frames(path)
 
 
 def test_still_picture_has_one_frame(tmp_path):
@@ -168,7 +180,7 @@ def test_unreadable_picture_is_named_with_the_reason(tmp_path, name, content, re
 
 def test_unreadable_open_picture_is_named(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(cut_jpeg())
-    with pytest.raises(UnreadablePicture, match="cut.jpg.*truncated"):
+    with pytest.raises(UnreadablePicture, match=r"cut\.jpg: .*truncated"):
         open_rgb(Image.open(tmp_path / "cut.jpg"))
 
 

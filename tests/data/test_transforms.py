@@ -31,7 +31,7 @@ def test_pixels_lie_in_minus_1_to_1():
     pixels = transform()(image, 0, 0)
     assert pixels.shape == (3, 8, 8)
     assert pixels.dtype == torch.float32
-    assert pixels[:, 0, 0].tolist() == pytest.approx([-1, 2 * 128 / 255 - 1, 1])
+    assert pixels[:, 0, 0].tolist() == pytest.approx([-1, 2 * 128 / 255 - 1, 1], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -152,3 +152,19 @@ def test_resized_crop_of_share_1_is_the_whole_picture():
 def test_resized_crop_has_the_aspect_of_the_output():
     for width, height in crop_sizes(coordinates(100, 60), 60, 120, 0.2, count=100):
         assert width == pytest.approx(2 * height, abs=2)
+
+
+def test_flips_say_which_rows_are_mirrored():
+    flip = transform(random_flip=True)
+    for row in range(20):
+        mirrored = columns_and_rows(flip(coordinates(8, 8), 2, row))[0][0] == 7
+        assert flip.flips(2, row) == mirrored
+    assert not any(transform(random_flip=False).flips(2, row) for row in range(20))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_fixed_is_the_centre_crop_mirrored_or_not(flip):
+    image = coordinates(20, 14)
+    centre = transform(center_crop=True)(image, 0, 0)
+    expected = centre.flip(-1) if flip else centre
+    assert torch.equal(transform(center_crop=False, random_flip=True).fixed(image, flip), expected)

@@ -27,8 +27,12 @@ def unet_of(model):
     return {name: value.detach() for name, value in model.denoiser.unet.state_dict().items()}
 
 
+def same(one, other):
+    return one.dtype == other.dtype and torch.equal(one, other)  # torch.equal alone takes 1.0 in half precision for 1.0
+
+
 def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
 
 
 def edit(path, **changes):
@@ -114,13 +118,18 @@ def test_train_text_encoder_adds_it_to_what_is_trained(tiny_model):
     assert listed == [id(parameter) for parameter in model.trained_parameters().values()]
 
 
-def test_variant_is_used_where_a_part_has_it(copied):
-    weights = load_file(copied / "unet" / MAIN)
-    (copied / "unet" / MAIN).unlink()
-    half = {name: value.half() for name, value in weights.items()}
-    save_file(half, copied / "unet/diffusion_pytorch_model.fp16.safetensors", metadata={"format": "pt"})
-    model = load(copied, variant="fp16")  # the autoencoder and the text encoder have no such files
-    assert equal(unet_of(model), {name: value.float() for name, value in half.items()})
+def test_variant_is_used_where_a_part_has_it_and_trained_in_fp32(copied):
+    half = {}
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        plain = copied / part / f"{stem}.safetensors"
+        half[part] = {name: value.half() for name, value in load_file(plain).items()}
+        plain.unlink()
+        save_file(half[part], copied / part / f"{stem}.fp16.safetensors", metadata={"format": "pt"})
+    edit(copied / "text_encoder/config.json", dtype="float16")  # transformers would follow it
+    model = load(copied, variant="fp16")  # the autoencoder has no such file
+    assert equal(unet_of(model), {name: value.float() for name, value in half["unet"].items()})
+    text = {f"text_model.{name}": value for name, value in model.denoiser.text_encoder.state_dict().items()}
+    assert equal(text, {name: value.float() for name, value in half["text_encoder"].items()})
 
 
 def test_non_ema_variant_is_trained_and_the_average_starts_from_the_main_weights(tiny_model, main_weights, raw_weights):
@@ -200,7 +209,7 @@ def test_another_pipeline_is_refused_by_its_name(copied):
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler", "unet"])
 def test_a_part_that_is_missing_is_named(part, copied):
     shutil.rmtree(copied / part)
-    with pytest.raises(ModelProblem, match=part):
+    with pytest.raises(ModelProblem, match=f"lacks {part}"):
         load(copied)
 
 
@@ -241,7 +250,7 @@ def test_unet_config_is_read_from_text_and_from_files(tiny_model, tmp_path):
     for config in ("{layers_per_block: 2}", str(tmp_path / "unet.json"), str(tmp_path / "unet.yaml")):
         unet = load(tiny_model, from_scratch=True, unet_config=config).denoiser.unet
         assert len(unet.down_blocks[0].resnets) == 2
-        assert unet.config.block_out_channels == [8, 16]  # what is not named stays as in the base
+        assert list(unet.config.block_out_channels) == [8, 16]  # what is not named stays as in the base
 
 
 def test_unet_config_may_be_longer_than_a_file_name(tiny_model):
@@ -270,12 +279,18 @@ def test_a_unet_config_that_cannot_be_used_is_named(config, said, tiny_model):
 def test_pictures_become_latents_of_an_eighth_of_their_side(tiny_model):
     model = load(tiny_model)
     pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert model.pixels_per_latent == 8 and model.latent_shape(pixels) == (4, 4, 6)
-    zero, one = torch.zeros(2, 4, 4, 6), torch.ones(2, 4, 4, 6)
+    mean, std = model.posterior(pixels)
+    assert model.pixels_per_latent == 8 and mean.shape == std.shape == (2, 4, 4, 6)
     with torch.no_grad():
-        posterior = model.vae.encode(pixels).latent_dist
-    torch.testing.assert_close(model.encode_images(pixels, zero), posterior.mean * 0.18215)
-    torch.testing.assert_close(model.encode_images(pixels, one), (posterior.mean + posterior.std) * 0.18215)
+        expected = model.vae.encode(pixels).latent_dist
+    assert torch.equal(mean, expected.mean) and torch.equal(std, expected.std)
+    assert torch.equal(model.scale_latents(mean), mean * 0.18215)
+
+
+def test_the_posterior_is_fp32_also_of_an_autoencoder_in_half_precision(tiny_model):
+    model = load(tiny_model)
+    model.to("cpu", torch.bfloat16)
+    assert {moment.dtype for moment in model.posterior(torch.zeros(1, 3, 32, 32))} == {torch.float32}
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -404,12 +419,9 @@ def test_a_trained_text_encoder_has_its_average_and_its_variant(tiny_model, outp
     model.save_pipeline(output, average)
     averaged = CLIPTextModel.from_pretrained(output / "text_encoder").state_dict()
     raw = CLIPTextModel.from_pretrained(output / "text_encoder", variant="non_ema").state_dict()
-    assert equal({f"text_encoder.{n}": v for n, v in {**averaged}.items()}, _text(average.shadow))
+    shadow = {name: value for name, value in average.shadow.items() if name.startswith("text_encoder.")}
+    assert equal({f"text_encoder.{name}": value for name, value in averaged.items()}, shadow)
     assert equal(raw, model.denoiser.text_encoder.state_dict()) and not equal(raw, averaged)
-
-
-def _text(shadow):
-    return {name: value for name, value in shadow.items() if name.startswith("text_encoder.")}
 
 
 def test_pickles_beside_safetensors_are_left_behind(copied, output):

@@ -217,6 +217,10 @@ def test_draws_differ_between_rows_steps_and_seeds(name):
         assert not (values == other).flatten(1 if values.dim() > 1 else 0).all(-1).any()
 
 
+def test_the_offset_is_one_number_for_each_row_and_channel():
+    assert drawn(range(8))["offset"].shape == (8, 4, 1, 1)
+
+
 def test_noise_offset_and_perturbation_are_drawn_apart():
     values = drawn(range(8))
     pairs = [("noise", "perturbation"), ("noise", "offset"), ("perturbation", "offset")]

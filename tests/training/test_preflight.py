@@ -1,21 +1,29 @@
 """What is checked and said before the first step."""
 
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from finetuning.data.order import Order
+from finetuning.data.training_set import DataArgs
 from finetuning.families import sd
 from finetuning.families.contract import ModelArgs, ModelProblem
 from finetuning.training import preflight
-from finetuning.training.ema import build_ema
-from finetuning.training.optim import build_optimizer
+from finetuning.training.ema import EMAArgs, build_ema
+from finetuning.training.noise import NoiseArgs
+from finetuning.training.optim import OptimArgs, build_optimizer
 from finetuning.training.preflight import check_before_start, choose_attention
-from train_text_to_image import Args
+from finetuning.training.run import RunArgs
 
 FLAG = "--enable_xformers_memory_efficient_attention"
+
+
+@dataclass
+class Args(RunArgs, EMAArgs, OptimArgs, NoiseArgs, DataArgs, ModelArgs):
+    """The flags of a training script, as far as they are looked at here."""
 
 
 class FakeRun(SimpleNamespace):
@@ -69,7 +77,7 @@ def test_a_resolution_that_does_not_fit_is_named_with_the_nearest_that_does(reso
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(check, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(ModelProblem, match="the disk of --output_dir runs/x has 0.0 GB left"):
+    with pytest.raises(ModelProblem, match=r"the disk of --output_dir runs/x has 0\.0 GB left"):
         check(resolution="32")
 
 
@@ -81,7 +89,7 @@ def test_every_problem_is_named_at_once(check, monkeypatch):
 
 def test_dream_is_refused_for_a_base_that_does_not_predict_epsilon(tiny_model, check):
     base = ModelArgs(pretrained_model_name_or_path=str(tiny_model))
-    with pytest.raises(ModelProblem, match="--dream_training .*v_prediction"):
+    with pytest.raises(ModelProblem, match=r"--dream_training .*v_prediction"):
         check(model=sd.load(base, "v_prediction", seed=0), resolution="32", dream_training=True)
     assert check(resolution="32", dream_training=True)
 

@@ -3,15 +3,24 @@
 import json
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
+from finetuning.training.checkpoint import CheckpointArgs
+from finetuning.training.optim import OptimArgs
 from finetuning.training.run import NonFinite, Run, RunArgs, push_to_hub
+
+
+@dataclass
+class Args(RunArgs, CheckpointArgs, OptimArgs):
+    """The flags that a run reads."""
 
 
 @pytest.fixture
@@ -20,7 +29,7 @@ def start(tmp_path, fresh_accelerate, monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
 
     def make(**flags):
-        return Run(RunArgs(**({"output_dir": str(tmp_path / "run"), "report_to": "none", "seed": 0} | flags)))
+        return Run(Args(**({"output_dir": str(tmp_path / "run"), "report_to": "none", "seed": 0} | flags)))
 
     return make
 
@@ -45,25 +54,21 @@ def test_the_flag_wins_over_accelerates_precision(start, monkeypatch):
     assert (run.accelerator.mixed_precision, run.weights_dtype) == ("bf16", torch.bfloat16)
 
 
-def test_a_seed_that_is_not_given_is_drawn_once_and_kept(start):
-    first = start(seed=None)
-    assert 0 <= first.args.seed < 2**31
-    first.begin(0, 1)
-    first.finish()
-    assert start(seed=None).args.seed == first.args.seed
-    assert start(seed=5).args.seed == 5
+def test_a_seed_that_is_not_given_is_drawn_and_written_down(start):
+    runs = [start(seed=None) for _ in range(3)]
+    assert all(0 <= run.args.seed < 2**31 for run in runs)
+    assert len({run.args.seed for run in runs}) == 3
+    runs[0].begin(0, 1)
+    assert json.loads((runs[0].output_dir / "args.json").read_text())["seed"] == runs[0].args.seed
 
 
-def test_two_runs_draw_different_seeds(start, tmp_path):
-    seeds = {start(seed=None, output_dir=str(tmp_path / name)).args.seed for name in ("a", "b", "c")}
-    assert len(seeds) == 3
-
-
-@pytest.mark.parametrize("content", ["", "{}", '{"seed": null}', "[]"])
-def test_args_json_without_a_seed_is_no_obstacle(content, start, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/args.json").write_text(content)
-    assert 0 <= start(seed=None).args.seed < 2**31
+def test_a_resumed_run_keeps_the_seed_of_its_checkpoint(start, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "training_state.json").write_text('{"args": {"seed": 7}}')
+    assert start(seed=None, resume_from_checkpoint="latest").args.seed == 7
+    assert start(seed=5, resume_from_checkpoint="latest").args.seed == 5
+    assert start(seed=None).args.seed != 7
 
 
 # -- the step --------------------------------------------------------------------------------------------------------
@@ -126,11 +131,14 @@ def test_a_resumed_run_forgets_the_steps_that_it_will_write_again(start):
     first.begin(0, 10)
     for step in range(1, 6):
         first.log({"train_loss": 0.5 * step}, step)
+        first.log({"validation_loss": 2.0}, step)
     with open(first.output_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "train_lo')  # what a kill may leave
     resumed = start()
     resumed.begin(3, 10)
-    assert logged(resumed) == [{"step": step, "train_loss": 0.5 * step} for step in (1, 2, 3)]
+    # Of the step that it goes on from only the training is done; the validation comes again.
+    kept = [(line["step"], "train_loss" in line) for line in logged(resumed)]
+    assert kept == [(1, True), (1, False), (2, True), (2, False), (3, True)]
     resumed.log({"train_loss": 7.0}, 4)
     assert logged(resumed)[-1] == {"step": 4, "train_loss": 7.0}
 
@@ -150,7 +158,7 @@ def test_args_json_holds_the_flags_and_no_token(start):
     text = (run.output_dir / "args.json").read_text()
     facts = json.loads(text)
     assert (facts["num_train_epochs"], facts["seed"], facts["precision"]) == (3, 0, "no")
-    assert facts["versions"]["torch"] == torch.__version__.split("+")[0] or facts["versions"]["torch"]
+    assert facts["versions"]["diffusers"] == diffusers.__version__
     assert "hf_secret" not in text
 
 
