@@ -29,7 +29,7 @@ from finetuning.training.files import whole_pipeline
 from finetuning.training.noise import NoiseArgs, NoiseSchedule, diffusion_loss, draw_noise
 from finetuning.training.optim import OptimArgs, build_optimizer, build_schedule, learning_rates
 from finetuning.training.preflight import check_before_start, choose_attention
-from finetuning.training.run import NonFinite, Run, RunArgs, push_to_hub
+from finetuning.training.run import HubUpload, NonFinite, NoUpload, Run, RunArgs
 from finetuning.training.validation import Validation, ValidationArgs
 
 
@@ -66,17 +66,18 @@ def train(args, run):
     choose_attention(args, run, model)
 
     trained = model.trained_parameters()
-    ema = build_ema(args, trained, model.ema_start, started_apart=model.ema_start is not None)
+    ema = build_ema(args, trained, model.take_ema_start())
     optimizer = build_optimizer(args, model.parameter_groups(*learning_rates(args, order.group_size)))
     schedule = NoiseSchedule.of(model.scheduler)
     encode = latent_source(args, model, training, args.seed, run.device)
 
     # What is saved, and where we left off
     checkpoints = Checkpointer(args, model, ema, optimizer, run, order, training.fingerprint())
-    first_step = checkpoints.resume()
+    first_step = checkpoints.resume(total_steps)
     rate = build_schedule(args, optimizer, total_steps, first_step)
     validation = Validation(run, args, model, ema, schedule, held_out, args, args.train_batch_size)
-    denoiser, stepper = run.accelerator.prepare(model.denoiser, optimizer)
+    denoiser, stepper = run.prepare(model.denoiser, optimizer)
+    upload = HubUpload(run) if args.push_to_hub and run.is_main else NoUpload()
     run.begin(first_step, total_steps)
     if first_step < total_steps and validation.due(first_step, order.steps_per_epoch):
         validation.look(first_step)
@@ -122,12 +123,11 @@ def train(args, run):
     # What is handed over
     validation.look(step)
     if run.is_main:
-        whole_pipeline(run.output_dir, lambda folder: model.save_pipeline(folder, ema))
+        whole_pipeline(run.output_dir, lambda folder: model.save_pipeline(folder, ema.shadow))
         run.say(f"pipeline: {run.output_dir} (StableDiffusionPipeline.from_pretrained loads it)")
         if grid := validation.compare(step):
             run.say(f"base beside fine-tuned: {grid}")
-        if args.push_to_hub:
-            run.say(f"uploaded: {push_to_hub(run, run.output_dir)}")
+        upload.push()
     run.finish()
     return 0
 

@@ -12,7 +12,7 @@ import torch
 
 def _key(seed, purpose, *position):
     digest = hashlib.blake2b(repr((seed, purpose, *position)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1  # torch takes 63 bits
+    return int.from_bytes(digest, "big") >> 1  # torch takes 63 bits (and its CPU generator uses 32 of them)
 
 
 def python_random(seed: int, purpose: str, *position: int):

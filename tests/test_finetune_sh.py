@@ -4,11 +4,13 @@ import json
 import os
 import re
 import subprocess
+import time
 
 import pytest
 
 import train_text_to_image
 from finetuning import cli
+from finetuning.training.files import check_whole
 
 # The two launches of the experiment log (2023-06-16 and 2023-06-29) and the tutorial's list, word for word.
 SEED_COMMANDS = {
@@ -70,8 +72,73 @@ def test_flags_and_defaults_of_the_official_script_are_kept(name):
 
 
 def test_models_that_have_left_the_hub_are_not_used(root):
-    settings = re.findall(r"(?:MODEL_NAME|DATASET_NAME)=(\S+)", (root / "finetune.sh").read_text(encoding="utf-8"))
+    settings = re.findall(r"(?:MODEL_NAME|DATASET_NAME):=([^}]+)", (root / "finetune.sh").read_text(encoding="utf-8"))
     assert settings and not [name for name in settings if name.startswith(("runwayml/", "lambdalabs/"))]
+
+
+def presets(text):
+    """{name: the script with that preset's # taken off}."""
+    found = {}
+    for block in re.findall(r"# --- Preset: .*?(?=\n\n)", text, flags=re.DOTALL):
+        found[block.split("Preset: ")[1].split(" ---")[0]] = text.replace(block, block.replace("\n# : ", "\n: "))
+    return found
+
+
+def launch_arguments(script, root, **settings):
+    """What a script gives to `accelerate`, which is replaced by a function that prints it."""
+    stub = "accelerate() { printf '%s\\0' \"$@\"; }; export -f accelerate\n"
+    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+    command = ["bash", "-c", stub + script, str(root / "finetune.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=True)
+    words = done.stdout.split("\0")
+    return words[words.index("train_text_to_image.py") + 1 : -1]
+
+
+def test_every_preset_is_understood_and_still_yields_to_the_environment(root, shapes_folder):
+    found = presets((root / "finetune.sh").read_text(encoding="utf-8"))
+    assert len(found) == 3
+    for name, script in found.items():
+        words = launch_arguments(
+            script, root, TRAIN_DIR=shapes_folder, STEPS=77, OUTPUT_DIR="some/where", RESUME="latest"
+        )
+        args, problems = cli.read(train_text_to_image.Args, "", words)
+        assert problems == [], name
+        assert args.pretrained_model_name_or_path.split("/")[0] in ("stable-diffusion-v1-5", "CompVis")
+        assert (args.size, args.max_train_steps, args.output_dir) == ((512, 512), 77, "some/where")
+        assert args.resume_from_checkpoint == "latest"
+
+
+def test_the_a6000_preset_is_the_run_of_the_experiment_log(root, shapes_folder):
+    script = presets((root / "finetune.sh").read_text(encoding="utf-8"))[
+        "Stable Diffusion 1.4, EMA and non-EMA weights, on an A6000 (48 GB)"
+    ]
+    args, _ = cli.read(train_text_to_image.Args, "", launch_arguments(script, root, TRAIN_DIR=shapes_folder))
+    wanted, _ = cli.read(train_text_to_image.Args, "", SEED_COMMANDS["experiment log"].split())
+    different = {name for name, value in cli.as_dict(wanted).items() if getattr(args, name) != value}
+    assert different == {
+        "dataset_name", "train_data_dir", "output_dir", "seed", "checkpoints_total_limit",
+        "validation_prompts", "validation_steps",
+    }  # fmt: skip
+
+
+def test_sigterm_to_the_script_reaches_the_training_process_which_saves(root, tiny_model, shapes_folder, tmp_path):
+    settings = {"MODEL_NAME": tiny_model, "TRAIN_DIR": shapes_folder, "OUTPUT_DIR": tmp_path, "RESOLUTION": 32}
+    settings |= {"STEPS": 100_000, "BATCH": 2, "CHECKPOINTING_STEPS": 100_000, "VALIDATION_STEPS": 100_000}
+    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+    with subprocess.Popen(
+        ["bash", "finetune.sh"], cwd=root, env=environment, stderr=subprocess.PIPE, text=True
+    ) as script:
+        while (
+            not (tmp_path / "metrics.jsonl").is_file() or "train_loss" not in (tmp_path / "metrics.jsonl").read_text()
+        ):
+            assert script.poll() is None, script.stderr.read()
+            time.sleep(0.05)
+        script.terminate()
+        message = script.communicate(timeout=120)[1]
+    assert script.returncode != 0
+    assert "go on with --resume_from_checkpoint latest" in message
+    [checkpoint] = tmp_path.glob("checkpoint-*")
+    check_whole(checkpoint)
 
 
 def test_it_runs_with_variables_from_the_environment(root, tiny_model, shapes_folder, tmp_path):

@@ -197,7 +197,8 @@ def test_two_processes_train_as_one_with_the_same_global_batch(script, arguments
     assert train(script, arguments, tmp_path / "one", *plain) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", f"{script}.py"]
     command += [*arguments, *map(str, plain), "--gradient_accumulation_steps", "1", "--output_dir", tmp_path / "two"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    # fp16 as in the shipped accelerate_config.yaml: asking whether there is a GPU must not make the processes one
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "fp16"}
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "two/args.json").read_text())
@@ -266,6 +267,33 @@ def test_a_named_checkpoint_may_be_a_path_with_a_slash_or_lie_elsewhere(script, 
 def test_an_output_dir_with_checkpoints_is_not_trained_over(script, arguments, straight, capfd):
     assert train(script, arguments, straight) == 1
     assert "--resume_from_checkpoint latest" in capfd.readouterr().err
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(script, arguments, straight, capfd):
+    """Else latest would go back to the branch that was left, and the limit would delete the new checkpoints first."""
+    again = ("--resume_from_checkpoint", "checkpoint-3", "--checkpoints_total_limit", 2)
+    assert train(script, arguments, straight, "--max_train_steps", 6, *again) == 0
+    assert "checkpoint-7 comes after the one resumed from: set aside" in capfd.readouterr().err
+    assert [path.name for _, path in checkpoints_in(straight)] == ["checkpoint-4", "checkpoint-6"]
+    assert len(list(straight.glob("abandoned-checkpoint-*"))) == STEPS - 3
+
+
+def test_a_run_that_is_already_longer_is_refused(script, arguments, straight, capfd):
+    assert train(script, arguments, straight, "--max_train_steps", 5, "--resume_from_checkpoint", "latest") == 1
+    assert "8 steps done and this run would end at 5" in capfd.readouterr().err
+    assert (straight / "checkpoint-8").is_dir()
+
+
+def test_the_state_of_another_optimizer_is_refused(script, arguments, straight, capfd):
+    assert train(script, arguments, straight, "--use_8bit_adam", "--resume_from_checkpoint", "checkpoint-5") == 1
+    assert "another optimizer" in capfd.readouterr().err
+
+
+def test_adding_ema_on_resume_is_refused(script, arguments, tmp_path, capfd):
+    without = [word for word in arguments if word not in ("--use_ema", "--ema_decay", "0.9")]
+    assert train(script, without, tmp_path) == 0
+    assert train(script, arguments, tmp_path, "--resume_from_checkpoint", "checkpoint-4") == 1
+    assert "without --use_ema" in capfd.readouterr().err
 
 
 def test_changed_arguments_are_named_on_resume(script, arguments, straight, capfd):

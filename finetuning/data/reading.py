@@ -59,16 +59,16 @@ def read_folder(root, split, image_column, caption_column, allow_outside_paths, 
     root = Path(root)
     if not root.is_dir():
         raise DatasetProblem(f"there is no folder {root}")
-    split_dirs = {name: _split_dir(root, names) for name, names in SPLIT_NAMES.items()}
-    base = split_dirs[split]
-    if base is None:
-        if split != "train":
-            return None
-        base = root
-    others = [folder for name, folder in split_dirs.items() if folder and name != split]
+    split_dirs = [root / name for name in SPLIT_NAMES[split] if (root / name).is_dir()]
+    if not split_dirs and split != "train":
+        return None
+    base = split_dirs[0] if split_dirs else root
+    every = [root / name for names in SPLIT_NAMES.values() for name in names]
+    others = [folder for folder in every if folder.is_dir() and folder != base]
     pictures = [p for p in _walk(base) if not any(other in p.parents for other in others if other != base)]
     if not pictures:
         raise DatasetProblem(f"there are no pictures in {base} ({', '.join(sorted(EXTENSIONS))})")
+    _refuse_nested_splits(base, pictures)
     resolver = _Resolver(root, base, others, pictures, allow_outside_paths)
     if caption_column == "none":
         return _uncaptioned(pictures, resolver, findings)
@@ -196,8 +196,16 @@ class _Resolver:
         return None, "rows whose picture is hidden or outside the splits' folders"
 
 
-def _split_dir(root, names):
-    return next((root / name for name in names if (root / name).is_dir()), None)
+def _refuse_nested_splits(base, pictures):
+    """Train on images/train beside images/test would be training on both. Raises DatasetProblem."""
+    kept_apart = {*SPLIT_NAMES["validation"], *SPLIT_NAMES["test"]}
+    for path in pictures:
+        for folder in path.relative_to(base).parents:
+            if folder.name in kept_apart:
+                raise DatasetProblem(
+                    f"{base / folder} looks like a split that must not be trained on: name the folder that holds the "
+                    f"splits, {base / folder.parent}, or give {folder.name} another name"
+                )
 
 
 def _walk(base):

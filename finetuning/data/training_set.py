@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class DataArgs:
     max_train_samples: int | None = flag(None, "train on this many rows, drawn with the seed")
     on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
     check_pictures: str = flag(
-        "full", "before the first step decode every picture to its end, or read the headers only (faster, misses cuts)",
+        "full", "before the first step decode every picture to its end, or read the files' headers only (misses cuts)",
         choices=("full", "header"),
     )  # fmt: skip
     allow_outside_paths: bool = flag(False, "let metadata and links reach pictures outside the dataset's folder")
@@ -88,6 +89,12 @@ class Batch:
     step: int
     epoch: int
     ends_step: bool  # the last micro-batch of its optimizer step
+
+    def pin_memory(self):
+        """What the loader calls, so that copies to a GPU need not wait."""
+        for name in ("pixels", "input_ids", "weights"):
+            setattr(self, name, getattr(self, name).pin_memory())
+        return self
 
     def to(self, device):
         for name in ("pixels", "input_ids", "weights"):
@@ -154,6 +161,7 @@ class PictureSet(torch.utils.data.Dataset):
             batch_sampler=_Batches(order, first_step, last_step),
             collate_fn=self.collate,
             num_workers=workers,
+            worker_init_fn=_leave_signals_to_the_run,
             pin_memory=pin_memory,
         )
 
@@ -168,6 +176,12 @@ class _Batches:
         return self.order.micro_batches(self.first_step, self.last_step)
 
 
+def _leave_signals_to_the_run(_worker):
+    """SIGTERM and Ctrl-C go to the whole process group: a loader that died of them would take the run's save along."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def load_pictures(args: DataArgs, tokenizer, seed, validation_fraction=0.0, say=print, cache_dir=None):
     """(training set, validation set or None): read, checked, every problem named at once.
 
@@ -176,6 +190,16 @@ def load_pictures(args: DataArgs, tokenizer, seed, validation_fraction=0.0, say=
     """
     findings = Findings()
     rows, held_out, pictures, validation_pictures = _read(args, findings, cache_dir)
+    if held_out is None and validation_fraction:
+        held_out, rows = _split_off(rows, validation_fraction, seed)
+        validation_pictures = pictures
+        if held_out and not rows:
+            raise DatasetProblem(f"no row is left to train on: {validation_fraction} of {len(held_out)} are held out")
+    if args.max_train_samples is not None:
+        if args.max_train_samples > len(rows):
+            say(f"--max_train_samples {args.max_train_samples}: the dataset has only {len(rows)} rows, all are used")
+        rows = _sample(rows, args.max_train_samples, seed)  # before the pictures are opened: only these are needed
+
     rows = _without_unreadable(rows, pictures, args.check_pictures, findings)
     if held_out:
         held_out = _without_unreadable(held_out, validation_pictures, args.check_pictures, findings)
@@ -190,16 +214,6 @@ def load_pictures(args: DataArgs, tokenizer, seed, validation_fraction=0.0, say=
         say(f"dataset, left out (x) and noted (-):\n{report}")
     if not rows:
         raise DatasetProblem("no row is left to train on")
-
-    if held_out is None and validation_fraction:
-        held_out, rows = _split_off(rows, validation_fraction, seed)
-        validation_pictures = pictures
-        if not rows:
-            raise DatasetProblem(f"no row is left to train on: {validation_fraction} of {len(held_out)} are held out")
-    if args.max_train_samples is not None:
-        if args.max_train_samples > len(rows):
-            say(f"--max_train_samples {args.max_train_samples}: the dataset has only {len(rows)} rows, all are used")
-        rows = _sample(rows, args.max_train_samples, seed)
 
     tokenize = lambda captions: tokens(tokenizer, captions)
     height, width = args.size
@@ -232,9 +246,7 @@ def _read(args, findings, cache_dir):
         columns = (args.image_column, args.caption_column, args.allow_outside_paths, findings)
         return read_folder(source, "train", *columns), read_folder(source, "validation", *columns), None, None
 
-    from datasets import load_dataset  # a slow import that a local folder does not need
-
-    splits = load_dataset(source, args.dataset_config_name, cache_dir=cache_dir)
+    splits = _load_splits(source, args.dataset_config_name, cache_dir)
     if "train" not in splits:
         raise DatasetProblem(f"{source} has no split named train, only {', '.join(splits)}")
     columns = (args.image_column, args.caption_column, findings)
@@ -245,6 +257,20 @@ def _read(args, findings, cache_dir):
         splits["train"][args.image_column],
         None if validation is None else validation[args.image_column],
     )
+
+
+def _load_splits(source, config_name, cache_dir):
+    """{split: dataset} of a Hub name or of a folder that `datasets` wrote."""
+    from datasets import DatasetDict, load_dataset, load_from_disk  # a slow import that a picture folder does not need
+
+    try:
+        if any((Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            loaded = load_from_disk(source)
+            return loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
+        return load_dataset(source, config_name, cache_dir=cache_dir)
+    except (OSError, ValueError, RuntimeError) as error:
+        message = f"--dataset_name {source} with --dataset_config_name {config_name} cannot be loaded: {error}"
+        raise DatasetProblem(message) from error
 
 
 def _is_saved_dataset(folder):
@@ -293,7 +319,7 @@ def _note_cut_captions(rows, tokenizer, findings):
 
 def _split_off(rows, fraction, seed):
     pictures = list(dict.fromkeys(row.picture for row in rows))  # all rows of a picture go to the same side
-    count = max(1, round(fraction * len(pictures)))
+    count = min(len(pictures), max(1, round(fraction * len(pictures))))
     chosen = {pictures[i] for i in _chosen(len(pictures), count, seed, "validation split")}
     return [row for row in rows if row.picture in chosen], [row for row in rows if row.picture not in chosen]
 

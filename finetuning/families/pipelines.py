@@ -49,30 +49,43 @@ def open_pipeline(source, *, weights="ema", base=None, vae=None, scheduler=None,
     scheduler  a key of SCHEDULERS; none keeps the pipeline's own
     """
     path = Path(source)
-    parts = {}
+    whole, prediction_type = {}, None
     try:
         if (path / "training_state.json").is_file():
-            base = (
-                base or json.loads((path / "training_state.json").read_text())["args"]["pretrained_model_name_or_path"]
-            )
+            started = json.loads((path / "training_state.json").read_text(encoding="utf-8"))["args"]
+            prediction_type = started["prediction_type"]
+            whole = {} if base else {"revision": started["revision"], "variant": started["variant"]}
+            base = base or started["pretrained_model_name_or_path"]
             parts = _checkpoint_parts(path, weights, dtype)
-        elif weights == "raw":
-            for part, kind in TRAINABLE.items():
-                if any((path / part).glob("*.non_ema.safetensors")):
-                    parts[part] = kind.from_pretrained(path / part, variant="non_ema", dtype=dtype)
+        else:
+            parts = _raw_parts(source, dtype) if weights == "raw" else {}
         if vae:
             subfolder = "vae" if (Path(vae) / "vae").is_dir() else None
             parts["vae"] = AutoencoderKL.from_pretrained(vae, subfolder=subfolder, dtype=dtype)
         pipeline = DiffusionPipeline.from_pretrained(
-            base or source, safety_checker=None, requires_safety_checker=False, dtype=dtype, **parts
+            base or source, safety_checker=None, requires_safety_checker=False, dtype=dtype, **whole, **parts
         )
     except (OSError, ValueError) as error:
         raise ModelProblem(f"{source} cannot be opened as a diffusers pipeline: {error}") from error
+    if prediction_type:  # of the run, which may have changed it
+        config = {**pipeline.scheduler.config, "prediction_type": prediction_type}
+        pipeline.scheduler = type(pipeline.scheduler).from_config(config)
     if scheduler:
         options = {"skip_prk_steps": True} if scheduler == "pndm" else {}  # PLMS, Stable Diffusion's own kind of PNDM
         pipeline.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipeline.scheduler.config, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _raw_parts(source, dtype):
+    """The parts that are there as the variant non_ema, in a folder or on the Hub."""
+    parts = {}
+    for part, kind in TRAINABLE.items():
+        try:
+            parts[part] = kind.from_pretrained(source, subfolder=part, variant="non_ema", dtype=dtype)
+        except (OSError, ValueError):
+            continue  # this part has one set of weights, which the pipeline loads
+    return parts
 
 
 def _checkpoint_parts(folder, weights, dtype):

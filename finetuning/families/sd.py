@@ -33,6 +33,13 @@ class Denoiser(torch.nn.Module):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
+    def train(self, mode=True):
+        """A frozen text encoder stays in evaluation mode: what it says of a caption must not be random."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.text_encoder.parameters()):
+            self.text_encoder.eval()
+        return self
+
     def forward(self, noisy, timesteps, input_ids):
         """[batch, 4, h, w], [batch], [batch, tokens] -> [batch, 4, h, w]."""
         text = self.text_encoder(input_ids, return_dict=False)[0]
@@ -74,6 +81,11 @@ class StableDiffusion:
         rates = {"unet": denoiser_lr, "text_encoder": text_encoder_lr}
         return [{"params": list(m.parameters()), "lr": rates[part]} for part, m in self.trained_modules.items()]
 
+    def take_ema_start(self):
+        """EMA weights that were loaded apart from the trained ones, by parameter name, or None; let go of them here."""
+        start, self.ema_start = self.ema_start, None
+        return start
+
     def to(self, device, frozen_dtype):
         """Move everything; what is not trained is kept in `frozen_dtype`. Files are never written from these."""
         for module in (self.vae, self.denoiser.unet, self.denoiser.text_encoder):
@@ -111,10 +123,10 @@ class StableDiffusion:
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
-    def save_trained(self, folder, suffix=""):
-        """Write the trained parts as they are now, each into its folder plus `suffix`."""
+    def save_trained(self, folder, suffix="", weights=None):
+        """Write each trained part into its folder plus `suffix`: as it is now, or `weights` by parameter name."""
         for part, module in self.trained_modules.items():
-            self._write_part(part, module, Path(folder) / f"{part}{suffix}")
+            self._write_part(part, module, Path(folder) / f"{part}{suffix}", weights)
 
     def load_trained(self, folder, ema):
         """Take a checkpoint's trained weights; with `ema`, return its averaged ones by parameter name, else None."""
@@ -133,8 +145,10 @@ class StableDiffusion:
 
     # -- the finished pipeline -------------------------------------------------------------------------------------
 
-    def save_pipeline(self, folder, ema):
+    def save_pipeline(self, folder, shadow):
         """Write a pipeline that from_pretrained loads: averaged weights, and the raw ones beside them as `non_ema`.
+
+        `shadow` are the averaged weights by parameter name; None writes the raw ones alone.
 
         Parts that were not trained are copied from the base byte for byte.
         """
@@ -146,22 +160,23 @@ class StableDiffusion:
                 _copy_part(self.folder / part, folder / part)
         prediction_type = self.scheduler.config.prediction_type
         _write_scheduler(self.folder / "scheduler", folder / "scheduler", prediction_type)
-        with ema.averaged_weights():
-            self.save_trained(folder)
-        if ema.shadow is not None:
+        self.save_trained(folder, weights=shadow)
+        if shadow is not None:
             for part, module in self.trained_modules.items():
-                self._write_weights(part, module, folder / part, "non_ema")
+                self._write_weights(part, module, folder / part, None, "non_ema")
 
-    def _write_part(self, part, module, target):
+    def _write_part(self, part, module, target, weights):
         target.mkdir(parents=True)
         if part == "text_encoder" and (self.folder / part / "config.json").is_file():
             shutil.copyfile(self.folder / part / "config.json", target / "config.json")
         else:
             module.save_config(target)
-        self._write_weights(part, module, target)
+        self._write_weights(part, module, target, weights)
 
-    def _write_weights(self, part, module, target, variant=None):
-        weights = {name: value.detach().contiguous() for name, value in module.state_dict().items()}
+    def _write_weights(self, part, module, target, chosen, variant=None):
+        chosen = chosen or {}
+        weights = {name: chosen.get(f"{part}.{name}", value) for name, value in module.state_dict().items()}
+        weights = {name: value.detach().contiguous() for name, value in weights.items()}
         if part == "text_encoder":
             # The names that transformers 4, A1111 and every file of SD 1.x have; transformers 5 writes them without.
             weights = {f"text_model.{name}": value for name, value in weights.items()}
@@ -281,6 +296,8 @@ def _new_unet(folder, overrides, seed):
             raise ModelProblem(f"--unet_config {overrides}: {error}") from error
         if not isinstance(changes, dict):
             raise ModelProblem(f"--unet_config {overrides} is neither a file nor {{key: value, ...}}")
+        if changes.get("dropout"):
+            raise ModelProblem("--unet_config: dropout draws from a generator that no checkpoint keeps: leave it at 0")
         unknown = changes.keys() - inspect.signature(UNet2DConditionModel.__init__).parameters.keys()
         if unknown:
             raise ModelProblem(f"--unet_config: a UNet has no setting named {', '.join(sorted(unknown))}")

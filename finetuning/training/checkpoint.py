@@ -26,7 +26,6 @@ from finetuning.training.optim import load_optimizer
 WITHOUT_EFFECT = frozenset(
     {
         "cache_dir",
-        "cache_latents",
         "check_pictures",
         "checkpointing_epochs",
         "checkpointing_minutes",
@@ -108,14 +107,14 @@ class Checkpointer:
 
     def __init__(self, args: CheckpointArgs, family, ema, optimizer, run, order, dataset_id):
         self.args, self.family, self.ema, self.optimizer = args, family, ema, optimizer
-        self.order, self.dataset_id = order, dataset_id
-        self.scaler, self.is_main, self.say = run.scaler, run.is_main, run.say
+        self.order, self.dataset_id, self.run, self.say = order, dataset_id, run, run.say
         self.folder = Path(args.output_dir)
         self.written_at = time.monotonic()
         self.last_saved = None
-        if self.is_main:
+        if run.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
+        run.wait_for_everyone()
 
     def due(self, step):
         """Whether a checkpoint belongs after `step` optimizer steps."""
@@ -130,23 +129,32 @@ class Checkpointer:
         return bool(minutes) and time.monotonic() - self.written_at >= 60 * minutes
 
     def save(self, step):
-        """Write checkpoint-`step`, then delete what --checkpoints_total_limit has no room for."""
+        """Write checkpoint-`step`, then delete what --checkpoints_total_limit has no room for.
+
+        The main process writes; the others wait, because one that ends first would have the launcher end them all.
+        """
         self.written_at = time.monotonic()
-        if not self.is_main or self.last_saved == step:
-            return
+        if self.run.is_main and self.last_saved != step:
+            self._write(step)
+            self._prune(step)
+        self.last_saved = step
+        self.run.wait_for_everyone()
+
+    def _write(self, step):
+        scaler = self.run.scaler
         with whole_folder(self.folder / f"checkpoint-{step}") as folder:
             self.family.save_trained(folder)
             if self.ema.shadow is not None:
-                with self.ema.averaged_weights():
-                    self.family.save_trained(folder, suffix="_ema")
-            scaler = self.scaler.state_dict() if self.scaler else None
-            torch.save({"optimizer": self.optimizer.state_dict(), "scaler": scaler}, folder / "optimizer.pt")
+                self.family.save_trained(folder, "_ema", self.ema.shadow)
+            state = {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+            torch.save(state, folder / "optimizer.pt")
             write_json(folder / "training_state.json", self._state(step))
-        self.last_saved = step
-        self._prune(step)
 
-    def resume(self):
-        """Load what --resume_from_checkpoint asks for; the number of optimizer steps that are done."""
+    def resume(self, total_steps):
+        """Load what --resume_from_checkpoint asks for; the number of optimizer steps that are done.
+
+        Raises CheckpointProblem where it cannot be used, or where the run is already longer than it should become.
+        """
         wanted = self.args.resume_from_checkpoint
         if wanted is None:
             self._refuse_older_checkpoints()
@@ -156,14 +164,20 @@ class Checkpointer:
             self.say(f"there is no checkpoint in {self.folder}: starting afresh")
             return 0
         state = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
+        if state["step"] > total_steps:
+            raise CheckpointProblem(
+                f"{folder} has {state['step']} steps done and this run would end at {total_steps}: raise "
+                "--max_train_steps, or name an older checkpoint"
+            )
         self._name_changes(state, folder)
         ema_shadow = self.family.load_trained(folder, ema=self.ema.shadow is not None)
         if ema_shadow is not None:
             self.ema.load(ema_shadow, state["ema_updates"])
         saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
         load_optimizer(self.optimizer, saved["optimizer"])
-        if self.scaler and saved["scaler"]:
-            self.scaler.load_state_dict(saved["scaler"])
+        if self.run.scaler and saved["scaler"]:
+            self.run.scaler.load_state_dict(saved["scaler"])
+        self._set_aside_after(state["step"])
         self.last_saved = state["step"] if folder.parent == self.folder else None
         self.say(f"resumed from {folder}: {state['step']} steps are done")
         return state["step"]
@@ -174,6 +188,8 @@ class Checkpointer:
             "ema_updates": self.ema.updates,
             "dataset": self.dataset_id,
             "versions": {"torch": torch.__version__},
+            "precision": self.run.accelerator.mixed_precision,
+            "processes": self.run.accelerator.num_processes,
             "args": as_dict(self.args) | {"hub_token": None},
         }
 
@@ -186,6 +202,15 @@ class Checkpointer:
         older = [path for step, path in self._all() if step != newest]
         for path in older[: max(0, len(older) + 1 - self.args.checkpoints_total_limit)]:
             shutil.rmtree(path)
+
+    def _set_aside_after(self, step):
+        """Rename later checkpoints, broken or of a branch that is left here: latest must not find them again."""
+        self.run.wait_for_everyone()  # nobody is still looking for the newest one
+        for later, path in self._all():
+            if later > step and self.run.is_main:
+                aside = path.with_name(f"abandoned-{path.name}-{int(time.time())}")
+                path.rename(aside)
+                self.say(f"{path.name} comes after the one resumed from: set aside as {aside.name}")
 
     def _latest(self):
         for _, path in reversed(self._all()):
@@ -220,6 +245,12 @@ class Checkpointer:
 
     def _name_changes(self, state, folder):
         before, now = state["args"], as_dict(self.args)
+        for name in ("optimizer", "use_8bit_adam"):
+            if before.get(name) != now.get(name):
+                raise CheckpointProblem(
+                    f"{folder} holds the state of another optimizer (--{name} {before.get(name)}): ask for the same, "
+                    "or start a new run"
+                )
         if before.get("use_ema") != now.get("use_ema") and now.get("use_ema"):
             raise CheckpointProblem(
                 f"{folder} was trained without --use_ema, so there is no average to go on with: leave --use_ema out, "
@@ -233,6 +264,8 @@ class Checkpointer:
             for name, value in now.items()
             if name not in harmless and before.get(name, value) != value
         ]
+        present = self._state(state["step"])
+        changed += [f"{n} {state[n]} -> {present[n]}" for n in ("precision", "processes") if state[n] != present[n]]
         if state["dataset"] != self.dataset_id:
             changed.append("the dataset's rows or captions")
         if state["versions"]["torch"] != torch.__version__:

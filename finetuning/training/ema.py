@@ -73,7 +73,8 @@ class AveragedWeights:
     @contextmanager
     def averaged_weights(self):
         """Within the block the model holds the averaged weights; the trained ones come back after it."""
-        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        # Kept where the average lies: with --offload_ema the GPU never holds the model twice.
+        kept = {name: p.detach().to(self.shadow[name].device, copy=True) for name, p in self.parameters.items()}
         try:
             self._put(self.shadow)
             yield
@@ -105,9 +106,9 @@ class NoAverage:
         yield
 
 
-def build_ema(args: EMAArgs, parameters, start, started_apart):
-    """The average that the flags ask for. `start`: loaded EMA weights by name, or None (see AveragedWeights)."""
+def build_ema(args: EMAArgs, parameters, start):
+    """The average that the flags ask for. `start`: EMA weights that were loaded apart, by name, or None."""
     if not args.use_ema:
         return NoAverage()
-    kind = args.ema_start or ("warm" if started_apart else "ramp")
+    kind = args.ema_start or ("ramp" if start is None else "warm")
     return AveragedWeights(parameters, args.ema_decay, kind, start, device="cpu" if args.offload_ema else None)

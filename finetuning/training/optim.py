@@ -31,6 +31,8 @@ class OptimArgs:
     max_grad_norm: float = flag(1.0, "clip the norm of the whole gradient at this; 0 only measures it")
 
     def problems(self):
+        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
+            yield f"--optimizer prodigy finds the learning rate itself: set --learning_rate 1, not {self.learning_rate}"
         if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
             yield f"--use_8bit_adam and --optimizer {self.optimizer} name two optimizers: give one"
         if self.optimizer == "prodigy" and self.text_encoder_lr not in (None, self.learning_rate):

@@ -1,8 +1,10 @@
 """What is checked and said between loading the model and the first step."""
 
+import itertools
 import shutil
 
 import torch
+from diffusers.models.attention_processor import Attention
 
 from finetuning.families.contract import ModelProblem
 
@@ -28,11 +30,16 @@ def check_before_start(args, run, model, training, held_out, order, total_steps)
     trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
     optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
     needed = trained * (4 + STATE_BYTES[optimizer] + 4 * args.use_ema)
+    exported = trained * 4 * (1 + args.use_ema) + _bytes_of_files(model.folder)
+    limit = args.checkpoints_total_limit
+    # A new checkpoint stands before an old one goes. Without a limit, two are the least that a run comes to.
+    room = needed * ((limit or 1) + 1) + exported
     free = _free_bytes(run.output_dir)
-    if needed > free:
+    if room > free:
         problems.append(
-            f"a checkpoint needs about {needed / 1e9:.1f} GB and the disk of --output_dir {args.output_dir} has "
-            f"{free / 1e9:.1f} GB left: free some, or name another folder"
+            f"{(limit or 1) + 1} checkpoints of {needed / 1e9:.1f} GB and the finished pipeline need about "
+            f"{room / 1e9:.1f} GB, and the disk of --output_dir {args.output_dir} has {free / 1e9:.1f} GB left: free "
+            "some, name another folder, or lower --checkpoints_total_limit"
         )
     if problems:
         raise ModelProblem("\n".join(problems))
@@ -48,6 +55,12 @@ def check_before_start(args, run, model, training, held_out, order, total_steps)
         f"device: {run.device}, activations {run.accelerator.mixed_precision.replace('no', 'fp32')}; "
         f"a checkpoint takes about {needed / 1e6:.0f} MB"
     )
+    kept = total_steps // args.checkpointing_steps if args.checkpointing_steps and limit is None else 0
+    if kept * needed + exported > free:
+        run.say(
+            f"{kept} checkpoints would fill the disk ({kept * needed / 1e9:.0f} GB of {free / 1e9:.0f} GB free): "
+            "--checkpoints_total_limit 3 keeps the newest three"
+        )
 
 
 def choose_attention(args, run, model):
@@ -56,40 +69,56 @@ def choose_attention(args, run, model):
         if run.device.type == "cpu":
             run.say("--enable_xformers_memory_efficient_attention: xformers needs a GPU, PyTorch's attention is used")
         else:
-            _probe_xformers(run)
+            _probe_xformers(run, model.denoiser.unet)
             model.denoiser.unet.enable_xformers_memory_efficient_attention()
     if args.compile:
         model.denoiser.unet.compile()
 
 
-def _probe_xformers(run):
-    """One attention, forward and backward, beside PyTorch's. Raises ModelProblem where it fails or disagrees."""
+def _probe_xformers(run, unet):
+    """Attention at the UNet's own head sizes, forward and backward, beside PyTorch's; over pixels and over 77 tokens.
+
+    Each size has a kernel of its own, and users report backward passes that fail or give NaN for some of them only.
+    Raises ModelProblem where one fails or disagrees.
+    """
     advice = "leave --enable_xformers_memory_efficient_attention out: PyTorch's own attention is used then"
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
         raise ModelProblem(f"xformers cannot be imported ({error}); {advice}") from error
-    dtype = run.weights_dtype
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 64, 4, 40, generator=generator).to(run.device, dtype) for _ in range(3))
+    sizes = sorted({m.inner_dim // m.heads for m in unet.modules() if isinstance(m, Attention)})
+    for head_size, keys in itertools.product(sizes, (64, 77)):
+        case = f"xformers' attention with heads of {head_size} and {keys} keys"
+        try:
+            worst = _disagreement(memory_efficient_attention, head_size, keys, run.device, run.weights_dtype)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            raise ModelProblem(f"{case} fails on this GPU ({error}); {advice}") from error
+        if not worst < 0.02:
+            raise ModelProblem(f"{case} differs from PyTorch's by {worst:.1%} on this GPU; {advice}")
 
-    def result(attention):
-        inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-        output = attention(*inputs)
+
+def _disagreement(attention, head_size, keys, device, dtype):
+    """The largest relative difference from PyTorch's attention, of the output and of the three gradients."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (64, keys, keys)
+    tensors = [torch.randn(2, n, 4, head_size, generator=generator).to(device, dtype) for n in lengths]
+
+    def result(function):
+        inputs = [tensor.clone().requires_grad_() for tensor in tensors]
+        output = function(*inputs)
         return [output.detach(), *torch.autograd.grad(output.float().square().sum(), inputs)]
 
-    def pytorch(q, k, v):
-        heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    def pytorch(query, key, value):
+        heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
         return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
 
-    try:
-        pairs = zip(result(memory_efficient_attention), result(pytorch), strict=True)
-        # torch's max keeps a nan, Python's drops it unless it comes first
-        worst = torch.stack([(a - b).float().norm() / b.float().norm() for a, b in pairs]).max().item()
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        raise ModelProblem(f"xformers' attention fails on this GPU ({error}); {advice}") from error
-    if not worst < 0.02:
-        raise ModelProblem(f"xformers' attention differs from PyTorch's by {worst:.1%} on this GPU; {advice}")
+    pairs = zip(result(attention), result(pytorch), strict=True)
+    # torch's max keeps a nan, Python's drops it unless it comes first
+    return torch.stack([(a - b).float().norm() / b.float().norm() for a, b in pairs]).max().item()
+
+
+def _bytes_of_files(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _free_bytes(folder):

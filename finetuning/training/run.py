@@ -14,10 +14,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, gather_object, parse_flag_from_env
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
 from finetuning.cli import as_dict, flag, write_json
+from finetuning.families.contract import ModelProblem
 from finetuning.training.checkpoint import seed_of_resumed_run
 
 TRACKERS = ("tensorboard", "wandb", "all", "none")
@@ -67,7 +70,9 @@ class Run:
     def __init__(self, args: RunArgs):
         self.args = args
         wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        precision = "no" if wanted == "fp16" and PartialState().device.type == "cpu" else wanted
+        # Asked here first, accelerate would keep the answer: it has to hear of --cpu and use_cpu now.
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        precision = "no" if wanted == "fp16" and state.device.type == "cpu" else wanted
         self.output_dir = Path(args.output_dir)
         trackers = [] if args.report_to == "none" else args.report_to
         self.accelerator = Accelerator(
@@ -125,6 +130,10 @@ class Run:
             smoothing=0.05,
         )
 
+    def prepare(self, model, optimizer):
+        """Both for this run's devices and precision; the optimizer's state already lies where it belongs."""
+        return self.accelerator.prepare(model, optimizer, device_placement=[True, False])
+
     def accumulate(self, model, batch):
         """Gradients are exchanged between processes at the last micro-batch of a step only."""
         return nullcontext() if batch.ends_step else self.accelerator.no_sync(model)
@@ -143,6 +152,10 @@ class Run:
     def total(self, value):
         """Sum of a scalar tensor over the processes, as a float."""
         return self.accelerator.reduce(value, reduction="sum").item()
+
+    def wait_for_everyone(self):
+        """Until all processes are here."""
+        self.accelerator.wait_for_everyone()
 
     def any(self, flag):
         """Whether the flag is set on any process: all have to stop, save or go on together."""
@@ -163,7 +176,7 @@ class Run:
         else:
             return
         raise NonFinite(
-            f"{what}; the rows of this step were\n{training_set.describe(rows)}\n"
+            f"{what}; the rows of this step were\n{training_set.describe(gather_object(rows))}\n"
             "Usual causes: too high a --learning_rate, fp16 without --mixed_precision bf16 where the GPU has it, or a "
             "broken picture. The last checkpoint is whole: go on from it with --resume_from_checkpoint latest"
         )
@@ -199,17 +212,19 @@ class Run:
         self.accelerator.end_training()
 
     def _on_signal(self, number, _frame):
-        if self.stop_signal is not None:  # asked twice: stop at once; the checkpoints on disk are whole
+        if self.stop_signal == number == signal.SIGINT:  # Ctrl-C twice: stop at once; the checkpoints on disk are whole
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        # A repeated SIGTERM is only the launcher passing on what everybody got: it must not cut the save short.
         self.stop_signal = number
-        self.say(f"{signal.Signals(number).name}: saving a checkpoint after this step (again: stop at once)")
+        # Not through the bar: a handler may stand inside one of its writes.
+        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step, with a checkpoint\n".encode())
 
     def _facts(self):
         packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "peft")
         return {
             **(as_dict(self.args) | {"hub_token": None}),
-            "command": sys.argv,
+            "command": [word.replace(self.args.hub_token or "\0", "HIDDEN") for word in sys.argv],
             "precision": self.accelerator.mixed_precision,
             "processes": self.accelerator.num_processes,
             "device": str(self.device),
@@ -231,15 +246,40 @@ class Run:
             path.write_text("".join(kept), encoding="utf-8")
 
 
-def push_to_hub(run: Run, folder):
-    """Upload the finished pipeline; checkpoints, logs and optimizer states stay here. Returns the page's address."""
-    from huggingface_hub import HfApi
+class HubUpload:
+    """The repository that --push_to_hub uploads to, made before the first step: a wrong token fails at once."""
 
-    api = HfApi(token=run.args.hub_token)
-    name = run.args.hub_model_id or Path(run.args.output_dir).resolve().name
-    repo = api.create_repo(name, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo.repo_id, folder_path=folder, commit_message="Fine-tuned Stable Diffusion",
-        ignore_patterns=["checkpoint-*", f"{Path(run.args.logging_dir)}/*", ".incomplete-*"],
-    )  # fmt: skip
-    return str(repo)
+    def __init__(self, run: Run):
+        self.run = run
+        self.api = HfApi(token=run.args.hub_token)
+        name = run.args.hub_model_id or run.output_dir.resolve().name
+        try:
+            self.repo = self.api.create_repo(name, exist_ok=True)
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            message = f"--push_to_hub: no repository {name} to be had: {error}; log in with `hf auth login`"
+            raise ModelProblem(message) from error
+
+    def push(self):
+        """Upload the finished pipeline with a model card; checkpoints, logs and optimizer states stay here."""
+        args = self.run.args
+        (self.run.output_dir / "README.md").write_text(
+            f"---\nbase_model: {args.pretrained_model_name_or_path}\nlibrary_name: diffusers\n"
+            "pipeline_tag: text-to-image\n---\n\n"
+            f"{args.pretrained_model_name_or_path}, fine-tuned on {args.dataset_name or 'own pictures'}. "
+            "All arguments stand in args.json.\n",
+            encoding="utf-8",
+        )
+        self.api.upload_folder(
+            repo_id=self.repo.repo_id,
+            folder_path=self.run.output_dir,
+            commit_message="Fine-tuned Stable Diffusion",
+            ignore_patterns=["checkpoint-*", f"{Path(args.logging_dir)}/*", ".incomplete-*"],
+        )
+        self.run.say(f"uploaded: {self.repo}")
+
+
+class NoUpload:
+    """The same call without --push_to_hub, and on all processes but the main one."""
+
+    def push(self):
+        """Nothing to upload."""

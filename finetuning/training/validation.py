@@ -70,7 +70,7 @@ class Validation:
                 if self.args.validation_prompts:
                     self._draw(step)
         self.done_at = step
-        self.run.accelerator.wait_for_everyone()
+        self.run.wait_for_everyone()
 
     def compare(self, step):
         """A grid of the base beside the model as it is at `step`; its path, or None without prompts."""

@@ -610,3 +610,17 @@ def test_hub_missing_columns_are_all_named():
 def test_hub_without_captions():
     rows, _ = hub({"image": ["x", "y"]}, caption_column="none")
     assert [(row.picture, row.captions) for row in rows] == [(0, ("",)), (1, ("",))]
+
+
+def test_splits_below_another_folder_are_not_trained_on_together(tmp_path):
+    pictures(tmp_path, "images/train/1.png", "images/test/2.png")
+    jsonl(tmp_path / "metadata.jsonl", ("images/train/1.png", "a"), ("images/test/2.png", "b"))
+    with pytest.raises(DatasetProblem, match=r"images/test looks like a split .* name the folder .*, .*images, or"):
+        read(tmp_path)
+
+
+def test_a_second_folder_for_a_split_is_not_trained_on(tmp_path):
+    pictures(tmp_path, "1.png", "validation/2.png", "val/3.png")
+    for folder, name in (("", "1"), ("validation/", "2"), ("val/", "3")):
+        jsonl(tmp_path / f"{folder}metadata.jsonl", (f"{name}.png", name))
+    assert clean(tmp_path) == {"1.png": ("1",)}

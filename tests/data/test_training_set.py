@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 from finetuning.data.order import Order
 from finetuning.data.reading import DatasetProblem, Row
 from finetuning.data.training_set import DataArgs, PictureSet, load_pictures, tokens
+from finetuning.data.transforms import Transform
 from models.make_start import vocabulary
 
 
@@ -208,6 +209,12 @@ def test_a_fraction_that_leaves_nothing_to_train_on_is_a_problem(load):
         load(0, 0.99)
 
 
+def test_faults_are_named_even_where_they_leave_nothing_to_hold_out(folder, load):
+    jsonl(folder / "metadata.jsonl", [(f"{index:02d}.png", "") for index in range(11)])
+    with pytest.raises(DatasetProblem, match="11 rows with an empty caption"):
+        load(0, 0.25)
+
+
 def test_validation_split_of_the_folder_comes_before_the_fraction(folder, load):
     (folder / "val").mkdir()
     shutil.copy(folder / "00.png", folder / "val/v.png")
@@ -256,6 +263,16 @@ def test_each_of_several_captions_is_drawn_as_often():
     pictures = captions_only([("one", "two", "three")])
     found = [pictures.caption(0, epoch) for epoch in range(900)]
     assert [found.count(text) for text in ("one", "two", "three")] == pytest.approx([300] * 3, abs=71)
+
+
+def test_flags_reach_the_pictures_and_captions(load):
+    training, _, _ = load(
+        seed=3, proportion_empty_prompts=1.0, center_crop=True, random_flip=True, image_interpolation_mode="box",
+        random_resized_crop_scale=0.4,
+    )  # fmt: skip
+    assert training.transform == Transform(8, 8, True, True, "box", 0.4, 3)
+    assert {training.caption(row, 0) for row in range(11)} == {""}
+    assert load()[0].transform == Transform(8, 8, False, False, "lanczos", None, 0)
 
 
 def test_tokens_are_padded_and_cut_to_the_text_encoders_length(tokenizer):

@@ -46,9 +46,9 @@ def checkpoint(trained, tiny_model, tmp_path):
     model, average = trained
     folder = tmp_path / "run" / "checkpoint-4"
     model.save_trained(folder)
-    with average.averaged_weights():
-        model.save_trained(folder, suffix="_ema")
-    state = {"step": 4, "args": {"pretrained_model_name_or_path": str(tiny_model)}}
+    model.save_trained(folder, "_ema", average.shadow)
+    args = {"pretrained_model_name_or_path": str(tiny_model), "revision": None, "variant": None}
+    state = {"step": 4, "args": args | {"prediction_type": "v_prediction"}}
     (folder / "training_state.json").write_text(json.dumps(state))
     return folder
 
@@ -94,7 +94,7 @@ def test_where_there_is_one_kind_of_weights_that_one_is_used(tiny_model, tmp_pat
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_a_finished_pipeline_gives_both_its_trained_parts_of_one_kind(weights, trained, tmp_path):
     model, average = trained
-    model.save_pipeline(tmp_path, average)
+    model.save_pipeline(tmp_path, average.shadow)
     expected = average.shadow if weights == "ema" else values(model.trained_parameters())
     pipeline = open_pipeline(tmp_path, weights=weights)
     assert equal(pipeline.unet, parts(expected, "unet"))

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 
 from finetuning.families import sd
 from finetuning.families.contract import ModelArgs, ModelProblem
-from finetuning.training.ema import AveragedWeights, NoAverage
+from finetuning.training.ema import AveragedWeights
 
 MAIN = "diffusion_pytorch_model.safetensors"
 RAW = "diffusion_pytorch_model.non_ema.safetensors"
@@ -330,8 +330,7 @@ def test_trained_weights_and_their_average_come_back_from_a_checkpoint(with_text
     average = average_of(model)
     trained = {name: value.detach().clone() for name, value in model.trained_parameters().items()}
     model.save_trained(output)
-    with average.averaged_weights():
-        model.save_trained(output, suffix="_ema")
+    model.save_trained(output, "_ema", average.shadow)
 
     again = load(tiny_model, train_text_encoder=with_text)
     shadow = again.load_trained(output, ema=True)
@@ -353,7 +352,7 @@ def test_parts_that_were_not_trained_are_copied_byte_for_byte(tiny_model, output
     model = load(tiny_model)
     model.to("cpu", torch.bfloat16)  # as in a run: the frozen parts in memory are not what is handed over
     train_a_little(model)
-    model.save_pipeline(output, NoAverage())
+    model.save_pipeline(output, None)
     for part in ("vae", "tokenizer", "text_encoder", "scheduler"):
         assert hashes(output / part) == hashes(tiny_model / part)
     assert {"vocab.json", "merges.txt", "tokenizer.json"} <= hashes(output / "tokenizer").keys()
@@ -364,7 +363,7 @@ def test_parts_that_were_not_trained_are_copied_byte_for_byte(tiny_model, output
 def test_the_scheduler_says_what_was_trained_and_stays_of_its_class(copied, output):
     base = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False}
     edit(copied / "scheduler/scheduler_config.json", **base)
-    load(copied, prediction_type="v_prediction").save_pipeline(output, NoAverage())
+    load(copied, prediction_type="v_prediction").save_pipeline(output, None)
     saved = json.loads((output / "scheduler/scheduler_config.json").read_text())
     before = json.loads((copied / "scheduler/scheduler_config.json").read_text())
     assert saved == before | {"prediction_type": "v_prediction"} and saved["_class_name"] == "PNDMScheduler"
@@ -374,7 +373,7 @@ def test_no_prediction_type_keeps_the_bases(copied, output):
     edit(copied / "scheduler/scheduler_config.json", prediction_type="v_prediction")
     model = load(copied)
     assert model.scheduler.config.prediction_type == "v_prediction"
-    model.save_pipeline(output, NoAverage())
+    model.save_pipeline(output, None)
     assert hashes(output / "scheduler") == hashes(copied / "scheduler")
 
 
@@ -382,7 +381,7 @@ def test_the_average_is_the_pipeline_and_the_raw_weights_are_its_variant(tiny_mo
     model = load(tiny_model, non_ema_variant="non_ema")
     average = average_of(model)
     trained = {name: value.clone() for name, value in unet_of(model).items()}
-    model.save_pipeline(output, average)
+    model.save_pipeline(output, average.shadow)
     pipeline = StableDiffusionPipeline.from_pretrained(output)
     averaged = {f"unet.{name}": value for name, value in pipeline.unet.state_dict().items()}
     assert equal(averaged, average.shadow)
@@ -394,7 +393,7 @@ def test_the_average_is_the_pipeline_and_the_raw_weights_are_its_variant(tiny_mo
 def test_without_an_average_there_is_no_variant(tiny_model, output):
     model = load(tiny_model)
     train_a_little(model)
-    model.save_pipeline(output, NoAverage())
+    model.save_pipeline(output, None)
     assert sorted(hashes(output / "unet")) == ["config.json", MAIN]
     assert equal(StableDiffusionPipeline.from_pretrained(output).unet.state_dict(), unet_of(model))
 
@@ -402,7 +401,7 @@ def test_without_an_average_there_is_no_variant(tiny_model, output):
 def test_a_trained_text_encoder_is_written_under_the_names_that_every_tool_knows(tiny_model, output):
     model = load(tiny_model, train_text_encoder=True)
     train_a_little(model)
-    model.save_pipeline(output, NoAverage())
+    model.save_pipeline(output, None)
     written = load_file(output / "text_encoder/model.safetensors")
     assert written.keys() == load_file(tiny_model / "text_encoder/model.safetensors").keys()
     assert all(name.startswith("text_model.") for name in written)
@@ -416,7 +415,7 @@ def test_a_trained_text_encoder_is_written_under_the_names_that_every_tool_knows
 def test_a_trained_text_encoder_has_its_average_and_its_variant(tiny_model, output):
     model = load(tiny_model, train_text_encoder=True)
     average = average_of(model)
-    model.save_pipeline(output, average)
+    model.save_pipeline(output, average.shadow)
     averaged = CLIPTextModel.from_pretrained(output / "text_encoder").state_dict()
     raw = CLIPTextModel.from_pretrained(output / "text_encoder", variant="non_ema").state_dict()
     shadow = {name: value for name, value in average.shadow.items() if name.startswith("text_encoder.")}
@@ -427,7 +426,7 @@ def test_a_trained_text_encoder_has_its_average_and_its_variant(tiny_model, outp
 def test_pickles_beside_safetensors_are_left_behind(copied, output):
     (copied / "vae/diffusion_pytorch_model.bin").write_bytes(b"pickle")
     (copied / "text_encoder/pytorch_model.bin").write_bytes(b"pickle")
-    load(copied).save_pipeline(output, NoAverage())
+    load(copied).save_pipeline(output, None)
     assert hashes(output / "vae").keys() == {"config.json", MAIN}
     assert hashes(output / "text_encoder").keys() == {"config.json", "model.safetensors"}
 
@@ -436,7 +435,7 @@ def test_files_of_a_variant_take_the_plain_name_where_they_are_all_there_is(copi
     renamed = {"vae": "diffusion_pytorch_model", "text_encoder": "model", "unet": "diffusion_pytorch_model"}
     for part, stem in renamed.items():
         (copied / part / f"{stem}.safetensors").rename(copied / part / f"{stem}.fp16.safetensors")
-    load(copied, variant="fp16").save_pipeline(output, NoAverage())
+    load(copied, variant="fp16").save_pipeline(output, None)
     for part in ("vae", "text_encoder"):
         plain, variant = f"{renamed[part]}.safetensors", f"{renamed[part]}.fp16.safetensors"
         assert sorted(hashes(output / part)) == ["config.json", plain]

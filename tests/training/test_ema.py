@@ -158,7 +158,9 @@ def test_a_missing_weight_is_named():
     [(None, True, "warm"), (None, False, "ramp"), ("ramp", True, "ramp"), ("warm", False, "warm")],
 )
 def test_average_starts_warm_only_where_weights_were_loaded_apart_or_the_flag_says_so(flag, started_apart, kind):
-    average = build_ema(EMAArgs(use_ema=True, ema_start=flag), some_parameters(), None, started_apart)
+    parameters = some_parameters()
+    start = copies(parameters) if started_apart else None
+    average = build_ema(EMAArgs(use_ema=True, ema_start=flag), parameters, start)
     assert (average.start_kind, average.decay) == (kind, 0.9999)
 
 
@@ -167,14 +169,14 @@ def test_offload_ema_keeps_the_average_on_the_cpu(offload, device):
     """The meta device stands for the GPU, which not every machine has."""
     parameters = {"w": torch.nn.Parameter(torch.empty(2, device="meta"))}
     args = EMAArgs(use_ema=True, offload_ema=offload)
-    average = build_ema(args, parameters, {"w": torch.ones(2)}, started_apart=True)
+    average = build_ema(args, parameters, {"w": torch.ones(2)})
     assert average.shadow["w"].device.type == device
 
 
 def test_an_average_that_is_off_has_the_calls_of_one_that_is_on():
     parameters = some_parameters()
     before = copies(parameters)
-    off = build_ema(EMAArgs(), parameters, None, started_apart=False)
+    off = build_ema(EMAArgs(), parameters, None)
     assert isinstance(off, NoAverage)
     train_a_little(parameters, 0)
     trained = copies(parameters)

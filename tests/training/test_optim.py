@@ -223,8 +223,9 @@ def test_a_changed_learning_rate_is_used_by_the_schedule_after_a_resume():
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"use_8bit_adam": True, "optimizer": "prodigy"}, "--use_8bit_adam"),
-        ({"optimizer": "prodigy", "text_encoder_lr": 1e-5}, "--text_encoder_lr"),
+        ({"use_8bit_adam": True, "optimizer": "prodigy", "learning_rate": 1}, "--use_8bit_adam"),
+        ({"optimizer": "prodigy", "learning_rate": 1, "text_encoder_lr": 1e-5}, "--text_encoder_lr"),
+        ({"optimizer": "prodigy"}, "--optimizer prodigy finds the learning rate itself: set --learning_rate 1"),
         ({"adam_beta1": 1.0}, "--adam_beta1"),
         ({"learning_rate": -1e-4}, "--learning_rate"),
         ({"learning_rate": math.nan}, "--learning_rate"),

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 
 from finetuning.data.order import Order
 from finetuning.data.training_set import DataArgs
 from finetuning.families import sd
 from finetuning.families.contract import ModelArgs, ModelProblem
 from finetuning.training import preflight
+from finetuning.training.checkpoint import CheckpointArgs
 from finetuning.training.ema import EMAArgs, build_ema
 from finetuning.training.noise import NoiseArgs
 from finetuning.training.optim import OptimArgs, build_optimizer
@@ -22,7 +24,7 @@ FLAG = "--enable_xformers_memory_efficient_attention"
 
 
 @dataclass
-class Args(RunArgs, EMAArgs, OptimArgs, NoiseArgs, DataArgs, ModelArgs):
+class Args(RunArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, DataArgs, ModelArgs):
     """The flags of a training script, as far as they are looked at here."""
 
 
@@ -110,7 +112,7 @@ def test_the_plan_is_said_in_numbers(check):
 def test_the_size_that_is_said_is_the_size_of_a_checkpoint(optimizer, use_ema, tiny_model, tmp_path, monkeypatch):
     args = Args(optimizer=optimizer, use_ema=use_ema, output_dir=str(tmp_path), resolution="32", learning_rate=1.0)
     model = sd.load(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0)
-    average = build_ema(args, model.trained_parameters(), None, started_apart=False)
+    average = build_ema(args, model.trained_parameters(), None)
     steps = build_optimizer(args, model.parameter_groups(1.0, 1.0))
     for parameter in model.trained_parameters().values():
         parameter.grad = torch.ones_like(parameter)
@@ -120,10 +122,13 @@ def test_the_size_that_is_said_is_the_size_of_a_checkpoint(optimizer, use_ema, t
     actual = sum(value.numel() * value.element_size() for value in kept)
 
     order = Order(rows=11, micro_batch=2, accumulation=2, processes=1, process=0, seed=0)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0.8 * actual))
-    with pytest.raises(ModelProblem, match="a checkpoint needs"):
+    # Without a limit two checkpoints are the least that a run comes to; then the pipeline: trained parts and files.
+    exported = 4 * (1 + use_ema) * sum(p.numel() for p in model.trained_parameters().values())
+    exported += sum(path.stat().st_size for path in tiny_model.rglob("*") if path.is_file())
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1.8 * actual + exported))
+    with pytest.raises(ModelProblem, match="checkpoints of"):
         check_before_start(args, FakeRun(tmp_path), model, range(11), None, order, 6)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1.25 * actual))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2.25 * actual + exported))
     check_before_start(args, FakeRun(tmp_path), model, range(11), None, order, 6)
 
 
@@ -139,6 +144,10 @@ class FakeUNet:
 
     def compile(self):
         self.calls.append("compile")
+
+    def modules(self):
+        """Heads of 8 and 16: the kernels are tried at the sizes that the model has."""
+        return [Attention(query_dim=32, heads=4, dim_head=8), Attention(query_dim=32, heads=2, dim_head=16)]
 
 
 def chosen(run, **flags):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +14,18 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
+from finetuning.families.contract import ModelProblem
 from finetuning.training.checkpoint import CheckpointArgs
 from finetuning.training.optim import OptimArgs
-from finetuning.training.run import NonFinite, Run, RunArgs, push_to_hub
+from finetuning.training.run import HubUpload, NonFinite, Run, RunArgs
 
 
 @dataclass
 class Args(RunArgs, CheckpointArgs, OptimArgs):
     """The flags that a run reads."""
+
+    pretrained_model_name_or_path: str = "some/base"
+    dataset_name: str | None = None
 
 
 @pytest.fixture
@@ -185,17 +190,26 @@ def test_pictures_go_to_tensorboard_as_channels_first_bytes(start):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_for_a_checkpoint_and_the_second_stops_at_once(number, start, monkeypatch, capsys):
+def test_the_first_signal_asks_for_a_checkpoint(number, start, capfd):
     run = start()
     run.begin(0, 10)
     assert not run.any(run.stop_signal is not None)
     os.kill(os.getpid(), number)
     assert run.stop_signal == number and run.any(run.stop_signal is not None)
-    assert f"{signal.Signals(number).name}: saving a checkpoint" in capsys.readouterr().err
-    killed = []
+    assert f"{signal.Signals(number).name}: stopping after this step, with a checkpoint" in capfd.readouterr().err
+
+
+def test_ctrl_c_twice_stops_at_once_and_a_repeated_sigterm_does_not(start, monkeypatch):
+    """Launchers pass on a SIGTERM that everybody already got: it must not cut the save short."""
+    run, killed = start(), []
+    run.begin(0, 10)
     monkeypatch.setattr(os, "kill", lambda pid, sent: killed.append((pid, sent, signal.getsignal(sent))))
-    signal.raise_signal(number)
-    assert killed == [(os.getpid(), number, signal.SIG_DFL)]
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert killed == []
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+    assert killed == [(os.getpid(), signal.SIGINT, signal.SIG_DFL)]
 
 
 # -- the Hub ---------------------------------------------------------------------------------------------------------
@@ -219,7 +233,7 @@ def uploads(monkeypatch):
             kept = sorted(filter_repo_objects(files, ignore_patterns=ignore_patterns))
             seen.append((repo_id, kept, self.token))
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
+    monkeypatch.setattr("finetuning.training.run.HfApi", FakeHub)
     return seen
 
 
@@ -232,15 +246,32 @@ def test_the_finished_pipeline_is_uploaded_and_nothing_of_the_run(logging_dir, s
     for name in pipeline + others:
         (run.output_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run.output_dir / name).touch()
-    assert push_to_hub(run, run.output_dir) == "https://huggingface.co/somebody/run"
-    assert uploads == [("somebody/run", pipeline, "hf_secret")]
+    HubUpload(run).push()
+    assert uploads == [("somebody/run", ["README.md", *pipeline], "hf_secret")]
+    assert "base_model: some/base" in (run.output_dir / "README.md").read_text()
 
 
 def test_hub_model_id_names_the_repository(start, uploads):
     run = start(hub_model_id="somebody/chalk")
     run.output_dir.mkdir()
-    push_to_hub(run, run.output_dir)
+    HubUpload(run).push()
     assert uploads[0][0] == "somebody/chalk"
+
+
+def test_a_hub_that_refuses_is_named_before_training(start, uploads, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("401 Unauthorized")
+
+    monkeypatch.setattr("finetuning.training.run.HfApi.create_repo", refuse)
+    with pytest.raises(ModelProblem, match=r"--push_to_hub: no repository run to be had: 401 Unauthorized; log in"):
+        HubUpload(start())
+
+
+def test_the_token_is_written_nowhere(start, monkeypatch):
+    for command in (["train.py", "--hub_token", "hf_secret"], ["train.py", "--hub_token=hf_secret"]):
+        monkeypatch.setattr(sys, "argv", command)
+        facts = json.dumps(start(hub_token="hf_secret")._facts())
+        assert "hf_secret" not in facts and "HIDDEN" in facts
 
 
 # -- the flags -------------------------------------------------------------------------------------------------------

@@ -22,11 +22,14 @@ class FakeRun(SimpleNamespace):
     """A run without accelerate that keeps what it is given to log."""
 
     def __init__(self, output_dir, is_main=True):
-        accelerator = SimpleNamespace(autocast=nullcontext, wait_for_everyone=lambda: None)
+        accelerator = SimpleNamespace(autocast=nullcontext)
         super().__init__(
             output_dir=output_dir, is_main=is_main, accelerator=accelerator, device=torch.device("cpu"),
             args=SimpleNamespace(seed=0, size=(32, 32)), logged=[], shown=[],
         )  # fmt: skip
+
+    def wait_for_everyone(self):
+        pass
 
     def log(self, values, step):
         self.logged.append((step, values))

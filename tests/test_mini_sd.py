@@ -1,0 +1,44 @@
+"""The embedded model: loads as any Stable Diffusion does, is small, and really has learned."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from finetuning.families.pipelines import open_pipeline
+from models.measure_mini_sd import generate, held_out_scenes, score, table
+
+
+@pytest.fixture(scope="module")
+def folder(root):
+    return root / "models/mini-sd"
+
+
+def test_it_is_a_plain_stable_diffusion_with_both_weights(folder):
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    assert pipeline.vae_scale_factor == 8 and pipeline.unet.config.in_channels == 4
+    raw = UNet2DConditionModel.from_pretrained(folder / "unet", variant="non_ema")
+    averaged = pipeline.unet.state_dict()
+    assert any(not torch.equal(value, averaged[name]) for name, value in raw.state_dict().items())
+
+
+def test_it_holds_safetensors_only_and_at_most_16_megabytes(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 16 * 2**20
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt")]
+
+
+def test_combinations_that_were_never_trained_on_are_drawn_right(folder):
+    """A small sample of what the card reports in full."""
+    singles, _ = held_out_scenes(512)
+    scenes = singles[:24]
+    pictures = generate(open_pipeline(folder, scheduler="dpm++"), scenes, guidance_scale=3.0, steps=20)
+    assert score(scenes, pictures)["shape and color"] >= 0.8
+
+
+def test_the_card_shows_the_figures_that_were_measured(folder):
+    figures = json.loads((folder / "accuracy.json").read_text(encoding="utf-8"))
+    assert table(figures) in (folder / "README.md").read_text(encoding="utf-8")
+    checker = [result for name, result in figures.items() if "truth" in name]
+    assert len(checker) == 2 and all(result["shape and color"] >= 0.99 for result in checker)
