@@ -21,15 +21,15 @@ from finetuning.data.latents import LatentArgs, latent_source
 from finetuning.data.order import Order
 from finetuning.data.reading import DatasetProblem
 from finetuning.data.training_set import DataArgs, load_pictures
-from finetuning.families import sd
+from finetuning.families import load_model
 from finetuning.families.contract import ModelArgs, ModelProblem
-from finetuning.training.checkpoint import CheckpointArgs, Checkpointer, CheckpointProblem
+from finetuning.training.checkpoint import CheckpointArgs, Checkpointer, CheckpointProblem, NonFinite
 from finetuning.training.ema import EMAArgs, build_ema
 from finetuning.training.files import whole_pipeline
 from finetuning.training.noise import NoiseArgs, NoiseSchedule, diffusion_loss, draw_noise
 from finetuning.training.optim import OptimArgs, build_optimizer, build_schedule, learning_rates
 from finetuning.training.preflight import check_before_start, choose_attention
-from finetuning.training.run import HubUpload, NonFinite, NoUpload, Run, RunArgs
+from finetuning.training.run import HubUpload, NoUpload, Run, RunArgs
 from finetuning.training.validation import Validation, ValidationArgs
 
 
@@ -52,7 +52,7 @@ def main(argv=None):
 def train(args, run):
     """One run from the first step, or from a checkpoint, to the last."""
     # What we train, and on what
-    model = sd.load(args, args.prediction_type, args.seed)
+    model = load_model(args, args.prediction_type, args.seed)
     training, held_out = load_pictures(
         args, model.tokenizer, args.seed, args.validation_fraction, run.say, args.cache_dir
     )

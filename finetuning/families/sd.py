@@ -22,7 +22,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from finetuning.cli import write_json
 from finetuning.families.contract import ModelArgs, ModelProblem
 
-PIPELINE = "StableDiffusionPipeline"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".onnx")
 
 
@@ -183,15 +182,8 @@ class StableDiffusion:
         save_file(weights, target / _weights_name(part, variant), metadata={"format": "pt"})
 
 
-def load(args: ModelArgs, prediction_type, seed):
-    """The model that the flags name, its parts in fp32 on the CPU. Raises ModelProblem.
-
-    `prediction_type` None keeps the base's.
-    """
-    folder = _local_folder(args)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    if index.get("_class_name") != PIPELINE:
-        raise ModelProblem(f"{folder} is a {index.get('_class_name')}; this script trains {PIPELINE}")
+def load(folder, index, args: ModelArgs, prediction_type, seed):
+    """The model in `folder`, whose model_index.json is `index`, as the flags ask for it (see families.load_model)."""
     missing = [part for part in _parts(index) if not (folder / part).is_dir()]
     if missing:
         raise ModelProblem(
@@ -231,29 +223,6 @@ def load(args: ModelArgs, prediction_type, seed):
 def _parts(index):
     """The folders that a model_index.json names."""
     return [name for name, value in index.items() if isinstance(value, list) and value[0]]
-
-
-def _local_folder(args):
-    """The folder of the model's files; a Hub name is downloaded into the cache, or found there."""
-    name = args.pretrained_model_name_or_path
-    if Path(name).is_dir():
-        if not (Path(name) / "model_index.json").is_file():
-            raise ModelProblem(
-                f"--pretrained_model_name_or_path {name} has no model_index.json: it is not a diffusers pipeline. "
-                "(A checkpoint folder is resumed with --resume_from_checkpoint)"
-            )
-        return Path(name)
-    try:
-        return Path(
-            StableDiffusionPipeline.download(
-                name, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir
-            )
-        )
-    except (OSError, ValueError) as error:
-        where = f"{name} at revision {args.revision}" if args.revision else name
-        raise ModelProblem(
-            f"--pretrained_model_name_or_path {where} is neither a folder nor to be had: {error}"
-        ) from error
 
 
 def _how(folder, part, variant):

@@ -102,6 +102,10 @@ class CheckpointProblem(ValueError):
     """A checkpoint that was asked for cannot be used; the message says why and what to do."""
 
 
+class NonFinite(ArithmeticError):
+    """A loss, a gradient or a weight is not a number; nothing of it has reached a checkpoint."""
+
+
 class Checkpointer:
     """Writes and reads the state of one run. `due` is asked after each step, `save` writes, `resume` goes back."""
 
@@ -134,6 +138,12 @@ class Checkpointer:
         The main process writes; the others wait, because one that ends first would have the launcher end them all.
         """
         self.written_at = time.monotonic()
+        broken = [name for name, value in self.family.trained_parameters().items() if not value.isfinite().all()]
+        if broken:
+            raise NonFinite(
+                f"after step {step} {len(broken)} weights are not finite, {broken[0]} first: no checkpoint is written. "
+                "Lower --learning_rate and go on from the last one with --resume_from_checkpoint latest"
+            )
         if self.run.is_main and self.last_saved != step:
             self._write(step)
             self._prune(step)

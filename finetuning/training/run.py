@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from finetuning.cli import as_dict, flag, write_json
 from finetuning.families.contract import ModelProblem
-from finetuning.training.checkpoint import seed_of_resumed_run
+from finetuning.training.checkpoint import NonFinite, seed_of_resumed_run
 
 TRACKERS = ("tensorboard", "wandb", "all", "none")
 
@@ -58,10 +58,6 @@ class RunArgs:
             yield f"--report_to {self.report_to}: it is not installed: pip install {self.report_to}"
         if Path(self.output_dir).is_file():
             yield f"--output_dir {self.output_dir} is a file"
-
-
-class NonFinite(ArithmeticError):
-    """A loss or a gradient is not a number; nothing of it has reached a checkpoint."""
 
 
 class Run:

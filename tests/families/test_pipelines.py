@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetuning.families import sd
+from finetuning.families import load_model
 from finetuning.families.contract import ModelArgs, ModelProblem
 from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
 from finetuning.training.ema import AveragedWeights
@@ -31,7 +31,7 @@ def values(tensors):
 def trained(tiny_model):
     """A model with a trained text encoder, and an average that differs from the trained weights."""
     args = ModelArgs(pretrained_model_name_or_path=str(tiny_model), train_text_encoder=True)
-    model = sd.load(args, None, seed=0)
+    model = load_model(args, None, seed=0)
     average = AveragedWeights(model.trained_parameters(), 0.5, "warm")
     with torch.no_grad():
         for parameter in model.trained_parameters().values():

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from finetuning.families import sd
+from finetuning.families import load_model
 from finetuning.families.contract import ModelArgs, ModelProblem
 from finetuning.training.ema import AveragedWeights
 
@@ -20,7 +20,7 @@ RAW = "diffusion_pytorch_model.non_ema.safetensors"
 
 
 def load(model, prediction_type=None, seed=0, **flags):
-    return sd.load(ModelArgs(pretrained_model_name_or_path=str(model), **flags), prediction_type, seed)
+    return load_model(ModelArgs(pretrained_model_name_or_path=str(model), **flags), prediction_type, seed)
 
 
 def unet_of(model):
@@ -202,7 +202,7 @@ def test_a_folder_without_an_index_is_not_a_pipeline(copied):
 
 def test_another_pipeline_is_refused_by_its_name(copied):
     edit(copied / "model_index.json", _class_name="StableDiffusionXLPipeline")
-    with pytest.raises(ModelProblem, match="is a StableDiffusionXLPipeline; this script trains Stable"):
+    with pytest.raises(ModelProblem, match="is a StableDiffusionXLPipeline; what can be trained is Stable"):
         load(copied)
 
 

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 
 from finetuning.data.order import Order
 from finetuning.data.training_set import DataArgs
-from finetuning.families import sd
+from finetuning.families import load_model
 from finetuning.families.contract import ModelArgs, ModelProblem
 from finetuning.training import preflight
 from finetuning.training.checkpoint import CheckpointArgs
@@ -39,7 +39,7 @@ class FakeRun(SimpleNamespace):
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return sd.load(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0)
+    return load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_every_problem_is_named_at_once(check, monkeypatch):
 def test_dream_is_refused_for_a_base_that_does_not_predict_epsilon(tiny_model, check):
     base = ModelArgs(pretrained_model_name_or_path=str(tiny_model))
     with pytest.raises(ModelProblem, match=r"--dream_training .*v_prediction"):
-        check(model=sd.load(base, "v_prediction", seed=0), resolution="32", dream_training=True)
+        check(model=load_model(base, "v_prediction", seed=0), resolution="32", dream_training=True)
     assert check(resolution="32", dream_training=True)
 
 
@@ -111,7 +111,7 @@ def test_the_plan_is_said_in_numbers(check):
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "prodigy"])
 def test_the_size_that_is_said_is_the_size_of_a_checkpoint(optimizer, use_ema, tiny_model, tmp_path, monkeypatch):
     args = Args(optimizer=optimizer, use_ema=use_ema, output_dir=str(tmp_path), resolution="32", learning_rate=1.0)
-    model = sd.load(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0)
+    model = load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0)
     average = build_ema(args, model.trained_parameters(), None)
     steps = build_optimizer(args, model.parameter_groups(1.0, 1.0))
     for parameter in model.trained_parameters().values():

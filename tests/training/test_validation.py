@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from finetuning.data.training_set import DataArgs, load_pictures
-from finetuning.families import sd
+from finetuning.families import load_model
 from finetuning.families.contract import ModelArgs
 from finetuning.training import validation as validation_module
 from finetuning.training.ema import AveragedWeights, NoAverage
@@ -40,12 +40,12 @@ class FakeRun(SimpleNamespace):
 
 @pytest.fixture
 def model(tiny_model):
-    return sd.load(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0)
+    return load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0)
 
 
 @pytest.fixture(scope="module")
 def held_out(tiny_model, shapes_folder):
-    tokenizer = sd.load(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0).tokenizer
+    tokenizer = load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0).tokenizer
     return load_pictures(DataArgs(train_data_dir=str(shapes_folder), resolution="32"), tokenizer, seed=0)[1]
 
 
