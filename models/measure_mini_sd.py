@@ -19,20 +19,20 @@ from finetuning.evaluation.grid import labelled_grid
 from finetuning.families.pipelines import SCHEDULERS, open_pipeline
 from finetuning.shapes.checker import agrees, read
 from finetuning.shapes.drawing import draw
-from finetuning.shapes.scenes import draw_scene, single_scenes
+from finetuning.shapes.scenes import SHAPES, draw_scene, single_scenes
 
-PARTS = ("shape", "color", "size", "background", "relation", "count", "all")
+PARTS = ("shape", "color", "size", "background", "axis", "relation", "count", "all")
 
 
-def held_out_scenes(count):
+def held_out_scenes(count, shapes=SHAPES):
     """(single, pairs), half of `count` each; single combinations are gone through evenly, pairs are all different."""
     rng = random.Random(0)
-    singles = [scene for scene in single_scenes() if scene.is_held_out]
+    singles = [scene for scene in single_scenes(shapes) if scene.is_held_out]
     rng.shuffle(singles)
     singles = [singles[index % len(singles)] for index in range(count // 2)]
     pairs = {}
     while len(pairs) < count // 2:
-        scene = draw_scene(rng, pair_share=1.0, held_out=True)
+        scene = draw_scene(rng, shapes, pair_share=1.0, held_out=True)
         pairs[scene.caption] = scene
     return singles, list(pairs.values())
 
@@ -71,7 +71,7 @@ def interval(share, n):
 
 def table(results):
     """Markdown, a line for each set of captions."""
-    columns = ("shape and color", "shape", "color", "size", "background", "relation", "count", "all")
+    columns = ("shape and color", "shape", "color", "size", "background", "axis", "relation", "count", "all", "filled")
     lines = ["| captions | n | " + " | ".join(columns) + " |", "|---|---" + "|---" * len(columns) + "|"]
     for name, result in results.items():
         low, high = interval(result["shape and color"], result["n"])
@@ -87,13 +87,14 @@ def main():
     parser.add_argument("--base", help="for a checkpoint folder: where its other parts come from")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--captions", type=int, default=512, help="half of them singles (default %(default)s)")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES, help="ask for these only (default: all)")
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), default="dpm++")
     args = parser.parse_args()
 
     pipeline = open_pipeline(args.model, base=args.base, scheduler=args.scheduler, device=PartialState().device)
-    sets = dict(zip(("one object", "two objects"), held_out_scenes(args.captions), strict=True))
+    sets = dict(zip(("one object", "two objects"), held_out_scenes(args.captions, args.shapes), strict=True))
     results, samples = {}, []
     for name, scenes in sets.items():
         drawn = [draw(scene, number) for number, scene in enumerate(scenes)]

@@ -57,9 +57,10 @@ def read(picture):
 
 
 def agrees(scene: Scene, picture):
-    """{"shape", "color", "size", "background", "count", "relation", "all"}: whether the picture shows what was asked.
+    """{"shape", "color", "size", "background", "count", "axis", "relation", "all"}: whether the picture shows it.
 
-    shape and color look at the asked things alone, matched in the way that is best for them; "all" wants everything.
+    shape and color look at the asked things alone, matched in the way that is best for them. axis: two things stand
+    over or beside each other as asked, in either order; relation: in the order asked. "all" wants everything.
     """
     background, seen = read(picture)
     wanted = scene.things
@@ -70,7 +71,9 @@ def agrees(scene: Scene, picture):
             one is not None and getattr(one.thing, part) == getattr(thing, part)
             for thing, one in zip(wanted, found, strict=True)
         )
-    right["relation"] = scene.relation is None or (None not in found and _stands(scene.relation, *found))
+    placed = scene.relation is None or None not in found
+    right["relation"] = placed and (scene.relation is None or _stands(scene.relation, *found))
+    right["axis"] = right["relation"] or (placed and _stands(scene.relation, *found[::-1]))
     right["all"] = all(right.values())
     return right
 

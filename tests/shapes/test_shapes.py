@@ -148,7 +148,7 @@ def test_checker_reads_single_shapes_right(style):
 @pytest.mark.parametrize("style", STYLES)
 def test_checker_reads_mixed_scenes_right(style):
     right = [agrees(scene, draw(scene, seed, style)) for seed, scene in enumerate(scenes(300, 3, pair_share=0.7))]
-    for part in ("shape", "color", "size", "background", "count", "relation", "all"):
+    for part in ("shape", "color", "size", "background", "count", "axis", "relation", "all"):
         assert np.mean([one[part] for one in right]) >= 0.99, part
 
 
@@ -183,8 +183,9 @@ def test_checker_notices_a_wrong_relation(relation):
     for asked in RELATIONS:
         right = agrees(Scene((RED_CIRCLE, BLUE_SQUARE), "white", asked), picture)
         assert right["relation"] == right["all"] == (asked == relation)
+        assert right["axis"] == ((asked in ("above", "below")) == (relation in ("above", "below")))
     swapped = agrees(Scene((BLUE_SQUARE, RED_CIRCLE), "white", relation), picture)
-    assert not swapped["relation"]
+    assert swapped["axis"] and not swapped["relation"]
     assert swapped["shape"] and swapped["color"] and swapped["size"]
 
 
@@ -206,7 +207,7 @@ def test_checker_notices_a_missing_and_a_surplus_thing():
 def test_checker_finds_nothing_on_a_plain_picture():
     assert read(Image.new("RGB", (SIDE, SIDE), BACKGROUNDS["gray"])) == ("gray", [])
     right = agrees(Scene((RED_CIRCLE,), "gray"), Image.new("RGB", (SIDE, SIDE), BACKGROUNDS["gray"]))
-    assert {part for part, value in right.items() if value} == {"background", "relation"}
+    assert {part for part, value in right.items() if value} == {"background", "axis", "relation"}
 
 
 def test_checker_rejects_noise():
