@@ -111,12 +111,9 @@ def remove_leftovers(parent):
 
 
 def sha256(path):
-    """Hex digest of a file, read in blocks."""
-    digest = hashlib.sha256()
+    """Hex digest of a file."""
     with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask():
