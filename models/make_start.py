@@ -71,6 +71,7 @@ def main():
         vocab_size=len(entries), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=entries["<|startoftext|>"],
         eos_token_id=entries["<|endoftext|>"], pad_token_id=entries["<|endoftext|>"],
+        dtype="float32",  # kept in config.json: else transformers 5 opens the fp16 file as fp16, beside an fp32 UNet
     )  # fmt: skip
     text_encoder = CLIPTextModel(config)
     text_encoder.config.save_pretrained(args.output_dir / "text_encoder")
