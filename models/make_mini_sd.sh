@@ -9,7 +9,7 @@ VAE_STEPS=${VAE_STEPS:-8000}
 STEPS=${STEPS:-10000}
 
 [ -f "$BUILD/vae/config.json" ] || python -m models.train_vae --steps "$VAE_STEPS" --output_dir "$BUILD/vae"
-[ -d "$BUILD/pretrain" ] || python -m finetuning.shapes.write_dataset --output "$BUILD/pretrain" --train 30000 --validation 512
+[ -f "$BUILD/pretrain/validation/metadata.jsonl" ] || python -m finetuning.shapes.write_dataset --output "$BUILD/pretrain" --train 30000 --validation 512
 python -m models.make_start --vae "$BUILD/vae" --output_dir "$BUILD/start"
 accelerate launch --config_file accelerate_config.yaml --mixed_precision no train_text_to_image.py \
   --pretrained_model_name_or_path "$BUILD/start" --from_scratch --train_text_encoder \

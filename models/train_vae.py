@@ -1,6 +1,6 @@
 """Train the autoencoder of models/mini-sd from nothing, on pictures that are drawn as they are needed.
 
-    python -m models.train_vae --output_dir build/mini-sd/vae --steps 9000
+    python -m models.train_vae --output_dir build/mini-sd/vae --steps 8000
 
 Reads nothing. Writes a diffusers AutoencoderKL (64 px pictures <-> 8 x 8 x 4 latents) whose `scaling_factor` gives
 the latents unit variance, preview.png (top: drawn, below: what came back), and its log to standard output.
@@ -60,29 +60,28 @@ def learning_rate(step, steps, peak):
 
 
 @torch.no_grad()
-def save(vae, folder: Path):
-    """Write the model with its scaling factor, and a picture of what it keeps."""
+def preview(vae, folder: Path):
+    """Write preview.png; returns the standard deviation of the unscaled latents over 256 pictures."""
     vae.eval()
     pixels = picture_batch(-256, 256)[0].to(vae.device)
     latents = vae.encode(pixels).latent_dist.sample(generator=torch.Generator().manual_seed(0))
-    vae.register_to_config(scaling_factor=1 / latents.std().item())
     rows = torch.cat([pixels[:24], vae.decode(latents[:24]).sample.clamp(-1, 1)])
     rows = ((rows + 1) * 127.5).round().byte().reshape(2, 24, 3, 64, 64).permute(0, 3, 1, 4, 2).reshape(128, 1536, 3)
-    folder.mkdir(parents=True, exist_ok=True)
-    vae.save_pretrained(folder)
     Image.fromarray(rows.cpu().numpy()).save(folder / "preview.png")
     vae.train()
+    return latents.std().item()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=9000, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=8000, help="optimizer steps (default %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pictures per step (default %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak of the schedule (default %(default)s)")
     parser.add_argument("--kl_weight", type=float, default=1e-4, help="per latent element (default %(default)s)")
     args = parser.parse_args()
 
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     device = PartialState().device
     vae = build().to(device)
@@ -107,8 +106,9 @@ def main():
             figures = f"reconstruction {reconstruction.item():.4f}  kl {divergence.item():.3f}"
             print(f"step {step:5d}  {figures}  {time.monotonic() - started:.0f} s", flush=True)
         if step % 1000 == 999:
-            save(vae, args.output_dir)
-    save(vae, args.output_dir)
+            preview(vae, args.output_dir)
+    vae.register_to_config(scaling_factor=1 / preview(vae, args.output_dir))
+    vae.save_pretrained(args.output_dir)
 
 
 if __name__ == "__main__":
