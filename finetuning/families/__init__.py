@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from finetuning.families import sd
@@ -11,7 +12,8 @@ from finetuning.families.contract import ModelArgs, ModelProblem
 
 FAMILIES = {"StableDiffusionPipeline": sd}
 
-transformers_logging.disable_progress_bar()  # "Loading weights" at every part of a model says nothing
+for logging in (diffusers_logging, transformers_logging):
+    logging.disable_progress_bar()  # a bar for every part of a model that is loaded says nothing
 
 
 def load_model(args: ModelArgs, prediction_type, seed):
