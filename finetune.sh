@@ -98,7 +98,7 @@ accelerate launch --config_file accelerate_config.yaml train_text_to_image.py \
 # The launcher keeps SIGTERM to itself, so it is passed on to the training process, which saves a checkpoint first.
 # Ctrl-C reaches that process by itself.
 LAUNCHER=$!
-trap 'pkill -TERM -P $LAUNCHER' TERM
+trap 'pkill -TERM -P $LAUNCHER || kill -TERM $LAUNCHER || :' TERM
 trap : INT
 STATUS=0; wait $LAUNCHER || STATUS=$?
 while kill -0 $LAUNCHER 2>/dev/null; do STATUS=0; wait $LAUNCHER || STATUS=$?; done

@@ -52,8 +52,12 @@ class Args:
             yield 'say what to draw: --prompt "..." or --prompts_file FILE'
         if self.prompts_file and not Path(self.prompts_file).is_file():
             yield f"--prompts_file {self.prompts_file}: there is no such file"
+        elif self.prompts_file and not self.all_prompts():
+            yield f"--prompts_file {self.prompts_file} has no prompts in it"
         if self.size and not re.fullmatch(r"\d+(x\d+)?", self.size):
             yield f"--size {self.size} must be one side in pixels or HEIGHTxWIDTH"
+        elif self.size and any(int(side) % 8 or not int(side) for side in self.size.split("x")):
+            yield f"--size {self.size} must be a multiple of 8"
         if self.batch_size < 1 or min(self.num_inference_steps) < 1:
             yield "--batch_size and --num_inference_steps must be at least 1"
         labels = [ModelSource.parse(text).label for text in self.model]
@@ -84,7 +88,8 @@ def draw(args):
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     sources = [ModelSource.parse(text) for text in args.model]
-    rows = list(product(args.all_prompts(), args.seed))
+    prompts = list(dict.fromkeys(args.all_prompts()))
+    rows = list(product(prompts, args.seed))
     settings = list(product(args.guidance_scale, args.num_inference_steps))
     pictures, records = {}, []
     with tqdm(total=len(rows) * len(settings) * len(sources), unit="picture") as bar:
@@ -104,10 +109,11 @@ def draw(args):
                     **_height_and_width(args.size),
                 ).images
                 for (prompt, seed), picture in zip(part, drawn, strict=True):
+                    number = prompts.index(prompt)
                     made = {"prompt": prompt, "seed": seed, "model": source.label, "guidance_scale": guidance}
                     made |= {"num_inference_steps": steps, "path": source.path, "weights": args.weights}
                     made |= {"scheduler": args.scheduler, "vae": args.vae, "negative_prompt": args.negative_prompt}
-                    made |= {"dtype": dtype, "size": list(picture.size), "file": _name(made)}
+                    made |= {"dtype": dtype, "size": list(picture.size), "file": f"{number:03d}_{_name(made)}"}
                     picture.save(folder / made["file"])
                     pictures[prompt, seed, source.label, guidance, steps] = picture
                     records.append(made)
@@ -133,7 +139,10 @@ def _heading(args, label, guidance, steps):
 
 
 def _name(made):
-    """What the picture shows, as a file name: prompt, model, seed, guidance scale, steps."""
+    """What the picture shows, as a file name: prompt, model, seed, guidance scale, steps.
+
+    The prompt's number goes before it: prompts may be alike in their first words, or have no Latin letters.
+    """
     words = lambda text: re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")
     setting = f"seed{made['seed']}_g{made['guidance_scale']:g}_s{made['num_inference_steps']}"
     return f"{words(made['prompt'])[:80]}_{words(made['model'])}_{setting}.png"

@@ -47,6 +47,9 @@ def main(argv=None):
     except (ModelProblem, DatasetProblem, CheckpointProblem, NonFinite) as problem:
         run.say(f"{type(problem).__name__}: {problem}")
         return 1
+    except KeyboardInterrupt:
+        run.say("interrupted before the first step: nothing was trained")
+        return 130
 
 
 def train(args, run):
@@ -69,12 +72,12 @@ def train(args, run):
     ema = build_ema(args, trained, model.take_ema_start())
     optimizer = build_optimizer(args, model.parameter_groups(*learning_rates(args, order.group_size)))
     schedule = NoiseSchedule.of(model.scheduler)
-    encode = latent_source(args, model, training, args.seed, run.device)
 
     # What is saved, and where we left off
     checkpoints = Checkpointer(args, model, ema, optimizer, run, order, training.fingerprint())
     first_step = checkpoints.resume(total_steps)
     rate = build_schedule(args, optimizer, total_steps, first_step)
+    encode = latent_source(args, model, training, args.seed, run.device)
     validation = Validation(run, args, model, ema, schedule, held_out, args, args.train_batch_size)
     denoiser, stepper = run.prepare(model.denoiser, optimizer)
     upload = HubUpload(run) if args.push_to_hub and run.is_main else NoUpload()
@@ -127,9 +130,9 @@ def train(args, run):
         run.say(f"pipeline: {run.output_dir} (StableDiffusionPipeline.from_pretrained loads it)")
         if grid := validation.compare(step):
             run.say(f"base beside fine-tuned: {grid}")
-        upload.push()
+    uploaded = upload.push()
     run.finish()
-    return 0
+    return 0 if uploaded else 1
 
 
 if __name__ == "__main__":

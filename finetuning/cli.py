@@ -207,6 +207,7 @@ def _read_config(path, fields):
         return {}, [f"--config {path}: {error}"]
     if not isinstance(content, dict):
         return {}, [f"--config {path}: must be a list of `flag: value` lines"]
+    content.pop("run", None)  # what args.json says of the run that wrote it, beside its flags
     problems = [f"--config {path}: {_unknown_flag(str(key), fields)}" for key in content if key not in fields]
     return {key: value for key, value in content.items() if key in fields}, problems
 

@@ -85,6 +85,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--base", help="for a checkpoint folder: where its other parts come from")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run or a checkpoint")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--captions", type=int, default=512, help="half of them singles (default %(default)s)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES, help="ask for these only (default: all)")
@@ -93,7 +94,9 @@ def main():
     parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), default="dpm++")
     args = parser.parse_args()
 
-    pipeline = open_pipeline(args.model, base=args.base, scheduler=args.scheduler, device=PartialState().device)
+    pipeline = open_pipeline(
+        args.model, weights=args.weights, base=args.base, scheduler=args.scheduler, device=PartialState().device
+    )
     sets = dict(zip(("one object", "two objects"), held_out_scenes(args.captions, args.shapes), strict=True))
     results, samples = {}, []
     for name, scenes in sets.items():

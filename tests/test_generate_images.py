@@ -30,7 +30,7 @@ def test_prompts_by_seeds_by_models_by_guidance_make_pictures_a_grid_and_a_recor
     assert len({record["file"] for record in records}) == len(records)
     for record in records:
         assert Image.open(tmp_path / "out" / record["file"]).size == (32, 32)
-    assert "a-red-circle_two_seed1_g3_s2.png" in {record["file"] for record in records}
+    assert "000_a-red-circle_two_seed1_g3_s2.png" in {record["file"] for record in records}
     width, height = Image.open(tmp_path / "out/grid.png").size
     assert width > 4 * 160 and height > 6 * 160  # two models x two scales; three prompts x two seeds
 
@@ -60,6 +60,12 @@ def test_checkpoints_and_raw_weights_are_columns_too(tiny_model, shapes_folder, 
     assert pixels(tmp_path / "ema", records[1]) == pixels(tmp_path / "ema", records[2])
     assert pixels(tmp_path / "raw", raw[1]) == pixels(tmp_path / "raw", raw[2])
     assert pixels(tmp_path / "raw", raw[1]) != pixels(tmp_path / "ema", records[1])
+
+
+def test_prompts_that_look_alike_as_file_names_keep_their_pictures_apart(tiny_model, tmp_path):
+    long = "a red circle " * 10
+    records = draw(tmp_path, "--model", f"m={tiny_model}", "--prompt", long + "one", long + "two", "日本", "中国")
+    assert len({record["file"] for record in records}) == 4 == len(list(tmp_path.glob("*seed0*.png")))
 
 
 def test_what_is_wrong_is_said_together(tmp_path, capsys):

@@ -202,7 +202,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(script, arguments
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "two/args.json").read_text())
-    assert facts["processes"] == 2  # `accelerate launch --cpu --num_processes 2` was seen to start one
+    assert facts["run"]["processes"] == 2  # `accelerate launch --cpu --num_processes 2` was seen to start one
     one, two = tensors(tmp_path / "one/checkpoint-4"), tensors(tmp_path / "two/checkpoint-4")
     for part, weights in one.items():
         for name, value in weights.items():
@@ -429,6 +429,13 @@ def test_faults_of_the_dataset_are_named_together_before_the_first_step(
     message = capfd.readouterr().err
     assert all(word in message for word in ("3 faults", "00000.png", "gone.png", "orphan.png", "--on_bad_rows skip"))
     assert train(script, arguments, tmp_path / "out", "--train_data_dir", bad, "--on_bad_rows", "skip") == 0
+
+
+def test_args_json_repeats_the_run_as_a_config(script, arguments, tmp_path):
+    assert train(script, arguments, tmp_path / "first") == 0
+    again = ["--config", str(tmp_path / "first/args.json")]
+    assert train(script, again, tmp_path / "again") == 0
+    assert state(tmp_path / "again") == state(tmp_path / "first")
 
 
 def test_a_seed_that_was_drawn_is_kept_on_resume(script, arguments, tmp_path):

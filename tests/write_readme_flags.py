@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import generate_images
+import train_text_to_image
 from finetuning.cli import flag_table
-from train_text_to_image import Args
 
 README = Path("README.md")
-before, rest = README.read_text(encoding="utf-8").split("<!-- flags -->")
-_, after = rest.split("<!-- /flags -->")
-table = flag_table(Args)
-README.write_text(f"{before}<!-- flags -->\n\n{table}\n<!-- /flags -->{after}", encoding="utf-8")
+text = README.read_text(encoding="utf-8")
+for mark, args in (("flags", train_text_to_image.Args), ("flags of generate_images", generate_images.Args)):
+    before, rest = text.split(f"<!-- {mark} -->")
+    after = rest.split(f"<!-- /{mark} -->")[1]
+    text = f"{before}<!-- {mark} -->\n\n{flag_table(args)}\n<!-- /{mark} -->{after}"
+README.write_text(text, encoding="utf-8")

@@ -125,12 +125,16 @@ def _uncaptioned(pictures, resolver, findings):
 
 def read_hub(dataset, image_column, caption_column, findings):
     """The rows of a loaded Hugging Face dataset split; pictures stay in the dataset and are decoded when needed."""
-    missing = [name for name in (image_column, caption_column) if name not in (*dataset.column_names, "none")]
+    needed = [image_column] if caption_column == "none" else [image_column, caption_column]
+    missing = [name for name in needed if name not in dataset.column_names]
     if missing:
         raise DatasetProblem(
             f"the dataset has no column {' or '.join(missing)}, only {', '.join(dataset.column_names)}: "
             "name them with --image_column and --caption_column"
         )
+    kind = type(dataset.features[image_column]).__name__
+    if kind != "Image":  # text would be opened as a path on this machine, wherever the dataset comes from
+        raise DatasetProblem(f"the column {image_column} holds {kind}, not pictures: name another with --image_column")
     captions = [""] * len(dataset) if caption_column == "none" else dataset[caption_column]
     rows = []
     for index, value in enumerate(captions):

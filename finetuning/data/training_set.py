@@ -33,7 +33,7 @@ class DataArgs:
     max_train_samples: int | None = flag(None, "train on this many rows, drawn with the seed")
     on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
     check_pictures: str = flag(
-        "full", "before the first step decode every picture to its end, or read the files' headers only (misses cuts)",
+        "full", "before the first step decode pictures to their end, or in folders read the headers only (misses cuts)",
         choices=("full", "header"),
     )  # fmt: skip
     allow_outside_paths: bool = flag(False, "let metadata and links reach pictures outside the dataset's folder")

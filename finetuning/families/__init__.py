@@ -38,6 +38,8 @@ def local_folder(args):
                 f"--pretrained_model_name_or_path {name} has no model_index.json: it is not a diffusers pipeline. "
                 "(A checkpoint folder is resumed with --resume_from_checkpoint)"
             )
+        if args.revision:
+            raise ModelProblem(f"--revision {args.revision}: {name} is a folder and has no revisions: leave it out")
         return Path(name)
     try:
         return Path(

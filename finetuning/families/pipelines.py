@@ -54,7 +54,7 @@ def open_pipeline(source, *, weights="ema", base=None, vae=None, scheduler=None,
         if (path / "training_state.json").is_file():
             started = json.loads((path / "training_state.json").read_text(encoding="utf-8"))["args"]
             prediction_type = started["prediction_type"]
-            whole = {} if base else {"revision": started["revision"], "variant": started["variant"]}
+            whole = {} if base else {name: started[name] for name in ("revision", "variant", "cache_dir")}
             base = base or started["pretrained_model_name_or_path"]
             parts = _checkpoint_parts(path, weights, dtype)
         else:
@@ -66,7 +66,8 @@ def open_pipeline(source, *, weights="ema", base=None, vae=None, scheduler=None,
             base or source, safety_checker=None, requires_safety_checker=False, dtype=dtype, **whole, **parts
         )
     except (OSError, ValueError) as error:
-        raise ModelProblem(f"{source} cannot be opened as a diffusers pipeline: {error}") from error
+        hint = "; name the model that the run started from with --base" if prediction_type is not None or whole else ""
+        raise ModelProblem(f"{source} cannot be opened as a diffusers pipeline: {error}{hint}") from error
     if prediction_type:  # of the run, which may have changed it
         config = {**pipeline.scheduler.config, "prediction_type": prediction_type}
         pipeline.scheduler = type(pipeline.scheduler).from_config(config)

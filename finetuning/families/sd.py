@@ -120,6 +120,12 @@ class StableDiffusion:
         finally:
             self.denoiser.train(was_training)
 
+    def bytes_on_disk(self):
+        """Size of the base's parts, without what else stands in its folder."""
+        index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
+        files = (path for part in _parts(index) for path in (self.folder / part).rglob("*"))
+        return sum(path.stat().st_size for path in files if path.is_file())
+
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def save_trained(self, folder, suffix="", weights=None):
@@ -190,6 +196,8 @@ def load(folder, index, args: ModelArgs, prediction_type, seed):
             f"{folder} lacks {', '.join(missing)}, which its model_index.json names: fetch what is missing, or set the "
             "entry of a part that is not needed (safety_checker) to [null, null]"
         )
+    if args.variant and not any(any((folder / part).glob(f"*.{args.variant}.*")) for part in _parts(index)):
+        raise ModelProblem(f"--variant {args.variant}: no part of {folder} has files of that name (*.{args.variant}.*)")
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", **_how(folder, "text_encoder", args.variant))
     vae = AutoencoderKL.from_pretrained(folder / "vae", **_how(folder, "vae", args.variant))
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")

@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules, all from libraries, behind one call each."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,8 @@ class OptimArgs:
                 yield f"--{name} {getattr(self, name)} must not be negative"
         if (self.lr_scheduler == "piecewise_constant") != (self.lr_step_rules is not None):
             yield "--lr_scheduler piecewise_constant and --lr_step_rules go together"
+        elif self.lr_step_rules and not re.fullmatch(r"(\d+:[\d.e+-]+,)*[\d.e+-]+", self.lr_step_rules):
+            yield f"--lr_step_rules {self.lr_step_rules} must look like 1:10,0.1:20,0.01"
 
 
 def build_optimizer(args: OptimArgs, groups):

@@ -30,7 +30,7 @@ def check_before_start(args, run, model, training, held_out, order, total_steps)
     trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
     optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
     needed = trained * (4 + STATE_BYTES[optimizer] + 4 * args.use_ema)
-    exported = trained * 4 * (1 + args.use_ema) + _bytes_of_files(model.folder)
+    exported = trained * 4 * (1 + args.use_ema) + model.bytes_on_disk()
     limit = args.checkpoints_total_limit
     # A new checkpoint stands before an old one goes. Without a limit, two are the least that a run comes to.
     room = needed * ((limit or 1) + 1) + exported
@@ -115,10 +115,6 @@ def _disagreement(attention, head_size, keys, device, dtype):
     pairs = zip(result(attention), result(pytorch), strict=True)
     # torch's max keeps a nan, Python's drops it unless it comes first
     return torch.stack([(a - b).float().norm() / b.float().norm() for a, b in pairs]).max().item()
-
-
-def _bytes_of_files(folder):
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _free_bytes(folder):

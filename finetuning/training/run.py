@@ -65,6 +65,8 @@ class Run:
 
     def __init__(self, args: RunArgs):
         self.args = args
+        # A shell starts what it puts in the background with Ctrl-C ignored: until `begin`, it ends the process.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         # Asked here first, accelerate would keep the answer: it has to hear of --cpu and use_cpu now.
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
@@ -220,11 +222,13 @@ class Run:
         packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "peft")
         return {
             **(as_dict(self.args) | {"hub_token": None}),
-            "command": [word.replace(self.args.hub_token or "\0", "HIDDEN") for word in sys.argv],
-            "precision": self.accelerator.mixed_precision,
-            "processes": self.accelerator.num_processes,
-            "device": str(self.device),
-            "versions": {name: version(name) for name in packages},
+            "run": {  # cli passes over this key, so that args.json can be given to --config
+                "command": [word.replace(self.args.hub_token or "\0", "HIDDEN") for word in sys.argv],
+                "precision": self.accelerator.mixed_precision,
+                "processes": self.accelerator.num_processes,
+                "device": str(self.device),
+                "versions": {name: version(name) for name in packages},
+            },
         }
 
     def _new_seed(self):
@@ -256,26 +260,37 @@ class HubUpload:
             raise ModelProblem(message) from error
 
     def push(self):
-        """Upload the finished pipeline with a model card; checkpoints, logs and optimizer states stay here."""
+        """Upload the finished pipeline with a model card; checkpoints and logs stay here. Whether it went well."""
         args = self.run.args
+        base = args.pretrained_model_name_or_path
+        known_base = "" if Path(base).is_dir() else f"base_model: {base}\n"  # the Hub refuses what it does not know
         (self.run.output_dir / "README.md").write_text(
-            f"---\nbase_model: {args.pretrained_model_name_or_path}\nlibrary_name: diffusers\n"
-            "pipeline_tag: text-to-image\n---\n\n"
-            f"{args.pretrained_model_name_or_path}, fine-tuned on {args.dataset_name or 'own pictures'}. "
+            f"---\n{known_base}library_name: diffusers\npipeline_tag: text-to-image\n---\n\n"
+            f"{base}, fine-tuned on {args.dataset_name or 'own pictures'}. "
             "All arguments stand in args.json.\n",
             encoding="utf-8",
         )
-        self.api.upload_folder(
-            repo_id=self.repo.repo_id,
-            folder_path=self.run.output_dir,
-            commit_message="Fine-tuned Stable Diffusion",
-            ignore_patterns=["checkpoint-*", f"{Path(args.logging_dir)}/*", ".incomplete-*"],
-        )
+        stays = ["checkpoint-*", "abandoned-*", ".incomplete-*", "metrics.jsonl", "validation/*"]
+        try:
+            self.api.upload_folder(
+                repo_id=self.repo.repo_id,
+                folder_path=self.run.output_dir,
+                commit_message="Fine-tuned Stable Diffusion",
+                ignore_patterns=[*stays, f"{Path(args.logging_dir)}/*"],
+            )
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            self.run.say(
+                f"the upload failed ({error}); the pipeline is whole in {self.run.output_dir}: "
+                f"`hf upload {self.repo.repo_id} {self.run.output_dir} --exclude 'checkpoint-*'` tries again"
+            )
+            return False
         self.run.say(f"uploaded: {self.repo}")
+        return True
 
 
 class NoUpload:
     """The same call without --push_to_hub, and on all processes but the main one."""
 
     def push(self):
-        """Nothing to upload."""
+        """Nothing to upload, so nothing went wrong."""
+        return True

@@ -587,8 +587,17 @@ def hub(columns, image_column="image", caption_column="text"):
     return read_hub(Dataset.from_dict(columns), image_column, caption_column, findings), findings
 
 
+def photos(count):
+    return [Image.new("RGB", (2, 2)) for _ in range(count)]
+
+
+def test_hub_text_in_the_picture_column_is_not_opened_as_a_path():
+    with pytest.raises(DatasetProblem, match=r"the column image holds Value, not pictures: .* --image_column"):
+        hub({"image": ["/somewhere/secret.png"], "text": ["a cat"]})
+
+
 def test_hub_rows_are_indices_with_their_captions():
-    rows, findings = hub({"image": ["x", "y"], "text": [" a cat", "a dog"]})
+    rows, findings = hub({"image": photos(2), "text": [" a cat", "a dog"]})
     assert [(row.picture, row.captions, row.origin) for row in rows] == [
         (0, ("a cat",), "row 0"),
         (1, ("a dog",), "row 1"),
@@ -597,7 +606,7 @@ def test_hub_rows_are_indices_with_their_captions():
 
 
 def test_hub_lists_and_empty_captions():
-    rows, findings = hub({"image": ["x", "y", "z"], "text": [["a cat", "a pet"], [], ["a dog"]]})
+    rows, findings = hub({"image": photos(3), "text": [["a cat", "a pet"], [], ["a dog"]]})
     assert [(row.picture, row.captions) for row in rows] == [(0, ("a cat", "a pet")), (2, ("a dog",))]
     assert findings.faults == {"rows with an empty caption": ["row 1"]}
 
@@ -608,7 +617,7 @@ def test_hub_missing_columns_are_all_named():
 
 
 def test_hub_without_captions():
-    rows, _ = hub({"image": ["x", "y"]}, caption_column="none")
+    rows, _ = hub({"image": photos(2)}, caption_column="none")
     assert [(row.picture, row.captions) for row in rows] == [(0, ("",)), (1, ("",))]
 
 

@@ -47,7 +47,7 @@ def checkpoint(trained, tiny_model, tmp_path):
     folder = tmp_path / "run" / "checkpoint-4"
     model.save_trained(folder)
     model.save_trained(folder, "_ema", average.shadow)
-    args = {"pretrained_model_name_or_path": str(tiny_model), "revision": None, "variant": None}
+    args = {"pretrained_model_name_or_path": str(tiny_model), "revision": None, "variant": None, "cache_dir": None}
     state = {"step": 4, "args": args | {"prediction_type": "v_prediction"}}
     (folder / "training_state.json").write_text(json.dumps(state))
     return folder

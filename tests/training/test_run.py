@@ -162,8 +162,8 @@ def test_args_json_holds_the_flags_and_no_token(start):
     run.begin(0, 10)
     text = (run.output_dir / "args.json").read_text()
     facts = json.loads(text)
-    assert (facts["num_train_epochs"], facts["seed"], facts["precision"]) == (3, 0, "no")
-    assert facts["versions"]["diffusers"] == diffusers.__version__
+    assert (facts["num_train_epochs"], facts["seed"], facts["run"]["precision"]) == (3, 0, "no")
+    assert facts["run"]["versions"]["diffusers"] == diffusers.__version__
     assert "hf_secret" not in text
 
 
@@ -197,6 +197,14 @@ def test_the_first_signal_asks_for_a_checkpoint(number, start, capfd):
     os.kill(os.getpid(), number)
     assert run.stop_signal == number and run.any(run.stop_signal is not None)
     assert f"{signal.Signals(number).name}: stopping after this step, with a checkpoint" in capfd.readouterr().err
+
+
+def test_ctrl_c_works_before_the_first_step_where_a_shell_had_it_ignored(start):
+    """bash starts what it puts in the background with SIGINT ignored, and Python leaves that as it is."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_ctrl_c_twice_stops_at_once_and_a_repeated_sigterm_does_not(start, monkeypatch):
