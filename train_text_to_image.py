@@ -22,10 +22,10 @@ from finetuning.data.order import Order
 from finetuning.data.reading import DatasetProblem
 from finetuning.data.training_set import DataArgs, load_pictures
 from finetuning.families import load_model
-from finetuning.families.contract import ModelArgs, ModelProblem
+from finetuning.families.contract import ModelArgs, ModelProblem, StartArgs
 from finetuning.training.checkpoint import CheckpointArgs, Checkpointer, CheckpointProblem, NonFinite
 from finetuning.training.ema import EMAArgs, build_ema
-from finetuning.training.files import whole_pipeline
+from finetuning.training.files import whole_result
 from finetuning.training.noise import NoiseArgs, NoiseSchedule, diffusion_loss, draw_noise
 from finetuning.training.optim import OptimArgs, build_optimizer, build_schedule, learning_rates
 from finetuning.training.preflight import check_before_start, choose_attention
@@ -34,7 +34,9 @@ from finetuning.training.validation import Validation, ValidationArgs
 
 
 @dataclass
-class Args(RunArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, LatentArgs, DataArgs, ModelArgs):
+class Args(
+    RunArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, LatentArgs, DataArgs, StartArgs, ModelArgs
+):
     """Every flag, group by group."""
 
 
@@ -55,7 +57,7 @@ def main(argv=None):
 def train(args, run):
     """One run from the first step, or from a checkpoint, to the last."""
     # What we train, and on what
-    model = load_model(args, args.prediction_type, args.seed)
+    model = load_model(args, args.prediction_type, args.seed, start=args)
     training, held_out = load_pictures(
         args, model.tokenizer, args.seed, args.validation_fraction, run.say, args.cache_dir
     )
@@ -126,7 +128,7 @@ def train(args, run):
     # What is handed over
     validation.look(step)
     if run.is_main:
-        whole_pipeline(run.output_dir, lambda folder: model.save_pipeline(folder, ema.shadow))
+        whole_result(run.output_dir, lambda folder: model.save_pipeline(folder, ema.shadow))
         run.say(f"pipeline: {run.output_dir} (StableDiffusionPipeline.from_pretrained loads it)")
         if grid := validation.compare(step):
             run.say(f"base beside fine-tuned: {grid}")

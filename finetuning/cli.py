@@ -43,11 +43,15 @@ def flag(default, help, *, choices=None, metavar=None):
 
 
 def groups(args_class):
-    """The dataclasses that declare flags, in reading order: [(class, [field, ...]), ...]."""
-    found = []
+    """The dataclasses that declare flags, in reading order: [(class, [field, ...]), ...].
+
+    A script may declare a group's flag again with another default: it stays in its group.
+    """
+    found, seen = [], set()
     for group in reversed(args_class.__mro__):
-        own = inspect.get_annotations(group)
+        own = inspect.get_annotations(group).keys() - seen
         fields = [f for f in dataclasses.fields(args_class) if f.name in own and "help" in f.metadata]
+        seen |= own
         if fields:
             found.append((group, fields))
     return found

@@ -36,3 +36,12 @@ def gaussian(seed: int, purpose: str, step: int, rows, shape):
 def uniform(seed: int, purpose: str, step: int, rows):
     """Uniform numbers [len(rows)] in [0, 1), float64 on the CPU: one independent draw for each row of the batch."""
     return torch.tensor([python_random(seed, purpose, step, row).random() for row in rows], dtype=torch.float64)
+
+
+def keep_mask(seed: int, purpose: str, step: int, rows, shape, share, device):
+    """Which entries a dropout of `share` keeps, bool [len(rows), *shape].
+
+    Drawn on `device`, because every layer needs one: unlike the other draws it differs between a CPU and a GPU.
+    """
+    generators = [torch.Generator(device).manual_seed(_key(seed, purpose, step, row)) for row in rows]
+    return torch.stack([torch.rand(shape, generator=one, device=device) >= share for one in generators])

@@ -1,6 +1,7 @@
 """The dataset flags, the check before the first step, and the batches."""
 
 import hashlib
+import itertools
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -147,6 +148,11 @@ class PictureSet(torch.utils.data.Dataset):
         """A hash of which rows there are, in which order, with which captions; pictures count by name."""
         names = [(row.picture if isinstance(row.picture, int) else row.picture.name, row.captions) for row in self.rows]
         return hashlib.sha256(repr(names).encode()).hexdigest()
+
+    def caption_prefix(self):
+        """The words that all captions begin with, often a keyword that was put there to be learned; "" if none."""
+        columns = zip(*(text.split() for row in self.rows for text in row.captions), strict=False)
+        return " ".join(words[0] for words in itertools.takewhile(lambda words: len(set(words)) == 1, columns))
 
     def describe(self, indices):
         """The named rows for a message: where they stand and their first caption."""

@@ -4,29 +4,25 @@ import json
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
 from finetuning.families import sd
-from finetuning.families.contract import ModelArgs, ModelProblem
+from finetuning.families.contract import ModelArgs, ModelProblem, StartArgs
 
 FAMILIES = {"StableDiffusionPipeline": sd}
 
-for logging in (diffusers_logging, transformers_logging):
-    logging.disable_progress_bar()  # a bar for every part of a model that is loaded says nothing
 
-
-def load_model(args: ModelArgs, prediction_type, seed):
+def load_model(args: ModelArgs, prediction_type, seed, start: StartArgs | None = None):
     """The model that the flags name, its parts in fp32 on the CPU. Raises ModelProblem.
 
-    `prediction_type` None keeps the base's; `seed` makes the weights of --from_scratch.
+    `prediction_type` None keeps the base's; `seed` makes the weights of --from_scratch; without `start` the weights
+    are the base's own.
     """
     folder = local_folder(args)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     kind = index.get("_class_name")
     if kind not in FAMILIES:
         raise ModelProblem(f"{folder} is a {kind}; what can be trained is {', '.join(FAMILIES)}")
-    return FAMILIES[kind].load(folder, index, args, prediction_type, seed)
+    return FAMILIES[kind].load(folder, index, args, prediction_type, seed, start or StartArgs())
 
 
 def local_folder(args):

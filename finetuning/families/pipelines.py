@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from finetuning.families.contract import ModelProblem
+from finetuning.families.lora_files import DIFFUSERS_NAME, attach, parts_of, read_lora
 
 SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
@@ -56,7 +57,7 @@ def open_pipeline(source, *, weights="ema", base=None, vae=None, scheduler=None,
             prediction_type = started["prediction_type"]
             whole = {} if base else {name: started[name] for name in ("revision", "variant", "cache_dir")}
             base = base or started["pretrained_model_name_or_path"]
-            parts = _checkpoint_parts(path, weights, dtype)
+            parts = {} if _has_adapters(path) else _checkpoint_parts(path, weights, dtype)
         else:
             parts = _raw_parts(source, dtype) if weights == "raw" else {}
         if vae:
@@ -67,7 +68,11 @@ def open_pipeline(source, *, weights="ema", base=None, vae=None, scheduler=None,
         )
     except (OSError, ValueError) as error:
         hint = "; name the model that the run started from with --base" if prediction_type is not None or whole else ""
+        if (path / DIFFUSERS_NAME).is_file():
+            hint = "; it is a LoRA: name its base with --model, and this folder with --lora"
         raise ModelProblem(f"{source} cannot be opened as a diffusers pipeline: {error}{hint}") from error
+    if _has_adapters(path):
+        attach(pipeline, read_lora(source, parts_of(pipeline), weights))
     if prediction_type:  # of the run, which may have changed it
         config = {**pipeline.scheduler.config, "prediction_type": prediction_type}
         pipeline.scheduler = type(pipeline.scheduler).from_config(config)
@@ -76,6 +81,11 @@ def open_pipeline(source, *, weights="ema", base=None, vae=None, scheduler=None,
         pipeline.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipeline.scheduler.config, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _has_adapters(folder):
+    """Whether it is a checkpoint of train_lora.py."""
+    return (folder / "lora").is_dir() and (folder / "training_state.json").is_file()
 
 
 def _raw_parts(source, dtype):

@@ -20,9 +20,15 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from finetuning.cli import write_json
-from finetuning.families.contract import ModelArgs, ModelProblem
+from finetuning.families.contract import ModelArgs, ModelProblem, StartArgs
+from finetuning.families.quiet import errors_only
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".onnx")
+
+
+def millions(module):
+    """Its parameters, counted and named."""
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters"
 
 
 class Denoiser(torch.nn.Module):
@@ -87,12 +93,13 @@ class StableDiffusion:
 
     def to(self, device, frozen_dtype):
         """Move everything; what is not trained is kept in `frozen_dtype`. Files are never written from these."""
-        for module in (self.vae, self.denoiser.unet, self.denoiser.text_encoder):
-            module.to(device)
-        if frozen_dtype != torch.float32:
-            self.vae.to(frozen_dtype)
-            if not self.trains_text_encoder:
-                self.denoiser.text_encoder.to(frozen_dtype)
+        self.denoiser.to(device)
+        with (
+            errors_only()
+        ):  # diffusers asks not to cast those modules of an autoencoder that have to be fp32: it has none
+            self.vae.to(device, frozen_dtype)
+        if not self.trains_text_encoder:
+            self.denoiser.text_encoder.to(frozen_dtype)
 
     @torch.no_grad()
     def posterior(self, pixels):
@@ -120,8 +127,14 @@ class StableDiffusion:
         finally:
             self.denoiser.train(was_training)
 
-    def bytes_on_disk(self):
-        """Size of the base's parts, without what else stands in its folder."""
+    def summary(self):
+        """What is trained and what is frozen, in one line."""
+        parts = " + ".join(f"{name} {millions(module)}" for name, module in self.trained_modules.items())
+        frozen = "" if self.trains_text_encoder else f"; text encoder {millions(self.denoiser.text_encoder)} frozen"
+        return f"trained: {parts}{frozen}; autoencoder {millions(self.vae)} frozen"
+
+    def copied_bytes(self):
+        """Size of the base's parts, most of which the finished pipeline takes over."""
         index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
         files = (path for part in _parts(index) for path in (self.folder / part).rglob("*"))
         return sum(path.stat().st_size for path in files if path.is_file())
@@ -188,7 +201,7 @@ class StableDiffusion:
         save_file(weights, target / _weights_name(part, variant), metadata={"format": "pt"})
 
 
-def load(folder, index, args: ModelArgs, prediction_type, seed):
+def load(folder, index, args: ModelArgs, prediction_type, seed, start: StartArgs):
     """The model in `folder`, whose model_index.json is `index`, as the flags ask for it (see families.load_model)."""
     missing = [part for part in _parts(index) if not (folder / part).is_dir()]
     if missing:
@@ -206,10 +219,10 @@ def load(folder, index, args: ModelArgs, prediction_type, seed):
         scheduler.register_to_config(prediction_type=prediction_type)
 
     ema_start = None
-    if args.from_scratch:
-        unet = _new_unet(folder, args.unet_config, seed)
-    elif args.non_ema_revision or args.non_ema_variant:
-        unet = _separate_unet(args, folder)
+    if start.from_scratch:
+        unet = _new_unet(folder, start.unet_config, seed)
+    elif start.non_ema_revision or start.non_ema_variant:
+        unet = _separate_unet(args, start, folder)
         main = UNet2DConditionModel.from_pretrained(folder / "unet", **_how(folder, "unet", args.variant))
         ema_start = {f"unet.{name}": value for name, value in main.state_dict().items()}
     else:
@@ -221,7 +234,7 @@ def load(folder, index, args: ModelArgs, prediction_type, seed):
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         if args.train_text_encoder:
-            text_encoder.gradient_checkpointing_enable()
+            text_encoder.activation_checkpointing_enable()
     denoiser = Denoiser(unet, text_encoder)
     denoiser.train()
     vae.eval()
@@ -239,24 +252,24 @@ def _how(folder, part, variant):
     return {"dtype": torch.float32, "variant": variant if has_variant else None}
 
 
-def _separate_unet(args, folder):
+def _separate_unet(args, start, folder):
     """The UNet to train, when it is not the one that the average starts from."""
     if Path(args.pretrained_model_name_or_path).is_dir():
-        if args.non_ema_revision:
+        if start.non_ema_revision:
             raise ModelProblem(
-                f"--non_ema_revision {args.non_ema_revision}: {args.pretrained_model_name_or_path} is a folder and "
+                f"--non_ema_revision {start.non_ema_revision}: {args.pretrained_model_name_or_path} is a folder and "
                 "has no revisions; name the files with --non_ema_variant "
                 "(unet/diffusion_pytorch_model.VARIANT.safetensors)"
             )
-        if not any((folder / "unet").glob(f"*.{args.non_ema_variant}.*")):
-            raise ModelProblem(f"--non_ema_variant {args.non_ema_variant}: no such weights in {folder / 'unet'}")
+        if not any((folder / "unet").glob(f"*.{start.non_ema_variant}.*")):
+            raise ModelProblem(f"--non_ema_variant {start.non_ema_variant}: no such weights in {folder / 'unet'}")
     try:
         return UNet2DConditionModel.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="unet", revision=args.non_ema_revision or args.revision,
-            variant=args.non_ema_variant, cache_dir=args.cache_dir, dtype=torch.float32,
+            args.pretrained_model_name_or_path, subfolder="unet", revision=start.non_ema_revision or args.revision,
+            variant=start.non_ema_variant, cache_dir=args.cache_dir, dtype=torch.float32,
         )  # fmt: skip
     except (OSError, ValueError) as error:
-        flags = f"--non_ema_revision {args.non_ema_revision} --non_ema_variant {args.non_ema_variant}"
+        flags = f"--non_ema_revision {start.non_ema_revision} --non_ema_variant {start.non_ema_variant}"
         raise ModelProblem(f"{flags}: no UNet to be had there: {error}") from error
 
 

@@ -3,6 +3,7 @@
 checkpoint-N/
     unet/ (text_encoder/)              the trained weights, in diffusers layout: from_pretrained loads them
     unet_ema/ (text_encoder_ema/)      the averaged weights, likewise
+    lora/ lora_ema/                    of train_lora.py in their place: adapters, which load_lora_weights loads
     optimizer.pt                       moments, and the fp16 loss scale
     training_state.json                step, arguments, dataset, versions
     manifest.json                      size and sha256 of every file
@@ -43,11 +44,13 @@ WITHOUT_EFFECT = frozenset(
         "push_to_hub",
         "report_to",
         "resume_from_checkpoint",
+        "save_kohya",
         "tracker_project_name",
         "validation_epochs",
         "validation_guidance_scale",
         "validation_inference_steps",
         "validation_loss_rows",
+        "validation_prompt",
         "validation_prompts",
         "validation_steps",
     }

@@ -45,19 +45,19 @@ def whole_folder(target):
         shutil.rmtree(replaced)
 
 
-def whole_pipeline(target, write):
-    """Let `write(folder)` make a diffusers pipeline and move it into `target`, a folder that holds other things too.
+def whole_result(target, write, key="model_index.json"):
+    """Let `write(folder)` make the result of a run and move it into `target`, a folder that holds other things too.
 
-    model_index.json goes first and comes back last, so a half-moved pipeline is never taken for a whole one.
+    `key`, the file by which readers know the result, goes first and comes back last, so that half of it is not taken
+    for a whole one.
     """
     target = Path(target)
-    with tempfile.TemporaryDirectory(prefix=f"{ASIDE}pipeline-", dir=target) as aside:
+    with tempfile.TemporaryDirectory(prefix=f"{ASIDE}result-", dir=target) as aside:
         aside = Path(aside)
         write(aside)
         seal(aside)
-        index = "model_index.json"
-        (target / index).unlink(missing_ok=True)
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == index):
+        (target / key).unlink(missing_ok=True)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == key):
             if (target / path.name).is_dir():
                 shutil.rmtree(target / path.name)
             os.rename(path, target / path.name)

@@ -30,30 +30,28 @@ def check_before_start(args, run, model, training, held_out, order, total_steps)
     trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
     optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
     needed = trained * (4 + STATE_BYTES[optimizer] + 4 * args.use_ema)
-    exported = trained * 4 * (1 + args.use_ema) + model.bytes_on_disk()
+    exported = trained * 4 * (1 + args.use_ema) + model.copied_bytes()
     limit = args.checkpoints_total_limit
     # A new checkpoint stands before an old one goes. Without a limit, two are the least that a run comes to.
     room = needed * ((limit or 1) + 1) + exported
     free = _free_bytes(run.output_dir)
     if room > free:
         problems.append(
-            f"{(limit or 1) + 1} checkpoints of {needed / 1e9:.1f} GB and the finished pipeline need about "
+            f"{(limit or 1) + 1} checkpoints of {needed / 1e9:.1f} GB and the finished result need about "
             f"{room / 1e9:.1f} GB, and the disk of --output_dir {args.output_dir} has {free / 1e9:.1f} GB left: free "
             "some, name another folder, or lower --checkpoints_total_limit"
         )
     if problems:
         raise ModelProblem("\n".join(problems))
 
-    parts = " + ".join(f"{name} {_millions(module)}" for name, module in model.trained_modules.items())
-    frozen = "" if model.trains_text_encoder else f"; text encoder {_millions(model.denoiser.text_encoder)} frozen"
     run.say(
-        f"trained: {parts}{frozen}; autoencoder {_millions(model.vae)} frozen\n"
+        f"{model.summary()}\n"
         f"dataset: {len(training)} rows" + (f", {len(held_out)} held out" if held_out else "") + "\n"
         f"schedule: {total_steps} steps of {order.group_size} rows ({args.train_batch_size} x "
         f"{args.gradient_accumulation_steps} accumulated x {order.processes} processes), "
         f"{total_steps / order.steps_per_epoch:.1f} epochs\n"
         f"device: {run.device}, activations {run.accelerator.mixed_precision.replace('no', 'fp32')}; "
-        f"a checkpoint takes about {needed / 1e6:.0f} MB"
+        f"a checkpoint takes about {needed / 1e6:.1f} MB"
     )
     kept = total_steps // args.checkpointing_steps if args.checkpointing_steps and limit is None else 0
     if kept * needed + exported > free:
@@ -121,7 +119,3 @@ def _free_bytes(folder):
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-def _millions(module):
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters"

@@ -30,7 +30,7 @@ TRACKERS = ("tensorboard", "wandb", "all", "none")
 class RunArgs:
     """Run"""
 
-    output_dir: str = flag("sd-model-finetuned", "where everything goes: pipeline, checkpoints, logs, args.json")
+    output_dir: str = flag("sd-model-finetuned", "where everything goes: the result, checkpoints, logs, args.json")
     num_train_epochs: int = flag(100, "passes over the dataset; --max_train_steps wins over it")
     max_train_steps: int | None = flag(None, "optimizer steps in all, exactly, those before a resume included")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
@@ -43,7 +43,7 @@ class RunArgs:
     report_to: str = flag("tensorboard", "where logs go besides metrics.jsonl", choices=TRACKERS)
     logging_dir: str = flag("logs", "folder of the TensorBoard logs, inside --output_dir")
     tracker_project_name: str = flag("text2image-fine-tune", "project's name for the trackers")
-    push_to_hub: bool = flag(False, "upload the finished pipeline, without checkpoints, to the Hub")
+    push_to_hub: bool = flag(False, "upload the finished result, without checkpoints, to the Hub")
     hub_token: str | None = flag(None, "token for the Hub; better logged in with `hf auth login`")
     hub_model_id: str | None = flag(None, "repository on the Hub (none: the output folder's name)")
     local_rank: int = flag(-1, "accepted for older launchers; accelerate reads the environment itself")
@@ -247,10 +247,13 @@ class Run:
 
 
 class HubUpload:
-    """The repository that --push_to_hub uploads to, made before the first step: a wrong token fails at once."""
+    """The repository that --push_to_hub uploads to, made before the first step: a wrong token fails at once.
 
-    def __init__(self, run: Run):
-        self.run = run
+    `tags` go into the model card.
+    """
+
+    def __init__(self, run: Run, tags=()):
+        self.run, self.tags = run, tags
         self.api = HfApi(token=run.args.hub_token)
         name = run.args.hub_model_id or run.output_dir.resolve().name
         try:
@@ -260,12 +263,13 @@ class HubUpload:
             raise ModelProblem(message) from error
 
     def push(self):
-        """Upload the finished pipeline with a model card; checkpoints and logs stay here. Whether it went well."""
+        """Upload the finished result with a model card; checkpoints and logs stay here. Whether it went well."""
         args = self.run.args
         base = args.pretrained_model_name_or_path
         known_base = "" if Path(base).is_dir() else f"base_model: {base}\n"  # the Hub refuses what it does not know
+        tags = f"tags: [{', '.join(self.tags)}]\n" if self.tags else ""
         (self.run.output_dir / "README.md").write_text(
-            f"---\n{known_base}library_name: diffusers\npipeline_tag: text-to-image\n---\n\n"
+            f"---\n{known_base}library_name: diffusers\npipeline_tag: text-to-image\n{tags}---\n\n"
             f"{base}, fine-tuned on {args.dataset_name or 'own pictures'}. "
             "All arguments stand in args.json.\n",
             encoding="utf-8",
@@ -280,7 +284,7 @@ class HubUpload:
             )
         except (HfHubHTTPError, OSError, ValueError) as error:
             self.run.say(
-                f"the upload failed ({error}); the pipeline is whole in {self.run.output_dir}: "
+                f"the upload failed ({error}); the result is whole in {self.run.output_dir}: "
                 f"`hf upload {self.repo.repo_id} {self.run.output_dir} --exclude 'checkpoint-*'` tries again"
             )
             return False

@@ -21,6 +21,7 @@ class ValidationArgs:
     """Validation"""
 
     validation_prompts: list[str] | None = flag(None, "prompts to draw with fixed seeds, the base first (step 0)")
+    validation_prompt: str | None = flag(None, "one prompt more, as diffusers' LoRA script has it")
     num_validation_images: int = flag(1, "pictures per prompt")
     validation_epochs: int = flag(5, "validate every N epochs, unless --validation_steps is given; 0: only at the ends")
     validation_steps: int | None = flag(None, "validate every N optimizer steps")
@@ -29,6 +30,11 @@ class ValidationArgs:
     validation_fraction: float = flag(0.0, "hold out this share of the rows for the validation loss, where the dataset "
                                       "has no validation split")  # fmt: skip
     validation_loss_rows: int = flag(256, "rows that the validation loss is taken over at most; 0: no validation loss")
+
+    @property
+    def prompts(self):
+        """All that are asked for."""
+        return [*(self.validation_prompts or []), *([self.validation_prompt] if self.validation_prompt else [])]
 
     def problems(self):
         if not 0 <= self.validation_fraction < 1:
@@ -63,11 +69,11 @@ class Validation:
 
     def look(self, step):
         """Draw and measure on the main process; the others wait."""
-        if self.done_at != step and self.run.is_main and (self.args.validation_prompts or self.held_out):
+        if self.done_at != step and self.run.is_main and (self.args.prompts or self.held_out):
             with self.ema.averaged_weights(), torch.no_grad():
                 if self.held_out:
                     self.run.log(self._loss(step), step)
-                if self.args.validation_prompts:
+                if self.args.prompts:
                     self._draw(step)
         self.done_at = step
         self.run.wait_for_everyone()
@@ -75,23 +81,23 @@ class Validation:
     def compare(self, step):
         """A grid of the base beside the model as it is at `step`; its path, or None without prompts."""
         base, tuned = self.folder / "step-0", self.folder / f"step-{step}"
-        if not (self.run.is_main and self.args.validation_prompts and base.is_dir() and tuned.is_dir()):
+        if not (self.run.is_main and self.args.prompts and base.is_dir() and tuned.is_dir()):
             return None
         names = self._names()
         rows = [[Image.open(folder / name).convert("RGB") for folder in (base, tuned)] for name in names]
-        labels = [prompt for prompt in self.args.validation_prompts for _ in range(self.args.num_validation_images)]
+        labels = [prompt for prompt in self.args.prompts for _ in range(self.args.num_validation_images)]
         path = Path(self.run.output_dir) / "comparison.png"
         labelled_grid(rows, labels, ["base", f"fine-tuned, step {step}"], scale_to=192).save(path)
         return path
 
     def _names(self):
         count = self.args.num_validation_images
-        return [f"prompt{p:02d}-{i}.png" for p in range(len(self.args.validation_prompts)) for i in range(count)]
+        return [f"prompt{p:02d}-{i}.png" for p in range(len(self.args.prompts)) for i in range(count)]
 
     def _draw(self, step):
         folder = self.folder / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
-        count, prompts = self.args.num_validation_images, self.args.validation_prompts
+        count, prompts = self.args.num_validation_images, self.args.prompts
         asked = [prompt for prompt in prompts for _ in range(count)]
         pictures = []
         with self.model.pipeline() as pipeline, self.run.accelerator.autocast():

@@ -18,7 +18,7 @@ from finetuning.training.files import (
     seal,
     sha256,
     whole_folder,
-    whole_pipeline,
+    whole_result,
 )
 
 
@@ -186,7 +186,7 @@ def test_files_get_the_mode_that_the_umask_asks_for(mask, mode, tmp_path):
     assert (tmp_path / "manifest.json").stat().st_mode & 0o777 == mode
 
 
-# -- whole_pipeline --------------------------------------------------------------------------------------------------
+# -- whole_result --------------------------------------------------------------------------------------------------
 
 
 def write_pipeline(folder, content="new"):
@@ -207,7 +207,7 @@ def output(checkpoint):
 
 
 def test_a_pipeline_moves_in_and_leaves_what_else_is_there(output):
-    whole_pipeline(output, write_pipeline)
+    whole_result(output, write_pipeline)
     assert contents(output) == {
         "model_index.json": "new", "unet/weights": "new", "zebra/weights": "new",
         "metrics.jsonl": "log", "checkpoint-4/unet/weights": "old weights", "checkpoint-4/state.json": "{}",
@@ -225,7 +225,7 @@ def test_the_index_goes_first_and_comes_back_last(output, monkeypatch):
         real(source, target)
 
     monkeypatch.setattr(files.os, "rename", watched)
-    whole_pipeline(output, write_pipeline)
+    whole_result(output, write_pipeline)
     assert [index_there for _, index_there in moved] == [False] * 4
     assert moved[-1][0] == "model_index.json"
 
@@ -238,5 +238,5 @@ def test_a_pipeline_that_cannot_be_written_leaves_the_older_one(output):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        whole_pipeline(output, fail)
+        whole_result(output, fail)
     assert contents(output) == before

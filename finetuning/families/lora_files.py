@@ -1,0 +1,385 @@
+"""LoRA files: every common layout read into one form, and written as diffusers and as kohya's sd-scripts name things.
+
+The one form is a `Layer` for each adapted linear layer or convolution W. With the layer at scale s the model has
+
+    V = W + s * alpha / rank * up @ down    LoRA (arXiv 2106.09685, section 4.1)
+    m * V / ||V||                           DoRA (arXiv 2402.09353, eq. 5), the norm over the inputs of each output
+
+in its place. diffusers and PEFT say lora_A and lora_B for down and up. Layers are named by their part and module, as in
+"unet.mid_block.attentions.0.proj_in".
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
+
+from finetuning.families.contract import ModelProblem
+
+DIFFUSERS_NAME = LORA_WEIGHT_NAME_SAFE  # pytorch_lora_weights.safetensors, which load_lora_weights(folder) looks for
+RAW_NAME = "pytorch_lora_weights.non_ema.safetensors"
+KOHYA_NAME = "kohya_lora_weights.safetensors"
+PEFT_NAME = "adapter_model.safetensors"
+
+# What stands before a module's name, in diffusers' files and in kohya's. CLIP's modules are called text_model.* in all
+# files; transformers 5 calls them so no longer.
+DIFFUSERS_PREFIX = {"unet": "unet.", "text_encoder": "text_encoder.text_model."}
+KOHYA_PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
+
+# DoRA's magnitudes, as diffusers' loader looks for them, and as transformers' does.
+MAGNITUDE_KEY = {"unet": ".lora_magnitude_vector", "text_encoder": ".lora_magnitude_vector.weight"}
+
+DOWN, UP, ALPHA, MAGNITUDE = "down", "up", "alpha", "magnitude"
+ENDINGS = (
+    (r"\.lora_(?:A(?:\.\w+)?|down)\.weight|[._]lora(?:_linear_layer)?\.down\.weight", DOWN),
+    (r"\.lora_(?:B(?:\.\w+)?|up)\.weight|[._]lora(?:_linear_layer)?\.up\.weight", UP),
+    (r"\.alpha", ALPHA),
+    (r"\.lora_magnitude_vector(?:\.\w+)*|\.dora_scale", MAGNITUDE),
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is added to one weight [out, in] or [out, in, height, width]."""
+
+    down: torch.Tensor  # [rank, in] or [rank, in, height, width]
+    up: torch.Tensor  # [out, rank] or [out, rank, 1, 1]
+    alpha: float
+    magnitude: torch.Tensor | None = None  # DoRA's m, [out]
+
+    @property
+    def rank(self):
+        return self.down.shape[0]
+
+    def with_alpha(self, alpha):
+        """The same layer with another alpha: what the alpha no longer says is said by `up`."""
+        factor = self.alpha / alpha
+        return self if factor == 1 else replace(self, up=self.up * factor, alpha=alpha)
+
+    def delta(self, scale=1.0):
+        """scale * alpha / rank * up @ down, fp32, in the weight's shape."""
+        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return (scale * self.alpha / self.rank * product).reshape(self.up.shape[0], *self.down.shape[1:])
+
+    def folded(self, weight, scale=1.0):
+        """The weight that has the layer in it, fp32."""
+        moved = weight.float() + self.delta(scale)
+        if self.magnitude is None:
+            return moved
+        per_output = (-1,) + (1,) * (moved.ndim - 1)
+        return moved * (self.magnitude.float() / moved.flatten(1).norm(dim=1)).reshape(per_output)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The layers of one file by name, and the file's metadata."""
+
+    path: Path
+    layers: dict
+    metadata: dict
+
+    @property
+    def is_dora(self):
+        return any(layer.magnitude is not None for layer in self.layers.values())
+
+    def note_on_base(self, name, hash_of_base):
+        """A sentence where the file says that it was made for other weights than these, else None."""
+        recorded = self.metadata.get("base_model_hash")
+        if recorded in (None, hash_of_base):
+            return None
+        return (
+            f"{self.path} was made for {self.metadata.get('base_model', 'another base')} (weights {recorded[:12]}), "
+            f"and {name} has other weights ({hash_of_base[:12]}): it fits, but what it learned may not show"
+        )
+
+
+def adaptable(parts):
+    """{layer name: module} of all that can carry an adapter; `parts` are the models by the name of their part."""
+    return {
+        f"{part}.{name}": module
+        for part, model in parts.items()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    }
+
+
+def parts_of(pipeline):
+    """The parts of a diffusers pipeline that LoRAs are made for."""
+    return {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+
+
+def weights_hash(model):
+    """sha256 over a model's weights by name, rounded to fp16: the same for its fp32 and its fp16 files."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_lora(source, parts, weights="ema"):
+    """A LoRA from wherever it lies, checked against the models in `parts`. Raises ModelProblem.
+
+    source   .safetensors file (diffusers, kohya or PEFT), output folder or checkpoint-N of a run, PEFT folder, or a Hub
+             name: owner/repository, or owner/repository/file.safetensors
+    parts    {"unet": ..., "text_encoder": ...} without adapters of their own
+    weights  "ema" or "raw": which of the two a run has kept; where only one is there, that one
+    """
+    path = find_lora(source, weights)
+    tensors, metadata = _load(path)
+    modules = adaptable(parts)
+    spellings = {spelled: name for name in modules for spelled in _spellings(name)}
+    found, strange = {}, []
+    for key, value in tensors.items():
+        stem, kind = _split(key)
+        if kind is None or stem not in spellings:
+            strange.append(key)
+        else:
+            found.setdefault(spellings[stem], {})[kind] = value
+    if strange:
+        foreign = [key for key in strange if _split(key)[1] is None]
+        reason = (
+            "is no LoRA layer" if foreign else "has no such layer in this model: it was made for another kind of base"
+        )
+        raise ModelProblem(
+            f"{path}: {len(strange)} of its {len(tensors)} tensors do not fit, {(foreign or strange)[0]} {reason} "
+            f"({_origin(metadata)}); LoRA, LoCon and DoRA for Stable Diffusion 1.x and 2.x can be read"
+        )
+    scales = _scales(path, metadata)
+    layers, wrong = {}, []
+    for name, one in found.items():
+        layer = _layer(one, tuple(modules[name].weight.shape), lambda rank, name=name: scales(name, rank))
+        if isinstance(layer, str):
+            wrong.append(f"{name}: {layer}")
+        else:
+            layers[name] = layer
+    if wrong or not layers:
+        listed = "\n  ".join(wrong[:5]) or "it has no layers"
+        raise ModelProblem(
+            f"{path} does not fit this model, {len(wrong)} layers differ ({_origin(metadata)}):\n  {listed}"
+        )
+    return Lora(path, layers, metadata)
+
+
+def find_lora(source, weights="ema"):
+    """The file that `source` means (see read_lora)."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        folders = [path / "lora_ema", path / "lora"] if weights == "ema" else [path / "lora"]
+        names = [DIFFUSERS_NAME, PEFT_NAME] if weights == "ema" else [RAW_NAME, DIFFUSERS_NAME, PEFT_NAME]
+        candidates = [*(folder / DIFFUSERS_NAME for folder in folders), *(path / name for name in names)]
+        for candidate in candidates:
+            if candidate.is_file():
+                return candidate
+        single = sorted(path.glob("*.safetensors"))
+        if len(single) == 1:
+            return single[0]
+        there = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        raise ModelProblem(f"{path} holds no {DIFFUSERS_NAME}, only {there}: name the LoRA's file")
+    repository, name = str(source), DIFFUSERS_NAME
+    if str(source).count("/") > 1 and str(source).endswith(".safetensors"):
+        *owner, name = str(source).split("/", 2)
+        repository = "/".join(owner)
+    try:
+        return Path(hf_hub_download(repository, name))
+    except (OSError, ValueError, HFValidationError, HfHubHTTPError) as error:
+        raise ModelProblem(
+            f"{source} is neither a LoRA file or folder, nor one to be had from the Hub: {error}"
+        ) from error
+
+
+def _load(path):
+    """(tensors, metadata). Nothing but safetensors is opened: a pickle can run code."""
+    if path.suffix != ".safetensors":
+        raise ModelProblem(
+            f"{path} is not a .safetensors file. A .pt, .bin or .ckpt is a pickle, which can run code when it is "
+            "loaded: have it converted by whoever made it, or look for its .safetensors"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelProblem(f"{path} is broken or cut ({error}): copy or download it again") from error
+
+
+def _split(key):
+    """(module as the file spells it, which of a layer's tensors), or (key, None)."""
+    for ending, kind in ENDINGS:
+        if match := re.search(f"(?:{ending})$", key):
+            return key[: match.start()], kind
+    return key, None
+
+
+def _spellings(name):
+    """How files write a layer: diffusers now and of 2023, PEFT, kohya for SD and for SDXL's first text encoder."""
+    part, module = name.split(".", 1)
+    flat = module.replace(".", "_")
+    yield f"{DIFFUSERS_PREFIX[part]}{module}"
+    yield f"{KOHYA_PREFIX[part]}{flat}"
+    yield f"base_model.model.{module}"
+    if part == "unet":
+        processor = re.sub(r"\.(attn\d)\.(to_\w+)(\.0)?$", r".\1.processor.\2", module)
+        yield from (module, f"unet.{processor}", processor)
+    else:
+        yield from (f"text_encoder.{module}", f"base_model.model.text_model.{module}", f"lora_te1_text_model_{flat}")
+        old = re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", module)
+        yield from (f"text_encoder.text_model.{old}", f"text_encoder.{old}")
+
+
+def _scales(path, metadata):
+    """A function (layer name, rank) -> alpha, for layers without an alpha of their own in the file."""
+    configs = {}
+    if raw := metadata.get(LORA_ADAPTER_METADATA_KEY):
+        for key, value in json.loads(raw).items():
+            part, field = key.split(".", 1)
+            configs.setdefault(part, {})[field] = value
+    beside = path.with_name("adapter_config.json")
+    if path.name == PEFT_NAME and beside.is_file():
+        config = json.loads(beside.read_text(encoding="utf-8"))
+        configs = {part: config for part in DIFFUSERS_PREFIX}
+
+    def alpha(name, rank):
+        part, module = name.split(".", 1)
+        config = configs.get(part)
+        if config is None:
+            return float(rank)  # what every reader takes a missing alpha for
+        patterns = config.get("alpha_pattern") or {}
+        value = patterns.get(get_pattern_key(patterns, module), config["lora_alpha"])
+        return float(value) * (rank**0.5 if config.get("use_rslora") else 1)
+
+    return alpha
+
+
+def _layer(one, weight, alpha_of):
+    """A Layer of the tensors of one layer, in the shape of its weight; or what is wrong, as text."""
+    if DOWN not in one or UP not in one:
+        return f"has only {', '.join(sorted(one))}"
+    down, up = one[DOWN], one[UP]
+    rank, inputs = down.shape[0], torch.Size(weight[1:]).numel()
+    if down.numel() != rank * inputs or up.shape[0] != weight[0] or up.numel() != weight[0] * rank:
+        return f"the file has {list(up.shape)} x {list(down.shape)}, the model's weight is {list(weight)}"
+    magnitude = one.get(MAGNITUDE)
+    if magnitude is not None and magnitude.numel() != weight[0]:
+        return f"DoRA over inputs ({list(magnitude.shape)}) is not read, only over outputs"
+    alpha = one[ALPHA].item() if ALPHA in one else alpha_of(rank)
+    kernel = weight[2:]  # empty for a linear layer; some files write those as 1 x 1 convolutions
+    return Layer(
+        down.reshape(rank, *weight[1:]),
+        up.reshape(weight[0], rank, *(1 for _ in kernel)),
+        alpha,
+        None if magnitude is None else magnitude.reshape(-1),
+    )
+
+
+def _origin(metadata):
+    told = metadata.get("base_model") or metadata.get("ss_sd_model_name") or metadata.get("ss_base_model_version")
+    return f"it says it was made for {told}" if told else "it does not say what it was made for"
+
+
+# -- putting into a pipeline ---------------------------------------------------------------------------------------
+
+
+def attach(pipeline, lora: Lora, name="lora"):
+    """Load the layers into a diffusers pipeline as the adapter `name`, by diffusers' own loader, at scale 1."""
+    state = diffusers_tensors({key: layer.with_alpha(layer.rank) for key, layer in lora.layers.items()})
+    if any(key.startswith("unet.") for key in state):
+        pipeline.load_lora_into_unet(state, None, pipeline.unet, adapter_name=name)
+    if any(key.startswith("text_encoder.") for key in state):
+        pipeline.load_lora_into_text_encoder(state, None, pipeline.text_encoder, adapter_name=name)
+
+
+def set_scale(pipeline, scale, name="lora"):
+    """How strongly the adapter acts. At 0 it is switched off, so the pictures are the base's to the last bit."""
+    if scale == 0:
+        pipeline.disable_lora()
+    else:
+        pipeline.enable_lora()
+        pipeline.set_adapters(name, scale)
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+def diffusers_tensors(layers):
+    """{key: tensor} as diffusers and PEFT name them. They do not hold alpha: it stands in the file's metadata."""
+    tensors = {}
+    for name, layer in layers.items():
+        part, module = name.split(".", 1)
+        stem = DIFFUSERS_PREFIX[part] + module
+        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = layer.down, layer.up
+        if layer.magnitude is not None:
+            shape = (-1,) if layer.down.ndim == 2 else (1, -1, 1, 1)
+            tensors[stem + MAGNITUDE_KEY[part]] = layer.magnitude.reshape(shape)
+    return tensors
+
+
+def write_diffusers(path, layers, facts):
+    """Write `layers` as they are; their alphas go into the metadata that diffusers reads (from 0.34 on)."""
+    metadata = {"format": "pt", **facts, LORA_ADAPTER_METADATA_KEY: json.dumps(_configs(layers), sort_keys=True)}
+    _write(path, diffusers_tensors(layers), metadata)
+
+
+def write_diffusers_for_all(path, layers, facts):
+    """The same with alpha = rank in every layer: what a reader takes for granted that knows nothing of the metadata."""
+    write_diffusers(path, {name: layer.with_alpha(layer.rank) for name, layer in layers.items()}, facts)
+
+
+def write_kohya(path, layers, facts):
+    """Write the layout of sd-scripts, which A1111 and ComfyUI load.
+
+    Every layer has the same alpha, the most common one: diffusers' reader of this layout loses alphas that differ.
+    """
+    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+    tensors = {}
+    for name, layer in layers.items():
+        part, module = name.split(".", 1)
+        stem, layer = KOHYA_PREFIX[part] + module.replace(".", "_"), layer.with_alpha(alpha)
+        tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = layer.down, layer.up
+        tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
+        if layer.magnitude is not None:
+            tensors[f"{stem}.dora_scale"] = layer.magnitude.reshape(-1, *(1 for _ in layer.down.shape[1:]))
+    # The hash that A1111 shows and looks models up by: of the file without its header.
+    content = save(_plain(tensors))
+    data = content[8 + int.from_bytes(content[:8], "little") :]
+    _write(path, tensors, facts | {"sshs_model_hash": hashlib.sha256(data).hexdigest()})
+
+
+def _write(path, tensors, metadata):
+    save_file(_plain(tensors), path, metadata={key: str(value) for key, value in metadata.items()})
+
+
+def _plain(tensors):
+    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+
+def _configs(layers):
+    """What PEFT's LoraConfig needs to build the same layers again, by part."""
+    configs = {}
+    for part in sorted({name.split(".", 1)[0] for name in layers}):
+        own = {name.split(".", 1)[1]: layer for name, layer in layers.items() if name.startswith(f"{part}.")}
+        ranks, alphas = ({name: getattr(one, what) for name, one in own.items()} for what in ("rank", "alpha"))
+        rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        configs |= {
+            f"{part}.r": rank,
+            f"{part}.lora_alpha": alpha,
+            f"{part}.rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+            f"{part}.alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+            f"{part}.target_modules": sorted(own),
+            f"{part}.use_dora": any(layer.magnitude is not None for layer in own.values()),
+        }
+    return configs
