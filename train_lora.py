@@ -28,7 +28,8 @@ from finetuning.families.lora_files import DIFFUSERS_NAME
 from finetuning.training.checkpoint import CheckpointArgs, Checkpointer, CheckpointProblem, NonFinite
 from finetuning.training.ema import EMAArgs, build_ema
 from finetuning.training.files import whole_result
-from finetuning.training.lora import LoraArgs, add_adapters
+from finetuning.training.lora import add_adapters
+from finetuning.training.lora_layout import LoraArgs
 from finetuning.training.noise import NoiseArgs, NoiseSchedule, diffusion_loss, draw_noise
 from finetuning.training.optim import OptimArgs, build_optimizer, build_schedule, learning_rates
 from finetuning.training.preflight import check_before_start, choose_attention

@@ -312,6 +312,11 @@ def set_scale(pipeline, scale, name="lora"):
         pipeline.set_adapters(name, scale)
 
 
+def detach(pipeline):
+    """Take all adapters out again."""
+    pipeline.unload_lora_weights()
+
+
 # -- writing -------------------------------------------------------------------------------------------------------
 
 

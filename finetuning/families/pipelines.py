@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from finetuning.families.contract import ModelProblem
-from finetuning.families.lora_files import DIFFUSERS_NAME, attach, parts_of, read_lora
+from finetuning.families.lora_files import DIFFUSERS_NAME, RAW_NAME
 
 SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
@@ -36,8 +36,11 @@ class ModelSource:
         label, separator, path = text.partition("=")
         if separator and "/" not in label:
             return cls(label, path)
-        folder = Path(text)
-        return cls("/".join(folder.parts[-2:]) if folder.name.startswith("checkpoint-") else folder.name, text)
+        place = Path(text)
+        if place.name in (DIFFUSERS_NAME, RAW_NAME):
+            place = place.parent
+        name = place.name.removesuffix(".safetensors")
+        return cls("/".join(place.parts[-2:]) if name.startswith("checkpoint-") else name, text)
 
 
 def open_pipeline(source, *, weights="ema", base=None, vae=None, scheduler=None, device="cpu", dtype=torch.float32):
@@ -50,6 +53,8 @@ def open_pipeline(source, *, weights="ema", base=None, vae=None, scheduler=None,
     scheduler  a key of SCHEDULERS; none keeps the pipeline's own
     """
     path = Path(source)
+    if (path / "lora").is_dir() or (path / DIFFUSERS_NAME).is_file():
+        raise ModelProblem(f"{source} holds a LoRA, not a whole model: name its base with --model, and it with --lora")
     whole, prediction_type = {}, None
     try:
         if (path / "training_state.json").is_file():
@@ -57,7 +62,7 @@ def open_pipeline(source, *, weights="ema", base=None, vae=None, scheduler=None,
             prediction_type = started["prediction_type"]
             whole = {} if base else {name: started[name] for name in ("revision", "variant", "cache_dir")}
             base = base or started["pretrained_model_name_or_path"]
-            parts = {} if _has_adapters(path) else _checkpoint_parts(path, weights, dtype)
+            parts = _checkpoint_parts(path, weights, dtype)
         else:
             parts = _raw_parts(source, dtype) if weights == "raw" else {}
         if vae:
@@ -68,11 +73,7 @@ def open_pipeline(source, *, weights="ema", base=None, vae=None, scheduler=None,
         )
     except (OSError, ValueError) as error:
         hint = "; name the model that the run started from with --base" if prediction_type is not None or whole else ""
-        if (path / DIFFUSERS_NAME).is_file():
-            hint = "; it is a LoRA: name its base with --model, and this folder with --lora"
         raise ModelProblem(f"{source} cannot be opened as a diffusers pipeline: {error}{hint}") from error
-    if _has_adapters(path):
-        attach(pipeline, read_lora(source, parts_of(pipeline), weights))
     if prediction_type:  # of the run, which may have changed it
         config = {**pipeline.scheduler.config, "prediction_type": prediction_type}
         pipeline.scheduler = type(pipeline.scheduler).from_config(config)
@@ -81,11 +82,6 @@ def open_pipeline(source, *, weights="ema", base=None, vae=None, scheduler=None,
         pipeline.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipeline.scheduler.config, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
-
-
-def _has_adapters(folder):
-    """Whether it is a checkpoint of train_lora.py."""
-    return (folder / "lora").is_dir() and (folder / "training_state.json").is_file()
 
 
 def _raw_parts(source, dtype):

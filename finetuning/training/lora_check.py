@@ -1,0 +1,81 @@
+"""Whether a LoRA file does, where it is loaded, what it was trained to do."""
+
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from finetuning.draws import torch_generator
+from finetuning.families.contract import ModelProblem
+from finetuning.families.lora_files import KOHYA_NAME, adaptable, attach, parts_of, read_lora
+from finetuning.families.quiet import errors_only
+
+
+def check_files(folder, written, fresh):
+    """Load every LoRA file of `written` {name: layers} into a model opened afresh and compare what it does there.
+
+    diffusers' own loader reads the file, and what it added to each weight is compared with the layers; then the
+    denoiser's prediction for two captions with the one of the layers folded into the weights by the formula itself, as
+    A1111 and ComfyUI fold them. Raises ModelProblem where a file acts otherwise.
+    """
+    with fresh.pipeline() as pipeline, errors_only():
+        for name, layers in written.items():
+            if name == KOHYA_NAME and any(layer.magnitude is not None for layer in layers.values()):
+                attach(pipeline, read_lora(folder / name, parts_of(pipeline)))  # diffusers drops these magnitudes
+            else:
+                pipeline.load_lora_weights(str(folder), weight_name=name, adapter_name="lora")
+            added = max(_distance(module.get_delta_weight("lora"), layers[key].delta())
+                        for key, module in adapters_in(parts_of(pipeline)).items())  # fmt: skip
+            count, loaded = len(adapters_in(parts_of(pipeline))), _prediction(pipeline)
+            pipeline.unload_lora_weights()
+            with _folded(pipeline, layers):
+                off = _distance(loaded, _prediction(pipeline))
+            if count != len(layers) or not max(added, off) < 1e-4:
+                raise ModelProblem(
+                    f"{name} does not do in a fresh pipeline what the adapters do here ({count} of {len(layers)} "
+                    f"layers loaded, their weights differ by {added:.1e}, the prediction by {off:.1e}): nothing is "
+                    "handed over. The last checkpoint holds the adapters"
+                )
+
+
+@torch.no_grad()
+def _prediction(pipeline):
+    """The denoiser's output for two captions at two timesteps, at the smallest size that the UNet takes."""
+    unet, tokenizer = pipeline.unet, pipeline.tokenizer
+    side = 2 ** len(unet.config.block_out_channels)
+    noisy = torch.randn(2, unet.config.in_channels, side, side, generator=torch_generator(0, "check of a LoRA file"))
+    ids = tokenizer(
+        ["a photo of a dog", "a red circle"], padding="max_length", max_length=tokenizer.model_max_length,
+        truncation=True, return_tensors="pt",
+    ).input_ids  # fmt: skip
+    text = pipeline.text_encoder(ids, return_dict=False)[0]
+    return unet(noisy, torch.tensor([200, 700]), text, return_dict=False)[0]
+
+
+@contextmanager
+def _folded(pipeline, layers):
+    """The layers as part of the weights; the weights come back after the block."""
+    modules = adaptable(parts_of(pipeline))
+    kept = {name: modules[name].weight.data for name in layers}
+    for name, layer in layers.items():
+        modules[name].weight.data = layer.folded(kept[name])
+    try:
+        yield
+    finally:
+        for name, weight in kept.items():
+            modules[name].weight.data = weight
+
+
+def _distance(one, other):
+    """Relative to the second; 0 for two that are nothing."""
+    return ((one - other).norm() / other.norm().clamp_min(1e-30)).item() if not torch.equal(one, other) else 0.0
+
+
+def adapters_in(parts):
+    """{layer name: PEFT's module around it}; `parts` are the models by the name of their part."""
+    return {
+        f"{part}.{name}": module
+        for part, model in parts.items()
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }

@@ -1,0 +1,180 @@
+"""Where adapters go, and of which rank and alpha: the flags, and what comes of them on one model."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+
+from finetuning.cli import flag
+from finetuning.families.lora_files import KOHYA_NAME, Lora, adaptable
+
+ATTENTION = {"unet": ("to_q", "to_k", "to_v", "to_out.0"), "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj")}
+
+
+@dataclass
+class LoraArgs:
+    """Adapters (LoRA)"""
+
+    rank: int = flag(4, "rank of the adapters: their capacity and their size")
+    lora_alpha: float | None = flag(None, "the adapters' output is scaled by alpha / rank (none: alpha = rank)")
+    lora_dropout: float = flag(0.0, "share of an adapter's inputs that is dropped in training")
+    lora_target_modules: list[str] = flag(
+        ["attention"], "layers of the UNet that get an adapter: attention (its projections), all-linear, conv (with "
+        "all-linear: LoCon), or ends of module names, e.g. to_q ff.net.2 mid_block.attentions.0.proj_in",
+    )  # fmt: skip
+    use_dora: bool = flag(False, "DoRA (arXiv 2402.09353): also learn each output's magnitude; slower, more memory")
+    use_rslora: bool = flag(False, "rank-stabilised LoRA (arXiv 2312.03732): scale by alpha / sqrt(rank)")
+    lora_rank_pattern: list[str] | None = flag(
+        None, "other ranks for some layers, PATTERN=RANK: the end of a module's name, or a regular expression for it, "
+        "e.g. attn2.to_k=16 'mid_block.*=32'",
+    )  # fmt: skip
+    lora_alpha_pattern: list[str] | None = flag(None, "other alphas for some layers, PATTERN=ALPHA, likewise")
+    text_encoder_rank: int | None = flag(
+        None, "with --train_text_encoder: rank of the adapters on its attention projections (none: --rank)"
+    )
+    base_precision: str | None = flag(
+        None, "precision of the frozen base (none: as the activations); int8, nf4: less memory, by bitsandbytes",
+        choices=("fp32", "fp16", "bf16", "int8", "nf4"),
+    )  # fmt: skip
+    init_lora: str | None = flag(
+        None, "LoRA to go on from: a file of diffusers, kohya or PEFT, or a run's folder; --rank may be larger than its"
+    )
+    save_kohya: bool = flag(False, f"also write {KOHYA_NAME}, for A1111 and ComfyUI")
+
+    def problems(self):
+        if self.rank < 1 or (self.text_encoder_rank is not None and self.text_encoder_rank < 1):
+            yield "--rank and --text_encoder_rank must be at least 1"
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            yield f"--lora_alpha {self.lora_alpha} must be above 0"
+        if not 0 <= self.lora_dropout < 1:
+            yield f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1"
+        if self.text_encoder_rank is not None and not getattr(self, "train_text_encoder", True):
+            yield "--text_encoder_rank does nothing without --train_text_encoder"
+        for name, least in (("lora_rank_pattern", 1), ("lora_alpha_pattern", 0)):
+            for text in getattr(self, name) or []:
+                pattern, _, number = text.rpartition("=")
+                if not pattern or not _is_number(number, whole=name == "lora_rank_pattern") or float(number) < least:
+                    yield f"--{name} {text} must look like PATTERN=NUMBER, e.g. mid_block.*=8"
+                elif not _is_pattern(pattern):
+                    yield f"--{name} {text}: {pattern} is not a regular expression"
+
+
+class Layout:
+    """The layers of `parts` {part: model} that get an adapter: `ranks` {part: {module: rank}}."""
+
+    def __init__(self, args: LoraArgs, parts):
+        self.args, self.parts = args, parts
+        self.rank_pattern = _numbers(args.lora_rank_pattern, int)
+        self.alpha_pattern = _numbers(args.lora_alpha_pattern, float)
+        words = {"unet": args.lora_target_modules, "text_encoder": ATTENTION["text_encoder"]}
+        if "all-linear" in args.lora_target_modules:
+            words["text_encoder"] += ("fc1", "fc2")
+        self.chosen = {part: _chosen(words[part], model) for part, model in parts.items()}
+        self.ranks = {
+            part: {module: self._rank(part, module) for module in sorted(set().union(*found.values()))}
+            for part, found in self.chosen.items()
+        }
+
+    def rank(self, part):
+        """The rank of a part's adapters where no pattern gives another."""
+        own = self.args.text_encoder_rank if part == "text_encoder" else None
+        return self.args.rank if own is None else own
+
+    def alpha(self, part):
+        """The same for alpha."""
+        alpha = self.rank(part) if self.args.lora_alpha is None else self.args.lora_alpha
+        return int(alpha) if alpha == int(alpha) else alpha
+
+    def config(self, part):
+        """The same for PEFT."""
+        return LoraConfig(
+            r=self.rank(part), lora_alpha=self.alpha(part), target_modules=list(self.ranks[part]),
+            rank_pattern=self.rank_pattern, alpha_pattern=self.alpha_pattern, lora_dropout=0.0,
+            use_dora=self.args.use_dora, use_rslora=self.args.use_rslora, init_lora_weights="gaussian",
+        )  # fmt: skip
+
+    def problems(self):
+        """What does not fit this model, as text."""
+        if nothing := [word for word, names in self.chosen["unet"].items() if not names]:
+            ends = {re.search(r"\w+(\.\d+)?$", name)[0] for name in adaptable({"unet": self.parts["unet"]})}
+            yield (
+                f"--lora_target_modules {' '.join(nothing)} matches no layer of the UNet. There are attention, "
+                f"all-linear, conv, and module names that end in: {', '.join(sorted(ends))}"
+            )
+        modules = [module for ranks in self.ranks.values() for module in ranks]
+        for name, patterns in (("lora_rank_pattern", self.rank_pattern), ("lora_alpha_pattern", self.alpha_pattern)):
+            for pattern in patterns:
+                if not any(pattern in (module, get_pattern_key([pattern], module)) for module in modules):
+                    yield f"--{name} {pattern} matches none of the layers that get an adapter"
+        yield from self._ranks_too_large()
+
+    def problems_with_start(self, start: Lora):
+        """Why a LoRA to start from does not fit into these adapters, as text."""
+        ranks = {f"{part}.{module}": rank for part, own in self.ranks.items() for module, rank in own.items()}
+        if outside := sorted(start.layers.keys() - ranks.keys()):
+            yield (
+                f"--init_lora {start.path} has {len(outside)} layers that get no adapter here, e.g. {outside[0]}: "
+                "widen --lora_target_modules (all-linear conv takes in nearly all), or add --train_text_encoder"
+            )
+        if small := [name for name, layer in start.layers.items() if layer.rank > ranks.get(name, layer.rank)]:
+            yield (
+                f"--init_lora {start.path} has rank {start.layers[small[0]].rank} at {small[0]} and the flags ask "
+                f"for {ranks[small[0]]} ({len(small)} such layers): raise --rank, --text_encoder_rank or the pattern"
+            )
+        if start.is_dora != self.args.use_dora:
+            said = "is a DoRA: add" if start.is_dora else "is no DoRA: leave out"
+            yield f"--init_lora {start.path} {said} --use_dora"
+
+    def _rank(self, part, module):
+        return self.rank_pattern.get(get_pattern_key(self.rank_pattern, module), self.rank(part))
+
+    def _ranks_too_large(self):
+        """A matrix cannot have a rank above its smaller side: what lies above would be memory for nothing."""
+        layers, found = adaptable(self.parts), {}
+        for part, ranks in self.ranks.items():
+            for module, rank in ranks.items():
+                weight = layers[f"{part}.{module}"].weight
+                width = min(weight.shape[0], weight[0].numel())
+                if rank > width:
+                    found.setdefault((rank, width), []).append(f"{part}.{module}")
+        for (rank, width), names in sorted(found.items()):
+            yield (
+                f"rank {rank} is above the width {width} of {len(names)} layers, e.g. {names[0]}: lower --rank or "
+                "--text_encoder_rank, or give these a smaller one with --lora_rank_pattern"
+            )
+
+
+def _chosen(words, model):
+    """{word: names of the model's layers that it means}."""
+    layers = {name.split(".", 1)[1]: module for name, module in adaptable({"model": model}).items()}
+    found = {}
+    for word in words:
+        if word == "attention":
+            found[word] = [name for name in layers if name.endswith(tuple(f".{end}" for end in ATTENTION["unet"]))]
+        elif word == "all-linear":
+            found[word] = [name for name, module in layers.items() if isinstance(module, torch.nn.Linear)]
+        elif word == "conv":  # as LoCon has it: within the blocks, so without the first and the last layer
+            inside = {name: module for name, module in layers.items() if "blocks." in name or "block." in name}
+            found[word] = [name for name, module in inside.items() if isinstance(module, torch.nn.Conv2d)]
+        else:
+            found[word] = [name for name in layers if name == word or name.endswith(f".{word}")]
+    return found
+
+
+def _numbers(texts, kind):
+    """["a=1"] -> {"a": 1}."""
+    pairs = (text.rpartition("=") for text in texts or [])
+    return {pattern: kind(number) for pattern, _, number in pairs}
+
+
+def _is_number(text, whole):
+    return bool(re.fullmatch(r"\d+" if whole else r"\d+(\.\d*)?", text))
+
+
+def _is_pattern(text):
+    try:
+        return bool(re.compile(text))
+    except re.error:
+        return False
