@@ -21,8 +21,16 @@ from finetuning.training import files
 from finetuning.training.checkpoint import checkpoints_in
 
 SCRIPTS = sorted(path.stem for path in Path(__file__).resolve().parent.parent.glob("train_*.py"))
-pytestmark = [pytest.mark.parametrize("script", SCRIPTS), pytest.mark.usefixtures("fresh_accelerate")]
+FULL = pytest.mark.parametrize("script", ["train_text_to_image"])
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 STEPS = 8
+
+
+def pytest_generate_tests(metafunc):
+    """Every test here is run with every script, but for those that name theirs."""
+    named = any("script" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "script" in metafunc.fixturenames and not named:
+        metafunc.parametrize("script", SCRIPTS)
 
 
 @pytest.fixture
@@ -65,11 +73,12 @@ def steps(folder):
 
 
 def state(folder, step=STEPS):
-    """All that a run computed: pipeline, checkpoint with EMA, optimizer, logged losses."""
+    """All that a run computed: pipeline or LoRA, checkpoint with EMA, optimizer, logged losses."""
     folder = Path(folder)
     weights = {
         f"{path.relative_to(folder)}": files.sha256(path)
-        for path in [*folder.glob("*/*.safetensors"), *folder.glob(f"checkpoint-{step}/*/*.safetensors")]
+        for depth in ("*", "*/*", f"checkpoint-{step}/*/*")
+        for path in folder.glob(f"{depth}.safetensors")
     }
     optimizer = torch.load(folder / f"checkpoint-{step}/optimizer.pt", weights_only=True)
     return weights, repr_tensors(optimizer), metrics(folder)
@@ -298,16 +307,19 @@ def test_adding_ema_on_resume_is_refused(script, arguments, tmp_path, capfd):
 
 def test_changed_arguments_are_named_on_resume(script, arguments, straight, capfd):
     changed = ("--resume_from_checkpoint", "checkpoint-5", "--learning_rate", 0, "--adam_weight_decay", 0.5)
-    before = files.sha256(straight / "checkpoint-5/unet/diffusion_pytorch_model.safetensors")
+    before = state(straight, 5)[0]
     shutil.rmtree(straight / f"checkpoint-{STEPS}")
     assert train(script, arguments, straight, *changed) == 0
     message = capfd.readouterr().err
     assert "--learning_rate 0.001 -> 0.0" in message and "--adam_weight_decay 0.01 -> 0.5" in message
     assert "--output_dir" not in message.split("these have changed")[1].splitlines()[0]
     # and the new learning rate is really used: with 0 the weights stay where they are
-    assert files.sha256(straight / f"checkpoint-{STEPS}/unet/diffusion_pytorch_model.safetensors") == before
+    trained = lambda weights, step: {n: h for n, h in weights.items() if n.startswith(f"checkpoint-{step}/")
+                                     and "_ema" not in n}  # fmt: skip
+    assert [*trained(state(straight)[0], STEPS).values()] == [*trained(before, 5).values()] != []
 
 
+@FULL
 def test_the_pipeline_loads_holds_both_weights_and_leaves_the_rest_untouched(script, arguments, tiny_model, tmp_path):
     arguments = [word for word in arguments if word != "--train_text_encoder"]
     assert train(script, arguments, tmp_path, "--prediction_type", "v_prediction") == 0
@@ -327,6 +339,7 @@ def test_the_pipeline_loads_holds_both_weights_and_leaves_the_rest_untouched(scr
     )
 
 
+@FULL
 def test_weights_loaded_apart_keep_their_share_in_the_average(script, arguments, tiny_model, tmp_path, tensors):
     """With a learning rate of 0 the trained weights stay the raw ones, so the average is known exactly."""
     decay = 0.9
@@ -390,7 +403,6 @@ WAYS = """
     --center_crop --image_interpolation_mode bicubic
     --center_crop --cache_latents
     --enable_xformers_memory_efficient_attention
-    --from_scratch --unet_config '{layers_per_block: 2}'
     --dataloader_num_workers 2
     --text_encoder_lr 1e-5
     --mixed_precision fp16
@@ -399,14 +411,42 @@ WAYS = """
     --caption_column none
     --scale_lr --report_to all
 """
+OWN_WAYS = {
+    "train_text_to_image": "--from_scratch --unet_config '{layers_per_block: 2}'",
+    "train_lora": """
+        --use_8bit_adam
+        --use_dora
+        --use_rslora --lora_alpha 3 --text_encoder_rank 2
+        --lora_target_modules all-linear conv --save_kohya
+        --lora_rank_pattern attn2.to_k=8 'mid_block.*=3' --lora_alpha_pattern to_v=1
+        --lora_dropout 0.3 --gradient_checkpointing
+        --base_precision nf4
+        --base_precision int8
+        --base_precision nf4 --use_dora
+        --mixed_precision bf16 --base_precision bf16
+        --mixed_precision bf16 --base_precision fp32
+    """,
+}
 
 
-@pytest.mark.parametrize("flags", map(str.strip, WAYS.strip().splitlines()))
+def every_way():
+    for script in SCRIPTS:
+        for line in (WAYS + OWN_WAYS[script]).strip().splitlines():
+            if line.strip():
+                yield script, line.strip()
+
+
+@pytest.mark.parametrize(("script", "flags"), list(every_way()))
 def test_every_way_of_training_trains(script, arguments, tmp_path, tiny_model, flags, tensors):
     assert train(script, arguments, tmp_path, "--max_train_steps", 2, *shlex.split(flags)) == 0
-    before = tensors(tiny_model)["unet/diffusion_pytorch_model.safetensors"]
-    after = tensors(tmp_path)["unet/diffusion_pytorch_model.non_ema.safetensors"]
-    changed = [name for name in after if name not in before or not torch.equal(before[name], after[name])]
+    if script == "train_lora":  # what is behind an adapter starts at zero
+        after = tensors(tmp_path)["pytorch_lora_weights.non_ema.safetensors"]
+        after = {name: value for name, value in after.items() if "lora_B" in name}
+        changed = [name for name, value in after.items() if value.any()]
+    else:
+        before = tensors(tiny_model)["unet/diffusion_pytorch_model.safetensors"]
+        after = tensors(tmp_path)["unet/diffusion_pytorch_model.non_ema.safetensors"]
+        changed = [name for name in after if name not in before or not torch.equal(before[name], after[name])]
     assert len(changed) > 0.9 * len(after)
     assert all(value.isfinite().all() for value in after.values())
 
@@ -454,4 +494,5 @@ def test_the_script_runs_under_accelerate_launch_as_in_the_seeds(script, argumen
     done = subprocess.run([*command, "--output_dir", tmp_path], cwd=root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "this run is in fp32" in done.stderr
-    assert (tmp_path / "model_index.json").is_file()
+    result = {"train_text_to_image": "model_index.json", "train_lora": "pytorch_lora_weights.safetensors"}[script]
+    assert (tmp_path / result).is_file()

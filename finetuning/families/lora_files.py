@@ -22,7 +22,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 
 from finetuning.families.contract import ModelProblem
 
@@ -335,7 +335,7 @@ def diffusers_tensors(layers):
 
 def write_diffusers(path, layers, facts):
     """Write `layers` as they are; their alphas go into the metadata that diffusers reads (from 0.34 on)."""
-    metadata = {"format": "pt", **facts, LORA_ADAPTER_METADATA_KEY: json.dumps(_configs(layers), sort_keys=True)}
+    metadata = {**facts, LORA_ADAPTER_METADATA_KEY: json.dumps(_configs(layers), sort_keys=True)}
     _write(path, diffusers_tensors(layers), metadata)
 
 
@@ -358,18 +358,19 @@ def write_kohya(path, layers, facts):
         tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
         if layer.magnitude is not None:
             tensors[f"{stem}.dora_scale"] = layer.magnitude.reshape(-1, *(1 for _ in layer.down.shape[1:]))
-    # The hash that A1111 shows and looks models up by: of the file without its header.
-    content = save(_plain(tensors))
-    data = content[8 + int.from_bytes(content[:8], "little") :]
-    _write(path, tensors, facts | {"sshs_model_hash": hashlib.sha256(data).hexdigest()})
+    _write(path, tensors, facts)
 
 
 def _write(path, tensors, metadata):
-    save_file(_plain(tensors), path, metadata={key: str(value) for key, value in metadata.items()})
-
-
-def _plain(tensors):
-    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    """safetensors with its metadata sorted: the library writes it in any order, and equal files should be equal."""
+    content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    start = 8 + int.from_bytes(content[:8], "little")
+    # The hash that A1111 shows and looks files up by is the one of the tensors
+    metadata = {"format": "pt", **metadata, "sshs_model_hash": hashlib.sha256(content[start:]).hexdigest()}
+    told = {key: str(metadata[key]) for key in sorted(metadata)}
+    header = json.dumps({"__metadata__": told, **json.loads(content[8:start])}, ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[start:])
 
 
 def _configs(layers):

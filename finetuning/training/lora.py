@@ -4,6 +4,7 @@
 model whose every weight is trained (see families.contract.Trained).
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -259,25 +260,31 @@ class PositionalDropout(torch.nn.Module):
 
 
 def _precision_problems(args, run):
-    """Layers whose weights and inputs have two half precisions cannot be multiplied."""
+    """Precisions of the base that cannot be multiplied with this run's activations, as text."""
     if PRECISIONS.get(args.base_precision, run.weights_dtype) not in (run.weights_dtype, torch.float32):
         now = next(name for name, dtype in PRECISIONS.items() if dtype == run.weights_dtype)
         yield (
             f"--base_precision {args.base_precision} goes with activations of the same precision, and this run has "
             f"{now}: add --mixed_precision {args.base_precision} (fp16 needs a GPU), or leave --base_precision out"
         )
+    if args.base_precision == "int8" and args.use_dora and run.device.type == "cpu":
+        yield "--base_precision int8 with --use_dora needs a GPU (PEFT loses the scales on a CPU): take nf4, or no --use_dora"
 
 
 def _quantize(unet, precision, activations, device):
     """Put the transformers' linear layers into 8 or 4 bits (QLoRA, arXiv 2305.14314); what remains is a small part."""
     import bitsandbytes as bnb
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every call that it rounds fp32 inputs
+    # PEFT asks for these names before it takes its own layers for such a base
+    unet.is_loaded_in_8bit, unet.is_loaded_in_4bit = precision == "int8", precision == "nf4"
     inside = [(n, m) for n, m in unet.named_modules() if "attentions." in n and isinstance(m, torch.nn.Linear)]
     for name, linear in inside:
         sides = (linear.in_features, linear.out_features, linear.bias is not None)
         if precision == "nf4":
             small = bnb.nn.Linear4bit(*sides, compute_dtype=activations, quant_type="nf4")
             small.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+            small.support_avx512bf16_for_cpu = False  # on some CPUs it repacks the weights for drawing, and stays so
         else:
             small = bnb.nn.Linear8bitLt(*sides, has_fp16_weights=False)
             small.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)

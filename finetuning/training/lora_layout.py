@@ -89,10 +89,13 @@ class Layout:
 
     def config(self, part):
         """The same for PEFT."""
+        own = self.ranks[part]
+        ranks, alphas = ({pattern: value for pattern, value in patterns.items() if _matches(pattern, own)}
+                         for patterns in (self.rank_pattern, self.alpha_pattern))  # fmt: skip
         return LoraConfig(
-            r=self.rank(part), lora_alpha=self.alpha(part), target_modules=list(self.ranks[part]),
-            rank_pattern=self.rank_pattern, alpha_pattern=self.alpha_pattern, lora_dropout=0.0,
-            use_dora=self.args.use_dora, use_rslora=self.args.use_rslora, init_lora_weights="gaussian",
+            r=self.rank(part), lora_alpha=self.alpha(part), rank_pattern=ranks, alpha_pattern=alphas,
+            target_modules=list(own), use_dora=self.args.use_dora, use_rslora=self.args.use_rslora,
+            init_lora_weights="gaussian",
         )  # fmt: skip
 
     def problems(self):
@@ -106,7 +109,7 @@ class Layout:
         modules = [module for ranks in self.ranks.values() for module in ranks]
         for name, patterns in (("lora_rank_pattern", self.rank_pattern), ("lora_alpha_pattern", self.alpha_pattern)):
             for pattern in patterns:
-                if not any(pattern in (module, get_pattern_key([pattern], module)) for module in modules):
+                if not _matches(pattern, modules):
                     yield f"--{name} {pattern} matches none of the layers that get an adapter"
         yield from self._ranks_too_large()
 
@@ -161,6 +164,11 @@ def _chosen(words, model):
         else:
             found[word] = [name for name in layers if name == word or name.endswith(f".{word}")]
     return found
+
+
+def _matches(pattern, modules):
+    """Whether PEFT takes the pattern for one of the modules."""
+    return any(pattern in (module, get_pattern_key([pattern], module)) for module in modules)
 
 
 def _numbers(texts, kind):

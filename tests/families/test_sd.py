@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from finetuning.families import load_model
-from finetuning.families.contract import ModelArgs, ModelProblem
+from finetuning.families.contract import ModelArgs, ModelProblem, StartArgs
 from finetuning.training.ema import AveragedWeights
 
 MAIN = "diffusion_pytorch_model.safetensors"
@@ -20,7 +20,9 @@ RAW = "diffusion_pytorch_model.non_ema.safetensors"
 
 
 def load(model, prediction_type=None, seed=0, **flags):
-    return load_model(ModelArgs(pretrained_model_name_or_path=str(model), **flags), prediction_type, seed)
+    start = {name: flags.pop(name) for name in list(flags) if name in StartArgs.__dataclass_fields__}
+    base = ModelArgs(pretrained_model_name_or_path=str(model), **flags)
+    return load_model(base, prediction_type, seed, StartArgs(**start))
 
 
 def unet_of(model):

@@ -1,0 +1,625 @@
+"""LoRA files: written as diffusers and kohya name things, read in every common layout, and put into a pipeline."""
+
+import copy
+import hashlib
+import json
+import pickle
+import struct
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from finetuning.draws import torch_generator
+from finetuning.families.contract import ModelProblem
+from finetuning.families.lora_files import (
+    DIFFUSERS_NAME,
+    KOHYA_NAME,
+    PEFT_NAME,
+    RAW_NAME,
+    Layer,
+    Lora,
+    adaptable,
+    attach,
+    detach,
+    diffusers_tensors,
+    find_lora,
+    parts_of,
+    read_lora,
+    set_scale,
+    weights_hash,
+    write_diffusers,
+    write_diffusers_for_all,
+    write_kohya,
+)
+from finetuning.families.pipelines import open_pipeline
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+MLP = "encoder.layers.0.mlp"
+ATTENTION = "encoder.layers.0.self_attn"
+TO_Q = f"unet.{BLOCK}.attn1.to_q"  # [8, 8]
+TO_K = f"unet.{BLOCK}.attn2.to_k"  # [8, 16]
+TO_OUT = f"unet.{BLOCK}.attn1.to_out.0"
+PROJ_IN = "unet.down_blocks.0.attentions.0.proj_in"  # [8, 8, 1, 1]
+CONV = "unet.down_blocks.1.resnets.0.conv1"  # [16, 8, 3, 3]
+TEXT_Q = f"text_encoder.{ATTENTION}.q_proj"  # [16, 16]
+TEXT_OUT = f"text_encoder.{ATTENTION}.out_proj"
+FC1 = f"text_encoder.{MLP}.fc1"  # [32, 16]
+
+LINEAR = (TO_Q, TO_K, TO_OUT)
+CONVOLUTIONS = (PROJ_IN, CONV, "unet.down_blocks.0.downsamplers.0.conv")
+TEXT = (TEXT_Q, TEXT_OUT, FC1)
+
+# {layer name: (rank, alpha)}, and whether it is a DoRA
+KINDS = {
+    "plain": (dict.fromkeys(LINEAR, (4, 4)), False),
+    "alpha is not rank": (dict.fromkeys(LINEAR, (4, 1.5)), False),
+    "many ranks and alphas": (
+        {TO_Q: (2, 1), TO_K: (4, 3), TO_OUT: (3, 8), CONV: (5, 3), TEXT_Q: (1, 3), TEXT_OUT: (2, 4)}, False,
+    ),
+    "convolutions": (dict.fromkeys(CONVOLUTIONS, (3, 2)), False),
+    "text encoder": (dict.fromkeys(TEXT, (2, 8)), False),
+    "DoRA": (dict.fromkeys((*LINEAR, *CONVOLUTIONS, *TEXT), (4, 2)), True),
+    "DoRA of many ranks": ({TO_Q: (2, 1), TO_K: (4, 3), CONV: (3, 8), TEXT_Q: (1, 2)}, True),
+}  # fmt: skip
+
+
+def draw(*shape, name=""):
+    return torch.randn(shape, generator=torch_generator(0, f"{name} {shape}"))
+
+
+def made_layer(weight, rank, alpha, dora=False, name=""):
+    """A Layer of random numbers for a weight, far from nothing; a DoRA's magnitudes are not the weight's own norms."""
+    out, inside, kernel = weight.shape[0], weight.shape[1], weight.shape[2:]
+    down = draw(rank, inside, *kernel, name=name)
+    up = 0.3 * draw(out, rank, *(1 for _ in kernel), name=name)
+    return Layer(down, up, alpha, 1 + draw(out, name=name).abs() if dora else None)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model):
+    """To be read only."""
+    return open_pipeline(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def parts(pipeline):
+    return parts_of(pipeline)
+
+
+@pytest.fixture(scope="module")
+def weights(parts):
+    """{layer name: weight}."""
+    return {name: module.weight.detach() for name, module in adaptable(parts).items()}
+
+
+@pytest.fixture(scope="module")
+def kinds(weights):
+    """{kind: {layer name: Layer}}."""
+    return {
+        kind: {name: made_layer(weights[name], *sizes, dora, name) for name, sizes in chosen.items()}
+        for kind, (chosen, dora) in KINDS.items()
+    }
+
+
+@pytest.fixture(params=KINDS)
+def layers(request, kinds):
+    return kinds[request.param]
+
+
+@pytest.fixture
+def own(pipeline):
+    """A pipeline that a test may change."""
+    components = {name: copy.deepcopy(part) for name, part in pipeline.components.items()}
+    again = type(pipeline)(**components, requires_safety_checker=False)
+    again.set_progress_bar_config(disable=True)
+    return again
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "some.safetensors"
+
+
+def metadata_of(path):
+    with safe_open(path, framework="pt") as opened:
+        return opened.metadata()
+
+
+def save_without_metadata(path):
+    stripped = path.with_name("stripped.safetensors")
+    save_file(load_file(path), stripped)
+    assert not metadata_of(stripped)
+    return stripped
+
+
+def close(one, other):
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def assert_same(found, expected):
+    """The same layers, which do the same."""
+    assert found.keys() == expected.keys()
+    for name, layer in expected.items():
+        assert found[name].delta().norm() > 0.1, name
+        assert close(found[name].delta(), layer.delta()), name
+        assert (found[name].magnitude is None) == (layer.magnitude is None), name
+        assert layer.magnitude is None or torch.equal(found[name].magnitude, layer.magnitude), name
+
+
+@torch.no_grad()
+def prediction(pipeline):
+    """The UNet's output for two captions, [2, 4, 4, 4]."""
+    text = pipeline.text_encoder(torch.arange(32).view(2, 16))[0]
+    return pipeline.unet(draw(2, 4, 4, 4), torch.tensor([200, 700]), text).sample
+
+
+def fold(pipeline, layers, scale=1.0):
+    modules = adaptable(parts_of(pipeline))
+    for name, layer in layers.items():
+        modules[name].weight.data = layer.folded(modules[name].weight.data, scale)
+
+
+@pytest.fixture
+def folded_prediction(pipeline):
+    """What a pipeline predicts that has the layers in its weights, by the formula itself."""
+
+    def predict(layers, scale=1.0):
+        components = {name: copy.deepcopy(part) for name, part in pipeline.components.items()}
+        changed = type(pipeline)(**components, requires_safety_checker=False)
+        fold(changed, layers, scale)
+        predicted = prediction(changed)
+        assert (predicted - prediction(pipeline)).abs().max() > 1e-3  # else there is nothing to compare
+        return predicted
+
+    return predict
+
+
+# -- one layer -------------------------------------------------------------------------------------------------------
+
+
+def reference(layer, weight, scale):
+    """(delta, V) in float64 by NumPy."""
+    up, down, weight = (np.asarray(value, dtype=np.float64) for value in (layer.up, layer.down, weight))
+    if weight.ndim == 2:
+        delta = np.einsum("or,ri->oi", up, down)
+    else:
+        delta = np.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
+    delta *= scale * layer.alpha / down.shape[0]
+    moved = weight + delta
+    if layer.magnitude is not None:
+        inputs = tuple(range(1, weight.ndim))
+        per_output = np.asarray(layer.magnitude, dtype=np.float64).reshape(-1, *(1 for _ in inputs))
+        moved = per_output * moved / np.sqrt((moved**2).sum(axis=inputs, keepdims=True))
+    return delta, moved
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, -2.0])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", [TO_K, PROJ_IN, CONV])
+def test_delta_and_folded_are_the_formula(name, dora, scale, weights):
+    layer = made_layer(weights[name], 3, 7, dora)
+    delta, folded = reference(layer, weights[name], scale)
+    assert layer.rank == 3
+    assert layer.delta(scale).shape == layer.folded(weights[name], scale).shape == weights[name].shape
+    assert np.allclose(layer.delta(scale), delta, rtol=1e-5, atol=1e-6)
+    assert np.allclose(layer.folded(weights[name], scale), folded, rtol=1e-5, atol=1e-6)
+
+
+def test_scale_is_one_unless_it_is_given(weights):
+    layer = made_layer(weights[TO_K], 3, 7, dora=True)
+    assert torch.equal(layer.delta(), layer.delta(1.0))
+    assert torch.equal(layer.folded(weights[TO_K]), layer.folded(weights[TO_K], 1.0))
+
+
+def test_half_precision_is_computed_in_fp32(weights):
+    whole = made_layer(weights[CONV], 3, 7, dora=True)
+    half = Layer(whole.down.half(), whole.up.half(), 7, whole.magnitude.half())
+    again = Layer(half.down.float(), half.up.float(), 7, half.magnitude.float())
+    assert half.delta().dtype == half.folded(weights[CONV].half()).dtype == torch.float32
+    assert torch.equal(half.delta(), again.delta())
+    assert torch.equal(half.folded(weights[CONV].half()), again.folded(weights[CONV].half().float()))
+
+
+def test_a_dora_whose_magnitudes_are_the_norms_of_what_it_makes_is_a_lora(weights):
+    plain = made_layer(weights[CONV], 3, 7)
+    norms = plain.folded(weights[CONV]).flatten(1).norm(dim=1)
+    assert close(Layer(plain.down, plain.up, 7, norms).folded(weights[CONV]), plain.folded(weights[CONV]))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 3, 4.0, 100])
+@pytest.mark.parametrize("name", [TO_K, CONV])
+def test_with_alpha_keeps_the_delta(name, alpha, weights):
+    layer = made_layer(weights[name], 3, 4, dora=True)
+    other = layer.with_alpha(alpha)
+    assert other.alpha == alpha and other.rank == 3
+    assert close(other.delta(), layer.delta()) and close(other.folded(weights[name]), layer.folded(weights[name]))
+    assert torch.equal(other.down, layer.down) and torch.equal(other.magnitude, layer.magnitude)
+
+
+def test_with_its_own_alpha_a_layer_is_itself(weights):
+    layer = made_layer(weights[TO_K], 3, 4)
+    assert layer.with_alpha(4.0) is layer
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", [TO_K, PROJ_IN, CONV])
+def test_folding_is_what_peft_merges(name, dora, parts, weights):
+    module = copy.deepcopy(adaptable(parts)[name])
+    layer = made_layer(weights[name], 3, 7, dora)
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=["0"], use_dora=dora, init_lora_weights=False)
+    wrapped = get_peft_model(torch.nn.Sequential(module), config)
+    with torch.no_grad():
+        adapter = wrapped.base_model.model[0]
+        adapter.lora_A.default.weight.copy_(layer.down)
+        adapter.lora_B.default.weight.copy_(layer.up)
+        if dora:
+            magnitude = adapter.lora_magnitude_vector.default.weight
+            magnitude.copy_(layer.magnitude.reshape(magnitude.shape))
+        assert close(adapter.get_delta_weight("default"), layer.delta())
+        merged = wrapped.merge_and_unload()[0].weight
+    assert close(merged, layer.folded(weights[name])) and not close(merged, weights[name])
+
+
+# -- what can carry an adapter ---------------------------------------------------------------------------------------
+
+
+def test_linear_layers_and_convolutions_of_each_part_can_carry_an_adapter(weights, parts):
+    assert {name.split(".")[0] for name in weights} == {"unet", "text_encoder"}
+    assert {TO_Q, TO_OUT, PROJ_IN, CONV, "unet.conv_in", "unet.time_embedding.linear_1", *TEXT} <= weights.keys()
+    assert not any("norm" in name or "embeddings" in name for name in weights)
+    only = adaptable({"text_encoder": parts["text_encoder"]})
+    assert only.keys() == {name for name in weights if name.startswith("text_encoder.")}
+
+
+# -- written and read again ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [write_diffusers, write_diffusers_for_all, write_kohya])
+def test_what_was_written_is_read_again(write, layers, file, parts):
+    write(file, layers, {"base_model": "org/name", "rank": 4})
+    lora = read_lora(file, parts)
+    assert_same(lora.layers, layers)
+    assert lora.path == file and lora.is_dora == (next(iter(layers.values())).magnitude is not None)
+    assert lora.metadata["base_model"] == "org/name" and lora.metadata["rank"] == "4"
+
+
+def test_write_diffusers_keeps_alphas_and_tensors_as_they_are(kinds, file, parts):
+    layers = kinds["many ranks and alphas"]
+    write_diffusers(file, layers, {})
+    for name, layer in read_lora(file, parts).layers.items():
+        assert (layer.rank, layer.alpha) == KINDS["many ranks and alphas"][0][name]
+        assert torch.equal(layer.down, layers[name].down) and torch.equal(layer.up, layers[name].up)
+
+
+def test_in_the_file_for_all_readers_every_alpha_is_the_rank(kinds, file, parts):
+    write_diffusers_for_all(file, kinds["many ranks and alphas"], {})
+    assert all(layer.alpha == layer.rank for layer in read_lora(file, parts).layers.values())
+    stripped = save_without_metadata(file)
+    assert_same(read_lora(stripped, parts).layers, kinds["many ranks and alphas"])
+
+
+def test_the_metadata_is_what_peft_needs_to_build_the_layers(kinds, file):
+    write_diffusers(file, kinds["many ranks and alphas"], {})
+    found = {}
+    for part in ("unet", "text_encoder"):
+        stored = json.loads(metadata_of(file)["lora_adapter_metadata"]).items()
+        config = LoraConfig(**{key.removeprefix(f"{part}."): value for key, value in stored if key.startswith(part)})
+        assert not config.use_dora
+        for name in config.target_modules:
+            rank, alpha = config.rank_pattern.get(name, config.r), config.alpha_pattern.get(name, config.lora_alpha)
+            found[f"{part}.{name}"] = (rank, alpha)
+    assert found == KINDS["many ranks and alphas"][0]
+
+
+def test_the_metadata_says_which_part_is_a_dora(kinds, file):
+    write_diffusers(file, kinds["plain"] | {TEXT_Q: kinds["DoRA"][TEXT_Q]}, {})
+    config = json.loads(metadata_of(file)["lora_adapter_metadata"])
+    assert config["text_encoder.use_dora"] is True and config["unet.use_dora"] is False
+
+
+def test_tensors_are_named_as_diffusers_and_transformers_look_for_them(kinds):
+    shapes = {key: tuple(value.shape) for key, value in diffusers_tensors(kinds["DoRA of many ranks"]).items()}
+    to_q, to_k = f"unet.{BLOCK}.attn1.to_q", f"unet.{BLOCK}.attn2.to_k"
+    conv, text = "unet.down_blocks.1.resnets.0.conv1", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    assert shapes == {
+        f"{to_q}.lora_A.weight": (2, 8), f"{to_q}.lora_B.weight": (8, 2), f"{to_q}.lora_magnitude_vector": (8,),
+        f"{to_k}.lora_A.weight": (4, 16), f"{to_k}.lora_B.weight": (8, 4), f"{to_k}.lora_magnitude_vector": (8,),
+        f"{conv}.lora_A.weight": (3, 8, 3, 3), f"{conv}.lora_B.weight": (16, 3, 1, 1),
+        f"{conv}.lora_magnitude_vector": (1, 16, 1, 1),
+        f"{text}.lora_A.weight": (1, 16), f"{text}.lora_B.weight": (16, 1),
+        f"{text}.lora_magnitude_vector.weight": (16,),
+    }  # fmt: skip
+
+
+def test_kohya_files_name_their_tensors_as_sd_scripts_does(weights, file):
+    names = {
+        TO_Q: "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+        TO_OUT: "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0",
+        f"unet.{BLOCK}.ff.net.0.proj": "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_ff_net_0_proj",
+        PROJ_IN: "lora_unet_down_blocks_0_attentions_0_proj_in",
+        CONV: "lora_unet_down_blocks_1_resnets_0_conv1",
+        "unet.mid_block.resnets.1.time_emb_proj": "lora_unet_mid_block_resnets_1_time_emb_proj",
+        TEXT_Q: "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+        FC1: "lora_te_text_model_encoder_layers_0_mlp_fc1",
+    }
+    write_kohya(file, {name: made_layer(weights[name], 2, 1) for name in names}, {})
+    stored = load_file(file)
+    endings = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert stored.keys() == {f"{stem}.{ending}" for stem in names.values() for ending in endings}
+    for name, stem in names.items():
+        out, *inside = weights[name].shape
+        assert stored[f"{stem}.lora_down.weight"].shape == (2, *inside)
+        assert stored[f"{stem}.lora_up.weight"].shape == ((out, 2) if len(inside) == 1 else (out, 2, 1, 1))
+        assert stored[f"{stem}.alpha"].shape == () and stored[f"{stem}.alpha"] == 1
+
+
+def test_kohya_files_have_one_alpha_the_most_common(kinds, file):
+    write_kohya(file, kinds["many ranks and alphas"], {})
+    alphas = [value.item() for key, value in load_file(file).items() if key.endswith(".alpha")]
+    assert alphas == [3.0] * 6
+
+
+def test_kohya_files_hold_dora_magnitudes_by_output(kinds, file):
+    write_kohya(file, kinds["DoRA of many ranks"], {})
+    shapes = {key: tuple(value.shape) for key, value in load_file(file).items() if key.endswith(".dora_scale")}
+    assert shapes == {
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.dora_scale": (8, 1),
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.dora_scale": (8, 1),
+        "lora_unet_down_blocks_1_resnets_0_conv1.dora_scale": (16, 1, 1, 1),
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj.dora_scale": (16, 1),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_hash_in_a_kohya_file_is_of_all_after_its_header(dtype, kinds, file):
+    halved = {
+        name: Layer(layer.down.to(dtype), layer.up.to(dtype), layer.alpha)
+        for name, layer in kinds["many ranks and alphas"].items()
+    }
+    write_kohya(file, halved, {"ss_steps": 300, "ss_network_module": "networks.lora"})
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+    assert metadata["sshs_model_hash"] == hashlib.sha256(content[8 + length :]).hexdigest()
+    assert metadata["ss_steps"] == "300" and metadata["ss_network_module"] == "networks.lora"
+
+
+def test_layers_that_are_views_of_other_tensors_can_be_written(weights, file, parts):
+    wide = made_layer(weights[TO_K], 6, 6)
+    narrow = Layer(wide.down[::2], wide.up[:, ::2].requires_grad_(), 3)
+    for write in (write_diffusers, write_kohya):
+        write(file, {TO_K: narrow}, {})
+        assert_same(read_lora(file, parts).layers, {TO_K: narrow})
+
+
+# -- written for diffusers' own loader -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [write_diffusers, write_diffusers_for_all])
+def test_diffusers_loads_what_was_written(write, layers, tmp_path, own, folded_prediction):
+    write(tmp_path / DIFFUSERS_NAME, layers, {})
+    own.load_lora_weights(tmp_path)
+    assert close(prediction(own), folded_prediction(layers))
+
+
+def test_the_file_for_all_readers_acts_the_same_without_its_metadata(layers, tmp_path, own, folded_prediction):
+    write_diffusers_for_all(tmp_path / DIFFUSERS_NAME, layers, {})
+    own.load_lora_weights(tmp_path, weight_name=save_without_metadata(tmp_path / DIFFUSERS_NAME).name)
+    assert close(prediction(own), folded_prediction(layers))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "DoRA" not in kind])
+def test_diffusers_loads_kohya_files(kind, kinds, file, own, folded_prediction):
+    """It loses the magnitudes of a DoRA."""
+    write_kohya(file, kinds[kind], {})
+    own.load_lora_weights(file.parent, weight_name=file.name)
+    assert close(prediction(own), folded_prediction(kinds[kind]))
+
+
+# -- other people's layouts ------------------------------------------------------------------------------------------
+
+
+KOHYA_BLOCK = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"
+STEMS = {
+    # {layer name: what stands before .weight in its two tensors}
+    "diffusers of 2023": {
+        TO_Q: (f"unet.{BLOCK}.attn1.processor.to_q_lora.down", f"unet.{BLOCK}.attn1.processor.to_q_lora.up"),
+        TO_OUT: (f"unet.{BLOCK}.attn1.processor.to_out_lora.down", f"unet.{BLOCK}.attn1.processor.to_out_lora.up"),
+        TEXT_Q: (
+            f"text_encoder.text_model.{ATTENTION}.to_q_lora.down", f"text_encoder.text_model.{ATTENTION}.to_q_lora.up",
+        ),
+        TEXT_OUT: (
+            f"text_encoder.text_model.{ATTENTION}.to_out_lora.down",
+            f"text_encoder.text_model.{ATTENTION}.to_out_lora.up",
+        ),
+    },
+    "attention processors without a prefix": {
+        TO_Q: (f"{BLOCK}.attn1.processor.to_q_lora.down", f"{BLOCK}.attn1.processor.to_q_lora.up"),
+        TO_OUT: (f"{BLOCK}.attn1.processor.to_out_lora.down", f"{BLOCK}.attn1.processor.to_out_lora.up"),
+    },
+    "the official script": {
+        TO_Q: (f"unet.{BLOCK}.attn1.to_q.lora.down", f"unet.{BLOCK}.attn1.to_q.lora.up"),
+        TO_OUT: (f"unet.{BLOCK}.attn1.to_out.0.lora.down", f"unet.{BLOCK}.attn1.to_out.0.lora.up"),
+        CONV: ("unet.down_blocks.1.resnets.0.conv1.lora.down", "unet.down_blocks.1.resnets.0.conv1.lora.up"),
+        TEXT_Q: (
+            f"text_encoder.text_model.{ATTENTION}.q_proj.lora_linear_layer.down",
+            f"text_encoder.text_model.{ATTENTION}.q_proj.lora_linear_layer.up",
+        ),
+        FC1: (
+            f"text_encoder.text_model.{MLP}.fc1.lora_linear_layer.down",
+            f"text_encoder.text_model.{MLP}.fc1.lora_linear_layer.up",
+        ),
+    },
+    "diffusers with the names of transformers 5": {
+        TO_K: (f"unet.{BLOCK}.attn2.to_k.lora_A", f"unet.{BLOCK}.attn2.to_k.lora_B"),
+        TEXT_Q: (f"text_encoder.{ATTENTION}.q_proj.lora_A", f"text_encoder.{ATTENTION}.q_proj.lora_B"),
+    },
+    "diffusers with the adapter's name": {
+        TO_K: (f"unet.{BLOCK}.attn2.to_k.lora_A.default", f"unet.{BLOCK}.attn2.to_k.lora_B.default"),
+    },
+    "PEFT of a UNet": {
+        TO_Q: (f"base_model.model.{BLOCK}.attn1.to_q.lora_A", f"base_model.model.{BLOCK}.attn1.to_q.lora_B"),
+        CONV: (
+            "base_model.model.down_blocks.1.resnets.0.conv1.lora_A",
+            "base_model.model.down_blocks.1.resnets.0.conv1.lora_B",
+        ),
+    },
+    "PEFT of a text encoder": {
+        TEXT_Q: (f"base_model.model.{ATTENTION}.q_proj.lora_A", f"base_model.model.{ATTENTION}.q_proj.lora_B"),
+    },
+    "PEFT of a text encoder before transformers 5": {
+        FC1: (f"base_model.model.text_model.{MLP}.fc1.lora_A", f"base_model.model.text_model.{MLP}.fc1.lora_B"),
+    },
+    "kohya": {
+        TO_Q: (f"{KOHYA_BLOCK}_attn1_to_q.lora_down", f"{KOHYA_BLOCK}_attn1_to_q.lora_up"),
+        TO_OUT: (f"{KOHYA_BLOCK}_attn1_to_out_0.lora_down", f"{KOHYA_BLOCK}_attn1_to_out_0.lora_up"),
+        CONV: ("lora_unet_down_blocks_1_resnets_0_conv1.lora_down", "lora_unet_down_blocks_1_resnets_0_conv1.lora_up"),
+        TEXT_Q: (
+            "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down",
+            "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up",
+        ),
+    },
+    "kohya with two text encoders' names": {
+        TEXT_Q: (
+            "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_down",
+            "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_up",
+        ),
+        FC1: (
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down",
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up",
+        ),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", STEMS)
+def test_every_layout_is_read_and_a_missing_alpha_is_the_rank(layout, file, parts, weights):
+    layers, tensors = {}, {}
+    for rank, (name, (down, up)) in enumerate(STEMS[layout].items(), start=2):
+        layers[name] = made_layer(weights[name], rank, rank, name=name)
+        tensors |= {f"{down}.weight": layers[name].down, f"{up}.weight": layers[name].up}
+    save_file(tensors, file)
+    lora = read_lora(str(file), parts)
+    assert_same(lora.layers, layers)
+    assert lora.metadata == {} and not lora.is_dora
+    for name, layer in layers.items():
+        assert torch.equal(lora.layers[name].down, layer.down) and torch.equal(lora.layers[name].up, layer.up)
+
+
+def test_kohya_files_have_an_alpha_and_a_dora_scale_for_each_layer(file, parts, kinds):
+    layers = {name: kinds["DoRA of many ranks"][name] for name in (TO_K, CONV, TEXT_Q)}
+    stems = {
+        TO_K: f"{KOHYA_BLOCK}_attn2_to_k",
+        CONV: "lora_unet_down_blocks_1_resnets_0_conv1",
+        TEXT_Q: "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+    }
+    shapes = {TO_K: (8, 1), CONV: (16, 1, 1, 1), TEXT_Q: (16, 1)}
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{stems[name]}.lora_down.weight"] = layer.down
+        tensors[f"{stems[name]}.lora_up.weight"] = layer.up
+        tensors[f"{stems[name]}.alpha"] = torch.tensor(layer.alpha, dtype=torch.bfloat16)
+        tensors[f"{stems[name]}.dora_scale"] = layer.magnitude.reshape(shapes[name])
+    save_file(tensors, file, metadata={"ss_network_dim": "4"})
+    lora = read_lora(file, parts)
+    assert_same(lora.layers, layers)
+    assert lora.is_dora and [lora.layers[name].alpha for name in layers] == [3, 8, 2]
+
+
+def test_linear_layers_may_be_written_as_convolutions_and_the_other_way_round(file, parts, weights):
+    linear, convolution = (made_layer(weights[name], 2, 2) for name in (TO_K, PROJ_IN))
+    save_file(
+        {
+            f"{KOHYA_BLOCK}_attn2_to_k.lora_down.weight": linear.down[:, :, None, None],
+            f"{KOHYA_BLOCK}_attn2_to_k.lora_up.weight": linear.up[:, :, None, None],
+            "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": convolution.down[:, :, 0, 0],
+            "lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": convolution.up[:, :, 0, 0],
+        },
+        file,
+    )
+    lora = read_lora(file, parts)
+    assert_same(lora.layers, {TO_K: linear, PROJ_IN: convolution})
+    assert lora.layers[TO_K].down.ndim == 2 and lora.layers[PROJ_IN].up.shape == (8, 2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "alphas"),
+    [
+        ({"lora_alpha": 6}, (6, 6)),
+        ({"lora_alpha": 6, "alpha_pattern": {"attn2.to_k": 1}}, (6, 1)),
+        ({"lora_alpha": 6, "alpha_pattern": {r".*\.to_[qk]": 5}}, (5, 5)),
+        ({"lora_alpha": 6, "use_rslora": True}, (6 * 2**0.5, 12)),
+        ({"lora_alpha": 6, "use_rslora": True, "alpha_pattern": {f"^{BLOCK}.attn1.to_q": 1}}, (2**0.5, 12)),
+        ({"lora_alpha": 6, "use_rslora": False, "alpha_pattern": None}, (6, 6)),
+    ],
+)
+def test_a_peft_folder_says_its_alphas_in_its_config(config, alphas, tmp_path, parts, weights):
+    layers = {TO_Q: made_layer(weights[TO_Q], 2, alphas[0]), TO_K: made_layer(weights[TO_K], 4, alphas[1])}
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"base_model.model.{name.removeprefix('unet.')}.lora_A.weight"] = layer.down
+        tensors[f"base_model.model.{name.removeprefix('unet.')}.lora_B.weight"] = layer.up
+    save_file(tensors, tmp_path / PEFT_NAME)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, **config}))
+    for source in (tmp_path, tmp_path / PEFT_NAME):
+        lora = read_lora(source, parts)
+        assert_same(lora.layers, layers)
+        assert [lora.layers[name].alpha for name in layers] == pytest.approx(alphas)
+
+
+def deltas(model, part):
+    """What PEFT says that the adapters of a model add."""
+    found = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+    return {
+        f"{part}.{name.removeprefix('base_model.model.')}": module.get_delta_weight(module.active_adapters[0]).detach()
+        for name, module in found.items()
+    }
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_peft_saves_is_read_as_peft_means_it(dora, tmp_path, own, parts):
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "to_k", "conv1"], rank_pattern={"to_k": 2},
+        alpha_pattern={"mid_block.*to_q": 3}, use_rslora=True, use_dora=dora, init_lora_weights=False,
+    )  # fmt: skip
+    model = get_peft_model(own.unet, config)
+    model.save_pretrained(tmp_path)
+    expected = deltas(model, "unet")
+    lora = read_lora(tmp_path, parts)
+    assert lora.layers.keys() == expected.keys() and len(expected) == 24
+    assert all(close(lora.layers[name].delta(), delta) for name, delta in expected.items())
+    assert lora.is_dora == dora
+    merged = model.merge_and_unload().state_dict()
+    weights = {name: module.weight.detach() for name, module in adaptable(parts).items()}
+    for name, layer in lora.layers.items():
+        assert close(layer.folded(weights[name]), merged[f"{name.removeprefix('unet.')}.weight"])
+
+
+def test_what_diffusers_saves_with_its_metadata_is_read_as_peft_means_it(tmp_path, own, parts):
+    settings = {
+        "unet": LoraConfig(
+            r=4, lora_alpha=6, target_modules=["to_q", "to_k"], alpha_pattern={"attn2.to_k": 3}, use_rslora=True,
+            init_lora_weights=False,
+        ),
+        "text_encoder": LoraConfig(r=2, lora_alpha=1, target_modules=["q_proj"], init_lora_weights=False),
+    }  # fmt: skip
+    expected = {}
+    for part, config in settings.items():
+        parts_of(own)[part].add_adapter(config)
+        expected |= deltas(parts_of(own)[part], part)
+    own.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(own.unet, adapter_name="default"),
+        text_encoder_lora_layers=get_peft_model_state_dict(own.text_encoder, adapter_name="default"),
+        unet_lora_adapter_metadata=settings["unet"].to_dict(),
+        text_encoder_lora_adapter_metadata=settings["text_encoder"].to_dict(),
+    )
+    lora = read_lora(tmp_path, parts)
+    assert lora.layers.keys() == expected.keys() and {TO_Q, TO_K, TEXT_Q} <= expected.keys()
+    assert all(close(lora.layers[name].delta(), delta) for name, delta in expected.items())
