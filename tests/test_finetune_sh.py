@@ -4,10 +4,12 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 
 import pytest
 
+import train_lora
 import train_text_to_image
 from finetuning import cli
 from finetuning.training.files import check_whole
@@ -27,6 +29,13 @@ SEED_COMMANDS = {
         --gradient_checkpointing --max_train_steps=150 --learning_rate=1e-05 --max_grad_norm=1 --lr_scheduler=constant
         --lr_warmup_steps=0 --output_dir=unsplash-lite-v1""",
 }
+# The log's LoRA runs (2023-06-03 and -04), by its repository's train script, with the rank that needed an edit then.
+SEED_LORA = """
+    --pretrained_model_name_or_path=runwayml/stable-diffusion-v1-5 --train_data_dir=datasets/chalk --resolution=512
+    --random_flip --dataloader_num_workers=8 --train_batch_size=1 --gradient_accumulation_steps=4
+    --max_train_steps=15000 --learning_rate=1e-04 --max_grad_norm=1 --lr_scheduler=cosine --lr_warmup_steps=0
+    --output_dir=out --report_to=tensorboard --checkpointing_steps=500 --validation_prompt=Brown_couch --seed=1337
+    --enable_xformers_memory_efficient_attention --rank=64"""
 
 # Names and defaults of the official example script, August 2026.
 OFFICIAL = {
@@ -45,17 +54,27 @@ OFFICIAL = {
     "enable_xformers_memory_efficient_attention": False, "noise_offset": 0, "validation_epochs": 5,
     "tracker_project_name": "text2image-fine-tune", "image_interpolation_mode": "lanczos",
 }  # fmt: skip
+ONLY_FULL = {
+    "input_perturbation", "validation_prompts", "use_ema", "offload_ema", "foreach_ema", "non_ema_revision",
+    "dream_training", "dream_detail_preservation", "tracker_project_name",
+}  # fmt: skip
+OFFICIAL_LORA = {name: default for name, default in OFFICIAL.items() if name not in ONLY_FULL} | {
+    "output_dir": "sd-model-finetuned-lora", "validation_prompt": None, "num_validation_images": 4,
+    "validation_epochs": 1, "rank": 4,
+}  # fmt: skip
+SCRIPTS = {"train_text_to_image.py": train_text_to_image, "train_lora.py": train_lora}
 
 
-def known_flags():
-    return {field.name: field for _, fields in cli.groups(train_text_to_image.Args) for field in fields}
+def known_flags(script):
+    return {field.name: field for _, fields in cli.groups(script.Args) for field in fields}
 
 
 def test_every_flag_in_finetune_sh_exists_presets_included(root):
     text = (root / "finetune.sh").read_text(encoding="utf-8")
-    ours = set(re.findall(r"--([a-z0-9_]+)", text)) - {"config_file", "logdir", "model", "prompt", "help"}
+    others = {"config_file", "logdir", "model", "prompt", "help", "lora", "lora_scale"}
+    ours = set(re.findall(r"--([a-z0-9_]+)", text)) - others
     assert len(ours) > 20
-    assert ours - set(known_flags()) == set()
+    assert ours - set(known_flags(train_text_to_image)) - set(known_flags(train_lora)) == set()
 
 
 @pytest.mark.parametrize("command", SEED_COMMANDS)
@@ -66,9 +85,21 @@ def test_the_commands_of_the_seeds_are_understood(command, root, monkeypatch):
     assert args.use_ema and args.lr_warmup_steps == 0 and args.learning_rate in (1e-4, 1e-5)
 
 
+def test_the_lora_command_of_the_seed_is_understood(root, monkeypatch):
+    monkeypatch.chdir(root)
+    args, problems = cli.read(train_lora.Args, "", SEED_LORA.split())
+    assert problems == []
+    assert args.rank == 64 and args.prompts == ["Brown_couch"]
+
+
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_flags_and_defaults_of_the_official_script_are_kept(name):
-    assert known_flags()[name].default == OFFICIAL[name]
+    assert known_flags(train_text_to_image)[name].default == OFFICIAL[name]
+
+
+@pytest.mark.parametrize("name", OFFICIAL_LORA)
+def test_flags_and_defaults_of_the_official_lora_script_are_kept(name):
+    assert known_flags(train_lora)[name].default == OFFICIAL_LORA[name]
 
 
 def test_models_that_have_left_the_hub_are_not_used(root):
@@ -85,24 +116,26 @@ def presets(text):
 
 
 def launch_arguments(script, root, **settings):
-    """What a script gives to `accelerate`, which is replaced by a function that prints it."""
+    """(script, its arguments) that finetune.sh gives to `accelerate`, which is a function here that prints them."""
     stub = "accelerate() { printf '%s\\0' \"$@\"; }; export -f accelerate\n"
     environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
     command = ["bash", "-c", stub + script, str(root / "finetune.sh")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=True)
     words = done.stdout.split("\0")
-    return words[words.index("train_text_to_image.py") + 1 : -1]
+    [start] = [number for number, word in enumerate(words) if word in SCRIPTS]
+    return SCRIPTS[words[start]], words[start + 1 : -1]
 
 
 def test_every_preset_is_understood_and_still_yields_to_the_environment(root, shapes_folder):
     found = presets((root / "finetune.sh").read_text(encoding="utf-8"))
-    assert len(found) == 3
-    for name, script in found.items():
-        words = launch_arguments(
-            script, root, TRAIN_DIR=shapes_folder, STEPS=77, OUTPUT_DIR="some/where", RESUME="latest"
+    assert len(found) == 5
+    for name, preset in found.items():
+        script, words = launch_arguments(
+            preset, root, TRAIN_DIR=shapes_folder, STEPS=77, OUTPUT_DIR="some/where", RESUME="latest"
         )
-        args, problems = cli.read(train_text_to_image.Args, "", words)
+        args, problems = cli.read(script.Args, "", words)
         assert problems == [], name
+        assert ("LoRA" in name) == (script is train_lora)
         assert args.pretrained_model_name_or_path.split("/")[0] in ("stable-diffusion-v1-5", "CompVis")
         assert (args.size, args.max_train_steps, args.output_dir) == ((512, 512), 77, "some/where")
         assert args.resume_from_checkpoint == "latest"
@@ -112,13 +145,33 @@ def test_the_a6000_preset_is_the_run_of_the_experiment_log(root, shapes_folder):
     script = presets((root / "finetune.sh").read_text(encoding="utf-8"))[
         "Stable Diffusion 1.4, EMA and non-EMA weights, on an A6000 (48 GB)"
     ]
-    args, _ = cli.read(train_text_to_image.Args, "", launch_arguments(script, root, TRAIN_DIR=shapes_folder))
+    args, _ = cli.read(train_text_to_image.Args, "", launch_arguments(script, root, TRAIN_DIR=shapes_folder)[1])
     wanted, _ = cli.read(train_text_to_image.Args, "", SEED_COMMANDS["experiment log"].split())
     different = {name for name, value in cli.as_dict(wanted).items() if getattr(args, name) != value}
     assert different == {
         "dataset_name", "train_data_dir", "output_dir", "seed", "checkpoints_total_limit",
         "validation_prompts", "validation_steps",
     }  # fmt: skip
+
+
+def test_the_lora_preset_is_the_run_of_the_experiment_log(root, shapes_folder):
+    preset = presets((root / "finetune.sh").read_text(encoding="utf-8"))["Stable Diffusion 1.5, LoRA, on a T4 (16 GB)"]
+    script, words = launch_arguments(preset, root, TRAIN_DIR=shapes_folder, RANK=64)
+    args, _ = cli.read(script.Args, "", words)
+    wanted, _ = cli.read(train_lora.Args, "", SEED_LORA.split())
+    different = {name for name, value in cli.as_dict(wanted).items() if getattr(args, name) != value}
+    assert different == {
+        "pretrained_model_name_or_path", "train_data_dir", "output_dir", "checkpoints_total_limit", "save_kohya",
+        "validation_prompt", "validation_prompts", "validation_steps", "num_validation_images",
+    }  # fmt: skip
+
+
+def test_a_method_that_does_not_exist_is_named(root):
+    done = subprocess.run(
+        ["bash", "finetune.sh"], cwd=root, env=os.environ | {"METHOD": "dreambooth"}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "METHOD=dreambooth must be full or lora" in done.stderr
 
 
 def test_sigterm_to_the_script_reaches_the_training_process_which_saves(root, tiny_model, shapes_folder, tmp_path):
@@ -139,6 +192,25 @@ def test_sigterm_to_the_script_reaches_the_training_process_which_saves(root, ti
     assert "go on with --resume_from_checkpoint latest" in message
     [checkpoint] = tmp_path.glob("checkpoint-*")
     check_whole(checkpoint)
+
+
+def test_method_lora_trains_adapters_and_says_how_to_draw_with_them(root, tiny_model, shapes_folder, tmp_path):
+    settings = {
+        "METHOD": "lora", "MODEL_NAME": tiny_model, "TRAIN_DIR": shapes_folder, "OUTPUT_DIR": tmp_path, "STEPS": 2,
+        "RESOLUTION": 32, "BATCH": 2, "RANK": 2, "TARGETS": "all-linear conv",
+        "EXTRA": "--validation_inference_steps 1 --save_kohya",
+    }  # fmt: skip
+    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+    done = subprocess.run(
+        ["bash", "finetune.sh"], cwd=root, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert "loaded back and compared" in done.stderr
+    command = re.search(r"python (generate_images.py --model .*) --prompt", done.stdout)[1]
+    assert f"--lora {tmp_path} --lora_scale 0 0.5 0.8 1" in command
+    drawn = [sys.executable, *command.split(), "--prompt", "a", "--size", "32", "--num_inference_steps", "1"]
+    subprocess.run([*drawn, "--output_dir", str(tmp_path / "drawn")], cwd=root, check=True, timeout=600)
+    assert (tmp_path / "kohya_lora_weights.safetensors").is_file() and (tmp_path / "drawn/grid.png").is_file()
 
 
 def test_it_runs_with_variables_from_the_environment(root, tiny_model, shapes_folder, tmp_path):

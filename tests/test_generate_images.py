@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import generate_images
+import train_lora
 import train_text_to_image
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -84,3 +85,63 @@ def test_a_model_that_is_not_there_is_one_clear_line(tmp_path, capsys):
         generate_images.main(["--model", str(tmp_path / "none"), "--prompt", "a", "--output_dir", str(tmp_path)]) == 1
     )
     assert "none cannot be opened as a diffusers pipeline" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def lora_run(tiny_model, shapes_folder, tmp_path_factory):
+    """A run of train_lora.py with two checkpoints and strong adapters."""
+    run = tmp_path_factory.mktemp("runs") / "style"
+    arguments = f"""--pretrained_model_name_or_path {tiny_model} --train_data_dir {shapes_folder} --resolution 32
+        --train_batch_size 4 --max_train_steps 2 --checkpointing_steps 1 --learning_rate 0.1 --seed 0 --save_kohya
+        --train_text_encoder --validation_epochs 0 --validation_loss_rows 0 --report_to none --output_dir {run}"""
+    assert train_lora.main(arguments.split()) == 0
+    return run
+
+
+def test_checkpoints_by_lora_scales_make_one_grid_whose_zero_is_the_base(tiny_model, lora_run, tmp_path):
+    common = ["--prompt", "a red circle", "a blue square", "--seed", 1, 2]
+    loras = ["--lora", lora_run / "checkpoint-1", lora_run, "--lora_scale", 0, 0.5, 1]
+    records = draw(tmp_path / "grid", "--model", f"base={tiny_model}", *loras, *common)
+    assert len(records) == 2 * 2 * 2 * 3 == len({record["file"] for record in records})
+    assert {(one["lora"], one["lora_scale"]) for one in records} == {
+        (label, scale) for label in ("style/checkpoint-1", "style") for scale in (0.0, 0.5, 1.0)
+    }
+    width, height = Image.open(tmp_path / "grid/grid.png").size
+    assert width > 6 * 160 and height > 4 * 160
+    base = {
+        (one["prompt"], one["seed"]): (tmp_path / "base" / one["file"]).read_bytes()
+        for one in draw(tmp_path / "base", "--model", f"base={tiny_model}", *common)
+    }
+    for one in records:
+        same = (tmp_path / "grid" / one["file"]).read_bytes() == base[one["prompt"], one["seed"]]
+        assert same == (one["lora_scale"] == 0)
+
+
+def test_a_kohya_file_draws_what_the_diffusers_file_draws(tiny_model, lora_run, tmp_path):
+    files = [f"a={lora_run / 'pytorch_lora_weights.safetensors'}", f"b={lora_run / 'kohya_lora_weights.safetensors'}"]
+    one, other = draw(tmp_path, "--model", f"m={tiny_model}", "--lora", *files, "--prompt", "a red circle")
+    pixels = [np.asarray(Image.open(tmp_path / record["file"]), dtype=int) for record in (one, other)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_what_is_wrong_with_a_lora_is_one_clear_message(tiny_model, lora_run, tmp_path, capsys):
+    pickled = tmp_path / "style.pt"
+    pickled.write_bytes(b"\x80")
+    common = ["--prompt", "a", "--output_dir", str(tmp_path / "out")]
+    for arguments, said in (
+        (["--model", str(tiny_model), "--lora", str(pickled)], "style.pt is not a .safetensors file"),
+        (["--model", str(lora_run)], "name its base with --model, and it with --lora"),
+        (["--model", str(lora_run / "checkpoint-1")], "name its base with --model, and it with --lora"),
+    ):
+        assert generate_images.main([*arguments, *common]) == 1
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        generate_images.main(["--model", str(tiny_model), "--lora_scale", "0.5", "0.5", *common])
+    message = capsys.readouterr().err
+    assert "names a scale twice" in message and "does nothing without --lora" in message
+
+
+def test_a_lora_of_other_weights_is_drawn_and_said(tiny_model, lora_run, tmp_path, capsys):
+    model = ["--model", tiny_model, "--weights", "raw", "--lora", lora_run, "--prompt", "a"]
+    draw(tmp_path, *model)
+    assert "has other weights" in capsys.readouterr().err

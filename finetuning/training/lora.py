@@ -268,7 +268,7 @@ def _precision_problems(args, run):
             f"{now}: add --mixed_precision {args.base_precision} (fp16 needs a GPU), or leave --base_precision out"
         )
     if args.base_precision == "int8" and args.use_dora and run.device.type == "cpu":
-        yield "--base_precision int8 with --use_dora needs a GPU (PEFT loses the scales on a CPU): take nf4, or no --use_dora"
+        yield "--base_precision int8 with --use_dora needs a GPU, PEFT loses the scales on a CPU: leave one of them out"
 
 
 def _quantize(unet, precision, activations, device):

@@ -68,6 +68,8 @@ KINDS = {
     "DoRA of many ranks": ({TO_Q: (2, 1), TO_K: (4, 3), CONV: (3, 8), TEXT_Q: (1, 2)}, True),
 }  # fmt: skip
 
+WRITERS = (write_diffusers, write_diffusers_for_all, write_kohya)
+
 
 def draw(*shape, name=""):
     return torch.randn(shape, generator=torch_generator(0, f"{name} {shape}"))
@@ -112,13 +114,18 @@ def layers(request, kinds):
     return kinds[request.param]
 
 
+def copied(pipeline):
+    """The same pipeline with parts of its own, for LoRAs to change."""
+    again = copy.copy(pipeline)
+    for part, model in parts_of(pipeline).items():
+        setattr(again, part, copy.deepcopy(model))
+    return again
+
+
 @pytest.fixture
 def own(pipeline):
     """A pipeline that a test may change."""
-    components = {name: copy.deepcopy(part) for name, part in pipeline.components.items()}
-    again = type(pipeline)(**components, requires_safety_checker=False)
-    again.set_progress_bar_config(disable=True)
-    return again
+    return copied(pipeline)
 
 
 @pytest.fixture
@@ -159,20 +166,15 @@ def prediction(pipeline):
     return pipeline.unet(draw(2, 4, 4, 4), torch.tensor([200, 700]), text).sample
 
 
-def fold(pipeline, layers, scale=1.0):
-    modules = adaptable(parts_of(pipeline))
-    for name, layer in layers.items():
-        modules[name].weight.data = layer.folded(modules[name].weight.data, scale)
-
-
 @pytest.fixture
 def folded_prediction(pipeline):
     """What a pipeline predicts that has the layers in its weights, by the formula itself."""
 
     def predict(layers, scale=1.0):
-        components = {name: copy.deepcopy(part) for name, part in pipeline.components.items()}
-        changed = type(pipeline)(**components, requires_safety_checker=False)
-        fold(changed, layers, scale)
+        changed = copied(pipeline)
+        for name, layer in layers.items():
+            module = adaptable(parts_of(changed))[name]
+            module.weight.data = layer.folded(module.weight.data, scale)
         predicted = prediction(changed)
         assert (predicted - prediction(pipeline)).abs().max() > 1e-3  # else there is nothing to compare
         return predicted
@@ -186,11 +188,8 @@ def folded_prediction(pipeline):
 def reference(layer, weight, scale):
     """(delta, V) in float64 by NumPy."""
     up, down, weight = (np.asarray(value, dtype=np.float64) for value in (layer.up, layer.down, weight))
-    if weight.ndim == 2:
-        delta = np.einsum("or,ri->oi", up, down)
-    else:
-        delta = np.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
-    delta *= scale * layer.alpha / down.shape[0]
+    product = np.einsum("or,ri...->oi...", up.reshape(up.shape[:2]), down)
+    delta = scale * layer.alpha / down.shape[0] * product
     moved = weight + delta
     if layer.magnitude is not None:
         inputs = tuple(range(1, weight.ndim))
@@ -280,7 +279,7 @@ def test_linear_layers_and_convolutions_of_each_part_can_carry_an_adapter(weight
 # -- written and read again ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("write", [write_diffusers, write_diffusers_for_all, write_kohya])
+@pytest.mark.parametrize("write", WRITERS)
 def test_what_was_written_is_read_again(write, layers, file, parts):
     write(file, layers, {"base_model": "org/name", "rank": 4})
     lora = read_lora(file, parts)
@@ -376,18 +375,28 @@ def test_kohya_files_hold_dora_magnitudes_by_output(kinds, file):
     }
 
 
+@pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_hash_in_a_kohya_file_is_of_all_after_its_header(dtype, kinds, file):
-    halved = {
-        name: Layer(layer.down.to(dtype), layer.up.to(dtype), layer.alpha)
-        for name, layer in kinds["many ranks and alphas"].items()
-    }
-    write_kohya(file, halved, {"ss_steps": 300, "ss_network_module": "networks.lora"})
+def test_the_hash_in_a_file_is_of_all_after_its_header(dtype, write, kinds, file):
+    whole = kinds["many ranks and alphas"]
+    halved = {name: Layer(one.down.to(dtype), one.up.to(dtype), one.alpha) for name, one in whole.items()}
+    write(file, halved, {"ss_steps": 300})
     content = file.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     metadata = json.loads(content[8 : 8 + length])["__metadata__"]
     assert metadata["sshs_model_hash"] == hashlib.sha256(content[8 + length :]).hexdigest()
-    assert metadata["ss_steps"] == "300" and metadata["ss_network_module"] == "networks.lora"
+    assert length % 8 == 0  # what follows is read in place
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_equal_layers_and_facts_make_equal_files(write, kinds, file):
+    facts = {"steps": 300, "base_model": "Stüdio/模型", **{f"fact {number}": number for number in range(20)}}
+    write(file, kinds["many ranks and alphas"], facts)
+    first = file.read_bytes()
+    write(file, kinds["many ranks and alphas"], dict(reversed(facts.items())))
+    assert file.read_bytes() == first
+    assert metadata_of(file).items() >= {key: str(value) for key, value in facts.items()}.items()
+    assert metadata_of(file)["format"] == "pt"
 
 
 def test_layers_that_are_views_of_other_tensors_can_be_written(weights, file, parts):
@@ -623,3 +632,353 @@ def test_what_diffusers_saves_with_its_metadata_is_read_as_peft_means_it(tmp_pat
     lora = read_lora(tmp_path, parts)
     assert lora.layers.keys() == expected.keys() and {TO_Q, TO_K, TEXT_Q} <= expected.keys()
     assert all(close(lora.layers[name].delta(), delta) for name, delta in expected.items())
+
+
+# -- what cannot be read ---------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def problem(source, parts, **options):
+    with pytest.raises(ModelProblem) as caught:
+        read_lora(source, parts, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt", ".pth", ".safetensors"])
+def test_a_pickle_is_never_opened(suffix, tmp_path, parts):
+    path, sprung = tmp_path / f"lora{suffix}", tmp_path / "sprung"
+    path.write_bytes(pickle.dumps(Trap(sprung)))
+    said = problem(path, parts)
+    assert not sprung.exists() and str(path) in said
+    fix = "copy or download it again" if suffix == ".safetensors" else "look for its .safetensors"
+    assert fix in said and (suffix == ".safetensors" or "can run code when it is loaded" in said)
+    pickle.loads(path.read_bytes())
+    assert sprung.exists()  # it would have
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_file_that_was_cut_is_to_be_copied_again(kept, kinds, file, parts):
+    write_diffusers(file, kinds["plain"], {})
+    file.write_bytes(file.read_bytes()[:kept])
+    said = problem(file, parts)
+    assert said.startswith(f"{file} is broken or cut") and said.endswith("copy or download it again")
+
+
+def test_a_file_without_layers_is_named(file, parts):
+    save_file({}, file, metadata={"base_model": "org/name"})
+    said = problem(file, parts)
+    assert str(file) in said and "no layers" in said and "made for org/name" in said
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        f"{KOHYA_BLOCK}_attn1_to_k.hada_w1_a",  # LoHa
+        f"{KOHYA_BLOCK}_attn1_to_k.lokr_w1",
+        f"{KOHYA_BLOCK}_attn1_to_k.lora_mid.weight",  # LoCon by a Tucker decomposition
+        f"unet.{BLOCK}.attn1.to_k.lora_B.bias",
+        "emb_params",
+        f"unet.{BLOCK}.attn1.to_k.weight",
+    ],
+)
+def test_what_is_no_lora_layer_is_named_with_what_can_be_read(foreign, kinds, file, parts):
+    write_kohya(file, kinds["plain"], {"ss_sd_model_name": "their-base"})
+    save_file({**load_file(file), foreign: torch.ones(8, 8)}, file, metadata=metadata_of(file))
+    said = problem(file, parts)
+    assert said.startswith(f"{file}: 1 of its 10 tensors do not fit, {foreign} is no LoRA layer")
+    assert "made for their-base" in said and "LoRA, LoCon and DoRA" in said
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",  # Stable Diffusion XL
+        "lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
+        "transformer.transformer_blocks.0.attn.to_q",
+        f"unet.{BLOCK}.attn3.to_q",
+        f"unet.{BLOCK}.norm1",
+    ],
+)
+def test_layers_that_the_model_does_not_have_are_of_another_kind_of_base(missing, kinds, file, parts):
+    write_diffusers(file, kinds["plain"], {})
+    other = {f"{missing}.lora_{side}.weight": torch.ones(4, 4) for side in ("down", "up")}
+    save_file(load_file(file) | other, file)
+    said = problem(file, parts)
+    assert said.startswith(f"{file}: 2 of its 8 tensors do not fit, {missing}.lora_")
+    assert "made for another kind of base" in said and "does not say what it was made for" in said
+    assert "Stable Diffusion 1.x and 2.x" in said
+
+
+def test_layers_of_a_part_that_was_not_given_do_not_fit(kinds, file, parts):
+    write_diffusers(file, kinds["text encoder"], {})
+    assert "has no such layer in this model" in problem(file, {"unet": parts["unet"]})
+
+
+@pytest.mark.parametrize(
+    ("weight", "shapes"),
+    [((8, 24), "the file has [8, 2] x [2, 24]"), ((12, 16), "the file has [12, 2] x [2, 16]")],
+)
+def test_shapes_of_another_base_are_told_with_the_models_own(weight, shapes, kinds, file, parts):
+    wrong = {TO_K: made_layer(torch.empty(weight), 2, 2), TO_Q: kinds["plain"][TO_Q]}
+    write_diffusers(file, wrong, {"base_model": "org/other-base"})
+    said = problem(file, parts)
+    assert said.startswith(f"{file} does not fit this model, 1 layers differ (it says it was made for org/other-base)")
+    assert f"{TO_K}: {shapes}, the model's weight is [8, 16]" in said and TO_Q not in said
+
+
+def test_an_up_of_another_rank_than_its_down_does_not_fit(weights, file, parts):
+    layer = made_layer(weights[TO_K], 2, 2)
+    stem = f"unet.{BLOCK}.attn2.to_k"
+    save_file({f"{stem}.lora_A.weight": layer.down, f"{stem}.lora_B.weight": layer.up[:, :1].contiguous()}, file)
+    assert "the file has [8, 1] x [2, 16], the model's weight is [8, 16]" in problem(file, parts)
+
+
+@pytest.mark.parametrize(("left", "said"), [("down", "has only down"), ("up", "has only up"), ("alpha", "only alpha")])
+def test_half_a_layer_is_named(left, said, kinds, file, parts):
+    write_kohya(file, kinds["plain"], {})
+    stem = f"{KOHYA_BLOCK}_attn2_to_k."
+    stored = load_file(file)
+    for key in [key for key in stored if key.startswith(stem) and left not in key.removeprefix(stem)]:
+        del stored[key]
+    save_file(stored, file)
+    told = problem(file, parts)
+    assert str(file) in told and "1 layers differ" in told and f"{TO_K}: " in told and said in told
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "shape"),
+    [
+        (TO_K, f"{KOHYA_BLOCK}_attn2_to_k", (1, 16)),
+        (CONV, "lora_unet_down_blocks_1_resnets_0_conv1", (1, 8, 1, 1)),
+    ],
+)
+def test_a_dora_over_the_inputs_is_refused(name, stem, shape, kinds, file, parts):
+    write_kohya(file, {name: kinds["DoRA"][name]}, {})
+    save_file(load_file(file) | {f"{stem}.dora_scale": torch.ones(shape)}, file)
+    said = problem(file, parts)
+    assert str(file) in said and f"{name}: DoRA over inputs ({list(shape)}) is not read" in said
+
+
+def test_no_more_than_five_layers_are_listed(weights, file, parts):
+    wide = {name: made_layer(torch.empty(99, *value.shape[1:]), 1, 1) for name, value in list(weights.items())[:9]}
+    write_diffusers(file, wide, {})
+    said = problem(file, parts)
+    assert "9 layers differ" in said and said.count("[99, 1") == 5
+
+
+# -- where a LoRA lies -----------------------------------------------------------------------------------------------
+
+
+IN_LORA, IN_LORA_EMA = f"lora/{DIFFUSERS_NAME}", f"lora_ema/{DIFFUSERS_NAME}"
+
+
+def files(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("there", "ema", "raw"),
+    [
+        ((DIFFUSERS_NAME, RAW_NAME, KOHYA_NAME), DIFFUSERS_NAME, RAW_NAME),
+        ((DIFFUSERS_NAME, KOHYA_NAME, "args.json"), DIFFUSERS_NAME, DIFFUSERS_NAME),
+        ((RAW_NAME,), RAW_NAME, RAW_NAME),
+        ((KOHYA_NAME, "notes.txt"), KOHYA_NAME, KOHYA_NAME),
+        (
+            (f"lora/{DIFFUSERS_NAME}", f"lora_ema/{DIFFUSERS_NAME}"),
+            f"lora_ema/{DIFFUSERS_NAME}",
+            f"lora/{DIFFUSERS_NAME}",
+        ),
+        ((f"lora/{DIFFUSERS_NAME}", "random_states_0.pkl"), f"lora/{DIFFUSERS_NAME}", f"lora/{DIFFUSERS_NAME}"),
+        ((PEFT_NAME, "adapter_config.json"), PEFT_NAME, PEFT_NAME),
+        (("style.safetensors", "style.ckpt"), "style.safetensors", "style.safetensors"),
+        ((DIFFUSERS_NAME, f"checkpoint-4/{IN_LORA}"), DIFFUSERS_NAME, DIFFUSERS_NAME),
+    ],
+)
+def test_a_folder_means_its_averaged_or_its_raw_lora(there, ema, raw, tmp_path):
+    files(tmp_path, *there)
+    assert find_lora(tmp_path) == find_lora(str(tmp_path), "ema") == tmp_path / ema
+    assert find_lora(tmp_path, "raw") == tmp_path / raw
+
+
+def test_a_file_means_itself(tmp_path):
+    files(tmp_path, DIFFUSERS_NAME, RAW_NAME)
+    assert find_lora(str(tmp_path / RAW_NAME)) == tmp_path / RAW_NAME
+    assert find_lora(tmp_path / DIFFUSERS_NAME, "raw") == tmp_path / DIFFUSERS_NAME
+
+
+@pytest.mark.parametrize("weights_of", ["ema", "raw"])
+def test_a_checkpoint_is_read_with_its_averaged_or_its_raw_weights(weights_of, tmp_path, parts, kinds):
+    stored = {"ema": kinds["plain"], "raw": kinds["alpha is not rank"]}
+    for folder, kept in (("lora_ema", "ema"), ("lora", "raw")):
+        (tmp_path / folder).mkdir()
+        write_diffusers(tmp_path / folder / DIFFUSERS_NAME, stored[kept], {})
+    assert_same(read_lora(tmp_path, parts, weights_of).layers, stored[weights_of])
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ((), "only nothing"),
+        (("unet/model.safetensors", "model_index.json"), "only model_index.json, unet"),
+        (("a.safetensors", "b.safetensors"), "only a.safetensors, b.safetensors"),
+        (("adapter_config.json", "adapter_model.bin"), "only adapter_config.json, adapter_model.bin"),
+    ],
+)
+def test_a_folder_without_a_lora_tells_what_it_holds(there, said, tmp_path, parts):
+    files(tmp_path, *there)
+    assert problem(tmp_path, parts) == f"{tmp_path} holds no {DIFFUSERS_NAME}, {said}: name the LoRA's file"
+
+
+@pytest.mark.parametrize(
+    "source", ["nowhere", "org/nowhere", "org/nowhere/some.safetensors", "/no/such/folder", "a b/c"]
+)
+def test_a_path_that_is_not_there_is_named(source, parts):
+    said = problem(source, parts)
+    assert said.startswith(f"{source} is neither a LoRA file or folder, nor one to be had from the Hub")
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("org/name", DIFFUSERS_NAME),
+        ("org/name/style.safetensors", "style.safetensors"),
+        ("org/name/inner/style.safetensors", "inner/style.safetensors"),
+    ],
+)
+def test_a_hub_name_is_found_in_the_cache(source, name, tmp_path, monkeypatch):
+    storage = files(tmp_path / "models--org--name", f"snapshots/{'0' * 40}/{name}", "refs/main")
+    (storage / "refs/main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert find_lora(source) == storage / "snapshots" / ("0" * 40) / name
+
+
+# -- in a pipeline ---------------------------------------------------------------------------------------------------
+
+
+def lora_of(layers, **metadata):
+    return Lora(Path("some.safetensors"), layers, metadata)
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def state(pipeline):
+    """All weights of the parts that LoRAs are made for."""
+    return {f"{part}.{key}": v for part, model in parts_of(pipeline).items() for key, v in model.state_dict().items()}
+
+
+def test_an_attached_lora_acts_as_if_it_were_in_the_weights(layers, own, folded_prediction):
+    attach(own, lora_of(layers))
+    assert close(prediction(own), folded_prediction(layers))
+    set_scale(own, 1)
+    assert close(prediction(own), folded_prediction(layers))
+
+
+def test_a_scale_multiplies_what_is_added_and_forgets_the_one_before(layers, own, folded_prediction):
+    attach(own, lora_of(layers))
+    for scale in (2.0, 0.5, -1.0):
+        set_scale(own, scale)
+        assert close(prediction(own), folded_prediction(layers, scale))
+
+
+def test_half_the_scale_is_half_the_delta_in_the_weights(kinds, weights, own):
+    layers = kinds["many ranks and alphas"]
+    attach(own, lora_of(layers))
+    set_scale(own, 0.5)
+    acting = prediction(own)
+    detach(own)
+    for name, layer in layers.items():
+        adaptable(parts_of(own))[name].weight.data = weights[name] + layer.delta(0.5)
+    assert close(acting, prediction(own))
+
+
+def test_at_scale_zero_the_base_is_there_to_the_last_bit(layers, own, pipeline, folded_prediction):
+    attach(own, lora_of(layers))
+    set_scale(own, 0)
+    assert torch.equal(prediction(own), prediction(pipeline))
+    set_scale(own, 0.5)
+    assert close(prediction(own), folded_prediction(layers, 0.5))
+
+
+def test_what_is_detached_leaves_no_trace(layers, own, pipeline):
+    attach(own, lora_of(layers))
+    assert state(own).keys() != state(pipeline).keys()
+    detach(own)
+    assert torch.equal(prediction(own), prediction(pipeline))
+    assert equal(state(own), state(pipeline))
+    assert [type(module) for module in own.unet.modules()] == [type(module) for module in pipeline.unet.modules()]
+
+
+@pytest.mark.parametrize("last_scale", [0, 0.5])
+def test_one_lora_after_another_has_nothing_of_the_one_before(last_scale, kinds, own, folded_prediction):
+    """generate_images.py draws with one after another, and may end each at scale 0."""
+    attach(own, lora_of(kinds["DoRA"]))
+    set_scale(own, last_scale)
+    detach(own)
+    for kind in ("text encoder", "many ranks and alphas"):
+        attach(own, lora_of(kinds[kind]))
+        assert close(prediction(own), folded_prediction(kinds[kind]))
+        set_scale(own, last_scale)
+        detach(own)
+
+
+def test_a_file_can_be_read_again_for_a_pipeline_that_had_it(kinds, file, own, folded_prediction):
+    write_kohya(file, kinds["DoRA"], {})
+    for _ in range(2):
+        attach(own, read_lora(file, parts_of(own)))
+        assert close(prediction(own), folded_prediction(kinds["DoRA"]))
+        detach(own)
+
+
+# -- whose weights ---------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_of_a_model_is_that_of_its_copy_in_half_precision(parts):
+    for model in parts.values():
+        half = copy.deepcopy(model).half()
+        assert weights_hash(half) == weights_hash(half.float()) == weights_hash(model)
+        assert len(weights_hash(model)) == 64
+    assert weights_hash(parts["unet"]) != weights_hash(parts["text_encoder"])
+
+
+def test_the_hash_of_a_model_does_not_depend_on_its_modes(own, parts):
+    own.unet.requires_grad_(False).train()
+    assert weights_hash(own.unet.to(memory_format=torch.channels_last)) == weights_hash(parts["unet"])
+
+
+@pytest.mark.parametrize("name", ["conv_in.weight", "conv_out.bias", f"{BLOCK}.norm1.weight"])
+def test_the_hash_is_another_when_one_weight_is(name, own, parts):
+    with torch.no_grad():
+        own.unet.get_parameter(name).view(-1)[-1] += 0.01
+    assert weights_hash(own.unet) != weights_hash(parts["unet"])
+
+
+def test_the_hash_is_another_when_two_weights_change_places(own, parts):
+    with torch.no_grad():
+        first, second = own.unet.conv_in.bias[:2].clone()
+        own.unet.conv_in.bias[0], own.unet.conv_in.bias[1] = second, first
+    assert weights_hash(own.unet) != weights_hash(parts["unet"])
+
+
+def test_a_lora_of_other_weights_is_noted_and_of_the_same_or_unknown_ones_is_not(parts):
+    own_hash, other_hash = weights_hash(parts["unet"]), "f" * 64
+    assert lora_of({}).note_on_base("models/mine", own_hash) is None
+    assert lora_of({}, base_model="x", base_model_hash=own_hash).note_on_base("models/mine", own_hash) is None
+    note = lora_of({}, base_model="org/theirs", base_model_hash=other_hash).note_on_base("models/mine", own_hash)
+    assert all(said in note for said in ("some.safetensors", "org/theirs", "f" * 12, "models/mine", own_hash[:12]))
+    assert "f" * 13 not in note and own_hash not in note
+    assert "another base" in lora_of({}, base_model_hash=other_hash).note_on_base("models/mine", own_hash)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from finetuning.families import load_model
 from finetuning.families.contract import ModelArgs, ModelProblem
+from finetuning.families.lora_files import DIFFUSERS_NAME, KOHYA_NAME, RAW_NAME
 from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
 from finetuning.training.ema import AveragedWeights
 
@@ -72,6 +73,13 @@ def parts(named, part):
         ("org/name", "name", "org/name"),
         ("runs/lr=1e-4", "lr=1e-4", "runs/lr=1e-4"),
         ("x=runs/lr=1e-4", "x", "runs/lr=1e-4"),
+        ("loras/style.safetensors", "style", "loras/style.safetensors"),
+        ("org/name/style.v2.safetensors", "style.v2", "org/name/style.v2.safetensors"),
+        (f"runs/chalk/{DIFFUSERS_NAME}", "chalk", f"runs/chalk/{DIFFUSERS_NAME}"),
+        (f"runs/chalk/{RAW_NAME}", "chalk", f"runs/chalk/{RAW_NAME}"),
+        (f"raw=runs/chalk/{RAW_NAME}", "raw", f"runs/chalk/{RAW_NAME}"),
+        (f"chalk/checkpoint-30/{DIFFUSERS_NAME}", "chalk/checkpoint-30", f"chalk/checkpoint-30/{DIFFUSERS_NAME}"),
+        (f"runs/chalk/{KOHYA_NAME}", "kohya_lora_weights", f"runs/chalk/{KOHYA_NAME}"),
     ],
 )
 def test_a_model_is_named_by_its_label_or_its_path(text, label, path):
@@ -147,6 +155,28 @@ def test_dtype_is_that_of_every_part(tiny_model):
 def test_what_is_not_a_pipeline_is_named(tmp_path):
     with pytest.raises(ModelProblem, match="cannot be opened as a diffusers pipeline"):
         open_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("file", [DIFFUSERS_NAME, f"lora/{DIFFUSERS_NAME}"])
+@pytest.mark.parametrize("options", [{}, {"weights": "raw"}, {"base": "models/mini-sd"}])
+def test_a_folder_of_a_lora_is_no_model_and_goes_with_its_base(file, options, tmp_path):
+    """The folder of a run, and a checkpoint-N that is open for resuming."""
+    folder = tmp_path / "checkpoint-4"
+    (folder / file).parent.mkdir(parents=True)
+    (folder / file).write_bytes(b"")
+    (folder / "training_state.json").write_text("{}")
+    for source in (folder, str(folder)):
+        with pytest.raises(ModelProblem) as caught:
+            open_pipeline(source, **options)
+        assert str(caught.value).startswith(f"{folder} holds a LoRA, not a whole model")
+        assert "name its base with --model, and it with --lora" in str(caught.value)
+
+
+def test_a_folder_that_holds_a_lora_of_another_name_is_not_opened_either(tmp_path):
+    (tmp_path / KOHYA_NAME).write_bytes(b"")
+    for source in (str(tmp_path), str(tmp_path / KOHYA_NAME)):
+        with pytest.raises(ModelProblem, match="cannot be opened as a diffusers pipeline"):
+            open_pipeline(source)
 
 
 # -- drawing ---------------------------------------------------------------------------------------------------------

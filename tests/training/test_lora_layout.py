@@ -1,0 +1,336 @@
+"""Where adapters go on one model, with which rank and alpha, and what is refused."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from finetuning.cli import read
+from finetuning.families import load_model
+from finetuning.families.contract import ModelArgs, ModelProblem
+from finetuning.families.lora_files import Layer, Lora, adaptable
+from finetuning.training.lora import add_adapters
+from finetuning.training.lora_layout import Layout, LoraArgs
+
+MID = "mid_block.attentions.0.transformer_blocks.0"
+
+
+@dataclass
+class Args(LoraArgs, ModelArgs):
+    """The flags that say what is adapted."""
+
+    seed: int = 0
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model):
+    """Attention of width 8 in two blocks and 16 in the middle, over text of width 16."""
+    denoiser = load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0).denoiser
+    return {"unet": denoiser.unet, "text_encoder": denoiser.text_encoder}
+
+
+@pytest.fixture
+def layout(parts):
+    """The Layout of these flags."""
+
+    def make(*targets, **flags):
+        args = Args(**({"lora_target_modules": list(targets)} if targets else {}), **flags)
+        return Layout(args, parts if args.train_text_encoder else {"unet": parts["unet"]})
+
+    return make
+
+
+@pytest.fixture
+def adapt(tiny_model):
+    """{layer name: PEFT's module} of adapters with these flags."""
+
+    def make(**flags):
+        args = Args(pretrained_model_name_or_path=str(tiny_model), **flags)
+        run = SimpleNamespace(device=torch.device("cpu"), weights_dtype=torch.float32, say=print)
+        return add_adapters(args, load_model(args, None, seed=0), run).adapters
+
+    return make
+
+
+def rank_of(module):
+    """As PEFT has it, which the shapes have to agree with."""
+    assert module.lora_A["default"].weight.shape[0] == module.lora_B["default"].weight.shape[1] == module.r["default"]
+    return module.r["default"]
+
+
+def scalings(modules):
+    return {name: module.scaling["default"] for name, module in modules.items()}
+
+
+# -- which layers ----------------------------------------------------------------------------------------------------
+
+
+def test_attention_means_the_four_projections_of_every_attention_layer(layout):
+    names = layout("attention").ranks["unet"]
+    ends = [name.split(".transformer_blocks.0.")[1] for name in names]
+    assert sorted(set(ends)) == [f"attn{n}.to_{what}" for n in (1, 2) for what in ("k", "out.0", "q", "v")]
+    assert len(ends) == 32  # four transformers
+    assert layout().ranks == layout("attention").ranks
+
+
+def test_all_linear_and_conv_mean_every_layer_of_their_kind_within_the_blocks(layout, parts):
+    kinds = {name.removeprefix("unet."): type(module) for name, module in adaptable({"unet": parts["unet"]}).items()}
+    linear, conv = layout("all-linear").ranks["unet"], layout("conv").ranks["unet"]
+    assert linear.keys() == {name for name, kind in kinds.items() if kind is torch.nn.Linear} and len(linear) == 50
+    assert {kinds[name] for name in conv} == {torch.nn.Conv2d} and len(conv) == 31
+    assert kinds.keys() - linear.keys() - conv.keys() == {"conv_in", "conv_out"}
+    assert layout("all-linear", "conv").ranks["unet"].keys() == linear.keys() | conv.keys()
+
+
+@pytest.mark.parametrize(
+    ("ending", "layers"),
+    [("to_q", 8), ("attn2.to_q", 4), ("to_out.0", 8), ("ff.net.2", 4), (f"{MID}.attn1.to_k", 1), ("conv_in", 1)],
+)
+def test_another_word_means_the_modules_whose_names_end_in_it(ending, layers, layout):
+    names = layout(ending).ranks["unet"]
+    assert len(names) == layers and all(f".{name}".endswith(f".{ending}") for name in names)
+
+
+def test_words_add_up(layout):
+    together = layout("to_q", "attn2.to_q", "conv_out").ranks["unet"]
+    assert len(together) == 9 and "conv_out" in together
+
+
+def test_the_text_encoder_gets_adapters_on_its_attention_whatever_the_unets_targets(layout):
+    attention = [f"encoder.layers.0.self_attn.{name}_proj" for name in ("k", "out", "q", "v")]
+    for targets in (("attention",), ("to_q",), ("conv",)):
+        assert list(layout(*targets, train_text_encoder=True).ranks["text_encoder"]) == attention
+    more = layout("all-linear", train_text_encoder=True).ranks["text_encoder"]
+    assert list(more) == ["encoder.layers.0.mlp.fc1", "encoder.layers.0.mlp.fc2", *attention]
+    assert list(layout(train_text_encoder=True).ranks["text_encoder"]) == attention  # no list has grown
+    assert "text_encoder" not in layout("all-linear").ranks
+
+
+def test_peft_adapts_just_the_layers_of_the_layout(layout, adapt):
+    flags = {"lora_target_modules": ["to_k", "conv", "time_embedding.linear_1"], "train_text_encoder": True}
+    ranks = layout(**flags).ranks
+    assert adapt(**flags).keys() == {f"{part}.{module}" for part, own in ranks.items() for module in own}
+
+
+# -- which rank and alpha --------------------------------------------------------------------------------------------
+
+
+def test_alpha_is_the_rank_unless_given(adapt):
+    assert set(scalings(adapt(rank=5)).values()) == {1.0}
+    assert set(scalings(adapt(rank=5, lora_alpha=2.5)).values()) == {0.5}
+
+
+def test_rslora_divides_alpha_by_the_root_of_the_rank(adapt):
+    modules = adapt(rank=4, lora_alpha=6.0, use_rslora=True, lora_rank_pattern=["to_q=7"])
+    for name, scaling in scalings(modules).items():
+        assert scaling == pytest.approx(6 / 7**0.5 if name.endswith("to_q") else 3.0)
+
+
+def test_the_text_encoder_may_have_a_rank_of_its_own(adapt):
+    modules = adapt(rank=4, train_text_encoder=True, text_encoder_rank=6)
+    assert {(name.split(".")[0], rank_of(module)) for name, module in modules.items()} == {
+        ("unet", 4), ("text_encoder", 6),
+    }  # fmt: skip
+    assert set(scalings(modules).values()) == {1.0}
+    assert {rank_of(module) for module in adapt(rank=3, train_text_encoder=True).values()} == {3}
+
+
+def test_patterns_are_ends_of_names_or_regular_expressions_and_the_first_that_fits_counts(adapt, layout):
+    flags = {
+        "rank": 4, "train_text_encoder": True, "text_encoder_rank": 5,
+        "lora_rank_pattern": ["attn2.to_k=6", "mid_block.*=3", "q_proj=2"],
+        "lora_alpha_pattern": ["to_v=2", r".*attn1\.to_(q|k)=1.5", "out_proj=8"],
+    }  # fmt: skip
+
+    def rank(name):
+        usual = 5 if name.startswith("text") else 4
+        return 6 if name.endswith(".attn2.to_k") else 3 if "mid_block" in name else 2 if "q_proj" in name else usual
+
+    def alpha(name):
+        usual = 5 if name.startswith("text") else 4
+        within = name.endswith((".attn1.to_q", ".attn1.to_k"))
+        return 2 if name.endswith(".to_v") else 1.5 if within else 8 if "out_proj" in name else usual
+
+    modules = adapt(**flags)
+    assert {name: rank_of(module) for name, module in modules.items()} == {name: rank(name) for name in modules}
+    assert scalings(modules) == {name: alpha(name) / rank(name) for name in modules}
+    ranks = layout(**flags).ranks
+    assert {f"{part}.{name}": r for part, own in ranks.items() for name, r in own.items()} == {
+        name: rank(name) for name in modules
+    }
+
+
+def test_a_pattern_is_matched_from_a_dot_to_the_end(adapt):
+    modules = adapt(lora_rank_pattern=["to_q|to_k=2", ".*attentions.1.*=3"])
+    for name, module in modules.items():
+        expected = 2 if name.endswith(("to_q", "to_k")) else 3 if "attentions.1." in name else 4
+        assert rank_of(module) == expected
+
+
+# -- what does not fit the model -------------------------------------------------------------------------------------
+
+
+def test_targets_that_match_nothing_are_named_with_the_names_there_are(layout):
+    (problem,) = layout("to_q", "q_proj", "q", "_q").problems()
+    assert problem.startswith("--lora_target_modules q_proj q _q matches no layer of the UNet.")
+    assert "There are attention, all-linear, conv, and module names that end in: conv, conv1," in problem
+    ends = problem.split("end in: ")[1].split(", ")
+    assert {"to_out.0", "net.2", "proj_in", "linear_1", "conv_out"} <= set(ends)
+    assert ends == sorted(ends) and all(layout(end).ranks["unet"] for end in ends)
+
+
+@pytest.mark.parametrize("pattern", ["to_z", "o_q", "mid_block", "ff.net.2", "q_proj", "attn2.to"])
+def test_patterns_that_match_no_adapter_are_named(pattern, layout):
+    problems = layout(lora_rank_pattern=["to_q=2", f"{pattern}=3"], lora_alpha_pattern=[f"{pattern}=2"]).problems()
+    assert list(problems) == [
+        f"--lora_rank_pattern {pattern} matches none of the layers that get an adapter",
+        f"--lora_alpha_pattern {pattern} matches none of the layers that get an adapter",
+    ]
+
+
+def test_a_pattern_may_match_the_text_encoder_alone(layout):
+    patterns = {"lora_rank_pattern": ["q_proj=2"], "lora_alpha_pattern": [".*out_proj=2"]}
+    assert not list(layout(train_text_encoder=True, **patterns).problems())
+    assert not list(layout(lora_rank_pattern=[f"{MID}.attn1.to_q=16"]).problems())
+
+
+def test_a_rank_above_a_layers_smaller_side_is_refused(layout):
+    assert not list(layout(rank=8).problems())
+    assert list(layout(rank=9).problems()) == [
+        "rank 9 is above the width 8 of 24 layers, e.g. unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"
+        ": lower --rank or --text_encoder_rank, or give these a smaller one with --lora_rank_pattern"
+    ]
+    eight, sixteen = layout(rank=17).problems()
+    assert eight.startswith("rank 17 is above the width 8 of 24 layers")
+    assert sixteen.startswith(f"rank 17 is above the width 16 of 8 layers, e.g. unet.{MID}.attn1.to_k:")
+
+
+def test_a_pattern_and_the_text_encoders_rank_can_be_too_large_too(layout):
+    first, second = layout(lora_rank_pattern=["to_q=12"], train_text_encoder=True, text_encoder_rank=20).problems()
+    assert first.startswith("rank 12 is above the width 8 of 6 layers")
+    assert second.startswith("rank 20 is above the width 16 of 4 layers, e.g. text_encoder.encoder.layers.0.self_attn")
+
+
+def test_the_inputs_of_a_convolution_are_all_its_kernels_entries(layout):
+    """conv_out is [4, 8, 3, 3], conv_in [8, 4, 3, 3]: ranks up to 4 and up to 8."""
+    assert not list(layout("conv_out", rank=4).problems()) and not list(layout("conv_in", rank=8).problems())
+    (problem,) = layout("conv_in", "conv_out", rank=8).problems()
+    assert problem.startswith("rank 8 is above the width 4 of 1 layers, e.g. unet.conv_out")
+
+
+def test_every_problem_is_named_at_once(adapt):
+    with pytest.raises(ModelProblem) as problem:
+        adapt(
+            lora_target_modules=["attention", "q_proj"], rank=9, lora_rank_pattern=["ff.net.2=3"],
+            lora_alpha_pattern=["no.*=1"], base_precision="bf16",
+        )  # fmt: skip
+    starts = ["--lora_target_modules q_proj", "--lora_rank_pattern ff.net.2", "--lora_alpha_pattern no.*", "rank 9"]
+    lines = str(problem.value).splitlines()
+    assert all(line.startswith(start) for line, start in zip(lines, [*starts, "--base_precision bf16"], strict=True))
+
+
+# -- what does not fit a LoRA to start from --------------------------------------------------------------------------
+
+
+def lora(*ranks, dora=False, name="to_q"):
+    """A Lora with one layer for each rank; the numbers in it do not matter."""
+    layers = {}
+    for block, rank in zip((f"unet.{MID}.attn1", f"unet.{MID}.attn2"), ranks, strict=False):
+        layers[f"{block}.{name}"] = Layer(
+            torch.zeros(rank, 16), torch.zeros(16, rank), 1.0, torch.ones(16) if dora else None
+        )
+    return Lora(Path("old.safetensors"), layers, {})
+
+
+def test_a_lora_of_at_most_these_ranks_can_be_started_from(layout):
+    assert not list(layout(rank=4).problems_with_start(lora(4, 2)))
+    assert not list(layout(rank=4, use_dora=True).problems_with_start(lora(4, dora=True)))
+    assert not list(layout(rank=4, lora_rank_pattern=["to_q=6"]).problems_with_start(lora(6, 6)))
+
+
+def test_layers_to_start_from_that_get_no_adapter_are_refused(layout):
+    (problem,) = layout("to_k").problems_with_start(lora(2, 2))
+    assert problem == (
+        f"--init_lora old.safetensors has 2 layers that get no adapter here, e.g. unet.{MID}.attn1.to_q: widen "
+        "--lora_target_modules (all-linear conv takes in nearly all), or add --train_text_encoder"
+    )
+
+
+def test_a_text_encoders_layers_need_train_text_encoder(layout):
+    layers = {"text_encoder.encoder.layers.0.self_attn.q_proj": Layer(torch.zeros(2, 16), torch.zeros(16, 2), 1.0)}
+    start = Lora(Path("old.safetensors"), layers, {})
+    (problem,) = layout().problems_with_start(start)
+    assert problem.startswith("--init_lora old.safetensors has 1 layers that get no adapter here")
+    assert not list(layout(train_text_encoder=True).problems_with_start(start))
+
+
+def test_a_smaller_rank_than_that_of_the_lora_to_start_from_is_refused(layout):
+    (problem,) = layout(rank=4).problems_with_start(lora(4, 6))
+    assert problem == (
+        f"--init_lora old.safetensors has rank 6 at unet.{MID}.attn2.to_q and the flags ask for 4 (1 such layers): "
+        "raise --rank, --text_encoder_rank or the pattern"
+    )
+
+
+def test_dora_and_plain_lora_do_not_start_from_each_other(layout):
+    (problem,) = layout().problems_with_start(lora(2, dora=True))
+    assert problem == "--init_lora old.safetensors is a DoRA: add --use_dora"
+    (problem,) = layout(use_dora=True).problems_with_start(lora(2))
+    assert problem == "--init_lora old.safetensors is no DoRA: leave out --use_dora"
+
+
+def test_every_problem_with_the_start_is_named_at_once(layout):
+    layers = {**lora(6).layers, **lora(2, dora=True, name="conv").layers}
+    problems = layout().problems_with_start(Lora(Path("old.safetensors"), layers, {}))
+    assert ["no adapter here" in one or "has rank 6" in one or "is a DoRA" in one for one in problems] == [True] * 3
+
+
+# -- what cannot be meant --------------------------------------------------------------------------------------------
+
+AT_LEAST_1 = "--rank and --text_encoder_rank must be at least 1"
+FORM = "must look like PATTERN=NUMBER, e.g. mid_block.*=8"
+
+
+def problems_of(*words):
+    return read(Args, "", ["--pretrained_model_name_or_path", "base", *words])[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--rank 0", AT_LEAST_1),
+        ("--train_text_encoder --text_encoder_rank 0", AT_LEAST_1),
+        ("--lora_alpha 0", "--lora_alpha 0.0 must be above 0"),
+        ("--lora_alpha -1", "--lora_alpha -1.0 must be above 0"),
+        ("--lora_dropout 1", "--lora_dropout 1.0 must be at least 0 and below 1"),
+        ("--lora_dropout -0.1", "--lora_dropout -0.1 must be at least 0 and below 1"),
+        ("--lora_dropout nan", "--lora_dropout nan must be at least 0 and below 1"),
+        ("--text_encoder_rank 2", "--text_encoder_rank does nothing without --train_text_encoder"),
+        ("--lora_rank_pattern to_q", f"--lora_rank_pattern to_q {FORM}"),
+        ("--lora_rank_pattern to_q=", f"--lora_rank_pattern to_q= {FORM}"),
+        ("--lora_rank_pattern =4", f"--lora_rank_pattern =4 {FORM}"),
+        ("--lora_rank_pattern to_q=0", f"--lora_rank_pattern to_q=0 {FORM}"),
+        ("--lora_rank_pattern to_q=-2", f"--lora_rank_pattern to_q=-2 {FORM}"),
+        ("--lora_rank_pattern to_q=1.5", f"--lora_rank_pattern to_q=1.5 {FORM}"),
+        ("--lora_alpha_pattern to_q=x", f"--lora_alpha_pattern to_q=x {FORM}"),
+        ("--lora_alpha_pattern to_q=nan", f"--lora_alpha_pattern to_q=nan {FORM}"),
+        ("--lora_rank_pattern (to_q=4", "--lora_rank_pattern (to_q=4: (to_q is not a regular expression"),
+        ("--lora_alpha_pattern [a=4", "--lora_alpha_pattern [a=4: [a is not a regular expression"),
+        ("--base_precision int4", "--base_precision int4: must be one of fp32, fp16, bf16, int8, nf4"),
+    ],
+)
+def test_flags_that_cannot_work_are_named(words, said):
+    assert problems_of(*words.split()) == [said]
+
+
+def test_every_such_flag_is_named_at_once():
+    words = "--rank 0 --lora_alpha 0 --lora_dropout 1 --text_encoder_rank 2 --lora_rank_pattern a b=1 (=2"
+    assert len(problems_of(*words.split())) == 6
+
+
+def test_flags_that_work_have_no_problem():
+    words = "--rank 1 --lora_alpha 0.5 --lora_dropout 0 --train_text_encoder --text_encoder_rank 1"
+    patterns = ["--lora_rank_pattern", "a|b=3", "mid_block.*=16", "--lora_alpha_pattern", "to_q=2.5", "x=1."]
+    assert problems_of(*words.split(), *patterns) == []
