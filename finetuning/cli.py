@@ -117,10 +117,14 @@ def write_json(path, content):
     Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def flag_table(args_class):
-    """A Markdown table of the flags by group, for the README."""
+def flag_table(args_class, besides=None):
+    """A Markdown table of the flags by group, for the README; without those that are the same in `besides`."""
+    known = {} if besides is None else {field.name: field for _, own in groups(besides) for field in own}
     lines = []
     for group, fields in groups(args_class):
+        fields = [f for f in fields if f.name not in known or _default_text(f) != _default_text(known[f.name])]
+        if not fields:
+            continue
         lines += [f"\n**{title(group)}**\n", "| flag | default | meaning |", "|---|---|---|"]
         for field in fields:
             help = field.metadata["help"].replace("|", "\\|")
