@@ -34,9 +34,10 @@ import yaml
 REQUIRED = object()
 
 
-def flag(default, help, *, choices=None, metavar=None):
-    """A dataclass field that is also a command-line flag. `default` may be REQUIRED, a value, or a list."""
+def flag(default, help, *, choices=None, metavar=None, positional=False):
+    """A dataclass field that is also a flag, or (`positional`) a bare word. `default`: REQUIRED, a value, a list."""
     metadata = {"help": help, "choices": choices, "metavar": metavar, "required": default is REQUIRED}
+    metadata |= {"positional": positional}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=None if default is REQUIRED else default, metadata=metadata)
@@ -72,6 +73,23 @@ def parse(args_class, description, argv=None):
     return args
 
 
+def parse_command(commands, description, argv=None):
+    """(name, args) of a script with several commands, {name: dataclass}: the first word says which."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    name = argv[0] if argv else ""
+    if name in ("-h", "--help"):
+        print(description)
+        raise SystemExit(0)
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1)
+        told = f"; did you mean {near[0]}?" if near else ""
+        script = Path(sys.argv[0]).name
+        print(f"{script}: say what to do: {', '.join(commands)} (not {name!r}){told}", file=sys.stderr)
+        print(f"  `{script} COMMAND --help` lists the flags of each", file=sys.stderr)
+        raise SystemExit(2)
+    return name, parse(commands[name], description, argv[1:])
+
+
 def read(args_class, description, argv):
     """(args, problems): the arguments as far as they could be read, and a list of what is wrong with them."""
     fields = {field.name: field for _, own in groups(args_class) for field in own}
@@ -97,10 +115,10 @@ def read(args_class, description, argv):
         try:
             converted[name] = _convert(raw, kinds[name], fields[name].metadata["choices"])
         except ValueError as problem:
-            problems.append(f"--{name} {_shown(raw)}: {problem}")
+            problems.append(f"{_spelled(fields[name])} {_shown(raw)}: {problem}")
     for name, field in fields.items():
         if field.metadata["required"] and values.get(name) is None:
-            problems.append(f"--{name} is required: {field.metadata['help']}")
+            problems.append(f"{_spelled(field)} is required: {field.metadata['help']}")
 
     args = args_class(**converted)
     if not problems:
@@ -128,7 +146,7 @@ def flag_table(args_class, besides=None):
         lines += [f"\n**{title(group)}**\n", "| flag | default | meaning |", "|---|---|---|"]
         for field in fields:
             help = field.metadata["help"].replace("|", "\\|")
-            lines.append(f"| `--{field.name}` | {_default_text(field)} | {help} |")
+            lines.append(f"| `{_spelled(field)}` | {_default_text(field)} | {help} |")
     return "\n".join(lines).strip() + "\n"
 
 
@@ -149,6 +167,9 @@ def _parser(args_class, description):
 
 def _add(section, field, kind):
     help = f"{field.metadata['help']} (default: {_default_text(field)})".replace("%", "%%")
+    if field.metadata["positional"]:
+        section.add_argument(field.name, nargs="?", help=help)
+        return
     if kind is bool:
         section.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=help)
         return
@@ -157,6 +178,10 @@ def _add(section, field, kind):
     if field.metadata["choices"]:
         metavar = "{" + ",".join(map(str, field.metadata["choices"])) + "}"
     section.add_argument(f"--{field.name}", nargs="+" if many else None, metavar=metavar, help=help)
+
+
+def _spelled(field):
+    return field.name.upper() if field.metadata["positional"] else f"--{field.name}"
 
 
 def _default_text(field):

@@ -1,0 +1,8 @@
+"""From the ways that people keep pictures and captions to one that training reads. A source is one file here."""
+
+from finetuning.conversion import imagefolder, sidecar
+
+SOURCES = {
+    "imagefolder": imagefolder.read,
+    "sidecar": sidecar.read,
+}
