@@ -974,6 +974,13 @@ def test_the_hash_is_another_when_two_weights_change_places(own, parts):
     assert weights_hash(own.unet) != weights_hash(parts["unet"])
 
 
+def test_the_hash_is_another_when_the_same_numbers_have_other_names_or_shapes():
+    one, turned = (torch.nn.Linear(*sides, bias=False) for sides in ((2, 3), (3, 2)))
+    for linear in (one, turned):
+        torch.nn.init.ones_(linear.weight)
+    assert len({weights_hash(model) for model in (one, turned, torch.nn.Sequential(one))}) == 3
+
+
 def test_a_lora_of_other_weights_is_noted_and_of_the_same_or_unknown_ones_is_not(parts):
     own_hash, other_hash = weights_hash(parts["unet"]), "f" * 64
     assert lora_of({}).note_on_base("models/mine", own_hash) is None

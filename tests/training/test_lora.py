@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import dataclass, replace
+from functools import cache
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
@@ -43,7 +44,6 @@ KINDS = {
     "everywhere": {**EVERYWHERE, "text_encoder_rank": 3},
     "everywhere, dora, patterns": {**EVERYWHERE, **PATTERNS, "rank": 3, "lora_alpha": 1.1, "use_dora": True},
 }
-kinds = pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
 
 
 @dataclass
@@ -74,8 +74,8 @@ def base(tiny_model):
             names = ("variant", "gradient_checkpointing", "train_text_encoder")
             args = ModelArgs(str(tiny_model), **dict(zip(names, flags, strict=True)))
             opened[flags] = load_model(args, None, seed=0)
-        model = copy.copy(opened[flags])
-        model.denoiser, model.vae = copy.deepcopy(model.denoiser), copy.deepcopy(model.vae)
+        model = copy.copy(opened[flags])  # the autoencoder is the same one: nothing here looks at what it makes
+        model.denoiser = copy.deepcopy(model.denoiser)
         return model
 
     return make
@@ -106,9 +106,15 @@ def train(adapt):
 
 
 @pytest.fixture(scope="module")
+def base_prediction(base):
+    return prediction(base().denoiser)
+
+
+@pytest.fixture(scope="module")
 def drawn_by_diffusers(base):
     """The prediction of a fresh pipeline that has loaded a LoRA by diffusers' own loader."""
 
+    @cache
     def predict(folder, name=DIFFUSERS_NAME):
         with base().pipeline() as pipeline:
             pipeline.load_lora_weights(str(folder), weight_name=name)
@@ -172,15 +178,15 @@ def metadata(path):
     [{}, EVERYWHERE, {"use_rslora": True, "rank": 7, "lora_alpha": 3.0}, {"lora_dropout": 0.5}],
     ids=["plain", "everywhere", "rslora", "dropout"],
 )
-def test_the_first_prediction_is_the_bases_to_the_last_bit(flags, adapt, base):
-    assert torch.equal(prediction(adapt(**flags).denoiser), prediction(base().denoiser))
+def test_the_first_prediction_is_the_bases_to_the_last_bit(flags, adapt, base_prediction):
+    assert torch.equal(prediction(adapt(**flags).denoiser), base_prediction)
 
 
-def test_the_first_prediction_of_a_dora_is_the_bases(adapt, base):
-    assert distance(prediction(adapt(**EVERYWHERE, use_dora=True).denoiser), prediction(base().denoiser)) < 1e-6
+def test_the_first_prediction_of_a_dora_is_the_bases(adapt, base_prediction):
+    assert distance(prediction(adapt(**EVERYWHERE, use_dora=True).denoiser), base_prediction) < 1e-6
 
 
-def test_adapters_add_alpha_over_rank_up_down(train, base):
+def test_adapters_add_alpha_over_rank_up_down(train, base, base_prediction):
     adapted, plain = train(rank=3, lora_alpha=4.5, lora_target_modules=["to_v"]), base()
     with torch.no_grad():
         for name, module in plain.denoiser.unet.named_modules():
@@ -188,7 +194,7 @@ def test_adapters_add_alpha_over_rank_up_down(train, base):
                 own = adapted.adapters[f"unet.{name}"]
                 module.weight += 1.5 * own.lora_B["default"].weight @ own.lora_A["default"].weight
     changed = prediction(plain.denoiser)
-    assert distance(prediction(adapted.denoiser), changed) < 1e-5 < distance(changed, prediction(base().denoiser))
+    assert distance(prediction(adapted.denoiser), changed) < 1e-5 < distance(changed, base_prediction)
 
 
 @pytest.mark.parametrize("flags", [{}, EVERYWHERE, {"use_dora": True}], ids=["unet", "everywhere", "dora"])
@@ -250,12 +256,12 @@ def test_the_summary_counts_what_is_trained(adapt, base):
 
 
 @pytest.mark.parametrize("flags", [{}, {"train_text_encoder": True, "use_dora": True}], ids=["unet", "both"])
-def test_adapters_are_fp32_and_the_base_is_as_the_activations(flags, adapt):
+def test_adapters_are_fp32_and_the_base_is_as_the_activations(flags, adapt, base_prediction):
     adapted = adapt(torch.bfloat16, **flags)
     assert {parameter.dtype for parameter in adapted.trained_parameters().values()} == {torch.float32}
     assert {parameter.dtype for parameter in frozen(adapted)} == {adapted.vae.dtype} == {torch.bfloat16}
     predicted = prediction(adapted.denoiser, torch.bfloat16)
-    assert 0 < distance(predicted, prediction(adapt().denoiser)) < 0.03
+    assert 0 < distance(predicted, base_prediction) < 0.03
 
 
 def test_the_base_may_be_kept_in_fp32(adapt):
@@ -268,22 +274,23 @@ def test_the_base_may_be_kept_in_fp32(adapt):
 @pytest.mark.parametrize(
     ("precision", "kind", "off"), [("int8", bnb.nn.Linear8bitLt, 0.02), ("nf4", bnb.nn.Linear4bit, 0.1)]
 )
-def test_int8_and_nf4_quantize_the_linear_layers_of_the_transformers(precision, kind, off, dtype, adapt, base):
+def test_int8_and_nf4_quantize_the_linear_layers_of_the_transformers(
+    precision, kind, off, dtype, adapt, base, base_prediction
+):
     adapted = adapt(dtype, base_precision=precision)
     modules = {name.replace(".base_layer", ""): module for name, module in adapted.denoiser.unet.named_modules()}
     small = {name for name, module in modules.items() if isinstance(module, kind)}
     inside = {
-        name for name, module in base().denoiser.unet.named_modules()
+        name: module for name, module in base().denoiser.unet.named_modules()
         if ".transformer_blocks." in name and isinstance(module, torch.nn.Linear)
     }  # fmt: skip
-    assert small == inside and len(small) == 40
-    for name, module in base().denoiser.unet.named_modules():
-        if name in small:
-            now = modules[name].weight
-            assert now.dtype in (torch.int8, torch.uint8) and not now.requires_grad
-            assert now.numel() == module.weight.numel() / (2 if precision == "nf4" else 1)
+    assert small == inside.keys() and len(small) == 40
+    for name, module in inside.items():
+        weight = modules[name].weight
+        assert weight.dtype in (torch.int8, torch.uint8) and not weight.requires_grad
+        assert weight.numel() == module.weight.numel() / (2 if precision == "nf4" else 1)
     assert {parameter.dtype for parameter in frozen(adapted) if parameter.is_floating_point()} == {dtype}
-    assert 0 < distance(prediction(adapted.denoiser, dtype), prediction(base().denoiser)) < off
+    assert 0 < distance(prediction(adapted.denoiser, dtype), base_prediction) < off
 
 
 @pytest.mark.parametrize(("precision", "dora"), [("int8", False), ("nf4", False), ("nf4", True)])
@@ -431,12 +438,12 @@ def old(train, tmp_path_factory):
     ],
     ids=["same", "alpha", "rank", "rslora, patterns", "more layers"],
 )
-def test_a_run_begins_as_the_lora_that_it_starts_from(now, name, old, adapt, base, drawn_by_diffusers):
+def test_a_run_begins_as_the_lora_that_it_starts_from(now, name, old, adapt, base_prediction, drawn_by_diffusers):
     folder = old(rank=4, lora_alpha=2.5)
     adapted = adapt(init_lora=str(folder / name), **now)
     expected = drawn_by_diffusers(folder, name)
     assert distance(prediction(adapted.denoiser), expected) < 1e-5
-    assert distance(expected, prediction(base().denoiser)) > 0.05
+    assert distance(expected, base_prediction) > 0.05
 
 
 def test_a_run_begins_as_a_lora_of_convolutions_and_a_text_encoder(old, adapt, drawn_by_diffusers):
@@ -493,27 +500,47 @@ def test_a_lora_that_does_not_fit_is_refused_with_every_reason(old, adapt):
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-@kinds
-def test_a_checkpoint_gives_the_adapters_back_to_the_last_bit(flags, train, adapt, tmp_path):
-    saved = train(**flags)
-    average = {name: value + 0.1 for name, value in values(saved).items()}
-    saved.save_trained(tmp_path)
-    saved.save_trained(tmp_path, "_ema", average)
-    loaded = adapt(**flags, seed=5)
-    assert equal(loaded.load_trained(tmp_path, ema=True), average)
-    assert equal(values(loaded), values(saved))
-    assert torch.equal(prediction(loaded.denoiser), prediction(saved.denoiser))
-    assert loaded.load_trained(tmp_path, ema=False) is None
+@pytest.fixture(scope="module", params=KINDS, ids=list(KINDS))
+def kind(request, train, tmp_path_factory):
+    """One of KINDS after training: its `flags`, the `folder` of a checkpoint with an `average`, and its finished files."""
+    flags = KINDS[request.param]
+    adapted = train(save_kohya=not flags.get("use_dora"), **flags)  # diffusers drops the magnitudes in kohya's layout
+    average = {name: value + 0.1 for name, value in values(adapted).items()}
+    folder, finished = tmp_path_factory.mktemp("checkpoint"), tmp_path_factory.mktemp("finished")
+    adapted.save_trained(folder)
+    adapted.save_trained(folder, "_ema", average)
+    adapted.save_lora(finished, None, FACTS)
+    return SimpleNamespace(
+        flags=flags, folder=folder, average=average, finished=finished, values=values(adapted),
+        prediction=prediction(adapted.denoiser),
+    )  # fmt: skip
 
 
-@kinds
-def test_diffusers_loads_the_adapters_of_a_checkpoint(flags, train, tmp_path, base, drawn_by_diffusers):
-    saved = train(**flags)
-    saved.save_trained(tmp_path)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [DIFFUSERS_NAME]
-    expected = prediction(saved.denoiser)
-    assert distance(drawn_by_diffusers(tmp_path / "lora"), expected) < 1e-5
-    assert distance(expected, prediction(base().denoiser)) > 0.05
+def test_a_checkpoint_gives_the_adapters_back_to_the_last_bit(kind, adapt):
+    loaded = adapt(**kind.flags, seed=5)
+    assert equal(loaded.load_trained(kind.folder, ema=True), kind.average)
+    assert equal(values(loaded), kind.values)
+    assert torch.equal(prediction(loaded.denoiser), kind.prediction)
+    assert loaded.load_trained(kind.folder, ema=False) is None
+
+
+def test_diffusers_loads_the_adapters_of_a_checkpoint(kind, base_prediction, drawn_by_diffusers):
+    assert sorted(path.name for path in kind.folder.iterdir()) == ["lora", "lora_ema"]
+    assert [path.name for path in (kind.folder / "lora").iterdir()] == [DIFFUSERS_NAME]
+    assert distance(drawn_by_diffusers(kind.folder / "lora"), kind.prediction) < 1e-5
+    assert distance(kind.prediction, base_prediction) > 0.05
+
+
+def test_every_finished_file_draws_as_the_run_did(kind, drawn_by_diffusers):
+    for path in kind.finished.iterdir():
+        assert distance(drawn_by_diffusers(kind.finished, path.name), kind.prediction) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def plain_checkpoint(train, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    train().save_trained(folder)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -522,16 +549,15 @@ def test_diffusers_loads_the_adapters_of_a_checkpoint(flags, train, tmp_path, ba
      {"train_text_encoder": True}],
     ids=lambda now: next(iter(now)),
 )  # fmt: skip
-def test_a_checkpoint_of_other_adapters_is_refused_with_the_flags(now, train, adapt, tmp_path):
-    train().save_trained(tmp_path)
+def test_a_checkpoint_of_other_adapters_is_refused_with_the_flags(now, plain_checkpoint, adapt):
     adapted = adapt(**now)
     before = values(adapted)
     with pytest.raises(ModelProblem) as problem:
-        adapted.load_trained(tmp_path, ema=False)
+        adapted.load_trained(plain_checkpoint, ema=False)
     assert str(problem.value) == (
-        f"{tmp_path} holds other adapters than the flags ask for: give the same --rank, --lora_target_modules, "
+        f"{plain_checkpoint} holds other adapters than the flags ask for: give the same --rank, --lora_target_modules, "
         "--lora_rank_pattern, --use_dora, --train_text_encoder and --text_encoder_rank, or start a new run from it "
-        f"with --init_lora {tmp_path / 'lora'}"
+        f"with --init_lora {plain_checkpoint / 'lora'}"
     )
     assert equal(values(adapted), before)
 
@@ -543,37 +569,27 @@ def test_a_checkpoint_of_a_model_trained_whole_is_refused(base, adapt, tmp_path)
     assert str(problem.value) == f"{tmp_path} holds no adapters: it is not a checkpoint of train_lora.py"
 
 
-def test_nothing_of_the_base_is_in_the_files(train, tmp_path):
-    adapted = train()
-    assert adapted.copied_bytes() == 0
-    adapted.save_trained(tmp_path)
-    stored = load_file(tmp_path / "lora" / DIFFUSERS_NAME)
+def test_nothing_of_the_base_is_in_the_files(plain_checkpoint, adapt):
+    stored = load_file(plain_checkpoint / "lora" / DIFFUSERS_NAME)
     assert sum(value.numel() for value in stored.values()) == 4 * (3 * (16 + 24 + 24) + 3 * 32)
+    assert adapt().copied_bytes() == 0
 
 
 # -- the finished files ----------------------------------------------------------------------------------------------
 
 
-def test_one_file_is_written_and_the_others_where_they_are_asked_for(train, tmp_path):
-    for name, flags, shadow, expected in (
-        ("plain", {}, False, [DIFFUSERS_NAME]),
-        ("kohya", {"save_kohya": True}, False, [KOHYA_NAME, DIFFUSERS_NAME]),
-        ("ema", {}, True, [RAW_NAME, DIFFUSERS_NAME]),
-        ("all", {"save_kohya": True}, True, [KOHYA_NAME, RAW_NAME, DIFFUSERS_NAME]),
-    ):
-        adapted = train(**flags)
-        (tmp_path / name).mkdir()
-        adapted.save_lora(tmp_path / name, values(adapted) if shadow else None, FACTS)
-        assert sorted(path.name for path in (tmp_path / name).iterdir()) == sorted(expected)
-
-
-@kinds
-def test_every_finished_file_draws_as_the_run_did(flags, train, tmp_path, drawn_by_diffusers):
-    adapted = train(save_kohya="use_dora" not in flags, **flags)
-    adapted.save_lora(tmp_path, None, FACTS)
-    expected = prediction(adapted.denoiser)
-    for path in tmp_path.iterdir():
-        assert distance(drawn_by_diffusers(tmp_path, path.name), expected) < 1e-5
+@pytest.mark.parametrize(
+    ("flags", "averaged", "expected"),
+    [
+        ({}, False, {DIFFUSERS_NAME}),
+        ({"save_kohya": True}, False, {DIFFUSERS_NAME, KOHYA_NAME}),
+        ({}, True, {DIFFUSERS_NAME, RAW_NAME}),
+    ],
+)
+def test_one_file_is_written_and_others_where_they_are_asked_for(flags, averaged, expected, train, tmp_path):
+    adapted = train(**flags)
+    adapted.save_lora(tmp_path, values(adapted) if averaged else None, FACTS)
+    assert {path.name for path in tmp_path.iterdir()} == expected
 
 
 def test_the_averaged_weights_are_exported_and_the_raw_ones_lie_beside_them(train, tmp_path, drawn_by_diffusers):
