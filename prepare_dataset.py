@@ -52,7 +52,7 @@ def convert(args):
     samples = list(SOURCES[args.source](args.path, args, findings))
     if findings.faults and args.on_bad_rows == "error":
         raise DatasetProblem(
-            f"{args.path} has {sum(map(len, findings.faults.values()))} faults (x):\n{findings.report()}\n"
+            f"{args.path} has {findings.count()} faults (x):\n{findings.report()}\n"
             "  mend them, or take the rest with --on_bad_rows skip"
         )
     if report := findings.report():

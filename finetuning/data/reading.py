@@ -38,7 +38,12 @@ class Findings:
     faults: dict = field(default_factory=lambda: defaultdict(list))
     notes: dict = field(default_factory=lambda: defaultdict(list))
 
+    def count(self):
+        """How many faults there are."""
+        return sum(map(len, self.faults.values()))
+
     def report(self, shown=5):
+        """Text: a line for each kind, the faults first."""
         lines = []
         for mark, kinds in (("x", self.faults), ("-", self.notes)):
             for kind, examples in kinds.items():

@@ -1,21 +1,19 @@
-"""The dataset flags, the check before the first step, and the batches."""
+"""The dataset flags, the pictures and captions that are trained on, and their batches."""
 
 import hashlib
 import itertools
-import os
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from finetuning.cli import flag
+from finetuning.data.checking import read_checked
 from finetuning.data.order import Order
-from finetuning.data.pictures import UnreadablePicture, frames, open_rgb
-from finetuning.data.reading import DatasetProblem, Findings, read_folder, read_hub
+from finetuning.data.pictures import open_rgb
+from finetuning.data.reading import DatasetProblem
 from finetuning.data.transforms import INTERPOLATIONS, Transform
 from finetuning.draws import python_random
 
@@ -191,34 +189,18 @@ def _leave_signals_to_the_run(_worker):
 def load_pictures(args: DataArgs, tokenizer, seed, validation_fraction=0.0, say=print, cache_dir=None):
     """(training set, validation set or None): read, checked, every problem named at once.
 
-    Raises DatasetProblem with the whole list where rows cannot be trained on and --on_bad_rows is error. The
-    validation set is the folder's own validation split, else the share `validation_fraction` of the rows.
+    Raises DatasetProblem with the whole list where rows cannot be trained on and --on_bad_rows is error.
     """
-    findings = Findings()
-    rows, held_out, pictures, validation_pictures = _read(args, findings, cache_dir)
-    if held_out is None and validation_fraction:
-        held_out, rows = _split_off(rows, validation_fraction, seed)
-        validation_pictures = pictures
-        if held_out and not rows:
-            raise DatasetProblem(f"no row is left to train on: {validation_fraction} of {len(held_out)} are held out")
-    if args.max_train_samples is not None:
-        if args.max_train_samples > len(rows):
-            say(f"--max_train_samples {args.max_train_samples}: the dataset has only {len(rows)} rows, all are used")
-        rows = _sample(rows, args.max_train_samples, seed)  # before the pictures are opened: only these are needed
-
-    rows = _without_unreadable(rows, pictures, args.check_pictures, findings)
-    if held_out:
-        held_out = _without_unreadable(held_out, validation_pictures, args.check_pictures, findings)
-    _note_cut_captions(rows, tokenizer, findings)
-    report = findings.report()
-    if findings.faults and args.on_bad_rows == "error":
+    found = read_checked(args, tokenizer, seed, validation_fraction, cache_dir)
+    report = found.findings.report()
+    if found.findings.faults and args.on_bad_rows == "error":
         raise DatasetProblem(
-            f"the dataset has {sum(map(len, findings.faults.values()))} faults (x):\n{report}\n"
+            f"the dataset has {found.findings.count()} faults (x):\n{report}\n"
             "  mend them, or leave those rows out with --on_bad_rows skip"
         )
     if report:
         say(f"dataset, left out (x) and noted (-):\n{report}")
-    if not rows:
+    if not found.rows:
         raise DatasetProblem("no row is left to train on")
 
     tokenize = lambda captions: tokens(tokenizer, captions)
@@ -227,11 +209,11 @@ def load_pictures(args: DataArgs, tokenizer, seed, validation_fraction=0.0, say=
         height, width, args.center_crop, args.random_flip, args.image_interpolation_mode,
         args.random_resized_crop_scale, seed,
     )  # fmt: skip
-    training = PictureSet(rows, pictures, transform, tokenize, seed, args.proportion_empty_prompts)
-    if not held_out:
+    training = PictureSet(found.rows, found.pictures, transform, tokenize, seed, args.proportion_empty_prompts)
+    if not found.held_out:
         return training, None
     plain = Transform(height, width, True, False, args.image_interpolation_mode, None, seed)
-    return training, PictureSet(held_out, validation_pictures, plain, tokenize, seed)
+    return training, PictureSet(found.held_out, found.held_out_pictures, plain, tokenize, seed)
 
 
 def tokens(tokenizer, captions):
@@ -243,96 +225,3 @@ def tokens(tokenizer, captions):
         truncation=True,
         return_tensors="pt",
     ).input_ids
-
-
-def _read(args, findings, cache_dir):
-    """(rows, validation rows or None, the Hub dataset's pictures or None, the same for validation)."""
-    source = args.train_data_dir or args.dataset_name
-    if Path(source).is_dir() and not _is_saved_dataset(Path(source)):
-        columns = (args.image_column, args.caption_column, args.allow_outside_paths, findings)
-        return read_folder(source, "train", *columns), read_folder(source, "validation", *columns), None, None
-
-    splits = _load_splits(source, args.dataset_config_name, cache_dir)
-    if "train" not in splits:
-        raise DatasetProblem(f"{source} has no split named train, only {', '.join(splits)}")
-    columns = (args.image_column, args.caption_column, findings)
-    validation = splits.get("validation")
-    return (
-        read_hub(splits["train"], *columns),
-        None if validation is None else read_hub(validation, *columns),
-        splits["train"][args.image_column],
-        None if validation is None else validation[args.image_column],
-    )
-
-
-def _load_splits(source, config_name, cache_dir):
-    """{split: dataset} of a Hub name or of a folder that `datasets` wrote."""
-    from datasets import DatasetDict, load_dataset, load_from_disk  # a slow import that a picture folder does not need
-
-    try:
-        if any((Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            loaded = load_from_disk(source)
-            return loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
-        return load_dataset(source, config_name, cache_dir=cache_dir)
-    except (OSError, ValueError, RuntimeError) as error:
-        message = f"--dataset_name {source} with --dataset_config_name {config_name} cannot be loaded: {error}"
-        raise DatasetProblem(message) from error
-
-
-def _is_saved_dataset(folder):
-    """Parquet or Arrow files with the pictures inside them, as `datasets` writes them."""
-    return any(path.suffix in (".parquet", ".arrow") and path.stem != "metadata" for path in folder.rglob("*"))
-
-
-def _without_unreadable(rows, pictures, depth, findings):
-    """The rows whose picture opens; the others go into the findings. Decoding runs on all cores."""
-
-    def trouble(row):
-        try:
-            if isinstance(row.picture, int):
-                open_rgb(pictures[row.picture])
-                return None
-            if depth == "full":
-                open_rgb(row.picture)
-            return "animated" if frames(row.picture) > 1 else None
-        except (UnreadablePicture, OSError, ValueError, SyntaxError) as error:  # `datasets` decodes for itself
-            return f"{row.origin} ({error})"
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        troubles = list(tqdm(pool.map(trouble, rows), total=len(rows), desc="checking pictures", leave=False, delay=2))
-    kept = []
-    for row, found in zip(rows, troubles, strict=True):
-        if found == "animated":
-            findings.notes["animated pictures (the first frame is used)"].append(row.origin)
-        if found in (None, "animated"):
-            kept.append(row)
-        else:
-            findings.faults["pictures that cannot be read"].append(found)
-    return kept
-
-
-def _note_cut_captions(rows, tokenizer, findings):
-    """Captions longer than the text encoder reads; only their first tokens are trained on."""
-    texts = [(row, text) for row in rows for text in row.captions]
-    for start in range(0, len(texts), 1024):
-        part = texts[start : start + 1024]
-        lengths = map(len, tokenizer([text for _, text in part], verbose=False).input_ids)
-        for (row, _), length in zip(part, lengths, strict=True):
-            if length > tokenizer.model_max_length:
-                kind = f"captions longer than {tokenizer.model_max_length} tokens (the end is not read)"
-                findings.notes[kind].append(f"{row.origin}, {length} tokens")
-
-
-def _split_off(rows, fraction, seed):
-    pictures = list(dict.fromkeys(row.picture for row in rows))  # all rows of a picture go to the same side
-    count = min(len(pictures), max(1, round(fraction * len(pictures))))
-    chosen = {pictures[i] for i in _chosen(len(pictures), count, seed, "validation split")}
-    return [row for row in rows if row.picture in chosen], [row for row in rows if row.picture not in chosen]
-
-
-def _sample(rows, count, seed):
-    return [rows[i] for i in sorted(_chosen(len(rows), min(count, len(rows)), seed, "sample"))]
-
-
-def _chosen(total, count, seed, purpose):
-    return python_random(seed, purpose).sample(range(total), count)

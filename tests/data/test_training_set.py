@@ -179,7 +179,7 @@ def test_max_train_samples_draws_rows_with_the_seed(load):
 def test_max_train_samples_above_the_number_of_rows_uses_all_and_says_so(load):
     training, _, said = load(max_train_samples=12)
     assert len(training) == 11
-    assert said == "--max_train_samples 12: the dataset has only 11 rows, all are used"
+    assert "--max_train_samples above the number of rows (all are used): 12 of 11" in said
     assert load(max_train_samples=11)[2] == ""
 
 

@@ -502,7 +502,7 @@ def test_a_lora_that_does_not_fit_is_refused_with_every_reason(old, adapt):
 
 @pytest.fixture(scope="module", params=KINDS, ids=list(KINDS))
 def kind(request, train, tmp_path_factory):
-    """One of KINDS after training: its `flags`, the `folder` of a checkpoint with an `average`, and its finished files."""
+    """One of KINDS after training: `flags`, the `folder` of a checkpoint with an `average`, and what it hands over."""
     flags = KINDS[request.param]
     adapted = train(save_kohya=not flags.get("use_dora"), **flags)  # diffusers drops the magnitudes in kohya's layout
     average = {name: value + 0.1 for name, value in values(adapted).items()}
