@@ -39,12 +39,13 @@ KOHYA_PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 # DoRA's magnitudes, as diffusers' loader looks for them, and as transformers' does.
 MAGNITUDE_KEY = {"unet": ".lora_magnitude_vector", "text_encoder": ".lora_magnitude_vector.weight"}
 
-DOWN, UP, ALPHA, MAGNITUDE = "down", "up", "alpha", "magnitude"
+DOWN, UP, ALPHA, MAGNITUDE, DORA_SCALE = "down", "up", "alpha", "magnitude", "dora_scale"
 ENDINGS = (
     (r"\.lora_(?:A(?:\.\w+)?|down)\.weight|[._]lora(?:_linear_layer)?\.down\.weight", DOWN),
     (r"\.lora_(?:B(?:\.\w+)?|up)\.weight|[._]lora(?:_linear_layer)?\.up\.weight", UP),
     (r"\.alpha", ALPHA),
-    (r"\.lora_magnitude_vector(?:\.\w+)*|\.dora_scale", MAGNITUDE),
+    (r"\.lora_magnitude_vector(?:\.\w+)*", MAGNITUDE),
+    (r"\.dora_scale", DORA_SCALE),
 )
 
 
@@ -74,10 +75,14 @@ class Layer:
     def folded(self, weight, scale=1.0):
         """The weight that has the layer in it, fp32."""
         moved = weight.float() + self.delta(scale)
+        return moved * self.stretch(moved)
+
+    def stretch(self, moved):
+        """What DoRA multiplies each output of V = weight + delta with, [out, 1, ...]; 1 for a LoRA."""
         if self.magnitude is None:
-            return moved
+            return torch.ones(())
         per_output = (-1,) + (1,) * (moved.ndim - 1)
-        return moved * (self.magnitude.float() / moved.flatten(1).norm(dim=1)).reshape(per_output)
+        return (self.magnitude.float() / moved.flatten(1).norm(dim=1)).reshape(per_output)
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def weights_hash(model):
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def read_lora(source, parts, weights="ema"):
+def read_lora(source, parts, weights="ema", cache_dir=None):
     """A LoRA from wherever it lies, checked against the models in `parts`. Raises ModelProblem.
 
     source   .safetensors file (diffusers, kohya or PEFT), output folder or checkpoint-N of a run, PEFT folder, or a Hub
@@ -138,7 +143,7 @@ def read_lora(source, parts, weights="ema"):
     parts    {"unet": ..., "text_encoder": ...} without adapters of their own
     weights  "ema" or "raw": which of the two a run has kept; where only one is there, that one
     """
-    path = find_lora(source, weights)
+    path = find_lora(source, weights, cache_dir)
     tensors, metadata = _load(path)
     modules = adaptable(parts)
     spellings = {spelled: name for name in modules for spelled in _spellings(name)}
@@ -151,9 +156,9 @@ def read_lora(source, parts, weights="ema"):
             found.setdefault(spellings[stem], {})[kind] = value
     if strange:
         foreign = [key for key in strange if _split(key)[1] is None]
-        reason = (
-            "is no LoRA layer" if foreign else "has no such layer in this model: it was made for another kind of base"
-        )
+        reason = "has no such layer in this model: it was made for another kind of base"
+        if foreign:
+            reason = "is of LyCORIS's Tucker form" if ".lora_mid." in foreign[0] else "is no LoRA layer"
         raise ModelProblem(
             f"{path}: {len(strange)} of its {len(tensors)} tensors do not fit, {(foreign or strange)[0]} {reason} "
             f"({_origin(metadata)}); LoRA, LoCon and DoRA for Stable Diffusion 1.x and 2.x can be read"
@@ -174,7 +179,7 @@ def read_lora(source, parts, weights="ema"):
     return Lora(path, layers, metadata)
 
 
-def find_lora(source, weights="ema"):
+def find_lora(source, weights="ema", cache_dir=None):
     """The file that `source` means (see read_lora)."""
     path = Path(source)
     if path.is_file():
@@ -196,7 +201,7 @@ def find_lora(source, weights="ema"):
         *owner, name = str(source).split("/", 2)
         repository = "/".join(owner)
     try:
-        return Path(hf_hub_download(repository, name))
+        return Path(hf_hub_download(repository, name, cache_dir=cache_dir))
     except (OSError, ValueError, HFValidationError, HfHubHTTPError) as error:
         raise ModelProblem(
             f"{source} is neither a LoRA file or folder, nor one to be had from the Hub: {error}"
@@ -273,16 +278,18 @@ def _layer(one, weight, alpha_of):
     rank, inputs = down.shape[0], torch.Size(weight[1:]).numel()
     if down.numel() != rank * inputs or up.shape[0] != weight[0] or up.numel() != weight[0] * rank:
         return f"the file has {list(up.shape)} x {list(down.shape)}, the model's weight is {list(weight)}"
-    magnitude = one.get(MAGNITUDE)
-    if magnitude is not None and magnitude.numel() != weight[0]:
+    magnitude = one.get(MAGNITUDE, one.get(DORA_SCALE))
+    # LyCORIS has one for each output [out, 1, ...] or for each input [1, in, ...]; on square layers only that tells
+    by_input = DORA_SCALE in one and magnitude.shape[0] != weight[0]
+    if magnitude is not None and (by_input or magnitude.numel() != weight[0]):
         return f"DoRA over inputs ({list(magnitude.shape)}) is not read, only over outputs"
     alpha = one[ALPHA].item() if ALPHA in one else alpha_of(rank)
     kernel = weight[2:]  # empty for a linear layer; some files write those as 1 x 1 convolutions
     return Layer(
-        down.reshape(rank, *weight[1:]),
-        up.reshape(weight[0], rank, *(1 for _ in kernel)),
+        down.float().reshape(rank, *weight[1:]),  # a fp16 file's numbers are exact in fp32; scaling them in fp16 is not
+        up.float().reshape(weight[0], rank, *(1 for _ in kernel)),
         alpha,
-        None if magnitude is None else magnitude.reshape(-1),
+        None if magnitude is None else magnitude.float().reshape(-1),
     )
 
 
@@ -345,7 +352,7 @@ def write_diffusers_for_all(path, layers, facts):
 
 
 def write_kohya(path, layers, facts):
-    """Write the layout of sd-scripts, which A1111 and ComfyUI load.
+    """Write the layout of sd-scripts, which A1111 and ComfyUI load. LoRA only: they apply DoRA by other formulas.
 
     Every layer has the same alpha, the most common one: diffusers' reader of this layout loses alphas that differ.
     """
@@ -356,8 +363,6 @@ def write_kohya(path, layers, facts):
         stem, layer = KOHYA_PREFIX[part] + module.replace(".", "_"), layer.with_alpha(alpha)
         tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = layer.down, layer.up
         tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
-        if layer.magnitude is not None:
-            tensors[f"{stem}.dora_scale"] = layer.magnitude.reshape(-1, *(1 for _ in layer.down.shape[1:]))
     _write(path, tensors, facts)
 
 

@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 
 from finetuning.draws import torch_generator
 from finetuning.families.contract import ModelProblem
-from finetuning.families.lora_files import KOHYA_NAME, adaptable, attach, parts_of, read_lora
+from finetuning.families.lora_files import adaptable, parts_of
 from finetuning.families.quiet import errors_only
 
 
@@ -16,14 +16,11 @@ def check_files(folder, written, fresh):
 
     diffusers' own loader reads the file, and what it added to each weight is compared with the layers; then the
     denoiser's prediction for two captions with the one of the layers folded into the weights by the formula itself, as
-    A1111 and ComfyUI fold them. Raises ModelProblem where a file acts otherwise.
+    A1111 and ComfyUI fold a LoRA. Raises ModelProblem where a file acts otherwise.
     """
     with fresh.pipeline() as pipeline, errors_only():
         for name, layers in written.items():
-            if name == KOHYA_NAME and any(layer.magnitude is not None for layer in layers.values()):
-                attach(pipeline, read_lora(folder / name, parts_of(pipeline)))  # diffusers drops these magnitudes
-            else:
-                pipeline.load_lora_weights(str(folder), weight_name=name, adapter_name="lora")
+            pipeline.load_lora_weights(str(folder), weight_name=name, adapter_name="lora")
             added = max(_distance(module.get_delta_weight("lora"), layers[key].delta())
                         for key, module in adapters_in(parts_of(pipeline)).items())  # fmt: skip
             count, loaded = len(adapters_in(parts_of(pipeline))), _prediction(pipeline)
@@ -54,16 +51,22 @@ def _prediction(pipeline):
 
 @contextmanager
 def _folded(pipeline, layers):
-    """The layers as part of the weights; the weights come back after the block."""
-    modules = adaptable(parts_of(pipeline))
-    kept = {name: modules[name].weight.data for name in layers}
+    """The layers as part of the weights, and out again after the block.
+
+    In place, and back to rounding: a second copy of a large model's weights may not fit beside the training run.
+    """
+    weights = {name: module.weight.data for name, module in adaptable(parts_of(pipeline)).items() if name in layers}
+    stretches = {}
     for name, layer in layers.items():
-        modules[name].weight.data = layer.folded(kept[name])
+        weights[name] += layer.delta()
+        stretches[name] = layer.stretch(weights[name])
+        weights[name] *= stretches[name]
     try:
         yield
     finally:
-        for name, weight in kept.items():
-            modules[name].weight.data = weight
+        for name, layer in layers.items():
+            weights[name] /= stretches[name]
+            weights[name] -= layer.delta()
 
 
 def _distance(one, other):

@@ -18,7 +18,9 @@ class LoraArgs:
     """Adapters (LoRA)"""
 
     rank: int = flag(4, "rank of the adapters: their capacity and their size")
-    lora_alpha: float | None = flag(None, "the adapters' output is scaled by alpha / rank (none: alpha = rank)")
+    lora_alpha: float | None = flag(
+        None, "the adapters' output is scaled by alpha / rank (none: alpha = rank, whatever the layer's rank)"
+    )
     lora_dropout: float = flag(0.0, "share of an adapter's inputs that is dropped in training")
     lora_target_modules: list[str] = flag(
         ["attention"], "layers of the UNet that get an adapter: attention (its projections), all-linear, conv (with "
@@ -35,7 +37,8 @@ class LoraArgs:
         None, "with --train_text_encoder: rank of the adapters on its attention projections (none: --rank)"
     )
     base_precision: str | None = flag(
-        None, "precision of the frozen base (none: as the activations); int8, nf4: less memory, by bitsandbytes",
+        None, "precision of the frozen base (none: as the activations); int8 and nf4, by bitsandbytes, save a little "
+        "memory: they take in the attention blocks' linear layers, the convolutions stay as the activations",
         choices=("fp32", "fp16", "bf16", "int8", "nf4"),
     )  # fmt: skip
     init_lora: str | None = flag(
@@ -52,10 +55,18 @@ class LoraArgs:
             yield f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1"
         if self.text_encoder_rank is not None and not getattr(self, "train_text_encoder", True):
             yield "--text_encoder_rank does nothing without --train_text_encoder"
-        for name, least in (("lora_rank_pattern", 1), ("lora_alpha_pattern", 0)):
+        if self.use_dora and self.save_kohya:
+            yield "--save_kohya with --use_dora: A1111 and ComfyUI apply DoRA by other formulas; leave one of them out"
+        uses_xformers = getattr(self, "enable_xformers_memory_efficient_attention", False)
+        if uses_xformers and self.base_precision in ("int8", "nf4"):
+            yield (
+                "--enable_xformers_memory_efficient_attention with --base_precision int8 or nf4 would compute the "
+                "attention in fp32: leave it out, PyTorch's own stays in the activations' precision"
+            )
+        for name in ("lora_rank_pattern", "lora_alpha_pattern"):
             for text in getattr(self, name) or []:
                 pattern, _, number = text.rpartition("=")
-                if not pattern or not _is_number(number, whole=name == "lora_rank_pattern") or float(number) < least:
+                if not pattern or not _is_number(number, whole=name == "lora_rank_pattern") or not float(number):
                     yield f"--{name} {text} must look like PATTERN=NUMBER, e.g. mid_block.*=8"
                 elif not _is_pattern(pattern):
                     yield f"--{name} {text}: {pattern} is not a regular expression"
@@ -68,6 +79,9 @@ class Layout:
         self.args, self.parts = args, parts
         self.rank_pattern = _numbers(args.lora_rank_pattern, int)
         self.alpha_pattern = _numbers(args.lora_alpha_pattern, float)
+        if args.lora_alpha is None:  # a layer that gets a higher rank should not be scaled down for it
+            own = {pattern: float(rank) for pattern, rank in self.rank_pattern.items()}
+            self.alpha_pattern |= {pattern: rank for pattern, rank in own.items() if pattern not in self.alpha_pattern}
         words = {"unet": args.lora_target_modules, "text_encoder": ATTENTION["text_encoder"]}
         if "all-linear" in args.lora_target_modules:
             words["text_encoder"] += ("fc1", "fc2")
@@ -107,8 +121,8 @@ class Layout:
                 f"all-linear, conv, and module names that end in: {', '.join(sorted(ends))}"
             )
         modules = [module for ranks in self.ranks.values() for module in ranks]
-        for name, patterns in (("lora_rank_pattern", self.rank_pattern), ("lora_alpha_pattern", self.alpha_pattern)):
-            for pattern in patterns:
+        for name in ("lora_rank_pattern", "lora_alpha_pattern"):
+            for pattern in _numbers(getattr(self.args, name), float):
                 if not _matches(pattern, modules):
                     yield f"--{name} {pattern} matches none of the layers that get an adapter"
         yield from self._ranks_too_large()

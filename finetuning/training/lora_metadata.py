@@ -4,8 +4,13 @@ import json
 import shlex
 from pathlib import Path
 
-# The kind of base by the width of its text, which is what Stable Diffusion 1 and 2 differ in.
-KINDS = {768: ("stable-diffusion-v1", "sd_v1"), 1024: ("stable-diffusion-v2", "sd_v2")}
+# The kind of base by the width of its text, which is what Stable Diffusion 1 and 2 differ in, and by what it predicts.
+KINDS = {
+    (768, "epsilon"): ("stable-diffusion-v1", "sd_v1"),
+    (768, "v_prediction"): ("stable-diffusion-v1", "sd_v1"),
+    (1024, "epsilon"): ("stable-diffusion-v2-512", "sd_v2"),
+    (1024, "v_prediction"): ("stable-diffusion-v2-768-v", "sd_v2"),
+}
 
 
 def adapter_facts(args, layout):
@@ -25,12 +30,12 @@ def adapter_facts(args, layout):
 def kohya_facts(args, layout, facts, prediction_type):
     """The names under which sd-scripts, A1111 and ComfyUI look for the same, and Stability's model specification."""
     unet = layout.parts["unet"]
-    kind, version = KINDS.get(unet.config.cross_attention_dim, ("stable-diffusion", "sd_other"))
+    kind, version = KINDS.get((unet.config.cross_attention_dim, prediction_type), ("stable-diffusion", "sd_other"))
     modules = dict(unet.named_modules())
     has_convolutions = any(modules[name].base_layer.weight.ndim == 4 for name in layout.ranks["unet"])
     dimensions = {"conv_dim": str(layout.rank("unet")), "conv_alpha": str(layout.alpha("unet"))}
     return {
-        "ss_network_module": "lycoris.kohya" if args.use_dora else "networks.lora",
+        "ss_network_module": "networks.lora",
         "ss_network_dim": layout.rank("unet"),
         "ss_network_alpha": layout.alpha("unet"),
         "ss_network_args": json.dumps(dimensions if has_convolutions else {}),
@@ -38,7 +43,6 @@ def kohya_facts(args, layout, facts, prediction_type):
         "ss_base_model_version": version,
         "ss_v2": version == "sd_v2",
         "ss_sd_model_name": Path(facts["base_model"]).name,
-        "ss_sd_model_hash": facts["base_model_hash"],
         "ss_output_name": Path(args.output_dir).name,
         "ss_learning_rate": args.learning_rate,
         "ss_text_encoder_lr": args.text_encoder_lr,
@@ -54,7 +58,8 @@ def kohya_facts(args, layout, facts, prediction_type):
         "ss_noise_offset": args.noise_offset,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{kind}/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.implementation": "diffusers",
+        "modelspec.trigger_phrase": facts["caption_prefix"],
         "modelspec.title": Path(args.output_dir).name,
         "modelspec.resolution": "x".join(map(str, reversed(args.size))),
         "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",

@@ -5,6 +5,7 @@ import hashlib
 import json
 import pickle
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -281,6 +282,8 @@ def test_linear_layers_and_convolutions_of_each_part_can_carry_an_adapter(weight
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_what_was_written_is_read_again(write, layers, file, parts):
+    if write is write_kohya:
+        layers = {name: replace(layer, magnitude=None) for name, layer in layers.items()}  # it has no place for them
     write(file, layers, {"base_model": "org/name", "rank": 4})
     lora = read_lora(file, parts)
     assert_same(lora.layers, layers)
@@ -362,17 +365,6 @@ def test_kohya_files_have_one_alpha_the_most_common(kinds, file):
     write_kohya(file, kinds["many ranks and alphas"], {})
     alphas = [value.item() for key, value in load_file(file).items() if key.endswith(".alpha")]
     assert alphas == [3.0] * 6
-
-
-def test_kohya_files_hold_dora_magnitudes_by_output(kinds, file):
-    write_kohya(file, kinds["DoRA of many ranks"], {})
-    shapes = {key: tuple(value.shape) for key, value in load_file(file).items() if key.endswith(".dora_scale")}
-    assert shapes == {
-        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.dora_scale": (8, 1),
-        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.dora_scale": (8, 1),
-        "lora_unet_down_blocks_1_resnets_0_conv1.dora_scale": (16, 1, 1, 1),
-        "lora_te_text_model_encoder_layers_0_self_attn_q_proj.dora_scale": (16, 1),
-    }
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -684,7 +676,6 @@ def test_a_file_without_layers_is_named(file, parts):
     [
         f"{KOHYA_BLOCK}_attn1_to_k.hada_w1_a",  # LoHa
         f"{KOHYA_BLOCK}_attn1_to_k.lokr_w1",
-        f"{KOHYA_BLOCK}_attn1_to_k.lora_mid.weight",  # LoCon by a Tucker decomposition
         f"unet.{BLOCK}.attn1.to_k.lora_B.bias",
         "emb_params",
         f"unet.{BLOCK}.attn1.to_k.weight",
@@ -758,14 +749,33 @@ def test_half_a_layer_is_named(left, said, kinds, file, parts):
     ("name", "stem", "shape"),
     [
         (TO_K, f"{KOHYA_BLOCK}_attn2_to_k", (1, 16)),
+        (TO_Q, f"{KOHYA_BLOCK}_attn1_to_q", (1, 8)),  # as many inputs as outputs: only the shape tells
         (CONV, "lora_unet_down_blocks_1_resnets_0_conv1", (1, 8, 1, 1)),
     ],
 )
 def test_a_dora_over_the_inputs_is_refused(name, stem, shape, kinds, file, parts):
-    write_kohya(file, {name: kinds["DoRA"][name]}, {})
+    write_kohya(file, {name: replace(kinds["DoRA"][name], magnitude=None)}, {})
     save_file(load_file(file) | {f"{stem}.dora_scale": torch.ones(shape)}, file)
     said = problem(file, parts)
     assert str(file) in said and f"{name}: DoRA over inputs ({list(shape)}) is not read" in said
+
+
+def test_a_tucker_decomposition_is_named(kinds, file, parts):
+    write_kohya(file, kinds["plain"], {})
+    mid = "lora_unet_down_blocks_1_resnets_0_conv1.lora_mid.weight"
+    save_file({**load_file(file), mid: torch.ones(4, 4, 3, 3)}, file)
+    assert f"{mid} is of LyCORIS's Tucker form" in problem(file, parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scaling_a_small_file_does_not_round_it_again(dtype, kinds, file, parts):
+    small = {
+        name: replace(layer, up=layer.up.to(dtype), down=layer.down.to(dtype)) for name, layer in kinds["plain"].items()
+    }
+    write_diffusers(file, small, {})
+    for name, layer in read_lora(file, parts).layers.items():
+        exact = replace(small[name], up=small[name].up.float())
+        assert torch.equal(layer.with_alpha(1 / 3).up, exact.with_alpha(1 / 3).up)
 
 
 def test_no_more_than_five_layers_are_listed(weights, file, parts):
@@ -937,7 +947,7 @@ def test_one_lora_after_another_has_nothing_of_the_one_before(last_scale, kinds,
 
 
 def test_a_file_can_be_read_again_for_a_pipeline_that_had_it(kinds, file, own, folded_prediction):
-    write_kohya(file, kinds["DoRA"], {})
+    write_diffusers(file, kinds["DoRA"], {})
     for _ in range(2):
         attach(own, read_lora(file, parts_of(own)))
         assert close(prediction(own), folded_prediction(kinds["DoRA"]))

@@ -139,7 +139,7 @@ def test_the_text_encoder_may_have_a_rank_of_its_own(adapt):
 
 def test_patterns_are_ends_of_names_or_regular_expressions_and_the_first_that_fits_counts(adapt, layout):
     flags = {
-        "rank": 4, "train_text_encoder": True, "text_encoder_rank": 5,
+        "rank": 4, "train_text_encoder": True, "text_encoder_rank": 5, "lora_alpha": 7,
         "lora_rank_pattern": ["attn2.to_k=6", "mid_block.*=3", "q_proj=2"],
         "lora_alpha_pattern": ["to_v=2", r".*attn1\.to_(q|k)=1.5", "out_proj=8"],
     }  # fmt: skip
@@ -149,9 +149,8 @@ def test_patterns_are_ends_of_names_or_regular_expressions_and_the_first_that_fi
         return 6 if name.endswith(".attn2.to_k") else 3 if "mid_block" in name else 2 if "q_proj" in name else usual
 
     def alpha(name):
-        usual = 5 if name.startswith("text") else 4
         within = name.endswith((".attn1.to_q", ".attn1.to_k"))
-        return 2 if name.endswith(".to_v") else 1.5 if within else 8 if "out_proj" in name else usual
+        return 2 if name.endswith(".to_v") else 1.5 if within else 8 if "out_proj" in name else 7
 
     modules = adapt(**flags)
     assert {name: rank_of(module) for name, module in modules.items()} == {name: rank(name) for name in modules}
@@ -160,6 +159,13 @@ def test_patterns_are_ends_of_names_or_regular_expressions_and_the_first_that_fi
     assert {f"{part}.{name}": r for part, own in ranks.items() for name, r in own.items()} == {
         name: rank(name) for name in modules
     }
+
+
+def test_without_an_alpha_a_layer_of_another_rank_acts_in_full(adapt):
+    """Not at 4 / 16, which would scale down what was meant to be larger."""
+    modules = adapt(rank=4, lora_rank_pattern=["to_q=8", "to_v=8"], lora_alpha_pattern=["to_v=2"])
+    expected = {name: 0.25 if name.endswith("to_v") else 1.0 for name in modules}
+    assert scalings(modules) == expected
 
 
 def test_a_pattern_is_matched_from_a_dot_to_the_end(adapt):
@@ -316,6 +322,11 @@ def problems_of(*words):
         ("--lora_rank_pattern to_q=1.5", f"--lora_rank_pattern to_q=1.5 {FORM}"),
         ("--lora_alpha_pattern to_q=x", f"--lora_alpha_pattern to_q=x {FORM}"),
         ("--lora_alpha_pattern to_q=nan", f"--lora_alpha_pattern to_q=nan {FORM}"),
+        ("--lora_alpha_pattern to_q=0", f"--lora_alpha_pattern to_q=0 {FORM}"),
+        (
+            "--use_dora --save_kohya",
+            "--save_kohya with --use_dora: A1111 and ComfyUI apply DoRA by other formulas; leave one of them out",
+        ),
         ("--lora_rank_pattern (to_q=4", "--lora_rank_pattern (to_q=4: (to_q is not a regular expression"),
         ("--lora_alpha_pattern [a=4", "--lora_alpha_pattern [a=4: [a is not a regular expression"),
         ("--base_precision int4", "--base_precision int4: must be one of fp32, fp16, bf16, int8, nf4"),
