@@ -54,7 +54,7 @@ def measure_all(folder):
         for scale in SCALES:
             results.setdefault(label, {}).setdefault(scale, []).append(known[str(scale)])
         results[label][0.0] = [base]
-    return dict(sorted(results.items()))
+    return dict(sorted(results.items(), key=lambda item: (item[0].split("-")[0], int(item[0].split("-")[-1]))))
 
 
 def mean_and_range(values):
