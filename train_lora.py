@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from finetuning.cli import flag, parse
+from finetuning.data.buckets import BucketArgs
+from finetuning.data.captions import CaptionArgs
 from finetuning.data.latents import LatentArgs, latent_source
-from finetuning.data.order import Order
 from finetuning.data.reading import DatasetProblem
-from finetuning.data.training_set import DataArgs, load_pictures
+from finetuning.data.streaming import StreamArgs, load_training, row_order
+from finetuning.data.training_set import DataArgs
 from finetuning.families import load_model
 from finetuning.families.contract import ModelArgs, ModelProblem
 from finetuning.families.lora_files import DIFFUSERS_NAME
@@ -39,8 +41,9 @@ from finetuning.training.validation import Validation, ValidationArgs
 
 @dataclass
 class Args(
-    RunArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, LatentArgs, DataArgs, LoraArgs, ModelArgs
-):
+    RunArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, LatentArgs,
+    BucketArgs, CaptionArgs, StreamArgs, DataArgs, LoraArgs, ModelArgs,
+):  # fmt: skip
     """Every flag, group by group; here those whose defaults differ, as in diffusers' LoRA script."""
 
     output_dir: str = flag("sd-model-finetuned-lora", "where everything goes: LoRA files, checkpoints, logs, args.json")
@@ -66,13 +69,10 @@ def train(args, run):
     """One run from the first step, or from a checkpoint, to the last."""
     # What we train, and on what
     model = add_adapters(args, load_model(args, args.prediction_type, args.seed), run)
-    training, held_out = load_pictures(
+    training, held_out = load_training(
         args, model.tokenizer, args.seed, args.validation_fraction, run.say, args.cache_dir
     )
-    order = Order(
-        rows=len(training), micro_batch=args.train_batch_size, accumulation=args.gradient_accumulation_steps,
-        processes=run.accelerator.num_processes, process=run.accelerator.process_index, seed=args.seed,
-    )  # fmt: skip
+    order = row_order(args, training, run.accelerator.num_processes, run.accelerator.process_index)
     total_steps = args.max_train_steps or args.num_train_epochs * order.steps_per_epoch
     check_before_start(args, run, model, training, held_out, order, total_steps)
     choose_attention(args, run, model)
@@ -137,7 +137,7 @@ def train(args, run):
     validation.look(step)
     if run.is_main:
         facts = {
-            "steps": step, "pictures": len(training), "dataset_hash": training.fingerprint(),
+            "steps": step, "pictures": order.rows, "dataset_hash": training.fingerprint(),
             "dataset": args.train_data_dir or args.dataset_name, "caption_prefix": training.caption_prefix(),
         }  # fmt: skip
         whole_result(run.output_dir, lambda folder: model.save_lora(folder, ema.shadow, facts), key=DIFFUSERS_NAME)

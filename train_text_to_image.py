@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from finetuning.cli import parse
+from finetuning.data.buckets import BucketArgs
+from finetuning.data.captions import CaptionArgs
 from finetuning.data.latents import LatentArgs, latent_source
-from finetuning.data.order import Order
 from finetuning.data.reading import DatasetProblem
-from finetuning.data.training_set import DataArgs, load_pictures
+from finetuning.data.streaming import StreamArgs, load_training, row_order
+from finetuning.data.training_set import DataArgs
 from finetuning.families import load_model
 from finetuning.families.contract import ModelArgs, ModelProblem, StartArgs
 from finetuning.training.checkpoint import CheckpointArgs, Checkpointer, CheckpointProblem, NonFinite
@@ -35,8 +37,9 @@ from finetuning.training.validation import Validation, ValidationArgs
 
 @dataclass
 class Args(
-    RunArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, LatentArgs, DataArgs, StartArgs, ModelArgs
-):
+    RunArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, LatentArgs,
+    BucketArgs, CaptionArgs, StreamArgs, DataArgs, StartArgs, ModelArgs,
+):  # fmt: skip
     """Every flag, group by group."""
 
 
@@ -58,13 +61,10 @@ def train(args, run):
     """One run from the first step, or from a checkpoint, to the last."""
     # What we train, and on what
     model = load_model(args, args.prediction_type, args.seed, start=args)
-    training, held_out = load_pictures(
+    training, held_out = load_training(
         args, model.tokenizer, args.seed, args.validation_fraction, run.say, args.cache_dir
     )
-    order = Order(
-        rows=len(training), micro_batch=args.train_batch_size, accumulation=args.gradient_accumulation_steps,
-        processes=run.accelerator.num_processes, process=run.accelerator.process_index, seed=args.seed,
-    )  # fmt: skip
+    order = row_order(args, training, run.accelerator.num_processes, run.accelerator.process_index)
     total_steps = args.max_train_steps or args.num_train_epochs * order.steps_per_epoch
     check_before_start(args, run, model, training, held_out, order, total_steps)
     model.to(run.device, run.weights_dtype)

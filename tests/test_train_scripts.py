@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from finetuning.training import files
@@ -140,6 +141,54 @@ def test_cached_latents_train_the_same_and_resume_exactly(script, arguments, tmp
     shutil.copytree(cached / "checkpoint-5", resumed / "checkpoint-5")
     assert train(script, arguments, resumed, *cut, "--cache_latents", "--resume_from_checkpoint", "latest") == 0
     assert state(resumed)[:2] == state(cached)[:2]
+
+
+def test_with_square_pictures_buckets_change_nothing(script, arguments, straight, tmp_path):
+    assert train(script, arguments, tmp_path / "buckets", "--aspect_buckets", "--bucket_step", 8) == 0
+    assert_same(state(tmp_path / "buckets"), state(straight))
+
+
+@pytest.fixture
+def bucketed(shapes_folder, tmp_path):
+    """11 rows in three buckets, groups of 4: 7 rows as 4 + 3, two of 2 rows; the held out rows in two."""
+    folder = tmp_path / "shapes"
+    shutil.copytree(shapes_folder, folder)
+    sizes = {"00001": (64, 40), "00004": (64, 40), "00006": (40, 64), "00010": (40, 64)}  # width, height
+    for path in folder.rglob("*.png"):
+        if path.stem in sizes:
+            Image.open(path).resize(sizes[path.stem]).save(path)
+    return f"--train_data_dir {folder} --aspect_buckets --bucket_step 8".split()
+
+
+@pytest.mark.parametrize("latents", ["", "--center_crop --cache_latents"])
+def test_buckets_train_and_resume_exactly(script, arguments, bucketed, tmp_path, latents, capfd):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    arguments = [*arguments, *bucketed, *latents.split()]
+    assert train(script, arguments, straight, "--checkpointing_steps", 1) == 0
+    said = capfd.readouterr().err
+    assert "3 buckets, height x width: rows: 32x32: 7; 24x40: 2; 40x24: 2" in said
+    assert "buckets: 3, and every step is of one: 3 of the 4 steps of an epoch have fewer than 4 rows" in said
+    for name in ("checkpoint-3", "validation"):
+        shutil.copytree(straight / name, resumed / name)
+    shutil.copy(straight / "metrics.jsonl", resumed)
+    assert train(script, arguments, resumed, "--resume_from_checkpoint", "latest") == 0
+    assert_same(state(resumed), state(straight))
+
+
+def test_cached_latents_of_buckets_train_the_same(script, arguments, bucketed, tmp_path):
+    few = (*bucketed, "--center_crop", "--max_train_steps", 5, "--checkpointing_steps", 0)
+    for name, more in (("fresh", ()), ("cached", ("--cache_latents",))):
+        assert train(script, arguments, tmp_path / name, *few, *more) == 0
+    losses = [[line["train_loss"] for line in steps(tmp_path / name)] for name in ("fresh", "cached")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_other_buckets_on_resume_are_named(script, arguments, bucketed, tmp_path, capfd):
+    assert train(script, arguments, tmp_path / "out", *bucketed, "--max_train_steps", 2) == 0
+    other = ("--max_side", 32, "--resume_from_checkpoint", "latest", "--max_train_steps", 3)
+    assert train(script, arguments, tmp_path / "out", *bucketed, *other) == 0
+    changes = capfd.readouterr().err.split("these have changed")[1].splitlines()[0]
+    assert "--max_side None -> 32" in changes and "the dataset's rows, captions or buckets" in changes
 
 
 def test_killed_at_random_moments_and_inside_saves_nothing_is_lost(script, arguments, straight, tmp_path, monkeypatch):

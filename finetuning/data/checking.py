@@ -2,31 +2,40 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
+from finetuning.data.buckets import sort_into_buckets
+from finetuning.data.captions import may_mirror, with_prefix
 from finetuning.data.pictures import UnreadablePicture, frames, open_rgb
 from finetuning.data.reading import DatasetProblem, Findings, read_folder, read_hub
+from finetuning.data.rows import Rows
 from finetuning.draws import python_random
+
+TOGETHER = 10_000  # rows whose pictures are looked at, or whose captions are counted, as one lot: memory stays flat
 
 
 @dataclass
 class Checked:
     """Rows that can be trained on, rows held out (None: there are none), and what was found on the way."""
 
-    rows: list
-    held_out: list | None
+    rows: Rows
+    held_out: Rows | None
+    sizes: list  # (height, width) that each row is trained at
+    held_out_sizes: list
     pictures: object  # the Hub dataset's column of pictures; None for a folder, whose rows have paths
     held_out_pictures: object
-    findings: Findings = field(default_factory=Findings)
+    findings: Findings
 
 
 def read_checked(args, tokenizer, seed, validation_fraction=0.0, cache_dir=None):
-    """Read a dataset (flags: training_set.DataArgs) and open every picture. Raises DatasetProblem if nothing is there.
+    """Read a dataset (flags: DataArgs, CaptionArgs, BucketArgs) and open every picture, unless --check_pictures none.
 
-    The held out rows are the folder's own validation split, else the share `validation_fraction` of the rows.
+    The held out rows are the folder's own validation split, else the share `validation_fraction` of the rows. Raises
+    DatasetProblem if nothing is there.
     """
     findings = Findings()
     rows, held_out, pictures, held_out_pictures = _read(args, findings, cache_dir)
@@ -41,21 +50,26 @@ def read_checked(args, tokenizer, seed, validation_fraction=0.0, cache_dir=None)
             findings.notes[kind].append(f"{args.max_train_samples} of {len(rows)}")
         rows = _sample(rows, args.max_train_samples, seed)  # before the pictures are opened: only these are needed
 
-    rows = _without_unreadable(rows, pictures, args.check_pictures, findings)
+    rows, sizes = _readable(rows, pictures, args, findings)
+    rows, sizes = sort_into_buckets(args, rows, sizes, findings)
+    held_out_sizes = []
     if held_out:
-        held_out = _without_unreadable(held_out, held_out_pictures, args.check_pictures, findings)
-    _note_cut_captions(rows, tokenizer, findings)
-    return Checked(rows, held_out, pictures, held_out_pictures, findings)
+        held_out, held_out_sizes = _readable(held_out, held_out_pictures, args, findings)
+        faults_only = Findings(findings.faults)  # the notes tell of the pictures that are trained on
+        held_out, held_out_sizes = sort_into_buckets(args, held_out, held_out_sizes, faults_only)
+    _note_cut_captions(rows, tokenizer, args, findings)
+    _note_sides(rows, args, findings)
+    return Checked(rows, held_out, sizes, held_out_sizes, pictures, held_out_pictures, findings)
 
 
 def _read(args, findings, cache_dir):
     """(rows, validation rows or None, the Hub dataset's pictures or None, the same for validation)."""
     source = args.train_data_dir or args.dataset_name
-    if Path(source).is_dir() and not _is_saved_dataset(Path(source)):
+    if Path(source).is_dir() and not is_saved_dataset(Path(source)):
         columns = (args.image_column, args.caption_column, args.allow_outside_paths, findings)
         return read_folder(source, "train", *columns), read_folder(source, "validation", *columns), None, None
 
-    splits = _load_splits(source, args.dataset_config_name, cache_dir)
+    splits = load_splits(source, args.dataset_config_name, cache_dir)
     if "train" not in splits:
         raise DatasetProblem(f"{source} has no split named train, only {', '.join(splits)}")
     columns = (args.image_column, args.caption_column, findings)
@@ -68,7 +82,7 @@ def _read(args, findings, cache_dir):
     )
 
 
-def _load_splits(source, config_name, cache_dir):
+def load_splits(source, config_name, cache_dir):
     """{split: dataset} of a Hub name or of a folder that `datasets` wrote."""
     from datasets import DatasetDict, load_dataset, load_from_disk  # a slow import that a picture folder does not need
 
@@ -82,59 +96,102 @@ def _load_splits(source, config_name, cache_dir):
         raise DatasetProblem(message) from error
 
 
-def _is_saved_dataset(folder):
+def is_saved_dataset(folder):
     """Parquet or Arrow files with the pictures inside them, as `datasets` writes them."""
     return any(path.suffix in (".parquet", ".arrow") and path.stem != "metadata" for path in folder.rglob("*"))
 
 
-def _without_unreadable(rows, pictures, depth, findings):
-    """The rows whose picture opens; the others go into the findings. Decoding runs on all cores."""
+def _readable(rows, pictures, args, findings):
+    """(rows whose picture opens, their sizes); the others go into the findings. Decoding runs on all cores."""
+    if args.check_pictures == "none":
+        return rows, [args.size] * len(rows)
 
-    def trouble(row):
+    def look(row):
+        """((height, width) or None, what is to be said of the row or None)."""
         try:
             if isinstance(row.picture, int):
-                open_rgb(pictures[row.picture])
-                return None
-            if depth == "full":
-                open_rgb(row.picture)
-            return "animated" if frames(row.picture) > 1 else None
+                return _size(open_rgb(pictures[row.picture])), None
+            size = _size(open_rgb(row.picture)) if args.check_pictures == "full" else _size_in_header(row.picture)
+            return size, "animated" if frames(row.picture) > 1 else None
         except (UnreadablePicture, OSError, ValueError, SyntaxError) as error:  # `datasets` decodes for itself
-            return f"{row.origin} ({error})"
+            return None, f"{row.origin} ({error})"
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        troubles = list(tqdm(pool.map(trouble, rows), total=len(rows), desc="checking pictures", leave=False, delay=2))
-    kept = []
-    for row, found in zip(rows, troubles, strict=True):
-        if found == "animated":
-            findings.notes["animated pictures (the first frame is used)"].append(row.origin)
-        if found in (None, "animated"):
-            kept.append(row)
-        else:
-            findings.faults["pictures that cannot be read"].append(found)
-    return kept
+    kept, sizes, equal = [], [], {}
+    with (
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        tqdm(total=len(rows), desc="checking pictures", leave=False, delay=2) as bar,
+    ):
+        for start in range(0, len(rows), TOGETHER):
+            some = list(rows[start : start + TOGETHER])
+            for number, (size, remark) in enumerate(pool.map(look, some), start):
+                bar.update()
+                if size is None:
+                    findings.faults["pictures that cannot be read"].append(remark)
+                    continue
+                if remark == "animated":
+                    findings.notes["animated pictures (the first frame is used)"].append(some[number - start].origin)
+                kept.append(number)
+                sizes.append(equal.setdefault(size, size))
+    return rows.take(kept), sizes
 
 
-def _note_cut_captions(rows, tokenizer, findings):
+def _size(picture):
+    return picture.height, picture.width
+
+
+def _size_in_header(path):
+    """(height, width) as `open_rgb` gives them, without decoding. Raises UnreadablePicture.
+
+    EXIF that stands behind the pixels of a PNG is not seen.
+    """
+    try:
+        with Image.open(path) as image:
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # a PNG's own would decode it
+            is_turned = orientation >= 5 and image.format != "TIFF"  # PIL has turned the size of a TIFF already
+            return _size(image)[::-1] if is_turned else _size(image)
+    except Exception as error:  # on broken files the decoders also raise IndexError, TypeError, struct.error, ...
+        raise UnreadablePicture(f"{path}: {error}") from error
+
+
+def _note_cut_captions(rows, tokenizer, args, findings):
     """Captions longer than the text encoder reads; only their first tokens are trained on."""
-    texts = [(row, text) for row in rows for text in row.captions]
-    for start in range(0, len(texts), 1024):
-        part = texts[start : start + 1024]
-        lengths = map(len, tokenizer([text for _, text in part], verbose=False).input_ids)
-        for (row, _), length in zip(part, lengths, strict=True):
-            if length > tokenizer.model_max_length:
-                kind = f"captions longer than {tokenizer.model_max_length} tokens (the end is not read)"
-                findings.notes[kind].append(f"{row.origin}, {length} tokens")
+    if args.check_pictures == "none":
+        findings.notes["caption lengths are not counted"].append("--check_pictures none")
+        return
+    most, prefix = tokenizer.model_max_length, args.caption_prefix
+    kind = f"captions longer than {most} tokens (the end is not read)"
+    marks = len(tokenizer("").input_ids)  # begin and end
+    for start in range(0, len(rows), TOGETHER):
+        texts = [(row.origin, with_prefix(t, prefix)) for row in rows[start : start + TOGETHER] for t in row.captions]
+        # A token is at least a byte: most captions need not be taken apart to know that they fit
+        long = [(origin, text) for origin, text in texts if len(text.encode()) + marks > most]
+        lengths = map(len, tokenizer([text for _, text in long], verbose=False).input_ids) if long else ()
+        for (origin, _), length in zip(long, lengths, strict=True):
+            if length > most:
+                findings.notes[kind].append(f"{origin}, {length} tokens")
+
+
+def _note_sides(rows, args, findings):
+    """Rows that --random_flip passes over."""
+    if args.random_flip and args.flip_captions == "skip":
+        kind = "captions that say left or right: these pictures are not mirrored (--flip_captions swap mirrors both)"
+        findings.notes[kind] += [row.origin for row in rows if not may_mirror(row.captions, "skip")]
+        if not findings.notes[kind]:
+            del findings.notes[kind]
 
 
 def _split_off(rows, fraction, seed):
-    pictures = list(dict.fromkeys(row.picture for row in rows))  # all rows of a picture go to the same side
-    count = min(len(pictures), max(1, round(fraction * len(pictures))))
-    chosen = {pictures[i] for i in _chosen(len(pictures), count, seed, "validation split")}
-    return [row for row in rows if row.picture in chosen], [row for row in rows if row.picture not in chosen]
+    """(held out rows, the others); all rows of a picture go to the same side."""
+    pictures = rows.pictures()
+    different = list(dict.fromkeys(pictures))
+    count = min(len(different), max(1, round(fraction * len(different))))
+    chosen = {different[i] for i in _chosen(len(different), count, seed, "validation split")}
+    held_out = [number for number, picture in enumerate(pictures) if picture in chosen]
+    return rows.take(held_out), rows.take([number for number, picture in enumerate(pictures) if picture not in chosen])
 
 
 def _sample(rows, count, seed):
-    return [rows[i] for i in sorted(_chosen(len(rows), min(count, len(rows)), seed, "sample"))]
+    return rows.take(sorted(_chosen(len(rows), min(count, len(rows)), seed, "sample")))
 
 
 def _chosen(total, count, seed, purpose):

@@ -56,21 +56,19 @@ class CachedLatents:
         pictures.skip_pixels = True
 
     def __call__(self, batch):
-        flip = self.pictures.transform.flips
-        moments = [self.kept[flip(batch.epoch, row)][row] for row in batch.rows]
+        moments = [self.kept[self.pictures.is_mirrored(row, batch.epoch)][row] for row in batch.rows]
         mean, std = torch.stack(moments).to(batch.weights.device).unbind(1)
         return sampled(self.model, mean, std, self.seed, batch)
 
     def _encode_all(self, flip, device):
-        """fp32 [rows, 2, channels, height, width] on the CPU."""
-        kept = []
-        starts = range(0, len(self.pictures), ROWS_TOGETHER)
-        for start in tqdm(starts, desc="encoding pictures once", leave=False, delay=2):
-            rows = range(start, min(start + ROWS_TOGETHER, len(self.pictures)))
-            transform, picture = self.pictures.transform, self.pictures.picture
-            pixels = torch.stack([transform.fixed(picture(row), flip) for row in rows]).to(device)
-            kept.append(torch.stack(self.model.posterior(pixels), 1).cpu())
-        return torch.cat(kept)
+        """{row: fp32 [2, channels, height, width] on the CPU}."""
+        kept = {}
+        transform, picture = self.pictures.transform_of, self.pictures.picture
+        batches = list(self.pictures.of_one_size(range(len(self.pictures)), ROWS_TOGETHER))
+        for rows in tqdm(batches, desc="encoding pictures once", leave=False, delay=2):
+            pixels = torch.stack([transform(row).fixed(picture(row), flip) for row in rows]).to(device)
+            kept.update(zip(rows, torch.stack(self.model.posterior(pixels), 1).cpu(), strict=True))
+        return kept
 
 
 def sampled(model, mean, std, seed, batch):

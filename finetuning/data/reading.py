@@ -5,14 +5,15 @@ Hugging Face `datasets` refuses some layouts that people really have (absolute f
 """
 
 import csv
-import io
 import json
 import os
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PureWindowsPath
 
 from finetuning.data.pictures import EXTENSIONS
+from finetuning.data.rows import Row, Rows
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SPLIT_NAMES = {
@@ -20,15 +21,6 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "eval", "dev"),
     "test": ("test", "testing"),
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One picture and its captions. `picture` is a path, or an index into a Hub dataset."""
-
-    picture: Path | int
-    captions: tuple[str, ...]
-    origin: str  # where a person finds it: "train/metadata.jsonl line 12"
 
 
 @dataclass
@@ -70,62 +62,72 @@ def read_folder(root, split, image_column, caption_column, allow_outside_paths, 
     base = split_dirs[0] if split_dirs else root
     every = [root / name for names in SPLIT_NAMES.values() for name in names]
     others = [folder for folder in every if folder.is_dir() and folder != base]
-    pictures = [p for p in _walk(base) if not any(other in p.parents for other in others if other != base)]
-    if not pictures:
+    tree = _Tree(base, others)
+    if not tree.pictures:
         raise DatasetProblem(f"there are no pictures in {base} ({', '.join(sorted(EXTENSIONS))})")
-    _refuse_nested_splits(base, pictures)
-    resolver = _Resolver(root, base, others, pictures, allow_outside_paths)
+    _refuse_nested_splits(base, tree)
+    resolver = _Resolver(root, base, others, tree, allow_outside_paths)
     if caption_column == "none":
-        return _uncaptioned(pictures, resolver, findings)
+        return Rows.of(_uncaptioned(resolver, findings))
 
-    metadata = _metadata_files(base, root, others)
+    metadata = sorted(
+        tree.metadata + [root / name for name in METADATA_NAMES if base != root and (root / name).is_file()]
+    )
     if not metadata:
-        raise DatasetProblem(_no_metadata_message(base, pictures))
-    rows, seen = [], defaultdict(int)
-    for path in metadata:
-        # Metadata above the splits is read for each of them; what is wrong with it is said once, for train.
-        said = findings if split == "train" or base in path.parents else Findings()
-        records = list(_records(path, root, said))
-        _check_columns(records, image_column, caption_column, _shown(path, root))
-        for where, record in records:
-            name = _file_name(record, image_column)
-            if name is None:
-                said.faults["rows that name no picture"].append(where)
-                continue
-            captions = _as_captions(record.get(caption_column), where, caption_column)
-            picture, trouble = resolver.find(name, path.parent)
-            if trouble == "another split":
-                continue
-            if trouble:
-                said.faults[trouble].append(f"{where} ({name})")
-                continue
-            seen[picture] += 1
-            if not captions:
-                findings.faults["rows with an empty caption"].append(f"{where} ({name})")
-                continue
-            rows.append(Row(picture, captions, where))
-    for path in pictures:
-        if path not in seen:
-            findings.faults["pictures that no metadata row names"].append(_shown(path, root))
+        raise DatasetProblem(_no_metadata_message(base, tree.pictures))
+    seen = tree.pictures  # {picture: how many rows name it}
+    rows = Rows.of(
+        row
+        for path in metadata
+        for row in _rows_of(path, resolver, image_column, caption_column, split == "train", seen, findings)
+    )
     for path, count in seen.items():
-        if count > 1:
+        if count == 0:
+            findings.faults["pictures that no metadata row names"].append(_shown(path, root))
+        elif count > 1:
             findings.notes["pictures named by more than one row (all are kept)"].append(_shown(path, root))
     if resolver.moved:
         note = "absolute file names of another machine, read as the picture of that name in this folder"
         findings.notes[note] += resolver.moved
-    return sorted(rows, key=lambda row: (str(row.picture), row.origin))
+    return rows.by_picture()
 
 
-def _uncaptioned(pictures, resolver, findings):
-    rows = []
-    for path in pictures:
+def _rows_of(path, resolver, image_column, caption_column, is_train, seen, findings):
+    """The rows of one metadata file; `seen` counts how often each picture is named."""
+    # Metadata above the splits is read for each of them; what is wrong with it is said once, for train.
+    said = findings if is_train or resolver.base in path.parents else Findings()
+    folder, columns = str(path.parent), {}
+    for where, record in _records(path, resolver.root, said):
+        columns.update(dict.fromkeys(record))
+        name = _file_name(record, image_column)
+        if name is None:
+            said.faults["rows that name no picture"].append(where)
+            continue
+        captions = _as_captions(record.get(caption_column), where, caption_column)
+        picture, trouble = resolver.find(name, folder)
+        if trouble == "another split":
+            continue
+        if trouble:
+            said.faults[trouble].append(f"{where} ({_printable(name)})")
+            continue
+        seen[picture] = seen.get(picture, 0) + 1  # one outside of the folder may be new
+        if not captions:
+            findings.faults["rows with an empty caption"].append(f"{where} ({_printable(name)})")
+        elif _printable("".join(captions)) != "".join(captions):
+            findings.faults["captions that are not valid text (half a character)"].append(f"{where} ({name})")
+        else:
+            yield Row(picture, captions, where)
+    _check_columns(columns, image_column, caption_column, _shown(path, resolver.root))
+
+
+def _uncaptioned(resolver, findings):
+    for path in resolver.tree.pictures:
         _, trouble = resolver.permit(path)
         where = _shown(path, resolver.root)
         if trouble:
             findings.faults[trouble].append(where)
         else:
-            rows.append(Row(path, ("",), where))
-    return rows
+            yield Row(path, ("",), where)
 
 
 def read_hub(dataset, image_column, caption_column, findings):
@@ -148,36 +150,66 @@ def read_hub(dataset, image_column, caption_column, findings):
             rows.append(Row(index, texts, f"row {index}"))
         else:
             findings.faults["rows with an empty caption"].append(f"row {index}")
-    return rows
+    return Rows.of(rows)
+
+
+class _Tree:
+    """What lies below a split's folder, hidden files and folders and the other splits left out. Paths are text."""
+
+    def __init__(self, base, others):
+        self.metadata, self.linked = [], set()  # linked: pictures that a link leads to, which may lie anywhere
+        pictures = []
+        left, known = [(str(base), os.path.islink(base))], set()
+        while left:
+            folder, through_link = left.pop()
+            if (real := os.path.realpath(folder)) in known or Path(folder) in others:
+                continue  # links that lead in a circle
+            known.add(real)
+            inside = "" if folder == "." else f"{folder}{os.sep}"
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    path, is_linked = inside + entry.name, through_link or entry.is_symlink()
+                    if entry.is_dir():
+                        left.append((path, is_linked))
+                    elif entry.name in METADATA_NAMES:
+                        self.metadata.append(Path(path))
+                    elif os.path.splitext(path)[1].lower() in EXTENSIONS and entry.is_file():
+                        pictures.append(path)
+                        if is_linked:
+                            self.linked.add(path)
+        self.pictures = dict.fromkeys(sorted(pictures), 0)  # in the order of their paths
 
 
 class _Resolver:
     """Finds the picture that a metadata row means, or says in words why not."""
 
-    def __init__(self, root, base, others, pictures, allow_outside_paths):
-        self.root, self.base, self.others, self.allow_outside_paths = root, base, others, allow_outside_paths
+    def __init__(self, root, base, others, tree, allow_outside_paths):
+        self.root, self.base, self.others, self.tree = root, base, others, tree
+        self.allow_outside_paths = allow_outside_paths
         self.real_root = root.resolve()
-        self.pictures = set(pictures)
-        self.by_name = defaultdict(list)
-        for path in {*pictures, *(path for other in others for path in _walk(other))}:
-            self.by_name[path.name].append(path)
         self.moved = []
 
     def find(self, name, folder):
-        named = Path(name)
-        is_absolute = named.is_absolute() or PureWindowsPath(name).is_absolute()
-        is_above = self.base not in (folder, *folder.parents)  # such metadata may mean the pictures of any split
-        places = [folder, self.base, *(self.others if is_above else [])]
-        for candidate in [named] if is_absolute else [place / named for place in places]:
-            candidate = Path(os.path.normpath(candidate))
-            if candidate.is_file():
+        """(path of the picture, None) or (None, why not)."""
+        plain = os.path.normpath(f"{folder}{os.sep}{name}" if folder != "." else name)
+        if plain in self.tree.pictures and plain not in self.tree.linked and not os.path.isabs(name):
+            return plain, None  # nearly all names are such, and a dataset may have a million
+        is_absolute = os.path.isabs(name) or PureWindowsPath(name).is_absolute()
+        is_above = self.base not in (Path(folder), *Path(folder).parents)  # it may mean the pictures of any split
+        places = [folder, str(self.base), *(map(str, self.others) if is_above else [])]
+        for candidate in [name] if is_absolute else [os.path.join(place, name) for place in places]:
+            candidate = os.path.normpath(candidate)
+            if candidate in self.tree.pictures or os.path.isfile(candidate):
                 return self.permit(candidate)
         if is_absolute:
-            same_name = self.by_name[PureWindowsPath(name).name if "\\" in name else named.name]
-            here = [path for path in same_name if folder in path.parents] or self.pictures.intersection(same_name)
+            same_name = self.by_name[PureWindowsPath(name).name if "\\" in name else os.path.basename(name)]
+            here = [path for path in same_name if path.startswith(folder + os.sep)]
+            here = here or [path for path in same_name if path in self.tree.pictures]
             if len(here) == 1:
                 (path,) = here
-                if path not in self.pictures:
+                if path not in self.tree.pictures:
                     return None, "another split"
                 self.moved.append(name)
                 return path, None
@@ -185,65 +217,52 @@ class _Resolver:
                 return None, "absolute file names that fit several pictures of this folder (use relative names)"
         return None, "rows whose picture is not there"
 
+    @cached_property
+    def by_name(self):
+        """{file name: paths} of all splits, for absolute names of another machine."""
+        found = defaultdict(list)
+        trees = [self.tree, *(_Tree(other, ()) for other in self.others)]
+        for path in dict.fromkeys(path for tree in trees for path in tree.pictures):
+            found[os.path.basename(path)].append(path)
+        return found
+
     def permit(self, path):
         """(picture, None) for a file that is there, or (None, why not)."""
-        real = path.resolve()
+        if path in self.tree.pictures and path not in self.tree.linked:
+            return path, None
+        real = Path(path).resolve()
         if self.real_root not in real.parents:
             if self.allow_outside_paths:
                 return path, None
             return None, "rows that reach outside the dataset's folder (--allow_outside_paths permits it)"
-        if path in self.pictures:
+        if path in self.tree.pictures:
             return path, None
         # The same file by another spelling (an absolute name through a link, say), or a picture of another split.
         relative = self.root / real.relative_to(self.real_root)
-        if relative in self.pictures:
-            return relative, None
-        if path.suffix.lower() not in EXTENSIONS:
+        if str(relative) in self.tree.pictures:
+            return str(relative), None
+        if os.path.splitext(path)[1].lower() not in EXTENSIONS:
             return None, "rows that name a file that is not a picture"
         if any(other in relative.parents for other in self.others):
             return None, "another split"
         return None, "rows whose picture is hidden or outside the splits' folders"
 
 
-def _refuse_nested_splits(base, pictures):
+def _refuse_nested_splits(base, tree):
     """Train on images/train beside images/test would be training on both. Raises DatasetProblem."""
     kept_apart = {*SPLIT_NAMES["validation"], *SPLIT_NAMES["test"]}
-    for path in pictures:
-        for folder in path.relative_to(base).parents:
-            if folder.name in kept_apart:
+    with_pictures = {os.path.dirname(path) for path in tree.pictures}
+    for folder in (Path(name) for name in sorted(with_pictures)):
+        for above in (folder, *folder.parents):
+            if base in above.parents and above.name in kept_apart:
                 raise DatasetProblem(
-                    f"{base / folder} looks like a split that must not be trained on: name the folder that holds the "
-                    f"splits, {base / folder.parent}, or give {folder.name} another name"
+                    f"{above} looks like a split that must not be trained on: name the folder that holds the splits, "
+                    f"{above.parent}, or give {above.name} another name"
                 )
 
 
-def _walk(base):
-    """Pictures below a folder in a stable order, without hidden files and folders."""
-    found = []
-    for folder, subfolders, files in os.walk(base, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += [
-            Path(folder) / name
-            for name in files
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-        ]
-    return sorted(found)
-
-
-def _metadata_files(base, root, others):
-    """metadata.* in the split's folder, below it, and above it up to the root."""
-    found = []
-    for folder, subfolders, files in os.walk(base, followlinks=True):
-        subfolders.sort()
-        if not any(other == Path(folder) or other in Path(folder).parents for other in others if other != base):
-            found += [Path(folder) / name for name in METADATA_NAMES if name in files]
-    if base != root:
-        found += [root / name for name in METADATA_NAMES if (root / name).is_file()]
-    return sorted(found)
-
-
 def _no_metadata_message(base, pictures):
-    sidecars = sum(path.with_suffix(suffix).is_file() for path in pictures for suffix in (".txt", ".caption"))
+    sidecars = sum(Path(path).with_suffix(suffix).is_file() for path in pictures for suffix in (".txt", ".caption"))
     message = f"{base} has {len(pictures)} pictures but no {' or '.join(METADATA_NAMES)}"
     if sidecars:
         message += f"; {sidecars} captions stand in .txt/.caption files beside them, which have to be gathered first"
@@ -257,52 +276,65 @@ def _records(path, root, findings):
     """Yield (where, record) of a metadata file. Raises DatasetProblem naming the file where it cannot be read."""
     shown = _shown(path, root)
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except pyarrow.ArrowException as error:
-            raise DatasetProblem(f"{shown} cannot be read: {error}") from error
-        for number, record in enumerate(table.to_pylist(), 1):
-            yield f"{shown} row {number}", record
+        yield from _parquet_records(path, shown)
         return
+    number = 0
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else "\n") as file:
+            if path.suffix == ".csv":
+                for number, record in enumerate(csv.DictReader(file), 1):
+                    if None in record:
+                        kind = "metadata rows with more fields than columns (a caption with a comma needs quotes)"
+                        findings.faults[kind].append(f"{shown} row {number}")
+                    else:
+                        yield f"{shown} row {number}", record
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip() and (record := _json_record(line, f"{shown} line {number}", findings)) is not None:
+                    yield f"{shown} line {number}", record
     except UnicodeDecodeError as error:
-        raise DatasetProblem(f"{shown} is not UTF-8 ({error}): save it again as UTF-8") from error
-    if path.suffix == ".csv":
-        for number, record in enumerate(csv.DictReader(io.StringIO(text)), 1):
-            if None in record:
-                kind = "metadata rows with more fields than columns (a caption with a comma needs quotes)"
-                findings.faults[kind].append(f"{shown} row {number}")
-            else:
+        raise DatasetProblem(
+            f"{shown} is not UTF-8 (after line {number}: {error.reason}): save it again as UTF-8"
+        ) from error
+    except csv.Error as error:
+        raise DatasetProblem(f"{shown} cannot be read after row {number}: {error}") from error
+
+
+def _json_record(line, where, findings):
+    """The object of one line, or None and a fault."""
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        findings.faults["metadata lines that are not JSON"].append(f"{where}: {error}")
+        return None
+    if isinstance(record, dict):
+        return record
+    findings.faults["metadata lines that are not JSON objects"].append(where)
+    return None
+
+
+def _parquet_records(path, shown):
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for record in batch.to_pylist():
+                number += 1
                 yield f"{shown} row {number}", record
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{shown} line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            findings.faults["metadata lines that are not JSON"].append(f"{where}: {error}")
-            continue
-        if not isinstance(record, dict):
-            findings.faults["metadata lines that are not JSON objects"].append(where)
-            continue
-        yield where, record
+    except pyarrow.ArrowException as error:
+        raise DatasetProblem(f"{shown} cannot be read: {error}") from error
 
 
-def _check_columns(records, image_column, caption_column, shown):
+def _check_columns(columns, image_column, caption_column, shown):
     """A column that no record has is a problem of the whole file. Raises DatasetProblem listing those there are."""
-    columns = dict.fromkeys(key for _, record in records for key in record)
     there = ", ".join(columns) or "nothing"
-    if records and not any(name in columns for name in _file_name_columns(image_column)):
+    if columns and not any(name in columns for name in _file_name_columns(image_column)):
         raise DatasetProblem(
             f'{shown} names no pictures: it has {there}, and "file_name" is needed '
             "(or name the column with --image_column)"
         )
-    if records and caption_column not in columns:
+    if columns and caption_column not in columns:
         raise DatasetProblem(
             f"{shown} has no column {caption_column!r}, only {there}: "
             "name the captions' column with --caption_column, or add it"
@@ -326,4 +358,10 @@ def _as_captions(value, where, column):
 
 
 def _shown(path, root):
-    return str(path.relative_to(root)) if root in path.parents else str(path)
+    inside = f"{root}{os.sep}"
+    return _printable(str(path).removeprefix("" if str(root) == "." else inside))
+
+
+def _printable(text):
+    """The same text, or with \\ud83d for what is half a character: no terminal and no file takes those."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -3,16 +3,18 @@
 import hashlib
 import itertools
 import signal
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
 from finetuning.cli import flag
+from finetuning.data.captions import chosen_caption, may_mirror, with_prefix
 from finetuning.data.checking import read_checked
 from finetuning.data.order import Order
-from finetuning.data.pictures import open_rgb
+from finetuning.data.pictures import UnreadablePicture, open_rgb
 from finetuning.data.reading import DatasetProblem
 from finetuning.data.transforms import INTERPOLATIONS, Transform
 from finetuning.draws import python_random
@@ -32,8 +34,9 @@ class DataArgs:
     max_train_samples: int | None = flag(None, "train on this many rows, drawn with the seed")
     on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
     check_pictures: str = flag(
-        "full", "before the first step decode pictures to their end, or in folders read the headers only (misses cuts)",
-        choices=("full", "header"),
+        "full", "before the first step decode pictures to their end; or, in folders, read only headers (misses cuts); "
+        "or none: a million rows start at once, and a broken picture stops the run when its turn comes",
+        choices=("full", "header", "none"),
     )  # fmt: skip
     allow_outside_paths: bool = flag(False, "let metadata and links reach pictures outside the dataset's folder")
     resolution: str = flag("512", "side of the training pictures in pixels, or HEIGHTxWIDTH")
@@ -104,30 +107,48 @@ class Batch:
 class PictureSet(torch.utils.data.Dataset):
     """Rows with their pictures and tokens. Indexed by Place, so that every draw has its place in the run."""
 
-    def __init__(self, rows, pictures, transform, tokenize, seed, caption_dropout=0.0):
+    def __init__(self, rows, pictures, sizes, transform, tokenize, args, seed):
         self.rows, self.pictures, self.transform, self.tokenize = rows, pictures, transform, tokenize
-        self.seed, self.caption_dropout = seed, caption_dropout
+        self.sizes = sizes  # [rows] (height, width): each row's bucket
+        self.args, self.seed = args, seed
         self.skip_pixels = False  # set where cached latents stand in for the pictures
 
     def __len__(self):
         return len(self.rows)
 
     def picture(self, index):
-        """The RGB picture of a row."""
-        where = self.rows[index].picture
-        return open_rgb(where if isinstance(where, Path) else self.pictures[where])
+        """The RGB picture of a row. Raises DatasetProblem where it cannot be read."""
+        row = self.rows[index]
+        try:
+            return open_rgb(row.picture if isinstance(row.picture, Path) else self.pictures[row.picture])
+        except UnreadablePicture as error:  # one that --check_pictures did not look at, or that has changed since
+            found_earlier = "--check_pictures full names all such before the start"
+            raise DatasetProblem(f"{row.origin}: {error}; {found_earlier}") from error
+
+    def transform_of(self, index):
+        """The transform to the size of the row's bucket."""
+        return self.transform.at(self.sizes[index])
+
+    def may_mirror(self, index):
+        """Whether the row's captions allow it."""
+        return may_mirror(self.rows[index].captions, self.args.flip_captions)
+
+    def is_mirrored(self, index, epoch):
+        """Whether the row is mirrored in this epoch."""
+        return self.transform.flips(epoch, index) and self.may_mirror(index)
 
     def caption(self, index, epoch):
-        """One of the row's captions, or "" where it is dropped."""
+        """What the row is trained with in this epoch; "" where it is dropped."""
         rng = python_random(self.seed, "caption", epoch, index)
-        if rng.random() < self.caption_dropout:
+        if rng.random() < self.args.proportion_empty_prompts:
             return ""
-        return rng.choice(self.rows[index].captions)
+        return chosen_caption(self.rows[index].captions, self.is_mirrored(index, epoch), self.args, rng)
 
     def __getitem__(self, place):
         pixels = torch.empty(3, 0, 0)
         if not self.skip_pixels:
-            pixels = self.transform(self.picture(place.row), place.epoch, place.row)
+            transform, may_mirror = self.transform_of(place.row), self.may_mirror(place.row)
+            pixels = transform(self.picture(place.row), place.epoch, place.row, may_mirror)
         return place, pixels, self.caption(place.row, place.epoch)
 
     def collate(self, items):
@@ -143,20 +164,36 @@ class PictureSet(torch.utils.data.Dataset):
         )
 
     def fingerprint(self):
-        """A hash of which rows there are, in which order, with which captions; pictures count by name."""
-        names = [(row.picture if isinstance(row.picture, int) else row.picture.name, row.captions) for row in self.rows]
-        return hashlib.sha256(repr(names).encode()).hexdigest()
+        """A hash of which rows there are, in which order, with which captions and buckets; pictures count by name."""
+        digest, base_size = hashlib.sha256(), (self.transform.height, self.transform.width)
+        for row, size in zip(self.rows, self.sizes, strict=True):
+            name = row.picture if isinstance(row.picture, int) else row.picture.name
+            digest.update(repr((name, row.captions, *(() if size == base_size else size))).encode())
+        return digest.hexdigest()
 
     def caption_prefix(self):
         """The words that all captions begin with, often a keyword that was put there to be learned; "" if none."""
-        columns = zip(*(text.split() for row in self.rows for text in row.captions), strict=False)
-        return " ".join(words[0] for words in itertools.takewhile(lambda words: len(set(words)) == 1, columns))
+        shared = None
+        for text in (text for row in self.rows for text in row.captions):
+            pairs = zip(text.split() if shared is None else shared, text.split(), strict=False)
+            shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+            if not shared:
+                break
+        return with_prefix(" ".join(shared or []), self.args.caption_prefix)
 
     def describe(self, indices):
         """The named rows for a message: where they stand and their first caption."""
         return "\n".join(
             f"  {self.rows[i].origin}: {self.rows[i].picture} {self.rows[i].captions[0]!r}" for i in indices
         )
+
+    def of_one_size(self, rows, count):
+        """Yield the rows in lists of at most `count`, the pictures of a list all of one size."""
+        same = defaultdict(list)
+        for row in rows:
+            same[self.sizes[row]].append(row)
+        for rows in same.values():
+            yield from (rows[start : start + count] for start in range(0, len(rows), count))
 
     def loader(self, order: Order, first_step, last_step, workers, pin_memory=False):
         """Micro-batches of the steps first_step <= step < last_step."""
@@ -186,10 +223,11 @@ def _leave_signals_to_the_run(_worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def load_pictures(args: DataArgs, tokenizer, seed, validation_fraction=0.0, say=print, cache_dir=None):
+def load_pictures(args, tokenizer, seed, validation_fraction=0.0, say=print, cache_dir=None):
     """(training set, validation set or None): read, checked, every problem named at once.
 
-    Raises DatasetProblem with the whole list where rows cannot be trained on and --on_bad_rows is error.
+    args: DataArgs, CaptionArgs and BucketArgs. Raises DatasetProblem with the whole list where rows cannot be trained
+    on and --on_bad_rows is error.
     """
     found = read_checked(args, tokenizer, seed, validation_fraction, cache_dir)
     report = found.findings.report()
@@ -209,11 +247,14 @@ def load_pictures(args: DataArgs, tokenizer, seed, validation_fraction=0.0, say=
         height, width, args.center_crop, args.random_flip, args.image_interpolation_mode,
         args.random_resized_crop_scale, seed,
     )  # fmt: skip
-    training = PictureSet(found.rows, found.pictures, transform, tokenize, seed, args.proportion_empty_prompts)
+    training = PictureSet(found.rows, found.pictures, found.sizes, transform, tokenize, args, seed)
     if not found.held_out:
         return training, None
     plain = Transform(height, width, True, False, args.image_interpolation_mode, None, seed)
-    return training, PictureSet(found.held_out, found.held_out_pictures, plain, tokenize, seed)
+    as_they_are = replace(args, proportion_empty_prompts=0.0, shuffle_tags=False, keep_tokens=0)
+    return training, PictureSet(
+        found.held_out, found.held_out_pictures, found.held_out_sizes, plain, tokenize, as_they_are, seed
+    )
 
 
 def tokens(tokenizer, captions):

@@ -1,6 +1,6 @@
 """From an RGB picture to the pixels that are trained on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torchvision.transforms import InterpolationMode
@@ -24,7 +24,7 @@ class Transform:
     random_resized_crop_scale: float | None
     seed: int
 
-    def __call__(self, picture, epoch, row):
+    def __call__(self, picture, epoch, row, may_mirror=True):
         """PIL RGB -> fp32 [3, height, width]."""
         mode = InterpolationMode(self.interpolation)
         size = [self.height, self.width]
@@ -38,10 +38,15 @@ class Transform:
             else:
                 rng = python_random(self.seed, "crop", epoch, row)
                 picture = F.crop(picture, rng.randint(0, spare_y), rng.randint(0, spare_x), *size)
-        return self._finish(picture, self.flips(epoch, row))
+        return self._finish(picture, may_mirror and self.flips(epoch, row))
+
+    def at(self, size):
+        """The same for another (height, width)."""
+        height, width = size
+        return replace(self, height=height, width=width)
 
     def flips(self, epoch, row):
-        """Whether the row is mirrored in this epoch."""
+        """Whether the row is mirrored in this epoch, if it may be."""
         return self.random_flip and python_random(self.seed, "flip", epoch, row).random() < 0.5
 
     def fixed(self, picture, flip):

@@ -40,6 +40,7 @@ WITHOUT_EFFECT = frozenset(
         "logging_dir",
         "num_validation_images",
         "offload_ema",
+        "on_bad_rows",
         "output_dir",
         "push_to_hub",
         "report_to",
@@ -280,7 +281,7 @@ class Checkpointer:
         present = self._state(state["step"])
         changed += [f"{n} {state[n]} -> {present[n]}" for n in ("precision", "processes") if state[n] != present[n]]
         if state["dataset"] != self.dataset_id:
-            changed.append("the dataset's rows or captions")
+            changed.append("the dataset's rows, captions or buckets")
         if state["versions"]["torch"] != torch.__version__:
             changed.append(f"torch {state['versions']['torch']} -> {torch.__version__}")
         if changed:

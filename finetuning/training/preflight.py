@@ -22,6 +22,11 @@ def check_before_start(args, run, model, training, held_out, order, total_steps)
             problems.append(
                 f"--resolution {side} does not fit the autoencoder: take a multiple of {factor}, e.g. {near}"
             )
+    if args.aspect_buckets and args.bucket_step % factor:
+        near = -(-args.bucket_step // factor) * factor
+        problems.append(
+            f"--bucket_step {args.bucket_step} does not fit the autoencoder: take a multiple of {factor}, e.g. {near}"
+        )
     if args.dream_training and model.scheduler.config.prediction_type != "epsilon":
         problems.append(
             f"--dream_training works with epsilon, and this model predicts {model.scheduler.config.prediction_type}: "
@@ -44,15 +49,21 @@ def check_before_start(args, run, model, training, held_out, order, total_steps)
     if problems:
         raise ModelProblem("\n".join(problems))
 
+    rows = f"{len(training)} rows" if order.rows else f"a stream of {len(training.shards)} shards"
+    epochs = f", {total_steps / order.steps_per_epoch:.1f} epochs" if order.steps_per_epoch else ""
     run.say(
         f"{model.summary()}\n"
-        f"dataset: {len(training)} rows" + (f", {len(held_out)} held out" if held_out else "") + "\n"
+        f"dataset: {rows}" + (f", {len(held_out)} held out" if held_out else "") + "\n"
         f"schedule: {total_steps} steps of {order.group_size} rows ({args.train_batch_size} x "
-        f"{args.gradient_accumulation_steps} accumulated x {order.processes} processes), "
-        f"{total_steps / order.steps_per_epoch:.1f} epochs\n"
+        f"{args.gradient_accumulation_steps} accumulated x {order.processes} processes){epochs}\n"
         f"device: {run.device}, activations {run.accelerator.mixed_precision.replace('no', 'fp32')}; "
         f"a checkpoint takes about {needed / 1e6:.1f} MB"
     )
+    if len(order.rows_in_bucket) > 1:
+        run.say(
+            f"buckets: {len(order.rows_in_bucket)}, and every step is of one: {order.short_steps} of the "
+            f"{order.steps_per_epoch} steps of an epoch have fewer than {order.group_size} rows"
+        )
     kept = total_steps // args.checkpointing_steps if args.checkpointing_steps and limit is None else 0
     if kept * needed + exported > free:
         run.say(

@@ -149,21 +149,22 @@ class Validation:
         rows = sorted(python_random(seed, "validation rows").sample(range(len(self.held_out)), count))
         strata = python_random(seed, "validation timesteps").sample(range(count), count)
         timesteps = torch.tensor([int((stratum + 0.5) / count * len(self.schedule)) for stratum in strata])
-        device, losses = self.run.device, []
+        timestep_of = dict(zip(rows, timesteps, strict=True))
+        device, losses = self.run.device, {}
         self.model.denoiser.eval()
-        for start in range(0, count, self.batch_size):
-            part = rows[start : start + self.batch_size]
+        for part in self.held_out.of_one_size(rows, self.batch_size):
             places = [Place(row, 0, 0, 1.0, True) for row in part]
             batch = self.held_out.collate([self.held_out[place] for place in places]).to(device)
             latents = sampled(self.model, *self.model.posterior(batch.pixels), seed, batch)
             noise = gaussian(seed, "validation noise", 0, part, latents.shape[1:]).to(device)
             still = torch.zeros(1, device=device)
-            draws = NoiseDraws(noise, timesteps[start : start + len(part)].to(device), still, still)
+            draws = NoiseDraws(noise, torch.stack([timestep_of[row] for row in part]).to(device), still, still)
             with self.run.accelerator.autocast():
                 predict = lambda noisy, t, ids=batch.input_ids: self.model.denoiser(noisy, t, ids)
-                losses.append(diffusion_loss(predict, self.schedule, latents, draws, _plain(self.noise_args)).cpu())
+                found = diffusion_loss(predict, self.schedule, latents, draws, _plain(self.noise_args))
+            losses.update(zip(part, found.tolist(), strict=True))
         self.model.denoiser.train()
-        return torch.cat(losses).double()
+        return torch.tensor([losses[row] for row in rows], dtype=torch.float64)
 
 
 def _plain(args):

@@ -17,14 +17,14 @@ LAYOUTS_OF_EIGHT = [
 ROWS = [1, 3, 8, 11, 16, 29]  # fewer than a group, a whole number of groups, and partial last groups
 
 
-def order(rows=11, micro_batch=2, accumulation=1, processes=1, process=0, seed=7):
-    return Order(rows, micro_batch, accumulation, processes, process, seed)
+def order(rows=11, micro_batch=2, accumulation=1, processes=1, process=0, seed=7, buckets=()):
+    return Order(rows, micro_batch, accumulation, processes, process, seed, buckets)
 
 
-def run(rows, layout, first_step=0, last_step=9):
+def run(rows, layout, first_step=0, last_step=9, **more):
     """Each process's micro-batches."""
     return [
-        list(order(rows, process=process, **layout).micro_batches(first_step, last_step))
+        list(order(rows, process=process, **layout, **more).micro_batches(first_step, last_step))
         for process in range(layout["processes"])
     ]
 
@@ -140,3 +140,78 @@ def test_an_epochs_order_needs_no_history():
     later = plan.permutation(3)
     plan.permutation(0)
     assert order(50).permutation(3) == plan.permutation(3) == later
+
+
+# Buckets
+
+BUCKETS = [(8, 8) if row % 3 else (4, 12) for row in range(28)] + [(12, 4)]  # 18, 10 and 1 of 29 rows
+
+
+def test_one_bucket_is_the_order_without_buckets():
+    for layout in LAYOUTS_OF_EIGHT:
+        assert run(29, layout, buckets=[(8, 8)] * 29) == run(29, layout)
+    assert order(29, buckets=[(8, 8)] * 29).steps_per_epoch == order(29).steps_per_epoch == 15
+
+
+def test_every_step_is_of_one_bucket_and_an_epoch_has_every_row_once():
+    plan = order(29, micro_batch=8, buckets=BUCKETS)
+    assert (plan.steps_per_epoch, plan.short_steps) == (6, 3)  # 18 = 8 + 8 + 2, 10 = 8 + 2, 1
+    for epoch in range(3):
+        groups = plan.groups(epoch)
+        assert sorted(row for group in groups for row in group) == list(range(29))
+        assert sorted(map(len, groups)) == [1, 2, 2, 8, 8, 8]
+        assert all(len({BUCKETS[row] for row in group}) == 1 for group in groups)
+        assert groups == [[place.row for place in batch] for batch in plan.micro_batches(6 * epoch, 6 * epoch + 6)]
+
+
+def test_groups_keep_the_permutation_and_stand_where_their_first_row_stands():
+    plan = order(29, micro_batch=8, buckets=BUCKETS)
+    place = {row: number for number, row in enumerate(plan.permutation(0))}
+    groups = plan.groups(0)
+    assert [place[group[0]] for group in groups] == sorted(place[group[0]] for group in groups)
+    for bucket in set(BUCKETS):
+        rows = [row for group in groups for row in group if BUCKETS[row] == bucket]
+        assert rows == [row for row in plan.permutation(0) if BUCKETS[row] == bucket]
+        sizes = [len(group) for group in groups if BUCKETS[group[0]] == bucket]
+        assert sizes[:-1] == [8] * (len(sizes) - 1)
+
+
+def test_epochs_begin_with_different_buckets():
+    plan = order(29, micro_batch=4, buckets=BUCKETS)
+    first = [tuple(BUCKETS[group[0]] for group in plan.groups(epoch)) for epoch in range(8)]
+    assert len(set(first)) > 1
+
+
+@pytest.mark.parametrize(
+    ("buckets", "group", "steps", "short"),
+    [
+        ("aaaaaaaa", 4, 2, 0),
+        ("aaaabbbb", 4, 2, 0),
+        ("aaaaabbb", 4, 3, 2),
+        ("abcdefgh", 4, 8, 8),
+        ("", 4, 2, 0),
+        ("", 3, 3, 1),
+    ],
+)
+def test_steps_of_an_epoch_and_the_short_ones_are_counted_by_bucket(buckets, group, steps, short):
+    plan = order(8, micro_batch=group, buckets=buckets)
+    assert (plan.steps_per_epoch, plan.short_steps, len(plan.groups(0))) == (steps, short, steps)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_OF_EIGHT, ids=str)
+def test_with_buckets_every_layout_trains_on_the_same_rows_and_resumes_exactly(layout):
+    whole = run(29, layout, 0, 14, buckets=BUCKETS)
+    steps = {}
+    for place in (place for process in whole for batch in process for place in batch):
+        row_weights = steps.setdefault(place.step, {})
+        row_weights[place.row] = row_weights.get(place.row, 0) + place.weight
+    plain = order(29, micro_batch=8, buckets=BUCKETS)
+    for step, found in steps.items():
+        epoch, number = divmod(step, 6)
+        rows = plain.groups(epoch)[number]
+        assert found == pytest.approx(dict.fromkeys(rows, 1 / len(rows)))
+    for start in (1, 5, 6, 9):
+        tails = run(29, layout, start, 14, buckets=BUCKETS)
+        assert tails == [[batch for batch in process if batch[0].step >= start] for process in whole]
+    ends = [[(batch[0].step, batch[0].ends_step) for batch in process] for process in whole]
+    assert all(one == ends[0] for one in ends)

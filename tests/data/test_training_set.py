@@ -2,20 +2,29 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import CLIPTokenizer
 
-from finetuning.data.order import Order
-from finetuning.data.reading import DatasetProblem, Row
+from finetuning.data.buckets import BucketArgs
+from finetuning.data.captions import CaptionArgs
+from finetuning.data.order import Order, Place
+from finetuning.data.reading import DatasetProblem
+from finetuning.data.rows import Row, Rows
 from finetuning.data.training_set import DataArgs, PictureSet, load_pictures, tokens
 from finetuning.data.transforms import Transform
 from models.make_start import vocabulary
+
+
+@dataclass
+class DataFlags(BucketArgs, CaptionArgs, DataArgs):
+    """Every flag of a dataset."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +58,7 @@ def load(folder, tokenizer):
 
     def load(seed=0, validation_fraction=0.0, train_data_dir=folder, **flags):
         said = []
-        args = DataArgs(train_data_dir=train_data_dir and str(train_data_dir), resolution="8", **flags)
+        args = DataFlags(train_data_dir=train_data_dir and str(train_data_dir), resolution="8", **flags)
         training, held_out = load_pictures(args, tokenizer, seed, validation_fraction, said.append)
         return training, held_out, "\n".join(said)
 
@@ -234,9 +243,11 @@ def test_held_out_pictures_are_neither_cropped_nor_flipped_nor_stripped_of_capti
 # Captions
 
 
-def captions_only(captions, dropout=0.0, seed=0):
-    rows = [Row(index, texts, f"row {index}") for index, texts in enumerate(captions)]
-    return PictureSet(rows, None, None, None, seed, dropout)
+def captions_only(captions, dropout=0.0, seed=0, random_flip=False, **flags):
+    rows = Rows.of(Row(index, texts, f"row {index}") for index, texts in enumerate(captions))
+    transform = Transform(8, 8, True, random_flip, "box", None, seed)
+    args = DataFlags(proportion_empty_prompts=dropout, **flags)
+    return PictureSet(rows, None, [(8, 8)] * len(rows), transform, None, args, seed)
 
 
 def drawn(pictures, epoch=0):
@@ -249,6 +260,80 @@ def test_caption_dropout_has_the_share_asked_for():
     assert 133 < dropped < 267  # 200, five deviations of a binomial
     assert drawn(captions_only([("circle",)] * 100, dropout=0.0)).count("") == 0
     assert drawn(captions_only([("circle",)] * 100, dropout=1.0)).count("") == 100
+
+
+def test_a_prefix_stands_before_what_is_not_dropped():
+    assert set(drawn(captions_only([("circle",)] * 50, 0.5, caption_prefix="interior design,"))) == {
+        "", "interior design, circle"
+    }  # fmt: skip
+
+
+def test_the_prefix_of_the_metadata_is_the_flags_and_the_captions_own():
+    rows = [("my dog on grass",), ("my dog in water", "my dog"), ("my dog asleep",)]
+    assert captions_only(rows).caption_prefix() == "my dog"
+    assert captions_only(rows, caption_prefix="sks,").caption_prefix() == "sks, my dog"
+    assert captions_only([("a cat",), ("my dog",)]).caption_prefix() == ""
+
+
+def test_tags_are_shuffled_anew_each_epoch_but_the_first_stay():
+    tagged = captions_only([("sks, a, b, c, d",)] * 20, shuffle_tags=True, keep_tokens=1)
+    epochs = [drawn(tagged, epoch) for epoch in range(2)]
+    assert epochs[0] != epochs[1] and epochs[0] == drawn(tagged, 0)
+    assert all(sorted(text.split(", ")) == ["a", "b", "c", "d", "sks"] for text in epochs[0])
+    assert all(text.startswith("sks, ") for epoch in epochs for text in epoch)
+
+
+def test_the_first_of_several_captions_can_be_asked_for():
+    assert set(drawn(captions_only([("one", "two")] * 30, caption_choice="first"))) == {"one"}
+    assert set(drawn(captions_only([("one", "two")] * 30))) == {"one", "two"}
+
+
+SIDES = [("a cat to the left", "a cat"), ("a cat",)] * 20
+
+
+@pytest.mark.parametrize(
+    ("flip_captions", "mirrored", "texts"),
+    [
+        ("skip", {1}, {"a cat to the left", "a cat"}),
+        ("swap", {0, 1}, {"a cat to the left", "a cat to the right", "a cat"}),
+        ("ignore", {0, 1}, {"a cat to the left", "a cat"}),
+    ],
+)
+def test_a_caption_that_names_a_side_is_not_wrong_after_mirroring(flip_captions, mirrored, texts):
+    pictures = captions_only(SIDES, random_flip=True, flip_captions=flip_captions)
+    places = [(row, epoch) for row in range(40) for epoch in range(3)]
+    assert {row % 2 for row, epoch in places if pictures.is_mirrored(row, epoch)} == mirrored
+    assert {pictures.caption(row, epoch) for row, epoch in places} == texts
+    if flip_captions == "swap":
+        told = {(pictures.is_mirrored(*place), pictures.caption(*place)) for place in places if place[0] % 2 == 0}
+        assert (True, "a cat to the left") not in told and (False, "a cat to the right") not in told
+
+
+def test_pixels_are_mirrored_where_the_caption_allows_it_and_the_rest_is_counted(folder, load):
+    rows = [(f"{index:02d}.png", "left" if index < 5 else "circle") for index in range(11)]
+    jsonl(folder / "metadata.jsonl", rows)
+    mirrored, _, said = load(random_flip=True, center_crop=True)
+    plain = load(center_crop=True)[0]
+    assert "5 captions that say left or right: these pictures are not mirrored" in said
+    places = [Place(row, epoch, 0, 1.0, True) for row in range(11) for epoch in range(4)]
+    for place in places:
+        flipped = torch.equal(mirrored[place][1], plain[place][1].flip(-1))
+        assert flipped == mirrored.is_mirrored(place.row, place.epoch)
+    assert {place.row for place in places if mirrored.is_mirrored(place.row, place.epoch)} <= set(range(5, 11))
+
+
+def test_unchecked_pictures_are_named_when_their_turn_comes(folder, load):
+    (folder / "03.png").write_bytes(b"no picture")
+    training = load(check_pictures="none")[0]
+    assert len(training) == 11 and training.picture(2).size == (12, 12)
+    with pytest.raises(DatasetProblem, match=r"metadata.jsonl line 4: .*03\.png.*--check_pictures full names all"):
+        training.picture(3)
+
+
+def test_cut_captions_are_counted_with_the_prefix(folder, load):
+    assert "captions longer than" not in load(max_train_samples=1)[2]
+    words = "circle " * 20
+    assert "11 captions longer than 16 tokens" in load(caption_prefix=words)[2]
 
 
 def test_caption_dropout_is_a_function_of_seed_epoch_and_row():
@@ -296,7 +381,7 @@ def test_fingerprint_changes_with_captions_rows_and_their_order_but_not_with_the
     jsonl(folder / "metadata.jsonl", [*rows[:10], ("10.png", "star")])
     assert load()[0].fingerprint() != whole
     training = load(train_data_dir=moved)[0]
-    training.rows.reverse()
+    training.rows = training.rows[::-1]
     assert training.fingerprint() != whole
 
 
@@ -373,6 +458,128 @@ def test_batches_move_to_a_device_whole(load):
     assert {batch.pixels.device.type, batch.input_ids.device.type, batch.weights.device.type} == {"meta"}
 
 
+# Buckets
+
+
+SIDEWAYS = 6  # EXIF orientation: shown turned by 90 degrees
+SIZES = [(16, 16), (12, 32), (32, 12), (24, 16)]  # (height, width) as a person sees them
+
+
+def saved_with_orientation(path, size, orientation):
+    """Noise that is shown as (height, width) `size`, stored turned."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    height, width = size if orientation < 5 else size[::-1]
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, exif=exif)
+
+
+@pytest.fixture
+def load_shapes(tmp_path, tokenizer):
+    """A folder of 12 pictures of four sizes, every second one turned by EXIF, with a validation split alike."""
+    for split, count in (("train", 12), ("validation", 4)):
+        (tmp_path / split).mkdir()
+        for index in range(count):
+            path, orientation = tmp_path / f"{split}/{index:02d}.png", SIDEWAYS if index % 2 else 1
+            saved_with_orientation(path, SIZES[index % 4], orientation)
+        jsonl(tmp_path / f"{split}/metadata.jsonl", [(f"{index:02d}.png", "circle") for index in range(count)])
+
+    def load(**flags):
+        said = []
+        flags = {"aspect_buckets": True, "bucket_step": 4, "min_side": 8} | flags
+        args = DataFlags(train_data_dir=str(tmp_path), resolution="16", **flags)
+        training, held_out = load_pictures(args, tokenizer, 0, say=said.append)
+        return training, held_out, "\n".join(said)
+
+    return load
+
+
+@pytest.mark.parametrize("check", ["full", "header"])
+def test_each_row_is_trained_at_the_size_of_its_bucket(load_shapes, check):
+    training, held_out, said = load_shapes(check_pictures=check)
+    buckets = [(16, 16), (8, 24), (24, 8), (20, 12)]
+    assert training.sizes == buckets * 3
+    assert held_out.sizes == buckets
+    assert "- 4 buckets, height x width: rows: 16x16: 3; 8x24: 3; 24x8: 3; 20x12: 3" in said
+    for row, (height, width) in enumerate(buckets * 3):
+        _, pixels, _ = training[Place(row, 0, 0, 1.0, True)]
+        assert pixels.shape == (3, height, width)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif", "avif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("check", ["full", "header"])
+def test_sizes_are_those_of_the_picture_as_it_is_shown(tmp_path, tokenizer, ending, orientation, check):
+    saved_with_orientation(tmp_path / f"x.{ending}", (12, 32), orientation)
+    jsonl(tmp_path / "metadata.jsonl", [(f"x.{ending}", "circle")])
+    flags = {"aspect_buckets": True, "bucket_step": 4, "check_pictures": check}
+    args = DataFlags(train_data_dir=str(tmp_path), resolution="16", **flags)
+    assert load_pictures(args, tokenizer, 0, say=str)[0].sizes == [(8, 24)]
+
+
+def test_batches_of_buckets_are_of_one_size_and_functions_of_their_place(load_shapes):
+    training, _, _ = load_shapes(random_flip=True)
+    order = Order(12, 2, 1, 1, 0, seed=0, buckets=training.sizes)
+    assert order.steps_per_epoch == 8
+    load = lambda first, workers: [content(batch) for batch in training.loader(order, first, 10, workers)]
+    whole = load(0, 0)
+    assert len(whole) == 10
+    assert load(3, 2) == whole[3:]
+    for batch in training.loader(order, 0, 8, 0):
+        [size] = {training.sizes[row] for row in batch.rows}
+        assert batch.pixels.shape == (len(batch.rows), 3, *size)
+
+
+def test_rows_are_listed_by_size_for_work_that_goes_by_batches(load_shapes):
+    training, _, _ = load_shapes()
+    assert list(training.of_one_size([7, 4, 8, 3, 0, 5], 2)) == [[7, 3], [4, 8], [0], [5]]
+    assert list(load_shapes(aspect_buckets=False, bucket_step=64, min_side=None)[0].of_one_size(range(5), 2)) == [
+        [0, 1], [2, 3], [4],
+    ]  # fmt: skip
+
+
+def test_fingerprint_changes_with_the_buckets_but_not_where_all_are_square(load_shapes, folder, tokenizer):
+    plain = {"aspect_buckets": False, "bucket_step": 64, "min_side": None}
+    found = [load_shapes(**flags)[0].fingerprint() for flags in (plain, {}, {"bucket_step": 8}, {"bucket_step": 8})]
+    assert len(set(found[:3])) == 3 and found[2] == found[3]
+
+    square = DataFlags(train_data_dir=str(folder), resolution="8", aspect_buckets=True, bucket_step=4)
+    off = DataFlags(train_data_dir=str(folder), resolution="8")
+    assert load_pictures(square, tokenizer, 0, say=str)[0].fingerprint() == (
+        load_pictures(off, tokenizer, 0)[0].fingerprint()
+    )
+
+
+def test_too_small_pictures_stop_the_run_or_are_left_out(load_shapes):
+    with pytest.raises(DatasetProblem) as caught:
+        load_shapes(min_side=16, max_upscale=1)  # 6 training rows and 2 held out have a side of 12
+    assert "the dataset has 8 faults" in str(caught.value)
+    assert "train/metadata.jsonl line 2 (12x32); train/metadata.jsonl line 3 (32x12)" in str(caught.value)
+    training, held_out, said = load_shapes(min_side=16, max_upscale=1, on_bad_rows="skip")
+    assert training.sizes == [(16, 16)] * 6 and held_out.sizes == [(16, 16)] * 2
+    assert [row.picture.name for row in training.rows] == ["00.png", "03.png", "04.png", "07.png", "08.png", "11.png"]
+    assert "x 8 pictures too small for any bucket" in said
+
+
+def test_a_broken_header_is_named_and_not_a_stack_trace(load_shapes, tmp_path):
+    (tmp_path / "train/00.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 30)
+    with pytest.raises(DatasetProblem, match=r"1 pictures that cannot be read: train/metadata.jsonl line 1 .*00\.png"):
+        load_shapes(check_pictures="header")
+
+
+def test_pictures_inside_a_dataset_go_into_buckets(tmp_path, tokenizer):
+    columns = Features({"image": ImageFeature(), "text": Value("string")})
+    for index, size in enumerate(SIZES):
+        saved_with_orientation(tmp_path / f"{index}.png", size, SIDEWAYS)
+    stored = [{"bytes": (tmp_path / f"{index}.png").read_bytes(), "path": None} for index in range(4)]
+    part = Dataset.from_dict({"image": stored, "text": ["circle"] * 4}, features=columns)
+    part.to_parquet(tmp_path / "hub/train.parquet")
+    flags = {"aspect_buckets": True, "bucket_step": 4}
+    args = DataFlags(train_data_dir=str(tmp_path / "hub"), resolution="16", **flags)
+    training, _ = load_pictures(args, tokenizer, 0, say=str, cache_dir=str(tmp_path / "cache"))
+    assert training.sizes == [(16, 16), (8, 24), (24, 8), (20, 12)]
+
+
 # Datasets with the pictures inside
 
 
@@ -389,7 +596,7 @@ def hub_folder(tmp_path):
 
 @pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
 def test_parquet_with_pictures_inside_is_read_like_a_folder(hub_folder, tokenizer, tmp_path, flag):
-    args = DataArgs(**{flag: str(hub_folder)}, resolution="8")
+    args = DataFlags(**{flag: str(hub_folder)}, resolution="8")
     training, held_out = load_pictures(args, tokenizer, 0, cache_dir=str(tmp_path / "cache"))
     assert (len(training), len(held_out)) == (5, 2)
     (batch,) = batches(training, last_step=1, micro_batch=5)
@@ -403,7 +610,7 @@ def test_a_dataset_saved_to_disk_is_read(hub_folder, tokenizer, tmp_path):
     loaded = load_dataset(str(hub_folder), cache_dir=str(tmp_path / "cache"))
     assert isinstance(loaded, DatasetDict)
     loaded.save_to_disk(str(tmp_path / "saved"))
-    args = DataArgs(train_data_dir=str(tmp_path / "saved"), resolution="8")
+    args = DataFlags(train_data_dir=str(tmp_path / "saved"), resolution="8")
     training, held_out = load_pictures(args, tokenizer, 0, cache_dir=str(tmp_path / "cache"))
     assert (len(training), len(held_out)) == (5, 2)
 
@@ -415,14 +622,14 @@ def test_broken_picture_inside_a_dataset_is_named_by_its_row(tmp_path, tokenizer
     part = part.cast_column("image", ImageFeature())
     (tmp_path / "hub").mkdir()
     part.to_parquet(tmp_path / "hub/train.parquet")
-    args = DataArgs(train_data_dir=str(tmp_path / "hub"), resolution="8")
+    args = DataFlags(train_data_dir=str(tmp_path / "hub"), resolution="8")
     with pytest.raises(DatasetProblem, match=r"2 pictures that cannot be read: row 0 .*row 1 "):
         load_pictures(args, tokenizer, 0, cache_dir=str(tmp_path / "cache"))
 
 
 def test_dataset_without_a_train_split_lists_the_splits(hub_folder, tokenizer, tmp_path):
     (hub_folder / "data/train-00000-of-00001.parquet").unlink()
-    args = DataArgs(train_data_dir=str(hub_folder), resolution="8")
+    args = DataFlags(train_data_dir=str(hub_folder), resolution="8")
     with pytest.raises(DatasetProblem, match="no split named train, only validation"):
         load_pictures(args, tokenizer, 0, cache_dir=str(tmp_path / "cache"))
 
@@ -432,7 +639,7 @@ def test_dataset_without_a_train_split_lists_the_splits(hub_folder, tokenizer, t
 
 @pytest.mark.parametrize(("text", "size"), [("512", (512, 512)), ("512x768", (512, 768)), ("64X32", (64, 32))])
 def test_resolution_is_a_side_or_height_by_width(text, size):
-    args = DataArgs(dataset_name="x", resolution=text)
+    args = DataFlags(dataset_name="x", resolution=text)
     assert args.size == size
     assert list(args.problems()) == []
 
@@ -452,5 +659,5 @@ def test_resolution_is_a_side_or_height_by_width(text, size):
     ],
 )  # fmt: skip
 def test_each_wrong_flag_is_named(flags, named):
-    (problem,) = DataArgs(**flags).problems()
+    (problem,) = DataArgs.problems(DataFlags(**flags))
     assert named in problem

@@ -168,3 +168,13 @@ def test_fixed_is_the_centre_crop_mirrored_or_not(flip):
     centre = transform(center_crop=True)(image, 0, 0)
     expected = centre.flip(-1) if flip else centre
     assert torch.equal(transform(center_crop=False, random_flip=True).fixed(image, flip), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"center_crop": False}, {"center_crop": False, "random_flip": True}], ids=str)
+def test_at_another_size_all_else_stays(options):
+    image = coordinates(40, 30)
+    for row in range(10):
+        tall = transform(seed=3, **options).at((16, 8))
+        assert torch.equal(tall(image, 1, row), transform(height=16, width=8, seed=3, **options)(image, 1, row))
+        assert torch.equal(tall.fixed(image, True), transform(height=16, width=8, **options).fixed(image, True))
+    assert transform(**options).at((8, 8)) == transform(**options)

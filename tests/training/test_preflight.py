@@ -8,6 +8,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 
+from finetuning.data.buckets import BucketArgs
+from finetuning.data.captions import CaptionArgs
 from finetuning.data.order import Order
 from finetuning.data.training_set import DataArgs
 from finetuning.families import load_model
@@ -24,7 +26,7 @@ FLAG = "--enable_xformers_memory_efficient_attention"
 
 
 @dataclass
-class Args(RunArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, DataArgs, ModelArgs):
+class Args(RunArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, BucketArgs, CaptionArgs, DataArgs, ModelArgs):
     """The flags of a training script, as far as they are looked at here."""
 
 
@@ -46,9 +48,9 @@ def model(tiny_model):
 def check(model, tmp_path):
     """check_before_start for 11 rows in steps of 2 x 2; returns what was said."""
 
-    def run_check(model=model, total_steps=6, **flags):
+    def run_check(model=model, total_steps=6, buckets=(), **flags):
         args = Args(output_dir="runs/x", train_batch_size=2, gradient_accumulation_steps=2, **flags)
-        order = Order(rows=11, micro_batch=2, accumulation=2, processes=1, process=0, seed=0)
+        order = Order(rows=11, micro_batch=2, accumulation=2, processes=1, process=0, seed=0, buckets=buckets)
         run = FakeRun(tmp_path / "not" / "there" / "yet")
         check_before_start(args, run, model, range(11), range(3), order, total_steps)
         return "\n".join(run.said)
@@ -75,6 +77,12 @@ def test_a_resolution_that_does_not_fit_is_named_with_the_nearest_that_does(reso
     lines = str(problem.value).splitlines()
     assert len(lines) == len(named)
     assert all(line.startswith(start) for line, start in zip(lines, named, strict=True))
+
+
+def test_buckets_that_do_not_fit_the_autoencoder_are_named(check):
+    with pytest.raises(ModelProblem, match=r"^--bucket_step 12 does not fit .* multiple of 8, e\.g\. 16$"):
+        check(resolution="24", aspect_buckets=True, bucket_step=12)
+    assert check(resolution="32", aspect_buckets=True, bucket_step=16)
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(check, monkeypatch):
@@ -105,6 +113,14 @@ def test_the_plan_is_said_in_numbers(check):
     # 11 rows make three steps of at most 4
     assert "6 steps of 4 rows (2 x 2 accumulated x 1 processes), 2.0 epochs" in said
     assert "text encoder" in said and "frozen" in said and "activations fp32" in said
+
+
+def test_steps_that_buckets_leave_short_are_said(check):
+    # 6 + 5 rows in steps of 4: 4 + 2 and 4 + 1
+    said = check(resolution="32", total_steps=8, buckets="aaaaaabbbbb")
+    assert "buckets: 2, and every step is of one: 2 of the 4 steps of an epoch have fewer than 4 rows" in said
+    assert "8 steps of 4 rows (2 x 2 accumulated x 1 processes), 2.0 epochs" in said
+    assert "buckets" not in check(resolution="32", buckets="a" * 11)
 
 
 @pytest.mark.parametrize("use_ema", [False, True])

@@ -1,14 +1,18 @@
 """Looking at the model while it trains: always the same rows, timesteps, noise, prompts and seeds."""
 
+import copy
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from finetuning.data.buckets import BucketArgs
+from finetuning.data.captions import CaptionArgs
 from finetuning.data.training_set import DataArgs, load_pictures
 from finetuning.families import load_model
 from finetuning.families.contract import ModelArgs
@@ -16,6 +20,11 @@ from finetuning.training import validation as validation_module
 from finetuning.training.ema import AveragedWeights, NoAverage
 from finetuning.training.noise import NoiseArgs, NoiseSchedule
 from finetuning.training.validation import Validation, ValidationArgs
+
+
+@dataclass
+class DataFlags(BucketArgs, CaptionArgs, DataArgs):
+    """Every flag of a dataset."""
 
 
 class FakeRun(SimpleNamespace):
@@ -46,7 +55,7 @@ def model(tiny_model):
 @pytest.fixture(scope="module")
 def held_out(tiny_model, shapes_folder):
     tokenizer = load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0).tokenizer
-    return load_pictures(DataArgs(train_data_dir=str(shapes_folder), resolution="32"), tokenizer, seed=0)[1]
+    return load_pictures(DataFlags(train_data_dir=str(shapes_folder), resolution="32"), tokenizer, seed=0)[1]
 
 
 @pytest.fixture
@@ -147,6 +156,15 @@ def test_what_only_training_does_stays_out_of_the_loss(build):
     training = NoiseArgs(snr_gamma=5.0, noise_offset=0.1, input_perturbation=0.1, dream_training=True)
     assert loss_of(build(noise=training)) == plain
     assert loss_of(build(noise=NoiseArgs(loss_type="huber"))) != plain
+
+
+def test_held_out_rows_of_several_sizes_keep_their_losses_and_places(build, held_out):
+    mixed = copy.copy(held_out)
+    mixed.sizes = [(32, 32), (24, 40), (32, 32), (40, 24)]
+    square, alone, together = (build(rows=rows, batch_size=n) for rows, n in ((held_out, 4), (mixed, 1), (mixed, 4)))
+    square, alone, together = (one._row_losses() for one in (square, alone, together))
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+    assert torch.isclose(together, square, rtol=1e-5, atol=0).tolist() == [True, False, True, False]
 
 
 def test_validation_loss_rows_is_a_limit(build, tmp_path):

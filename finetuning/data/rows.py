@@ -1,0 +1,83 @@
+"""The rows of a dataset: which picture, which captions, where they stand. A million of them fit in memory many times.
+
+As Python objects a million rows take two gigabytes, and every loader process that looks at them copies its share. Here
+they are Arrow columns; a Row is made of them when one is asked for.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+
+TOGETHER = 10_000  # rows that are Python objects at the same time while they are read
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture and its captions. `picture` is a path, or an index into a Hub dataset."""
+
+    picture: Path | int
+    captions: tuple[str, ...]
+    origin: str  # where a person finds it: "train/metadata.jsonl line 12"
+
+
+class Rows(Sequence):
+    """Rows that cannot be changed; `take` gives some of them in a new order."""
+
+    def __init__(self, table):
+        self._table = table.combine_chunks()
+
+    @classmethod
+    def of(cls, rows):
+        """From any iterable of Row."""
+        rows, tables = iter(rows), []
+        while some := list(islice(rows, TOGETHER)):
+            tables.append(_table(some))
+        return cls(pa.concat_tables(tables) if tables else _table([]))
+
+    def by_picture(self):
+        """Sorted by the picture's path; rows of one picture stay in the order they had."""
+        return Rows(self._table.take(pa.compute.sort_indices(self._table, [("picture", "ascending")])))
+
+    def take(self, indices):
+        """The rows with these numbers, in this order."""
+        return Rows(self._table.take(pa.array(indices, pa.int64())))
+
+    def pictures(self):
+        """The column of pictures, as paths or numbers that are equal where the picture is the same."""
+        return self._table["picture"].to_pylist()
+
+    def __len__(self):
+        return self._table.num_rows
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.take(range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return _row(*(column[index].as_py() for column in self._table.columns))
+
+    def __iter__(self):
+        for batch in self._table.to_batches(TOGETHER):
+            for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield _row(*values)
+
+    def __eq__(self, other):
+        return list(self) == list(other)
+
+
+def _table(rows):
+    numbers = bool(rows) and isinstance(rows[0].picture, int)
+    pictures = [row.picture if numbers else os.fsencode(row.picture) for row in rows]  # names need not be UTF-8
+    return pa.table({
+        "picture": pa.array(pictures, pa.int64() if numbers else pa.large_binary()),
+        "captions": pa.array([row.captions for row in rows], pa.list_(pa.large_string())),
+        "origin": pa.array([row.origin for row in rows], pa.large_string()),
+    })  # fmt: skip
+
+
+def _row(picture, captions, origin):
+    return Row(picture if isinstance(picture, int) else Path(os.fsdecode(picture)), tuple(captions), origin)

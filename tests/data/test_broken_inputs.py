@@ -1,0 +1,363 @@
+"""What people's folders really hold: over forty broken things, each with its stated outcome.
+
+LOADS     the row is trained on, with this caption and this size of picture
+COUNTED   the row is left out with --on_bad_rows skip, and named under this kind of fault; without it the run stops
+REFUSED   nothing can be trained on before this is mended; the message says these words
+
+Whatever it is, no picture and no row may vanish: each is trained on, or named.
+"""
+
+import io
+import json
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, features
+from transformers import CLIPTokenizer
+
+from finetuning.data.buckets import BucketArgs
+from finetuning.data.captions import CaptionArgs
+from finetuning.data.checking import read_checked
+from finetuning.data.pictures import open_rgb
+from finetuning.data.reading import DatasetProblem
+from finetuning.data.training_set import DataArgs
+from models.make_start import vocabulary
+from prepare_dataset import main as prepare_dataset
+
+LOADS, COUNTED, REFUSED = "loads", "counted", "refused"
+UNREADABLE = "pictures that cannot be read"
+NOT_THERE = "rows whose picture is not there"
+OUTSIDE = "rows that reach outside the dataset's folder"
+EMPTY = "rows with an empty caption"
+NOT_JSON = "metadata lines that are not JSON"
+NO_ROW = "pictures that no metadata row names"
+NO_PICTURE = "rows that name no picture"
+
+
+@dataclass
+class Args(BucketArgs, CaptionArgs, DataArgs):
+    """What reads a folder."""
+
+
+def noise(side=(10, 8), mode="RGB", seed=3):
+    """A PIL picture, width x height."""
+    shape = (side[1], side[0], len(mode)) if len(mode) > 1 else (side[1], side[0])
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8), mode)
+
+
+def encoded(picture, format="JPEG", **options):
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def row(name, text="a thing"):
+    return {"file_name": name, "text": text}
+
+
+def picture_case(name, content, text="a thing"):
+    """A file with a row of its own."""
+
+    def make(folder):
+        (folder / name).write_bytes(content() if callable(content) else content)
+        return [row(name, text)]
+
+    return make
+
+
+def text_case(text):
+    """A sound picture whose row has this caption."""
+    return picture_case("x.png", lambda: encoded(noise(), "PNG"), text)
+
+
+def row_case(record):
+    """A row, or a line as it stands, without a picture of its own."""
+    return lambda folder: [record]
+
+
+def bomb():
+    """A PNG of 60,000 x 60,000 that is a few hundred bytes long."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
+
+
+def animation():
+    return encoded(noise(), "GIF", save_all=True, append_images=[noise(seed=4), noise(seed=5)], duration=9)
+
+
+def turned():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return encoded(noise(), "JPEG", exif=exif)
+
+
+def deep():
+    return encoded(Image.fromarray(np.full((8, 10), 40_000, np.uint16)), "PNG")
+
+
+def cut(content, share=0.5):
+    return content[: int(len(content) * share)]
+
+
+def link_outside(folder):
+    outside = folder.parent / "outside.png"
+    noise().save(outside)
+    (folder / "link.png").symlink_to(outside)
+    return [row("link.png")]
+
+
+def link_inside(folder):
+    noise().save(folder / "target.png")
+    (folder / "link.png").symlink_to("target.png")
+    return [row("link.png"), row("target.png")]
+
+
+def dead_link(folder):
+    (folder / "dead.png").symlink_to("nowhere.png")
+    return [row("dead.png")]
+
+
+def above(folder):
+    noise().save(folder.parent / "above.png")
+    return [row("../above.png")]
+
+
+def absolute_outside(folder):
+    noise().save(folder.parent / "elsewhere.png")
+    return [row(str(folder.parent / "elsewhere.png"))]
+
+
+def absolute_inside(folder):
+    noise().save(folder / "x.png")
+    return [row(str(folder / "x.png"))]
+
+
+def other_machine(folder):
+    noise().save(folder / "x.png")
+    return [row("C:\\Users\\me\\pictures\\x.png")]
+
+
+def named_folder(folder):
+    (folder / "x.png").mkdir()
+    return [row("x.png")]
+
+
+def not_a_picture(folder):
+    (folder / "notes.txt").write_text("no picture")
+    return [row("notes.txt")]
+
+
+def unnamed(folder):
+    noise().save(folder / "alone.png")
+    return []
+
+
+def hidden(folder):
+    noise().save(folder / ".hidden.png")
+    return [row(".hidden.png")]
+
+
+def twice(folder):
+    noise().save(folder / "x.png")
+    return [row("x.png", "one"), row("x.png", "two")]
+
+
+def unprintable(folder):
+    noise().save(folder / "a b'\u2028é.png")
+    return [row("a b'\u2028é.png")]
+
+
+def raw_metadata(content):
+    """The whole metadata file as bytes; {} stands for the sound picture's own row."""
+
+    def make(folder):
+        noise().save(folder / "x.png")
+        return content
+
+    return make
+
+
+SOUND = json.dumps(row("sound.png", "sound")).encode()
+X = json.dumps(row("x.png")).encode()
+LATIN = '{"file_name": "x.png", "text": "ein Hündchen"}'.encode("latin-1")
+
+CASES = {
+    # pictures
+    "truncated JPEG": (picture_case("x.jpg", lambda: cut(encoded(noise((90, 80))))), COUNTED, UNREADABLE),
+    "truncated PNG": (picture_case("x.png", lambda: cut(encoded(noise((90, 80)), "PNG"))), COUNTED, UNREADABLE),
+    "truncated WebP": (picture_case("x.webp", lambda: cut(encoded(noise((90, 80)), "WEBP"))), COUNTED, UNREADABLE),
+    "zero bytes": (picture_case("x.png", b""), COUNTED, UNREADABLE),
+    "text named .jpg": (picture_case("x.jpg", b"<html>404</html>"), COUNTED, UNREADABLE),
+    "zeros named .png": (picture_case("x.png", bytes(500)), COUNTED, UNREADABLE),
+    "PNG with a wrong checksum": (
+        picture_case("x.png", lambda: encoded(noise(), "PNG").replace(b"IDAT", b"IDAX")), COUNTED, UNREADABLE,
+    ),
+    "decompression bomb": (picture_case("x.png", bomb), COUNTED, UNREADABLE),
+    "PNG named .jpg": (picture_case("x.jpg", lambda: encoded(noise(), "PNG")), LOADS, (10, 8)),
+    "upper-case ending": (picture_case("X.JPG", lambda: encoded(noise())), LOADS, (10, 8)),
+    "CMYK": (picture_case("x.jpg", lambda: encoded(noise(mode="CMYK"))), LOADS, (10, 8)),
+    "16 bits": (picture_case("x.png", deep), LOADS, (10, 8)),
+    "grey": (picture_case("x.png", lambda: encoded(noise(mode="L"), "PNG")), LOADS, (10, 8)),
+    "one bit": (picture_case("x.png", lambda: encoded(noise(mode="L").convert("1"), "PNG")), LOADS, (10, 8)),
+    "palette": (picture_case("x.png", lambda: encoded(noise().quantize(8), "PNG")), LOADS, (10, 8)),
+    "transparent": (picture_case("x.png", lambda: encoded(noise(mode="RGBA"), "PNG")), LOADS, (10, 8)),
+    "animated": (picture_case("x.gif", animation), LOADS, (10, 8)),
+    "turned by EXIF": (picture_case("x.jpg", turned), LOADS, (8, 10)),
+    "one pixel": (picture_case("x.png", lambda: encoded(noise((1, 1)), "PNG")), LOADS, (1, 1)),
+    # where they lie
+    "link to a picture inside": (link_inside, LOADS, (10, 8)),
+    "link out of the folder": (link_outside, COUNTED, OUTSIDE),
+    "link to nothing": (dead_link, COUNTED, NOT_THERE),
+    "../ in a name": (above, COUNTED, OUTSIDE),
+    "absolute name, outside": (absolute_outside, COUNTED, OUTSIDE),
+    "absolute name, inside": (absolute_inside, LOADS, (10, 8)),
+    "absolute name of another machine": (other_machine, LOADS, (10, 8)),
+    "a URL": (row_case(row("https://example.org/x.png")), COUNTED, NOT_THERE),
+    "a picture that is not there": (row_case(row("gone.png")), COUNTED, NOT_THERE),
+    "a folder named as a picture": (named_folder, COUNTED, NOT_THERE),
+    "a file that is no picture": (not_a_picture, COUNTED, "rows that name a file that is not a picture"),
+    "a picture without a row": (unnamed, COUNTED, NO_ROW),
+    "a hidden picture": (hidden, COUNTED, "rows whose picture is hidden"),
+    "a name with a space, a quote, U+2028": (unprintable, LOADS, (10, 8)),
+    # rows
+    "two rows of one picture": (twice, LOADS, (10, 8)),
+    "no file_name": (row_case({"text": "a thing"}), COUNTED, NO_PICTURE),
+    "file_name is null": (row_case({"file_name": None, "text": "a thing"}), COUNTED, NO_PICTURE),
+    "file_name with half a character": (row_case(row("\ud83d.png")), COUNTED, NOT_THERE),
+    "file_name with a NUL": (row_case(row("x\0.png")), COUNTED, NOT_THERE),
+    "file_name is a number": (row_case({"file_name": 7, "text": "a thing"}), COUNTED, NO_PICTURE),
+    "not JSON": (row_case("{'file_name': 'x.png'}"), COUNTED, NOT_JSON),
+    "half a line": (row_case('{"file_name": "x.png", "te'), COUNTED, NOT_JSON),
+    "a list for a row": (row_case(["x.png", "a thing"]), COUNTED, "metadata lines that are not JSON objects"),
+    "caption is null": (text_case(None), COUNTED, EMPTY),
+    "caption is empty": (text_case(""), COUNTED, EMPTY),
+    "caption is blank": (text_case(" \t\n "), COUNTED, EMPTY),
+    "caption is an empty list": (text_case([]), COUNTED, EMPTY),
+    "caption is missing": (
+        lambda folder: [{"file_name": text_case("")(folder)[0]["file_name"]}], COUNTED, EMPTY,
+    ),
+    "caption is NaN": (text_case(float("nan")), REFUSED, ("metadata.jsonl line 2", "must be text", "nan")),
+    "caption is a number": (text_case(12), REFUSED, ("metadata.jsonl line 2", "must be text", "12")),
+    "caption is an object": (text_case({"en": "a thing"}), REFUSED, ("metadata.jsonl line 2", "must be text")),
+    "caption with half a character": (text_case("a \ud83d thing"), COUNTED, "captions that are not valid text"),
+    "several captions": (text_case(["one", "two", None]), LOADS, (10, 8)),
+    "a huge caption": (text_case("circle " * 20_000), LOADS, (10, 8)),
+    # files
+    "BOM": (raw_metadata(b"\xef\xbb\xbf" + SOUND + b"\n" + X), LOADS, (10, 8)),
+    "CRLF": (raw_metadata(SOUND + b"\r\n" + X + b"\r\n"), LOADS, (10, 8)),
+    "blank lines": (raw_metadata(b"\n\n" + SOUND + b"\n  \n" + X + b"\n\n"), LOADS, (10, 8)),
+    "Latin-1": (raw_metadata(SOUND + b"\n" + LATIN), REFUSED, ("metadata.jsonl is not UTF-8", "as UTF-8")),
+    "UTF-16": (raw_metadata((SOUND + b"\n" + X).decode().encode("utf-16")), REFUSED, ("metadata.jsonl is not UTF-8",)),
+    "no caption column": (
+        raw_metadata(b'{"file_name": "x.png", "caption": "a thing"}'), REFUSED,
+        ("no column 'text'", "file_name, caption", "--caption_column"),
+    ),
+    "no file_name column": (
+        raw_metadata(b'{"path": "x.png", "text": "a thing"}'), REFUSED, ('"file_name" is needed', "--image_column"),
+    ),
+    "empty metadata": (raw_metadata(b""), COUNTED, NO_ROW),
+}  # fmt: skip
+if features.check("avif"):
+    CASES["AVIF"] = (picture_case("x.avif", lambda: encoded(noise(), "AVIF")), LOADS, (10, 8))
+
+
+def build(folder, make):
+    """A folder with a sound picture and the case's; the names of all pictures and the places of all rows in it."""
+    folder.mkdir(parents=True)
+    noise(seed=1).save(folder / "sound.png")
+    records = make(folder)
+    content = records
+    if not isinstance(records, bytes):
+        lines = [one if isinstance(one, str) else json.dumps(one) for one in [row("sound.png", "sound"), *records]]
+        content = "".join(f"{line}\n" for line in lines).encode()
+    (folder / "metadata.jsonl").write_bytes(content)
+    pictures = {path.name for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".gif", ".webp")}
+    lines = [n for n, line in enumerate(content.replace(b"\0", b"").split(b"\n"), 1) if line.strip()]
+    return {name for name in pictures if not name.startswith(".")}, [f"metadata.jsonl line {n}" for n in lines]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    entries, merges = vocabulary()
+    return CLIPTokenizer(vocab=entries, merges=merges, model_max_length=16)
+
+
+@pytest.mark.parametrize(("make", "outcome", "expected"), CASES.values(), ids=CASES)
+def test_every_broken_thing_has_its_outcome(make, outcome, expected, tmp_path, tokenizer):
+    folder = tmp_path / "data"
+    pictures, lines = build(folder, make)
+    args = Args(train_data_dir=str(folder))
+    if outcome == REFUSED:
+        with pytest.raises(DatasetProblem) as problem:
+            read_checked(args, tokenizer, 0)
+        assert all(words in str(problem.value) for words in expected), str(problem.value)
+        return
+
+    found = read_checked(args, tokenizer, 0)
+    told = "\n".join(one for kind in found.findings.faults.values() for one in kind)
+    trained = {one.picture.name for one in found.rows}
+    if outcome == LOADS:
+        assert not found.findings.faults
+        (loaded,) = {one.picture for one in found.rows if one.picture.name != "sound.png"} - {folder / "target.png"}
+        assert open_rgb(loaded).size == expected and open_rgb(loaded).mode == "RGB"
+    else:
+        kinds = [kind for kind, examples in found.findings.faults.items() if examples and kind.startswith(expected)]
+        assert kinds, dict(found.findings.faults)
+    for name in pictures:
+        assert name in trained or name in told, f"{name} has vanished"
+    rows_told = {one.origin for one in found.rows}
+    for place in lines:
+        assert place in rows_told or place in told, f"{place} has vanished"
+    assert ("sound.png" in trained) == (expected != NO_ROW or make is unnamed)
+
+
+def test_there_are_at_least_forty():
+    assert len(CASES) >= 40
+
+
+# In one folder, what lies outside of a case's own folder is inside of the whole; and no metadata is no row at all.
+TOGETHER = {name: case for name, case in CASES.items() if case[1] != REFUSED and case[2] not in (OUTSIDE, NO_ROW)}
+
+
+@pytest.fixture(scope="module")
+def all_at_once(tmp_path_factory):
+    """One folder with every broken thing that does not refuse the whole, each in a folder of its own."""
+    root = tmp_path_factory.mktemp("all") / "data"
+    for number, (make, _, _) in enumerate(TOGETHER.values()):
+        build(root / f"{number:02d}", make)
+    return root
+
+
+def test_check_refuses_all_of_them_in_one_message(all_at_once, capsys):
+    assert prepare_dataset(["check", str(all_at_once)]) == 1
+    said = capsys.readouterr().out
+    kinds = {expected for _, outcome, expected in TOGETHER.values() if outcome == COUNTED}
+    assert [kind for kind in kinds if kind not in said] == []
+
+
+def test_convert_takes_what_can_be_taken_and_names_the_rest(all_at_once, tmp_path, capsys):
+    output = tmp_path / "out"
+    command = ["convert", "imagefolder", str(all_at_once), "--output", str(output)]
+    assert prepare_dataset(command) == 1
+    assert "faults (x)" in capsys.readouterr().err and not (output / "conversion.json").exists()
+    assert prepare_dataset([*command, "--on_bad_rows", "skip"]) == 0
+    counts = json.loads((output / "conversion.json").read_text())
+    loading = sum(outcome == LOADS for _, outcome, _ in TOGETHER.values())
+    sound = len(TOGETHER) + 1  # one beside each case, and the target of the link
+    assert sum(counts["pictures"].values()) == loading + sound
+    unreadable = sum(expected == UNREADABLE for _, _, expected in TOGETHER.values())
+    assert counts["failures"] == unreadable == len((output / "failures.jsonl").read_text().splitlines())
+    left_out = json.loads((output / "findings.json").read_text())["left out"]
+    others = [expected for _, outcome, expected in TOGETHER.values() if outcome == COUNTED and expected != UNREADABLE]
+    for kind in set(others):
+        assert sum(len(found) for told, found in left_out.items() if told.startswith(kind)) >= others.count(kind)
+    assert prepare_dataset(["check", str(output)]) == 0

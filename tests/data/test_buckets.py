@@ -1,0 +1,211 @@
+"""Aspect-ratio buckets: sizes worked out by hand, and what a dataset's report says of them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetuning.data.buckets import BucketArgs, bucket_of, bucket_sizes, sort_into_buckets
+from finetuning.data.captions import CaptionArgs
+from finetuning.data.reading import Findings
+from finetuning.data.rows import Row, Rows
+from finetuning.data.training_set import DataArgs
+from finetuning.data.transforms import Transform
+
+
+@dataclass
+class Args(BucketArgs, CaptionArgs, DataArgs):
+    """The flags that decide on sizes."""
+
+
+def flags(resolution="512", **given):
+    return Args(**({"dataset_name": "x", "aspect_buckets": True} | given), resolution=resolution)
+
+
+# Which sizes there are
+
+
+def test_the_sizes_at_512_are_those_of_kohya():
+    wide = [(256, 832), (256, 896), (256, 960), (256, 1024), (320, 704), (320, 768), (384, 640), (448, 576)]
+    assert bucket_sizes(flags()) == sorted([*wide, (512, 512), *((w, h) for h, w in wide)])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"bucket_step": 8}, {"bucket_step": 128}, {"min_side": 300}, {"max_side": 700}, {"min_side": 1}],
+    ids=str,
+)
+def test_sizes_are_multiples_within_the_bounds_and_none_could_be_larger(given):
+    args = flags(**given)
+    step, least, most = args.bucket_step, args.min_side or 256, args.max_side or 1024
+    sizes = bucket_sizes(args)
+    assert (512, 512) in sizes and len(set(sizes)) == len(sizes)
+    assert {(w, h) for h, w in sizes} == set(sizes)
+    for h, w in sizes:
+        assert h % step == w % step == 0 and least <= min(h, w) and max(h, w) <= most and h * w <= 512**2
+        fits = lambda h, w: h * w <= 512**2 and max(h, w) <= most
+        assert not (fits(h + step, w) and fits(h, w + step))
+    allowed = [side for side in range(step, most + 1, step) if side >= least]
+    assert {h for h, _ in sizes} == {h for h in allowed if h * allowed[0] <= 512**2}
+
+
+def test_with_the_bounds_at_the_resolution_there_is_one_size():
+    assert bucket_sizes(flags(min_side=512, max_side=512)) == [(512, 512)]
+
+
+# Where a picture goes
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket"),
+    [
+        ((512, 512), (512, 512)),
+        ((3000, 3000), (512, 512)),
+        ((1000, 1010), (512, 512)),
+        ((3000, 2000), (640, 384)),  # 1.5: 1.667 is nearer than 1.286 by the logarithm
+        ((1000, 1250), (448, 576)),
+        ((2000, 6000), (256, 832)),  # 3: ln 2.4 (320 x 768) is 0.22 away, ln 3.25 only 0.08
+        ((900, 9000), (256, 1024)),
+    ],
+)
+def test_a_picture_goes_to_the_nearest_aspect_ratio(size, bucket):
+    assert bucket_of(flags(), size) == bucket
+    assert bucket_of(flags(), size[::-1]) == bucket[::-1]
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "bucket"),
+    [
+        ((512, 512), 1, (512, 512)),
+        ((511, 511), 1, (448, 448)),  # the largest square that needs no enlargement
+        ((511, 511), 1.01, (512, 512)),
+        ((300, 300), 1, (256, 256)),
+        ((300, 300), 1.5, (448, 448)),
+        ((256, 256), 2, (512, 512)),  # exactly the bound
+        ((500, 400), 1, (448, 384)),  # 1.25: of the sizes that fit in it, 1.167 is nearer than 1.4 and 1
+        ((256, 512), 1, (256, 512)),
+        ((255, 2000), 1, None),
+        ((255, 255), 1, None),
+        ((171, 171), 1.5, (256, 256)),
+        ((170, 171), 1.5, None),
+    ],
+)
+def test_enlargement_is_bounded_by_a_smaller_bucket(size, most, bucket):
+    args = flags(max_upscale=most)
+    assert bucket_of(args, size) == bucket
+    assert bucket_of(args, size[::-1]) == (bucket and bucket[::-1])
+
+
+def test_no_picture_is_enlarged_beyond_the_bound_and_a_larger_bound_never_loses_one():
+    rng = np.random.default_rng(0)
+    for size in rng.integers(100, 900, (300, 2)).tolist():
+        found = [bucket_of(flags(max_upscale=most), tuple(size)) for most in (1.0, 1.3, 2.0)]
+        for most, bucket in zip((1.0, 1.3, 2.0), found, strict=True):
+            assert bucket is None or max(bucket[0] / size[0], bucket[1] / size[1]) <= most
+        assert found == sorted(found, key=lambda bucket: bucket is not None)
+
+
+def test_no_picture_is_distorted():
+    """A circle stays as wide as high, and the bucket is filled to its edges."""
+    y, x = np.mgrid[:90, :200]
+    circle = Image.fromarray(np.where((y - 45) ** 2 + (x - 100) ** 2 < 30**2, 255, 128).astype(np.uint8)).convert("RGB")
+    args = flags("64", bucket_step=8)
+    bucket = bucket_of(args, (90, 200))
+    assert bucket == (40, 88)
+    pixels = Transform(64, 64, True, False, "bilinear", None, 0).at(bucket)(circle, 0, 0)
+    assert pixels.shape == (3, 40, 88)
+    white = pixels[0] > 0.5
+    assert white.any(0).sum() == pytest.approx(white.any(1).sum(), abs=1) == pytest.approx(60 * 40 / 90, abs=3)
+    assert torch.all(pixels[0] > -0.01)
+
+
+# What is said
+
+
+def sorted_rows(sizes, **given):
+    findings = Findings()
+    rows = Rows.of(Row(index, ("",), f"row {index}") for index in range(len(sizes)))
+    kept, buckets = sort_into_buckets(flags(**given), rows, sizes, findings)
+    return [row.picture for row in kept], buckets, findings
+
+
+def test_without_the_flag_all_rows_have_the_resolution():
+    assert sorted_rows([(10, 10), (3, 900)], aspect_buckets=False, resolution="32x40") == (
+        [0, 1], [(32, 40), (32, 40)], Findings(),
+    )  # fmt: skip
+
+
+def test_too_small_pictures_are_faults_with_their_size_and_the_flags_that_help():
+    kept, buckets, findings = sorted_rows([(100, 2000), (512, 512), (170, 170)])
+    assert (kept, buckets) == ([1], [(512, 512)])
+    [(kind, named)] = findings.faults.items()
+    assert "--max_upscale" in kind and "--min_side" in kind
+    assert named == ["row 0 (100x2000)", "row 2 (170x170)"]
+
+
+def test_notes_count_the_buckets_what_is_enlarged_and_what_is_cropped():
+    sizes = [(1000, 1000), (512, 512), (400, 400), (512, 640), (300, 300)]
+    _, buckets, findings = sorted_rows(sizes)
+    assert buckets == [(512, 512), (512, 512), (512, 512), (448, 576), (448, 448)]
+    # 512 x 640 covers 448 x 576 at 460.8 x 576: of 640 columns all, of 512 lines 448 / 460.8 = 97.2 %
+    assert findings.report() == "\n".join(
+        [
+            "  - 3 buckets, height x width: rows: 512x512: 3; 448x576: 1; 448x448: 1",
+            "  - 1 pictures too small for a bucket of --resolution (a smaller one is used), height x width: "
+            "row 4 (300x300)",
+            "  - 2 pictures enlarged to cover their bucket, by at most 1.49: row 4 (by 1.49); row 2 (by 1.28)",
+            "  - 1 pictures cropped to their bucket, by 2.8% on average and at most 2.8% of the area: row 3 (2.8%)",
+        ]
+    )
+
+
+def test_the_most_cropped_stand_first():
+    notes = sorted_rows([(512, 5120), (512, 540), (512, 512)])[2].notes
+    # 512 x 5120 in 256 x 1024: 4 of 10 widths; 512 x 540 in 512 x 512: 28 of 540 columns
+    kind = "pictures cropped to their bucket, by 32.6% on average and at most 60.0% of the area"
+    assert notes[kind] == ["row 0 (60.0%)", "row 1 (5.2%)"]
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"resolution": "512x512"},
+        {"min_side": 512, "max_side": 512},
+        {"resolution": "768", "max_upscale": 1},
+        {"resolution": "36", "bucket_step": 12},
+        {"aspect_buckets": False, "resolution": "500x20", "random_resized_crop_scale": 0.5},
+    ],
+    ids=str,
+)
+def test_flags_that_go_together(given):
+    assert list(BucketArgs.problems(flags(**given))) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"resolution": "512x768"}, ["--resolution 512x768 must be one side"]),
+        ({"random_resized_crop_scale": 0.5}, ["--random_resized_crop_scale"]),
+        ({"resolution": "500"}, ["--resolution 500 must be a multiple of --bucket_step 64, e.g. 512"]),
+        ({"resolution": "20"}, ["--resolution 20 must be a multiple of --bucket_step 64, e.g. 64"]),
+        ({"bucket_step": 0}, ["--bucket_step 0 "]),
+        ({"min_side": 0}, ["--min_side 0 "]),
+        ({"min_side": 576}, ["--min_side 576 must be at most --resolution 512"]),
+        ({"max_side": 448}, ["--max_side 448 must be at least --resolution 512"]),
+        *(({"max_upscale": value}, ["--max_upscale"]) for value in (0.9, float("nan"), float("inf"))),
+        ({"max_upscale": 0, "min_side": 600, "bucket_step": 100}, ["--max_upscale", "--resolution", "--min_side"]),
+        ({"resolution": "big"}, []),  # the dataset's flags say so
+        ({"aspect_buckets": False, "bucket_step": 32, "min_side": 8}, ["--bucket_step only goes", "--min_side only"]),
+    ],
+    ids=str,
+)
+def test_each_wrong_flag_is_named(given, named):
+    problems = list(BucketArgs.problems(flags(**given)))
+    assert len(problems) == len(named)
+    assert all(words in problem for words, problem in zip(named, problems, strict=True))
