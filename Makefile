@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test lint format mini-sd datasets readme clean
+.PHONY: demo test lint format mini-sd datasets flags clean
 
 demo: $(VENV)/.ready
 	bash finetune.sh
@@ -38,6 +38,6 @@ $(VENV)/.ready: requirements.txt
 clean:
 	rm -rf $(VENV) build runs
 
-# Write the tables of flags in README.md again, from the code.
-readme: $(VENV)/.ready
-	PYTHONPATH=. $(PYTHON) tests/write_readme_flags.py
+# Write FLAGS.md again, from the code.
+flags: $(VENV)/.ready
+	PYTHONPATH=. $(PYTHON) tests/write_flags.py

@@ -1,22 +1,45 @@
-"""Make a dataset that training reads, from what you have.
+"""Make a dataset that training reads, from what you have; check it, and change it.
 
-    python prepare_dataset.py convert SOURCE PATH --output DIR [flags]
+    python prepare_dataset.py convert SOURCE PATH --output DIR      anything -> train/, validation/, test/
+    python prepare_dataset.py check DIR --html report.html          would training take it, and is it any good?
+    python prepare_dataset.py augment DIR --output NEW              mirrored, brighter, turned ... copies in train/
+    python prepare_dataset.py captions DIR --output NEW --prefix "interior design,"
 
 SOURCE  imagefolder     pictures with metadata.jsonl, .csv or .parquet, in any of the shapes that people have
         sidecar         pictures with a .txt or .caption file beside each (kohya)
-Reads   PATH, which is never changed.
-Writes  DIR/train, DIR/validation and DIR/test, each with its pictures and its metadata.jsonl; conversion.json with the
-        settings and counts; failures.jsonl with what could not be taken, and why.
-Go on   after an interruption: the same command again.
+        parallel        a folder of pictures and a folder of caption files: images/7.jpg, captions/7.txt
+        unsplash-lite   photos.tsv000 or .csv000 of the Unsplash Lite dataset, or a scraper's manifest.json
+        sbu             SBU Captions: lines, JSON, or what img2dataset fetched
+        stanford-dogs   Images/, Annotation/ and the .mat lists, unpacked or as tars
+        dreambooth      the DreamBooth dataset's folders, with captions from --instance_prompt
+        webdataset      tar shards, 'shards/{00000..00012}.tar'
+        hub             a dataset on the Hugging Face Hub by name, or a folder that `datasets` wrote
+Reads   PATH or DIR, which is never changed.
+Writes  a new folder with train/, validation/ and test/, each with its pictures and its metadata.jsonl; convert also
+        conversion.json with the settings and counts, failures.jsonl with what could not be taken and why, and
+        findings.json with what the source's reader left out.
+Go on   after an interrupted convert: the same command again. The others write a new folder whole or not at all.
 """
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from finetuning.cli import REQUIRED, flag, parse_command
+from finetuning.cli import REQUIRED, flag, parse_command, write_json
 from finetuning.conversion import SOURCES
+from finetuning.conversion.augmenting import AugmentArgs, augment
+from finetuning.conversion.captions import RewriteArgs, rewrite
+from finetuning.conversion.download import DownloadArgs
+from finetuning.conversion.dreambooth import DreamBoothArgs
+from finetuning.conversion.hub import HubArgs
+from finetuning.conversion.mending import audit
+from finetuning.conversion.parallel import ParallelArgs
 from finetuning.conversion.sidecar import SidecarArgs
+from finetuning.conversion.stanford_dogs import StanfordDogsArgs
+from finetuning.conversion.unsplash import UnsplashArgs
+from finetuning.conversion.webdataset import WebDatasetArgs
 from finetuning.conversion.writing import WritingArgs, write_dataset
+from finetuning.data.audit import AuditArgs
 from finetuning.data.reading import DatasetProblem, Findings
 
 
@@ -25,42 +48,55 @@ class SourceArgs:
     """Source"""
 
     source: str = flag(REQUIRED, "what PATH is", choices=tuple(SOURCES), positional=True)
-    path: str = flag(REQUIRED, "folder or file of the source", positional=True)
-    image_column: str = flag("image", "imagefolder: metadata key of the picture, besides file_name")
-    caption_column: str = flag("text", "imagefolder: metadata key of the caption or list of captions")
-    allow_outside_paths: bool = flag(False, "imagefolder: let metadata and links reach pictures outside PATH")
+    path: str = flag(REQUIRED, "folder or file of the source, shard pattern, or Hub name", positional=True)
+    image_column: str = flag("image", "imagefolder, hub: metadata key or column of the picture, besides file_name")
+    caption_column: str = flag("text", "imagefolder, hub: metadata key or column of the caption or list of captions")
+    allow_outside_paths: bool = flag(False, "imagefolder, sidecar, hub: let metadata and links reach outside PATH")
 
 
 @dataclass
-class ConvertArgs(WritingArgs, SidecarArgs, SourceArgs):
+class ConvertArgs(
+    HubArgs, WebDatasetArgs, DreamBoothArgs, StanfordDogsArgs, UnsplashArgs, DownloadArgs, ParallelArgs, SidecarArgs,
+    WritingArgs, SourceArgs,
+):  # fmt: skip
     """Every flag of convert."""
+
+
+COMMANDS = {"convert": ConvertArgs, "check": AuditArgs, "augment": AugmentArgs, "captions": RewriteArgs}
 
 
 def main(argv=None):
     """Do what the first word says, and return the exit status."""
-    name, args = parse_command({"convert": ConvertArgs}, __doc__, argv)
+    name, args = parse_command(COMMANDS, __doc__, argv)
     try:
-        return {"convert": convert}[name](args)
+        if name == "check":
+            return audit(args)
+        {"convert": convert, "augment": augment, "captions": rewrite}[name](args)
     except DatasetProblem as problem:
         print(f"DatasetProblem: {problem}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def convert(args):
-    """From any source to one folder."""
-    findings = Findings()
-    samples = list(SOURCES[args.source](args.path, args, findings))
+    """From any source to one folder. The source is read twice: first for its faults, so that few rows are in memory."""
+    findings, read = Findings(), SOURCES[args.source]
+    total = sum(1 for _ in read(args.path, args, findings))
+    report = findings.report()
     if findings.faults and args.on_bad_rows == "error":
         raise DatasetProblem(
-            f"{args.path} has {findings.count()} faults (x):\n{findings.report()}\n"
+            f"{args.path} has {findings.count()} faults (x):\n{report}\n"
             "  mend them, or take the rest with --on_bad_rows skip"
         )
-    if report := findings.report():
+    if not total:
+        raise DatasetProblem(f"{args.path} holds nothing that could be taken" + (f":\n{report}" if report else ""))
+    if report:
         print(f"{args.path}, left out (x) and noted (-):\n{report}", file=sys.stderr)
-    if not samples:
-        raise DatasetProblem(f"{args.path} holds nothing that could be taken")
-    write_dataset(samples, args)
-    return 0
+    write_dataset(read(args.path, args, Findings()), args, min(total, args.limit or total))
+    if report:
+        write_json(Path(args.output) / "findings.json", {"left out": findings.faults, "noted": findings.notes})
 
 
 if __name__ == "__main__":

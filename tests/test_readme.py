@@ -1,18 +1,12 @@
-"""The README says what is so."""
+"""The README and the list of flags say what is so."""
 
 import re
-
-import generate_images
-import train_lora
-import train_text_to_image
-from finetuning.cli import flag_table
+import runpy
 
 
-def test_the_tables_of_flags_are_those_of_the_code(root):
-    text = (root / "README.md").read_text(encoding="utf-8")
-    lora = flag_table(train_lora.Args, besides=train_text_to_image.Args)
-    for table in (flag_table(train_text_to_image.Args), lora, flag_table(generate_images.Args)):
-        assert table in text, "run `make readme`"
+def test_the_list_of_flags_is_the_codes(root):
+    page = runpy.run_path(str(root / "tests/write_flags.py"))["page"]
+    assert (root / "FLAGS.md").read_text(encoding="utf-8") == page(), "run `make flags`"
 
 
 def test_pictures_and_files_that_it_names_are_there(root):
@@ -22,3 +16,10 @@ def test_pictures_and_files_that_it_names_are_there(root):
     tree = text.split("## What is where")[1].split("To train on another")[0]
     for name in re.findall(r"^    (\S+)  ", tree, flags=re.MULTILINE):
         assert (root / name).exists(), name
+
+
+def test_flags_that_it_names_are_there(root):
+    known = set(re.findall(r"`(--\w+)`", (root / "FLAGS.md").read_text(encoding="utf-8")))
+    known |= {"--config", "--config_file", "--exclude", "--help"}
+    named = set(re.findall(r"(?<![\w-])--[a-z]\w+", (root / "README.md").read_text(encoding="utf-8")))
+    assert {name for name in named if name.replace("--no-", "--") not in known} == set()

@@ -1,18 +1,51 @@
 """Any folder that training can read: metadata of all kinds, above or inside the splits, absolute names, links."""
 
+import os
+from itertools import chain, groupby
 from pathlib import Path
 
-from finetuning.conversion.contract import Sample
-from finetuning.data.reading import SPLIT_NAMES, read_folder
+from finetuning.conversion.contract import BESIDE_SPLITS, Sample, split_folders, walk
+from finetuning.data.pictures import EXTENSIONS
+from finetuning.data.reading import SPLIT_NAMES, DatasetProblem, Findings, read_folder
 
 
 def read(path, args, findings):
-    """The rows of every split; a folder without splits has its rows divided by content."""
+    """The pictures of every split; a folder without splits has its pictures divided by content.
+
+    Several rows of one picture become one sample with the captions of all. Pictures beside the folders of splits are
+    for training, unless train/ is there.
+    """
     root = Path(path)
-    has_splits = any((root / name).is_dir() for name in SPLIT_NAMES["train"])
-    for split in SPLIT_NAMES if has_splits else ("train",):
+    if not root.is_dir():
+        raise DatasetProblem(f"there is no folder {root}")
+    folders = split_folders(root, [entry.name for entry in root.iterdir() if entry.is_dir()])
+    splits = set(folders.values())
+    if folders and (beside := _beside(root, folders)):
+        if "train" in splits:
+            findings.faults[BESIDE_SPLITS] += beside
+        splits.add("train")
+    for split in [split for split in SPLIT_NAMES if split in splits] or ("train",):
         rows = read_folder(root, split, args.image_column, args.caption_column, args.allow_outside_paths, findings)
-        for row in rows or []:
-            inside = row.picture.relative_to(root) if root in row.picture.parents else Path(row.picture.name)
-            parts = inside.parts[1:] if has_splits and len(inside.parts) > 1 else inside.parts
-            yield Sample("/".join(parts), row.picture, row.captions, row.origin, split if has_splits else None)
+        for picture, same in groupby(rows, key=lambda row: row.picture):
+            same = list(same)
+            captions = tuple(dict.fromkeys(chain.from_iterable(row.captions for row in same)))
+            name = _name(picture, root, folders)
+            yield Sample(name, picture, captions, same[0].origin, split if folders else None)
+
+
+def _beside(root, folders):
+    """Names of the pictures that lie in none of the splits' folders."""
+    return [
+        str((folder / name).relative_to(root))
+        for folder, names in walk(root, True, Findings())
+        if folder == root or folder.relative_to(root).parts[0] not in folders
+        for name in names
+        if Path(name).suffix.lower() in EXTENSIONS
+    ]
+
+
+def _name(picture, root, folders):
+    """The path below the split's folder; for a picture outside the root, the way there."""
+    name = os.path.relpath(picture, root)
+    first, _, rest = name.partition(os.sep)
+    return rest if rest and first in folders else name

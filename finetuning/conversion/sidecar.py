@@ -1,73 +1,100 @@
 """Captions in a text file beside each picture, as kohya's scripts keep them: room.jpg and room.txt or room.caption."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.cli import flag
-from finetuning.conversion.contract import Sample
+from finetuning.conversion.contract import (
+    CaptionFileArgs,
+    Sample,
+    caption_lines,
+    place_in_split,
+    split_folders,
+    walk,
+)
 from finetuning.data.pictures import EXTENSIONS
 from finetuning.data.reading import DatasetProblem
 
-CAPTION_ENDINGS = (".caption", ".txt")
+CAPTION_ENDINGS = (".caption", ".txt")  # the one that counts first
 
 
 @dataclass
-class SidecarArgs:
+class SidecarArgs(CaptionFileArgs):
     """Sidecar files (kohya)"""
 
-    caption_lines: str = flag(
-        "all", "a caption file with several lines: each is a caption of its own, or the first one counts",
-        choices=("all", "first"),
-    )  # fmt: skip
     class_captions: bool = flag(
         False, "a picture without a caption file takes the class of its folder, <repeats>_<class>, for its caption"
     )
 
 
 def read(path, args, findings):
-    """Each picture with its caption file; what lacks its other half is a fault, and named."""
+    """Each picture with its caption file; what lacks its other half is a fault, and named.
+
+    Folders named train, validation, test (or the like) at the top are splits.
+    """
     root = Path(path)
     if not root.is_dir():
         raise DatasetProblem(f"there is no folder {root}")
-    files = sorted(file for file in root.rglob("*") if file.is_file() and not _hidden(file.relative_to(root)))
-    pictures = [file for file in files if file.suffix.lower() in EXTENSIONS]
-    if not pictures:
-        raise DatasetProblem(f"there are no pictures in {root}")
-    used = set()
-    for picture in pictures:
-        shown = picture.relative_to(root)
-        text = next((t for end in CAPTION_ENDINGS if (t := picture.with_suffix(end)).is_file()), None)
-        captions = ()
-        if text:
-            used.add(text)
-            captions = _captions(text, root, args, findings)
-        elif args.class_captions and (kohya := re.fullmatch(r"(\d+)_(.+)", picture.parent.name)):
-            captions = (kohya[2],)
-        if captions:
-            yield Sample(str(shown), picture, captions, str(shown))
-        else:
-            findings.faults["pictures without a caption file, or with an empty one"].append(str(shown))
-    repeated = {file.parent.name for file in pictures if re.fullmatch(r"([2-9]|\d\d+)_.+", file.parent.name)}
-    for name in sorted(repeated):
-        note = "folders that kohya repeats N times an epoch (here every picture counts once)"
-        findings.notes[note].append(name)
-    for text in files:
-        if text.suffix in CAPTION_ENDINGS and text not in used:
-            findings.faults["caption files without a picture"].append(str(text.relative_to(root)))
-
-
-def _captions(path, root, args, findings):
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        findings.faults["caption files that are not UTF-8 (save them again as UTF-8)"].append(
-            str(path.relative_to(root))
+    splits = split_folders(root, [entry.name for entry in root.iterdir() if entry.is_dir()])
+    found = False
+    for folder, names in walk(root, args.allow_outside_paths, findings):
+        kohya = re.fullmatch(r"(\d+)_(.+)", folder.name)
+        if kohya and int(kohya[1]) > 1:
+            kind = "folders that kohya repeats N times an epoch (here every picture counts once)"
+            findings.notes[kind].append(str(folder.relative_to(root)))
+        pictures, texts = (
+            {name: folder / name for name in names if os.path.splitext(name)[1].lower() in endings}
+            for endings in (EXTENSIONS, CAPTION_ENDINGS)
         )
-        return ()
-    captions = tuple(line.strip() for line in lines if line.strip())
-    return captions[:1] if args.caption_lines == "first" else captions
+        instead = (kohya[2],) if args.class_captions and kohya else ()
+        for name, captions in captioned(pictures, texts, root, args, findings, instead):
+            inside = pictures[name].relative_to(root)
+            split, below = place_in_split(inside, splits, findings)
+            if below:
+                found = True
+                yield Sample(str(below), pictures[name], captions, str(inside), split)
+    if not found and not findings.faults:
+        raise DatasetProblem(f"there are no pictures in {root}")
 
 
-def _hidden(path):
-    return any(part.startswith(".") for part in path.parts)
+def captioned(pictures, texts, root, args, findings, instead=()):
+    """Yield (name, captions) of each picture that has some; what lacks its other half is a fault, and named.
+
+    `pictures` and `texts` are {name: file}. A caption file's name is that of its picture, with or without the
+    picture's ending: 1.txt or 1.jpg.txt. `instead`: the captions of pictures without a file.
+    """
+    shown = lambda file: str(file.relative_to(root))
+    of_picture, used = {}, set()
+    for name in sorted(texts, key=lambda name: CAPTION_ENDINGS.index(os.path.splitext(name)[1].lower())):
+        of_picture.setdefault(os.path.splitext(name)[0], []).append(texts[name])
+    for name, picture in pictures.items():
+        files = of_picture.get(os.path.splitext(name)[0], []) + of_picture.get(name, [])
+        if files and files[0] in used:
+            findings.notes["pictures of one name in different formats, which share a caption file"].append(
+                shown(picture)
+            )
+        for file in files[1:]:
+            if file not in used:
+                findings.notes["second caption files of a picture, which are not read"].append(shown(file))
+        used.update(files)
+        captions = _captions(files[0], shown(files[0]), args, findings) if files else instead
+        if captions:
+            yield name, captions
+        elif captions is not None:
+            findings.faults["pictures without a caption file, or with an empty one"].append(shown(picture))
+    for file in texts.values():
+        if file not in used:
+            findings.faults["caption files without a picture"].append(shown(file))
+
+
+def _captions(file, shown, args, findings):
+    """None where the file cannot be read, which is a fault of its own."""
+    try:
+        return caption_lines(file.read_bytes(), args.caption_lines)
+    except UnicodeDecodeError:
+        findings.faults["caption files that are not UTF-8 (save them again as UTF-8)"].append(shown)
+    except OSError as error:
+        findings.faults["caption files that cannot be read"].append(f"{shown} ({error.strerror})")
+    return None

@@ -2,26 +2,35 @@
 
 OUTPUT/
     train/ validation/ test/     pictures, and metadata.jsonl with {"file_name": ..., "text": ...} a line, sorted
-    conversion.json              the source, the settings, how many of what
+    conversion.json              the settings, how many of what, and pictures that stand in two splits of the source
     failures.jsonl               samples that could not be taken, each with its reason
-Interrupted, the same command goes on: what is done stands in .journal.jsonl until the end.
+Interrupted, the same command goes on: what is done stands in .journal.sqlite until the end. A sample whose picture or
+captions have changed since is taken again, and what has left the source leaves the dataset.
 """
 
-import hashlib
+import io
 import json
 import os
+import re
 import shutil
-from collections import Counter, deque
+import sqlite3
+import time
+import unicodedata
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import count, groupby, islice
 from pathlib import Path
 
+import xxhash
 from PIL import Image
 from tqdm.auto import tqdm
 
 from finetuning.cli import REQUIRED, as_dict, flag, write_json
 from finetuning.conversion.contract import Sample
-from finetuning.data.pictures import UnreadablePicture
+from finetuning.data.pictures import EXTENSIONS, UnreadablePicture
 from finetuning.data.reading import DatasetProblem
 
 SPLITS = ("train", "validation", "test")
@@ -29,6 +38,8 @@ FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "PNG": {}, "WEBP": {"quality": 95}}
 ORIENTATION = 0x0112  # the EXIF tag
+NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f:*?"<>|\ud800-\udfff]')  # some disks, or UTF-8, do not take these
+LONGEST_STEM = 200  # bytes; disks take names of 255, and a number, an ending and ".part" are still to come
 
 
 @dataclass
@@ -57,134 +68,281 @@ class WritingArgs:
 
 
 # Settings that do not change what is written: an interrupted conversion may go on with others.
-WITHOUT_EFFECT = ("workers", "link", "on_bad_rows")
+WITHOUT_EFFECT = (
+    "workers", "link", "on_bad_rows", "images", "download", "download_rate", "download_workers", "download_tries",
+    "download_timeout", "download_max_mb",
+)  # fmt: skip
 
 
-def write_dataset(samples, args: WritingArgs, say=print):
-    """Write every sample; {split: how many}. Few pictures are in work at once, so memory stays flat.
+def write_dataset(samples, args: WritingArgs, total=None, say=print):
+    """Write every sample; {split: how many}. `samples` may be a generator: memory does not grow with their number.
 
-    Raises DatasetProblem where the folder is not this conversion's, and where pictures cannot be taken, unless
-    --on_bad_rows skip: all others are written by then, and the same command goes on when those are mended.
+    Raises DatasetProblem where the folder is not this conversion's, where the disk refuses, and where pictures cannot
+    be taken, unless --on_bad_rows skip: all others are written by then, and the same command goes on.
     """
     folder = Path(args.output)
-    done = _earlier_work(folder, args)
-    _start(folder, args)
-    failures = {}
-    threads = args.workers or len(os.sched_getaffinity(0))
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        open(folder / ".journal.jsonl", "a", encoding="utf-8") as journal,
-        tqdm(desc="converting", unit="picture", initial=len(done)) as bar,
-    ):
-        todo = ((s, name) for s, name in _named(samples, args) if s.key not in done)
-        for sample, result in _in_order(pool, lambda item: _write_one(folder, *item, args), todo, 4 * threads):
-            bar.update()
-            if isinstance(result, str):
-                failures[sample.key] = {"name": sample.name, "where": sample.origin, "reason": result}
-                continue
-            done[sample.key] = result
-            journal.write(json.dumps({"key": sample.key, **result}, ensure_ascii=False) + "\n")
-            journal.flush()
-    _write_lines(folder / "failures.jsonl", failures.values())
-    if failures and args.on_bad_rows == "error":
-        listed = "\n".join(f"  x {one['where']}: {one['reason']}" for one in list(failures.values())[:5])
+    try:
+        _refuse_overlap(folder, args)
+        with _open_journal(folder, args) as journal:
+            failed = _write_all(folder, samples, args, journal, total)
+            if failed and args.on_bad_rows == "error":
+                raise DatasetProblem(_failures_message(folder, failed))
+            counts = _finish(folder, args, journal, failed, say)
+        (folder / ".journal.sqlite").unlink()
+    except KeyboardInterrupt:
+        say(f"interrupted: what is done stands in {folder}, and the same command goes on")
+        raise
+    except (OSError, sqlite3.Error) as error:
         raise DatasetProblem(
-            f"{len(failures)} pictures could not be taken (all in {folder / 'failures.jsonl'}):\n{listed}\n"
-            "  mend them and give the same command again, or take the rest with --on_bad_rows skip"
+            f"{folder} is not finished: {error}\n  what is done is kept: put that right and give the same command again"
+        ) from error
+    return counts
+
+
+def _refuse_overlap(folder, args):
+    """A dataset inside its own source would change the source, and be read as part of it the next time."""
+    source = Path(as_dict(args).get("path") or folder / "none")
+    if source.is_dir():
+        here, there = folder.resolve(), source.resolve()
+        if here == there or there in here.parents or here in there.parents:
+            raise DatasetProblem(f"--output {folder} and the source {source} lie one in the other: name a folder apart")
+
+
+@contextmanager
+def _open_journal(folder, args):
+    """The database of what is done, locked against a second conversion into the same folder.
+
+    done: a row of the dataset for each sample. written: every picture that was ever written, to clear those away that
+    no row means any longer. plan: the samples of this run, and the names that they have claimed.
+    """
+    path = folder / ".journal.sqlite"
+    if not path.is_file():
+        if (folder / "conversion.json").is_file():
+            raise DatasetProblem(f"--output {folder} holds a finished dataset: name another folder")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DatasetProblem(f"--output {folder} is not an empty folder: name another one")
+        folder.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path, timeout=1)) as journal:
+        _prepare(journal, folder)
+        _refuse_other_settings(journal, folder, args)
+        try:
+            yield journal
+        finally:
+            journal.commit()
+
+
+def _prepare(journal, folder):
+    try:
+        journal.executescript(
+            """
+            PRAGMA locking_mode = EXCLUSIVE;
+            BEGIN EXCLUSIVE;
+            CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT);
+            CREATE TABLE IF NOT EXISTS done (
+                key BLOB PRIMARY KEY, state BLOB, split TEXT, file_name TEXT, bytes INT, captions TEXT, pixels BLOB,
+                UNIQUE (split, file_name)
+            ) WITHOUT ROWID;
+            CREATE TABLE IF NOT EXISTS written (split TEXT, file_name TEXT, PRIMARY KEY (split, file_name));
+            COMMIT;
+            CREATE TEMP TABLE plan (key BLOB PRIMARY KEY, name TEXT, split TEXT) WITHOUT ROWID;
+            CREATE INDEX temp.names ON plan (name);
+            """
         )
-    return _finish(folder, args, done, len(failures), say)
+    except sqlite3.OperationalError as error:
+        raise DatasetProblem(f"--output {folder}: {error} (is another conversion writing into it?)") from error
 
 
-def _earlier_work(folder, args):
-    """{sample name: its row} that an interrupted run of the same conversion has written."""
-    if (folder / "conversion.json").is_file() and not (folder / ".journal.jsonl").is_file():
-        raise DatasetProblem(f"--output {folder} holds a finished dataset: name another folder")
-    if not (folder / ".journal.jsonl").is_file():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise DatasetProblem(f"--output {folder} is not empty: name another folder")
-        return {}
-    before = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))["settings"]
-    changed = [name for name, value in _settings(args).items() if before.get(name) != value]
+def _refuse_other_settings(journal, folder, args):
+    now = {name: json.dumps(value) for name, value in as_dict(args).items() if name not in WITHOUT_EFFECT}
+    before = dict(journal.execute("SELECT name, value FROM settings"))
+    changed = [name for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         raise DatasetProblem(
             f"--output {folder} holds an interrupted conversion with other settings ({', '.join(changed)}): give the "
             "same ones to go on, or name another folder"
         )
-    done = {}
-    for line in (folder / ".journal.jsonl").read_text(encoding="utf-8").split("\n"):
+    journal.executemany("INSERT OR IGNORE INTO settings VALUES (?, ?)", now.items())
+
+
+def _write_all(folder, samples, args, journal, total):
+    """Take every sample that is not done yet; how many could not be taken."""
+    failed, committed = 0, time.monotonic()
+    threads = args.workers or len(os.sched_getaffinity(0))
+    pool = ThreadPoolExecutor(threads)
+    with (
+        open(folder / "failures.jsonl", "w", encoding="utf-8", errors="backslashreplace") as failures,
+        tqdm(desc="converting", unit="picture", total=total) as bar,
+    ):
+        todo = _todo(folder, islice(samples, args.limit), journal, bar)
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that a killed run was writing
-        if (folder / row["split"] / row["file_name"]).is_file():
-            done[row.pop("key")] = row
-    return done
+            for (sample, stem, state), result in in_order(pool, partial(_write_one, folder, args), todo, 4 * threads):
+                bar.update()
+                if isinstance(result, str):
+                    failed += 1
+                    if stem:  # what was taken of it earlier is not so any longer
+                        journal.execute("DELETE FROM done WHERE key = ?", [_key(sample)])
+                    failure = {"name": sample.name, "where": sample.origin, "reason": result}
+                    failures.write(json.dumps(failure, ensure_ascii=False) + "\n")
+                    continue
+                journal.execute(
+                    "INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?, ?, ?)", (_key(sample), state, *result)
+                )
+                journal.execute("INSERT OR IGNORE INTO written VALUES (?, ?)", result[:2])
+                if time.monotonic() - committed > 1:
+                    journal.commit()
+                    committed = time.monotonic()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if not failed:
+        (folder / "failures.jsonl").unlink()
+    return failed
 
 
-def _start(folder, args):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".journal.jsonl").touch()
-    write_json(folder / "conversion.json", {"settings": _settings(args)})
+def _todo(folder, samples, journal, bar):
+    """(sample, name of its file without ending, state of its source) of each sample that is not done as it stands.
+
+    The name is None where the sample's own name is not unique.
+    """
+    for sample in samples:
+        stem = _claim_name(journal, sample)
+        state = _state(sample, stem)
+        found = journal.execute(
+            "SELECT state, split, file_name, bytes FROM done WHERE key = ?", [_key(sample)]
+        ).fetchone()
+        if found and stem and found[0] == state and _size(folder / found[1] / found[2]) == found[3]:
+            bar.update()
+        else:
+            yield sample, stem, state
 
 
-def _settings(args):
-    return {name: value for name, value in as_dict(args).items() if name not in WITHOUT_EFFECT}
+def _claim_name(journal, sample):
+    """A file name that no other sample of the split has: folders become part of it, and no two collide."""
+    split, stem = sample.split or "", _stem(sample.name)
+    taken = "SELECT 1 FROM plan WHERE name = ? AND (split = ? OR split = '' OR ? = '')"
+    for number in count(1):
+        numbered = stem if number == 1 else f"{stem}~{number}"
+        # some disks take names for equal that differ in case, or in how an accent is written
+        name = unicodedata.normalize("NFC", numbered).casefold()
+        if not journal.execute(taken, [name, split, split]).fetchone():
+            added = journal.execute("INSERT OR IGNORE INTO plan VALUES (?, ?, ?)", [_key(sample), name, split])
+            return numbered if added.rowcount else None
 
 
-def _named(samples, args):
-    """(sample, name of its file without ending), each name once: folders become part of it, and no two collide."""
-    taken = Counter()
-    for number, sample in enumerate(samples):
-        if number == args.limit:
-            return
-        stem = "-".join(Path(sample.name).with_suffix("").parts).strip("./")
-        place = (sample.split, stem.lower())  # some disks take names for equal that differ in case
-        taken[place] += 1
-        yield sample, stem if taken[place] == 1 else f"{stem}~{taken[place]}"
+def _stem(name):
+    """`dogs/7.jpg` -> `dogs-7`, without what some disks do not take."""
+    bare, ending = os.path.splitext(name)
+    parts = re.split(r"[/\\]+", bare if ending.lower() in EXTENSIONS else name)
+    stem = NOT_IN_NAMES.sub("_", "-".join(part for part in parts if part.strip(". "))).strip(". ") or "picture"
+    if len(stem.encode()) > LONGEST_STEM:
+        kept = stem.encode()[: LONGEST_STEM - 17].decode(errors="ignore")
+        stem = f"{kept}~{xxhash.xxh3_64_hexdigest(stem.encode())}"
+    return stem
 
 
-def _in_order(pool, work, items, window):
-    """(sample, work's result), in order, with no more than `window` under way."""
+def _key(sample):
+    return sample.key.encode("utf-8", "surrogatepass")
+
+
+def _state(sample, stem):
+    """A digest of what the row of a sample hangs on: the same sample with another is taken again."""
+    picture = sample.picture
+    file = picture if isinstance(picture, Path) else getattr(picture, "archive", None)
+    place = (file, *(getattr(picture, part, None) for part in ("offset", "size", "row")))
+    try:
+        stamp = file and (os.stat(file).st_size, os.stat(file).st_mtime_ns)
+    except OSError:
+        stamp = None  # taking it will say what is wrong
+    whole = ascii((stem, place, stamp, sample.captions, sample.split, sample.box))
+    return xxhash.xxh3_128_digest(whole.encode())
+
+
+def _size(path):
+    return path.stat().st_size if path.is_file() else None
+
+
+def in_order(pool, work, items, window):
+    """Yield (item, work(*item)) in the items' order, with no more than `window` of them under way in the pool."""
     waiting = deque()
     for item in items:
-        waiting.append((item[0], pool.submit(work, item)))
+        waiting.append((item, pool.submit(work, *item)))
         if len(waiting) >= window:
-            sample, future = waiting.popleft()
-            yield sample, future.result()
-    for sample, future in waiting:
-        yield sample, future.result()
+            item, future = waiting.popleft()
+            yield item, future.result()
+    for item, future in waiting:
+        yield item, future.result()
 
 
-def _write_one(folder, sample: Sample, stem, args):
-    """The metadata row and split of a sample whose picture is written now; or why it could not be, as text."""
+def _write_one(folder, args, sample: Sample, stem, state):
+    """(split, file name, bytes, captions, digest) of a sample whose picture is written now; or, as text, why not."""
+    if stem is None:
+        return "another sample of the source has the same name"
     if not sample.captions:
         return "it has no caption"
+    captions = json.dumps(sample.captions, ensure_ascii=False)
+    if re.search("[\ud800-\udfff]", captions):
+        return "its caption holds half a character (a lone surrogate)"
     try:
-        picture = sample.open()
+        whole = sample.open()
+        content = sample.picture if isinstance(sample.picture, Path) else sample.picture.read()
     except (UnreadablePicture, OSError) as error:
         return str(error)
-    digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).digest()
-    split = sample.split or _drawn_split(digest, args)
-    changed = picture.crop(sample.box) if sample.box else picture
-    if not all(changed.size):
+    digest = xxhash.xxh3_128(repr(whole.size).encode())
+    digest.update(whole.tobytes())
+    digest = digest.digest()
+    picture = _shaped(whole, sample.box, args.max_side)
+    if picture is None:
         return f"nothing of the picture is inside the box {sample.box}"
-    if args.max_side and max(changed.size) > args.max_side:
-        factor = args.max_side / max(changed.size)
-        size = tuple(max(1, round(side * factor)) for side in changed.size)
-        changed = changed.resize(size, Image.Resampling.LANCZOS)
-    has, turned = _kind(sample)
+    has, usable = _kind(content)
     wanted = FORMATS.get(args.image_format) or (has if has in ENDINGS else "PNG")
+    if picture is not whole or has != wanted or not usable:
+        try:
+            content = encoded(picture, wanted)
+        except (OSError, ValueError) as error:
+            return f"it cannot be written as {wanted}: {error}"
+    split = sample.split or _drawn_split(digest, args)
     target = folder / split / f"{stem}{ENDINGS[wanted]}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.part")
-    aside.unlink(missing_ok=True)
-    if changed is picture and wanted == has and not turned:
-        _take_over(sample.picture, aside, args.link)
-    else:
-        changed.save(aside, wanted, **OPTIONS[wanted])
-    os.replace(aside, target)
-    text = sample.captions[0] if len(sample.captions) == 1 else list(sample.captions)
-    return {"split": split, "file_name": target.name, "text": text, "pixels": digest.hex()}
+    _put(content, target, args.link)
+    return split, target.name, target.stat().st_size, captions, digest
+
+
+def _shaped(picture, box, max_side):
+    """The picture cut to the box and made smaller, itself where neither is asked, None where the box is empty."""
+    if box:
+        left, top = max(0, box[0]), max(0, box[1])
+        right, bottom = min(picture.width, box[2]), min(picture.height, box[3])
+        if left >= right or top >= bottom:
+            return None
+        if (right - left, bottom - top) != picture.size:
+            picture = picture.crop((left, top, right, bottom))
+    if max_side and max(picture.size) > max_side:
+        factor = max_side / max(picture.size)
+        size = tuple(max(1, round(side * factor)) for side in picture.size)
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    return picture
+
+
+def _kind(content):
+    """(format of a picture file, whether it looks the same everywhere as it is)."""
+    with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
+        if image.format == "MPO":  # a phone's JPEG with a second picture behind, which nobody looks at
+            return "JPEG", image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1
+        usable = (
+            image.format in ENDINGS
+            and image.mode in ("RGB", "L")
+            and "transparency" not in image.info
+            and getattr(image, "n_frames", 1) == 1
+            and image.getexif().get(ORIENTATION, 1) == 1
+        )
+        return image.format, usable
+
+
+def encoded(picture, wanted):
+    """The bytes of a picture file. A colour profile stays, as the pixels still mean what it says."""
+    profile = picture.info.get("icc_profile") or b""
+    file = io.BytesIO()  # not the disk itself: its errors are no fault of the picture
+    # the profile of a CMYK or grey original says nothing about the RGB that was made of it
+    picture.save(file, wanted, icc_profile=profile if profile[16:20] == b"RGB " else b"", **OPTIONS[wanted])
+    return file.getvalue()
 
 
 def _drawn_split(digest, args):
@@ -194,53 +352,104 @@ def _drawn_split(digest, args):
     return "test" if place < args.validation_fraction + args.test_fraction else "train"
 
 
-def _kind(sample):
-    """(format of the file, whether it has to be written anew to look the same everywhere)."""
-    if not isinstance(sample.picture, Path):
-        return None, True
-    with Image.open(sample.picture) as image:
-        turned = image.getexif().get(ORIENTATION, 1) != 1
-        return image.format, turned or image.mode not in ("RGB", "L") or getattr(image, "n_frames", 1) > 1
+def _put(content, target, link):
+    """Bytes, or the file at a path, to where `target` says, whole or not at all."""
+    target.parent.mkdir(exist_ok=True)
+    aside = target.with_name(f".{target.name}.part")
+    aside.unlink(missing_ok=True)  # it may be a link to the source, which must not be written to
+    if isinstance(content, bytes):
+        aside.write_bytes(content)
+    else:
+        take_over(content, aside, link)
+    target.unlink(missing_ok=True)  # a rename does nothing where both are links to the same file
+    os.replace(aside, target)
 
 
-def _take_over(source, target, link):
+def take_over(source, target, link):
+    """A file as a hard link to `source` or, where that cannot be or is not wanted, as a copy."""
     if link:
         try:
             os.link(os.path.realpath(source), target)
             return
         except OSError:
-            pass  # another disk, or one without hard links: copied below
+            pass  # another disk, or one without hard links, or a file of another user: copied below
     shutil.copyfile(source, target)
 
 
-def _finish(folder, args, done, failures, say):
-    """metadata.jsonl of each split and the counts; the journal goes last."""
-    counts, seen = Counter(row["split"] for row in done.values()), {}
-    for row in done.values():
-        seen.setdefault(row["pixels"], []).append(row)
-    leaks = [rows for rows in seen.values() if len({row["split"] for row in rows}) > 1]
+def _failures_message(folder, failed):
+    with open(folder / "failures.jsonl", encoding="utf-8") as file:
+        first = [json.loads(line) for line in islice(file, 5)]
+    listed = "\n".join(f"  x {one['where']}: {one['reason']}" for one in first)
+    return (
+        f"{failed} pictures could not be taken (all in {folder / 'failures.jsonl'}):\n{listed}\n"
+        "  mend them and give the same command again, or take the rest with --on_bad_rows skip"
+    )
+
+
+def _finish(folder, args, journal, failed, say):
+    """Clear away what has left the source, and write metadata.jsonl of each split and the counts."""
+    journal.execute("DELETE FROM done WHERE key NOT IN (SELECT key FROM plan)")
+    for place in journal.execute("SELECT split, file_name FROM written EXCEPT SELECT split, file_name FROM done"):
+        folder.joinpath(*place).unlink(missing_ok=True)
+    counts = {split: 0 for split in SPLITS} | dict(journal.execute("SELECT split, count(*) FROM done GROUP BY split"))
+    if not sum(counts.values()):
+        raise DatasetProblem(f"nothing of the source could be taken ({folder / 'failures.jsonl'} says why)")
+    # one caption as text, several as a list; not both in one dataset, which Hugging Face `datasets` refuses
+    (several,) = journal.execute("SELECT max(json_array_length(captions)) > 1 FROM done").fetchone()
     for split in SPLITS:
-        rows = sorted((row for row in done.values() if row["split"] == split), key=lambda row: row["file_name"])
-        if rows:
-            _write_lines(
-                folder / split / "metadata.jsonl", [{k: row[k] for k in ("file_name", "text")} for row in rows]
-            )
+        if not counts[split]:
+            _remove_empty(folder / split)
+            continue
+        rows = journal.execute("SELECT file_name, captions FROM done WHERE split = ? ORDER BY file_name", [split])
+        write_lines(folder / split / "metadata.jsonl", _metadata(rows, several))
+    leaks = _leaks(journal)
     write_json(folder / "conversion.json", {
-        "settings": _settings(args),
-        "pictures": {split: counts[split] for split in SPLITS},
-        "failures": failures,
-        "same_picture_in_two_splits": [[f"{row['split']}/{row['file_name']}" for row in rows] for rows in leaks],
+        "settings": as_dict(args),
+        "pictures": counts,
+        "failures": failed,
+        "same_picture_in_two_splits": leaks,
     })  # fmt: skip
-    (folder / ".journal.jsonl").unlink()
     say(f"{folder}: " + ", ".join(f"{counts[split]} {split}" for split in SPLITS))
     if leaks:
         say(f"  - {len(leaks)} pictures stand in two splits of the source (conversion.json lists them)")
-    if failures:
-        say(f"  x {failures} samples could not be taken ({folder / 'failures.jsonl'} says which and why)")
+    if failed:
+        say(f"  x {failed} samples could not be taken ({folder / 'failures.jsonl'} says which and why)")
     return counts
 
 
-def _write_lines(path, rows):
+def _remove_empty(folder):
+    """A split that an earlier start had pictures for, and that the source has left since."""
+    (folder / "metadata.jsonl").unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _metadata(rows, several):
+    for name, captions in rows:
+        captions = json.loads(captions)
+        yield {"file_name": name, "text": captions if several else captions[0]}
+
+
+def write_lines(path, rows):
+    """JSON lines, all or none of them."""
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with open(
+        aside, "w", encoding="utf-8", errors="backslashreplace"
+    ) as file:  # JSON's own way to write half a character
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(aside, path)
+
+
+def _leaks(journal):
+    """Pictures that the source itself has in two splits: [[name, name, ...], ...]."""
+    rows = journal.execute(
+        """
+        SELECT pixels, split || '/' || file_name AS name FROM done WHERE pixels IN
+            (SELECT pixels FROM done GROUP BY pixels HAVING count(DISTINCT split) > 1)
+        ORDER BY pixels, name
+        """
+    )
+    return [[name for _, name in same] for _, same in groupby(rows, key=lambda row: row[0])]
+
+
+_in_order, _take_over, _write_lines, _encoded = in_order, take_over, write_lines, encoded

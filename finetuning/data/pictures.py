@@ -8,10 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 from PIL import Image, ImageFile, ImageOps
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif"})
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif", ".heic", ".heif"}
+)
 
+pillow_heif.register_heif_opener()  # phones' own format, which PIL does not know
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # half a picture is a fault to be named, not a grey area to be learned
 
 
@@ -23,7 +27,8 @@ def open_rgb(source):
     """A PIL RGB image from a path or an open PIL image. Raises UnreadablePicture."""
     with _opened(source) as image:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
 
 
 def frames(path):

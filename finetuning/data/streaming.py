@@ -13,6 +13,7 @@ an earlier one was read is passed over. Which sample stands where never depends 
 import hashlib
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,8 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from finetuning.cli import flag
-from finetuning.conversion.contract import Cell, Sample
-from finetuning.conversion.sidecar import SidecarArgs
+from finetuning.conversion.contract import Cell, Sample, walk
 from finetuning.conversion.webdataset import SHARD_ENDINGS, WebDatasetArgs, _shards, _split
 from finetuning.conversion.webdataset import read as read_tar
 from finetuning.data.order import Order, Place
@@ -35,6 +35,7 @@ from finetuning.data.transforms import Transform
 from finetuning.draws import python_random
 
 ROWS_TOGETHER = 64  # of a Parquet file, with their pictures, in memory at the same time
+HASHED_BYTES = 1 << 16  # of a shard's beginning, and of its end: reading all of a large stream would take hours
 
 NEEDS_THE_WHOLE_DATASET = {
     "aspect_buckets": "leave it out",
@@ -75,10 +76,13 @@ class StreamArgs:
 
 
 class Shards:
-    """The parts of a stream. `reader(number, findings)` yields the Samples of one, in an order that never changes."""
+    """The parts of a stream. `reader(number, findings)` yields the Samples of one, in an order that never changes.
 
-    def __init__(self, source, names, reader: Callable, on_bad_rows="error"):
-        self.source, self.names, self.reader = source, names, reader
+    `files`: the shards' paths, where they are files of this machine.
+    """
+
+    def __init__(self, source, names, reader: Callable, on_bad_rows="error", files=()):
+        self.source, self.names, self.reader, self.files = source, names, reader, files
         self.skips = on_bad_rows == "skip"
         self.lengths = {}  # {number: samples} of those that were read to their end
         self.told, self.left_out = set(), 0
@@ -115,8 +119,16 @@ class Shards:
             tqdm.write(message, file=sys.stderr)
 
     def fingerprint(self):
-        """A hash of the shards' names and, of files, their sizes."""
-        return hashlib.sha256(repr(self.names).encode()).hexdigest()
+        """A hash of the shards' names and, of files, their sizes, beginnings and ends."""
+        digest = hashlib.sha256(repr(self.names).encode())
+        for path in self.files:
+            with open(path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                digest.update(str(size).encode())
+                for start in (0, max(0, size - HASHED_BYTES)):
+                    file.seek(start)
+                    digest.update(file.read(HASHED_BYTES))
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -224,7 +236,7 @@ class StreamedPictures(PictureSet):
         try:
             return super().__getitem__(place)
         except UnreadablePicture as error:
-            return place, None, str(error)
+            return place, None, re.sub(r" <.*? at 0x\w+>", "", str(error))  # each time the address is another
 
     def collate(self, items):
         """(Batch, {row: where it stands}, pictures that cannot be read); the share of those goes to the others."""
@@ -236,7 +248,7 @@ class StreamedPictures(PictureSet):
         return batch, origins, [reason for _, pixels, reason in items if pixels is None]
 
     def fingerprint(self):
-        """A hash of which shards there are; what is in them counts by the files' sizes alone."""
+        """A hash of which shards there are, not of all that is in them."""
         return self.shards.fingerprint()
 
     def caption_prefix(self):
@@ -305,13 +317,14 @@ def open_shards(args, say=print, cache_dir=None):
 
 
 def _file_shards(source, args, say):
-    files = _files(source)
+    findings = Findings()
+    files = _files(source, args, findings)
     top = os.path.commonpath([file.parent for file in files])
     training = [file for file in files if _split(file.relative_to(top)) in ("train", None)]
     if others := len(files) - len(training) if training else 0:
         say(f"--streaming: {others} shards whose names say validation or test are left out")
     training = training or files  # all that were named are of one split, whatever it is called
-    names = [f"{file.relative_to(top)}, {file.stat().st_size} bytes" for file in training]
+    names = [str(file.relative_to(top)) for file in training]
     folders = () if args.allow_outside_paths else (Path(top).resolve(),)
     tar_args = _tar_args(args)
     if args.caption_column == "none" and any(file.suffix != ".parquet" for file in training):
@@ -325,26 +338,25 @@ def _file_shards(source, args, say):
             return _read_parquet(file, args, folders, findings)
         return read_tar(file, tar_args, findings)
 
-    return Shards(source, names, reader, args.on_bad_rows)
+    shards = Shards(source, names, reader, args.on_bad_rows, training)
+    shards.tell(findings)
+    return shards
 
 
-def _files(source):
-    folder = Path(source)
-    if not folder.is_dir():
-        return _shards(source)
+def _files(source, args, findings):
+    if not Path(source).is_dir():
+        return _shards(source, args, findings)
     endings = (*SHARD_ENDINGS, ".parquet")
-    files = sorted(file for file in folder.rglob("*") if file.name.endswith(endings) and file.stem != "metadata")
+    found = [
+        folder / name for folder, names in walk(Path(source), args.allow_outside_paths, findings) for name in names
+    ]
+    files = sorted(file for file in found if file.name.endswith(endings) and file.stem != "metadata")
     if not files:
         raise DatasetProblem(
             f"--streaming reads WebDataset tars and Parquet files, and {source} has none: pictures with metadata.jsonl "
             "and what `datasets` saved as Arrow files need little memory as they are: leave --streaming out"
         )
     return files
-
-
-@dataclass
-class _TarArgs(WebDatasetArgs, SidecarArgs):
-    """What the reader of tars looks at."""
 
 
 def _tar_args(args):
@@ -355,7 +367,7 @@ def _tar_args(args):
     if args.caption_column != "text":
         found["caption_field"], _, key = args.caption_column.partition(".")
         found |= {"json_key": key} if key else {}
-    return _TarArgs(**found)
+    return WebDatasetArgs(**found)
 
 
 def _read_parquet(file, args, folders, findings):

@@ -53,6 +53,8 @@ def kohya_facts(args, layout, facts, prediction_type):
         "ss_batch_size_per_device": args.train_batch_size,
         "ss_gradient_accumulation_steps": args.gradient_accumulation_steps,
         "ss_resolution": str(tuple(reversed(args.size))),
+        "ss_enable_bucket": args.aspect_buckets,
+        "ss_bucket_no_upscale": args.max_upscale == 1,
         "ss_seed": args.seed,
         "ss_min_snr_gamma": args.snr_gamma,
         "ss_noise_offset": args.noise_offset,

@@ -212,6 +212,8 @@ CASES = {
     "transparent": (picture_case("x.png", lambda: encoded(noise(mode="RGBA"), "PNG")), LOADS, (10, 8)),
     "animated": (picture_case("x.gif", animation), LOADS, (10, 8)),
     "turned by EXIF": (picture_case("x.jpg", turned), LOADS, (8, 10)),
+    "a phone's HEIC": (picture_case("X.HEIC", lambda: encoded(noise(), "HEIF")), LOADS, (10, 8)),
+    "truncated HEIC": (picture_case("x.heic", lambda: cut(encoded(noise((90, 80)), "HEIF"))), COUNTED, UNREADABLE),
     "one pixel": (picture_case("x.png", lambda: encoded(noise((1, 1)), "PNG")), LOADS, (1, 1)),
     # where they lie
     "link to a picture inside": (link_inside, LOADS, (10, 8)),
@@ -280,7 +282,7 @@ def build(folder, make):
         lines = [one if isinstance(one, str) else json.dumps(one) for one in [row("sound.png", "sound"), *records]]
         content = "".join(f"{line}\n" for line in lines).encode()
     (folder / "metadata.jsonl").write_bytes(content)
-    pictures = {path.name for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".gif", ".webp")}
+    pictures = {path.name for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".gif", ".webp", ".heic")}
     lines = [n for n, line in enumerate(content.replace(b"\0", b"").split(b"\n"), 1) if line.strip()]
     return {name for name in pictures if not name.startswith(".")}, [f"metadata.jsonl line {n}" for n in lines]
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from finetuning.data.buckets import BucketArgs
 from finetuning.data.training_set import DataArgs
 from finetuning.draws import gaussian
 from finetuning.families import load_model
@@ -47,7 +48,7 @@ KINDS = {
 
 
 @dataclass
-class Args(RunArgs, OptimArgs, NoiseArgs, DataArgs, LoraArgs, ModelArgs):
+class Args(RunArgs, OptimArgs, NoiseArgs, BucketArgs, DataArgs, LoraArgs, ModelArgs):
     """The flags that adapters and their files know of."""
 
     seed: int = 0

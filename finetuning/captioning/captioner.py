@@ -1,0 +1,106 @@
+"""A captioner at work: pictures in, captions out."""
+
+import torch
+from transformers import AutoConfig, AutoProcessor, LogitsProcessor, TopPLogitsWarper
+
+from finetuning.captioning.contract import GenerationArgs, Kind
+from finetuning.data.reading import Findings
+from finetuning.draws import torch_generator
+from finetuning.families.contract import ModelProblem
+from finetuning.families.quiet import errors_only
+
+
+class Captioner:
+    """A model with its processor. Opening it raises ModelProblem. Captions that may be cut short go into `findings`."""
+
+    def __init__(self, kind: Kind, args: GenerationArgs, findings: Findings, model, device, dtype):
+        self.kind, self.args, self.findings, self.device, self.dtype = kind, args, findings, device, dtype
+        self.prompt = kind.default_prompt if args.prompt is None else args.prompt
+        self.processor, self.model = open_model(kind.model_class, model or kind.default_model, device, dtype)
+        kind.prepare(self.model, self.processor)
+        # A decoder goes on from the last token: where prompts differ in length they are filled up before the first.
+        self.processor.tokenizer.padding_side = "left"
+
+    @torch.inference_mode()
+    def __call__(self, pictures, names):
+        """[caption] of RGB pictures; the names, of the pictures in their dataset, are what nucleus draws depend on."""
+        inputs, before = self.kind.encode(self.model, self.processor, pictures, self.prompt)
+        with errors_only():  # of limits in the checkpoint's own settings, which those here replace
+            tokens = self.model.generate(**inputs.to(self.device, self.dtype), **self._settings(names))
+        tokens = tokens[:, before:]
+        texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        if cut := self._cut_short(tokens, names):
+            self.findings.notes["captions as long as --max_length allows, so perhaps cut short"] += cut
+        return [without_prompt(" ".join(text.split()), self.prompt) for text in texts]
+
+    def _cut_short(self, tokens, names):
+        """Names of the captions that have no end of their own; some models force an end token onto the last place."""
+        if tokens.shape[1] < self.args.max_length:
+            return []
+        last = self.processor.tokenizer.batch_decode(tokens[:, -2:], skip_special_tokens=True)
+        return [name for name, text in zip(names, last, strict=True) if text.strip()]
+
+    def _settings(self, names):
+        args = self.args
+        settings = {"min_new_tokens": args.min_length, "max_new_tokens": args.max_length, "do_sample": False}
+        if args.top_p is None:
+            return settings | {"num_beams": args.num_beams or self.kind.num_beams}
+        generators = [torch_generator(args.seed, "caption", name) for name in names]
+        sampling = SeededNucleus(args.top_p, args.temperature, generators)
+        return settings | {"num_beams": 1, "logits_processor": [sampling]}
+
+
+class SeededNucleus(LogitsProcessor):
+    """Nucleus sampling that greedy search carries out, with draws of each picture's own.
+
+    The largest of log p + Gumbel noise is a draw from p (the Gumbel-max trick), so that the noise alone decides, and it
+    comes from a generator for each row of the batch: what else is in the batch does not matter.
+    """
+
+    def __init__(self, top_p, temperature, generators):
+        self.nucleus, self.temperature, self.generators = TopPLogitsWarper(top_p), temperature, generators
+
+    def __call__(self, input_ids, scores):
+        """Scores [batch, vocabulary] -> those of the nucleus with noise added, the others -inf."""
+        scores = self.nucleus(input_ids, scores.float() / self.temperature)
+        noise = [-torch.empty(scores.shape[1]).exponential_(generator=own).log() for own in self.generators]
+        return scores + torch.stack(noise).to(scores.device)
+
+
+def open_model(model_class, name, device, dtype):
+    """(processor, model) of a folder or a Hub name, never from a pickle. Raises ModelProblem."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        _check_kind(model_class, name, config)
+        with errors_only():
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+            model, told = model_class.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except ModelProblem:
+        raise
+    except Exception as error:  # on broken folders the libraries also raise AttributeError, TypeError, ...
+        raise ModelProblem(
+            f"{name} cannot be opened: {error}\n  name a folder or a Hub model in safetensors with --model"
+        ) from error
+    if told["missing_keys"]:
+        some = ", ".join(sorted(told["missing_keys"])[:3])
+        raise ModelProblem(
+            f"{name} lacks {len(told['missing_keys'])} of its weights ({some} ...): it is not whole, or kept for other "
+            "code than transformers' own; name another with --model"
+        )
+    return processor, model.to(device).eval()
+
+
+def without_prompt(text, prompt):
+    """A caption that does not begin with the prompt's words; a prompt of one word may well be part of it."""
+    words, start = text.split(), prompt.split()
+    repeats = [word.lower() for word in words[: len(start)]] == [word.lower() for word in start]
+    return " ".join(words[len(start) :]) if len(start) > 1 and repeats else text
+
+
+def _check_kind(model_class, name, config):
+    wanted = getattr(model_class, "config_class", None)  # an Auto class takes what it knows, and says so
+    if wanted is not None and config.model_type != wanted.model_type:
+        raise ModelProblem(
+            f"{name} is a {config.model_type} model, not {wanted.model_type}: give the --captioner that goes with it "
+            "(image-text-to-text takes every kind that has a chat template)"
+        )

@@ -1,0 +1,17 @@
+"""GIT: completes the prompt as a caption; small and fast."""
+
+import torch
+from transformers import GitForCausalLM
+
+from finetuning.captioning.contract import Kind
+
+
+def encode(model, processor, pictures, prompt):
+    """The prompt without its end token, which would end the caption as well."""
+    inputs = processor(images=pictures, return_tensors="pt")
+    words = processor.tokenizer(prompt, add_special_tokens=False).input_ids if prompt else []
+    inputs["input_ids"] = torch.tensor([[processor.tokenizer.cls_token_id, *words]] * len(pictures))
+    return inputs, 1 + len(words)
+
+
+KIND = Kind(GitForCausalLM, "microsoft/git-large-coco", encode)

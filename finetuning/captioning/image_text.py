@@ -1,0 +1,29 @@
+"""Any model that talks about pictures, by its chat template: Qwen-VL, SmolVLM, LLaVA (JoyCaption), InternVL ..."""
+
+from transformers import AutoModelForImageTextToText
+
+from finetuning.captioning.contract import Kind
+from finetuning.families.contract import ModelProblem
+
+
+def encode(model, processor, pictures, prompt):
+    """One question to each picture. Raises ModelProblem where the model was not made for questions."""
+    template = processor.chat_template
+    if not template:
+        raise ModelProblem(f"{model.name_or_path} has no chat template: take a model tuned to follow instructions")
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]}]
+        for picture in pictures
+    ]
+    straight = {"enable_thinking": False} if "enable_thinking" in str(template) else {}  # thoughts are no caption
+    inputs = processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, **straight,
+        processor_kwargs={"return_tensors": "pt", "padding": True},
+    )  # fmt: skip
+    return inputs, 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+
+
+KIND = Kind(
+    AutoModelForImageTextToText, "Qwen/Qwen2.5-VL-3B-Instruct", encode, num_beams=1,
+    default_prompt="Describe this image in one sentence, beginning with its subject.",
+)  # fmt: skip

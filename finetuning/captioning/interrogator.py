@@ -1,0 +1,94 @@
+"""A caption and the terms that fit the picture best in the judgement of CLIP: the idea of CLIP Interrogator.
+
+Stable Diffusion reads prompts through CLIP, so words that CLIP finds in a picture are words that move the model. The
+terms stand in terms/*.txt, a file for each kind: medium, style, light, colours, camera, composition, mood.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import CLIPModel
+
+from finetuning.captioning.captioner import open_model
+from finetuning.cli import flag
+
+TERMS = Path(__file__).parent / "terms"
+
+
+@dataclass
+class InterrogatorArgs:
+    """CLIP Interrogator"""
+
+    clip_model: str = flag("openai/clip-vit-large-patch14", "CLIP that judges; this one is Stable Diffusion 1.x's own")
+    terms: str | None = flag(None, "folder of your own term lists, .txt with a term a line (none: this project's)")
+    max_terms: int = flag(6, "most terms added to a caption; fewer where no more would fit the picture better")
+    from_captions: bool = flag(False, "begin with the caption that a picture has, in place of BLIP's")
+
+    def problems(self):
+        if self.terms is not None and not read_terms(self.terms):
+            yield f"--terms {self.terms} must be a folder with .txt files, a term a line"
+        if self.max_terms < 0:
+            yield f"--max_terms {self.max_terms} must not be negative"
+
+
+def read_terms(folder):
+    """Every term once, in the order of the files' names and lines."""
+    lines = [line for path in sorted(Path(folder).glob("*.txt")) for line in path.read_text("utf-8-sig").splitlines()]
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+class Interrogator:
+    """CLIP and the embedded terms. Opening it raises ModelProblem."""
+
+    def __init__(self, args: InterrogatorArgs, device, dtype, shortlist=48):
+        self.max_terms, self.shortlist, self.device, self.dtype = args.max_terms, shortlist, device, dtype
+        self.processor, self.model = open_model(CLIPModel, args.clip_model, device, dtype)
+        self.longest = self.model.config.text_config.max_position_embeddings  # 77
+        self.terms = read_terms(args.terms or TERMS)
+        self.embedded = self.embed_texts(self.terms)
+
+    def __call__(self, pictures, captions):
+        """[caption, term, term ...] for each RGB picture; an empty caption stays empty."""
+        pairs = zip(self.embed_pictures(pictures), captions, strict=True)
+        return [self._with_terms(picture, text) if text else "" for picture, text in pairs]
+
+    def _with_terms(self, picture, text):
+        """Add the term with which the whole text is most like the picture, as long as that makes it more so."""
+        best = self.embed_texts([text])[0] @ picture
+        likely = (self.embedded @ picture).topk(min(self.shortlist, len(self.terms))).indices.tolist()
+        for _ in range(self.max_terms):
+            tried = [f"{text}, {self.terms[i]}" for i in likely if not _says(text, self.terms[i])]
+            tried = [longer for longer in tried if self._length(longer) <= self.longest]
+            if not tried:
+                break
+            likeness = self.embed_texts(tried) @ picture
+            if likeness.max() <= best:
+                break
+            best, text = likeness.max(), tried[likeness.argmax()]
+        return text
+
+    @torch.inference_mode()
+    def embed_texts(self, texts):
+        """Unit vectors [texts, width], fp32; what CLIP does not read is cut off."""
+        parts = []
+        for start in range(0, len(texts), 256):
+            inputs = self.processor.tokenizer(
+                texts[start : start + 256], padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
+            )
+            parts.append(self.model.get_text_features(**inputs.to(self.device)).pooler_output.float())
+        return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+
+    @torch.inference_mode()
+    def embed_pictures(self, pictures):
+        """Unit vectors [pictures, width], fp32."""
+        inputs = self.processor.image_processor(images=pictures, return_tensors="pt").to(self.device, self.dtype)
+        return torch.nn.functional.normalize(self.model.get_image_features(**inputs).pooler_output.float(), dim=-1)
+
+    def _length(self, text):
+        return len(self.processor.tokenizer(text, verbose=False).input_ids)
+
+
+def _says(text, term):
+    return re.search(rf"(?<!\w){re.escape(term)}(?!\w)", text, re.IGNORECASE) is not None

@@ -1,0 +1,276 @@
+"""Altered copies of the training pictures, written beside them: mirrored, brighter or darker, cut, turned, noisy.
+
+Training mirrors and crops by itself, anew in each epoch (--random_flip); copies on disk are for what it does not do,
+and for other trainers. Only train/ grows. Validation and test are taken over as they are; a training picture that
+stands there too gets no copies, nor does a copy appear that would equal one of theirs.
+"""
+
+import hashlib
+import math
+import os
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+from tqdm.auto import tqdm
+
+from finetuning.cli import as_dict, flag, write_json
+from finetuning.conversion.copying import (
+    CopyArgs,
+    accept,
+    new_folder,
+    new_names,
+    read_splits,
+    take_pictures,
+    write_metadata,
+)
+from finetuning.conversion.writing import _encoded
+from finetuning.data.captions import MirrorArgs, may_mirror, swap_sides
+from finetuning.data.pictures import UnreadablePicture, open_rgb
+from finetuning.data.reading import DatasetProblem, Findings
+from finetuning.draws import python_random, torch_generator
+
+WRITTEN = {".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP"}  # copies of others: PNG
+
+
+@dataclass
+class AugmentArgs(MirrorArgs, CopyArgs):
+    """Altered copies"""
+
+    alter: list[str] = flag(
+        ["flip", "brightness"], "one copy of each training picture for each of these: flip, brightness, crop, rotate, "
+        "noise, or several joined by + for one copy altered in all these ways",
+    )  # fmt: skip
+    copies: int = flag(1, "how many copies of each kind, each drawn anew")
+    brightness: float = flag(0.3, "make copies brighter or darker by up to this share, and at least half of it")
+    crop: float = flag(0.1, "cut up to this share off height and width, and at least half of it, at a random place")
+    rotate: float = flag(5.0, "turn by up to so many degrees, and at least half of it; empty corners are cut off")
+    noise: float = flag(0.02, "add Gaussian noise of up to this deviation, and at least half of it (white is 1)")
+    seed: int = flag(0, "seed of the draws")
+    workers: int | None = flag(None, "threads that decode and encode (none: one for each core)")
+
+    def problems(self):
+        for kind in self.alter:
+            unknown = [way for way in kind.split("+") if way not in WAYS]
+            if unknown:
+                yield f"--alter {kind}: {', '.join(map(repr, unknown))} is not one of {', '.join(WAYS)}"
+        for kind, count in Counter("+".join(sorted(kind.split("+"))) for kind in self.alter).items():
+            if count > 1 or len(set(kind.split("+"))) < len(kind.split("+")):
+                yield f"--alter says {kind} twice: ask for more copies of a kind with --copies"
+        if "flip" in self.alter and self.copies > 1:
+            yield f"--copies {self.copies}: a picture has one mirror image; join flip to another way, as flip+crop"
+        for name, limit in (("brightness", 1), ("crop", 1), ("rotate", 45), ("noise", 1)):
+            if not 0 < getattr(self, name) < limit:
+                yield f"--{name} {getattr(self, name)} must lie between 0 and {limit}; --alter says which ways are used"
+        for name in ("copies", "workers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                yield f"--{name} {getattr(self, name)} must be at least 1"
+
+
+@dataclass(frozen=True)
+class Copy:
+    """An altered copy to be made."""
+
+    name: str  # file name in train/
+    kind: str  # "flip+crop"
+    original: str  # file name in train/ of the picture that it is made from
+    number: int  # 1, 2, ... of its kind
+
+    @property
+    def is_mirrored(self):
+        return "flip" in self.kind.split("+")
+
+
+def augment(args: AugmentArgs, say=print):
+    """Write the dataset with its copies; {split: how many pictures}.
+
+    Raises DatasetProblem with every fault that training would name, unless --on_bad_rows skip; nothing is written then.
+    """
+    findings = Findings()
+    splits = read_splits(args, findings)
+    names = {split: new_names(rows, split, args) for split, rows in splits.items()}
+    plan = _planned(splits["train"], names["train"], args, findings)
+    with new_folder(args.output) as folder:
+        done = _write_all_copies(folder / "train", splits, plan, args, findings)
+        made = done["train"]
+        splits = {split: [row for row in rows if row.picture in done[split]] for split, rows in splits.items()}
+        accept(splits, args, findings, say)
+        for split in splits:
+            take_pictures(folder / split, {picture: names[split][picture] for picture in done[split]}, args)
+        entries = {split: [(names[split][row.picture], row) for row in rows] for split, rows in splits.items()}
+        copied = [(copy, row) for row in splits["train"] for copy in made[row.picture]]
+        entries["train"] += [(copy.name, _row_of_copy(copy, row, args)) for copy, row in copied]
+        write_metadata(folder, entries, args)
+        originals = {split: len(pictures) for split, pictures in done.items()}
+        kinds = dict(Counter(copy.kind for copies in made.values() for copy in copies))
+        settings = {name: value for name, value in as_dict(args).items() if name != "workers"}
+        write_json(folder / "augmentation.json", {"settings": settings, "pictures": originals, "copies": kinds})
+    return _counted(originals, kinds, args, say)
+
+
+def _counted(originals, kinds, args, say):
+    """Say what is written; {split: how many pictures}."""
+    counts = originals | {"train": originals["train"] + sum(kinds.values())}
+    told = {split: f"{count} {split}" for split, count in counts.items()}
+    told["train"] += f" ({originals['train']}{''.join(f' + {count} {kind}' for kind, count in kinds.items())})"
+    say(f"{args.output}: {', '.join(told.values())}")
+    if not counts.get("validation"):
+        say(
+            "  - there is no validation split, and rows that training holds out (--validation_fraction) would have "
+            "copies in train: divide the pictures before (`prepare_dataset.py convert imagefolder`)"
+        )
+    return counts
+
+
+def altered(picture, copy: Copy, args: AugmentArgs):
+    """RGB -> RGB, in each way of the copy's kind; drawn from (seed, way, file name of the original, number)."""
+    for way in copy.kind.split("+"):
+        picture = WAYS[way](picture, getattr(args, way, None), args.seed, (copy.original, copy.number))
+    return picture
+
+
+def _flip(picture, _most, _seed, _place):
+    return F.hflip(picture)
+
+
+def _brightness(picture, most, seed, place):
+    rng = python_random(seed, "augment brightness", *place)
+    return F.adjust_brightness(picture, 1 + rng.choice((-1, 1)) * _amount(rng, most))
+
+
+def _crop(picture, most, seed, place):
+    rng = python_random(seed, "augment crop", *place)
+    share = 1 - _amount(rng, most)
+    height, width = max(1, round(share * picture.height)), max(1, round(share * picture.width))
+    return F.crop(
+        picture, rng.randint(0, picture.height - height), rng.randint(0, picture.width - width), height, width
+    )
+
+
+def _rotate(picture, most, seed, place):
+    rng = python_random(seed, "augment rotate", *place)
+    angle = rng.choice((-1, 1)) * _amount(rng, most)
+    # The largest upright rectangle of the same aspect inside the turned picture, less a pixel of blended border.
+    cos, sin = math.cos(math.radians(angle)), abs(math.sin(math.radians(angle)))
+    width, height = picture.size
+    share = min(width / (width * cos + height * sin), height / (width * sin + height * cos))
+    inside = [max(1, int(share * side) - 2) for side in (height, width)]
+    return F.center_crop(F.rotate(picture, angle, InterpolationMode.BICUBIC), inside)
+
+
+def _noise(picture, most, seed, place):
+    deviation = _amount(python_random(seed, "augment noise", *place), most)
+    values = F.pil_to_tensor(picture).float()  # [3, height, width], 0..255
+    # v2's own gaussian_noise draws from torch's global generator, which the threads share.
+    noise = torch.randn(values.shape, generator=torch_generator(seed, "augment noise values", *place))
+    return F.to_pil_image((values + 255 * deviation * noise).round().clamp(0, 255).to(torch.uint8))
+
+
+def _amount(rng, most):
+    """At least half of the most: a copy that is hardly altered would be the same picture twice."""
+    return rng.uniform(most / 2, most)
+
+
+WAYS = {"flip": _flip, "brightness": _brightness, "crop": _crop, "rotate": _rotate, "noise": _noise}
+
+
+def _planned(rows, names, args, findings):
+    """{picture: [Copy, ...]}. Raises DatasetProblem where a picture has the name of a copy already."""
+    captions = defaultdict(list)
+    for row in rows:
+        captions[row.picture] += row.captions
+    kinds = [(kind, number) for kind in args.alter for number in range(1, args.copies + 1)]
+    plan, unmirrored = {}, []
+    for picture, name in names.items():
+        copies = [Copy(_copy_name(name, kind, number), kind, name, number) for kind, number in kinds]
+        plan[picture] = copies
+        if not may_mirror(captions[picture], args.flip_captions):
+            plan[picture] = [copy for copy in copies if not copy.is_mirrored]
+        if len(plan[picture]) < len(copies):
+            unmirrored.append(name)
+    if unmirrored:
+        kind = "pictures that are not mirrored, as a caption says left or right (--flip_captions swap exchanges them)"
+        findings.notes[kind] = unmirrored
+    there = {name.lower() for name in names.values()}
+    taken = [copy.name for copies in plan.values() for copy in copies if copy.name.lower() in there]
+    if taken:
+        raise DatasetProblem(
+            f"{args.path} has pictures with the names of copies ({', '.join(taken[:3])}): it seems to be augmented "
+            "already; start from the dataset without copies"
+        )
+    return plan
+
+
+def _copy_name(name, kind, number):
+    path = PurePosixPath(name)
+    stem, ending = (path.stem, path.suffix) if path.suffix.lower() in WRITTEN else (path.name, ".png")
+    return str(path.with_name(f"{stem}~{kind}{number if number > 1 else ''}{ending}"))
+
+
+def _row_of_copy(copy, row, args):
+    swaps = copy.is_mirrored and args.flip_captions == "swap"
+    return replace(row, captions=tuple(map(swap_sides, row.captions))) if swaps else row
+
+
+def _write_all_copies(folder, splits, plan, args, findings):
+    """{split: {picture that can be read: what of it is kept}}: of train the copies that are written, else a digest."""
+    with ThreadPoolExecutor(args.workers or len(os.sched_getaffinity(0))) as pool:
+        digest = lambda picture: _digest(open_rgb(picture))
+        apart = {name: rows for name, rows in splits.items() if name != "train"}
+        digests = {name: _of_readable(pool, digest, rows, findings) for name, rows in apart.items()}
+        held_out = {one for of_split in digests.values() for one in of_split.values()}
+        write = lambda picture: _write_copies(picture, plan[picture], folder, held_out, args)
+        made = _of_readable(pool, write, splits["train"], findings)
+    left_out = [copy.name for picture in made for copy in plan[picture] if copy not in made[picture]]
+    if left_out:
+        kind = "copies that would show a picture of validation or test, or just the original (left out)"
+        findings.notes[kind] = left_out
+    return {"train": made, **digests}
+
+
+def _of_readable(pool, work, rows, findings):
+    """{picture: work(picture)} of the rows' pictures; those that cannot be read are faults."""
+
+    def tried(picture):
+        try:
+            return work(picture)
+        except UnreadablePicture as error:
+            return error
+
+    origins = {row.picture: row.origin for row in rows}
+    tries = tqdm(pool.map(tried, origins), total=len(origins), leave=False, delay=2)
+    results = {}
+    for picture, result in zip(origins, tries, strict=True):
+        if isinstance(result, UnreadablePicture):
+            findings.faults["pictures that cannot be read"].append(f"{origins[picture]} ({result})")
+        else:
+            results[picture] = result
+    return results
+
+
+def _write_copies(picture, copies, folder, held_out, args):
+    """The copies that are written: none that shows, before or after it is altered, a picture of `held_out`."""
+    image = open_rgb(picture)
+    original = _digest(image)
+    if original in held_out:
+        return []
+    written = []
+    for copy in copies:
+        changed = altered(image, copy, args)
+        digest = _digest(changed)
+        if digest in held_out or digest == original:  # the mirror image of a symmetric picture, say
+            continue
+        changed.info["icc_profile"] = image.info.get("icc_profile")  # it says what the pixels mean
+        target = folder / copy.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(_encoded(changed, WRITTEN[target.suffix.lower()]))
+        written.append(copy)
+    return written
+
+
+def _digest(image):
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()

@@ -1,0 +1,158 @@
+"""What every changed copy of a dataset has in common: read and accepted as training does, written whole or not at all.
+
+Pictures that need no change are hard-linked. Columns of the metadata besides the caption are taken along, other files
+are not.
+"""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetuning.cli import REQUIRED, flag
+from finetuning.conversion.writing import _take_over
+from finetuning.data.captions import origin_column
+from finetuning.data.reading import METADATA_NAMES, SPLIT_NAMES, DatasetProblem, Findings, _records, read_folder
+
+
+@dataclass
+class CopyArgs:
+    """Dataset"""
+
+    path: str = flag(REQUIRED, "folder of a dataset that training reads; it is never changed", positional=True)
+    output: str = flag(REQUIRED, "folder of the new dataset; it appears when all of it is written")
+    image_column: str = flag("image", "metadata key of the picture, besides file_name")
+    caption_column: str = flag("text", "metadata key of the caption or list of captions")
+    allow_outside_paths: bool = flag(False, "let metadata and links reach pictures outside PATH")
+    on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
+    link: bool = flag(True, "hard-link pictures that need no change; copy them where that cannot be or with --no-link")
+
+    def problems(self):
+        if not Path(self.path).is_dir():
+            yield f"PATH {self.path}: there is no such folder"
+        if not self.output:
+            return
+        output, source = Path(self.output).resolve(), Path(self.path).resolve()
+        if source == output or source in output.parents or output in source.parents:
+            yield f"--output {self.output} and PATH lie inside one another: name a folder elsewhere"
+        elif output.exists() and not (output.is_dir() and not any(output.iterdir())):
+            yield f"--output {self.output} is already there: name a new folder"
+
+
+def read_splits(args: CopyArgs, findings):
+    """{split: rows} of the splits that the folder has, as training reads them."""
+    columns = (args.image_column, args.caption_column, args.allow_outside_paths, findings)
+    splits = {split: read_folder(args.path, split, *columns) for split in SPLIT_NAMES}
+    return {split: rows for split, rows in splits.items() if rows is not None}
+
+
+def accept(splits, args: CopyArgs, findings, say):
+    """Say what is left out and noted. Raises DatasetProblem with all faults, as training does."""
+    report = findings.report()
+    if findings.faults and args.on_bad_rows == "error":
+        raise DatasetProblem(
+            f"{args.path} has {findings.count()} faults (x):\n{report}\n"
+            "  mend them, or leave those rows out with --on_bad_rows skip"
+        )
+    if report:
+        say(f"{args.path}, left out (x) and noted (-):\n{report}")
+    if not splits["train"]:
+        raise DatasetProblem(f"{args.path}: no row is left to train on")
+
+
+@contextmanager
+def new_folder(path):
+    """A folder to fill: it gets the name `path` when the block ends well, and is removed when it does not.
+
+    Raises DatasetProblem where the disk refuses.
+    """
+    path = Path(path).resolve()
+    aside = path.with_name(f".{path.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        if path.is_dir():
+            path.rmdir()  # only an empty one can be
+        os.rename(aside, path)
+    except OSError as error:
+        raise DatasetProblem(f"{path} is not written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def new_names(rows, split, args: CopyArgs):
+    """{picture: its name in the copy's split}: with the source's subfolders, and no two that differ in case alone."""
+    root, names, taken = Path(args.path), {}, set()
+    for picture in dict.fromkeys(row.picture for row in rows):
+        plain = name = _inside(picture, root, split)
+        number = 1
+        while str(name).lower() in taken:  # some disks take such names for equal
+            number += 1
+            name = plain.with_stem(f"{plain.stem}~{number}")
+        taken.add(str(name).lower())
+        names[picture] = name.as_posix()
+    return names
+
+
+def _inside(picture, root, split):
+    """The picture's path in its split; its bare name where it stands outside the dataset."""
+    if root not in picture.parents:
+        return Path(picture.name)
+    parts = picture.relative_to(root).parts
+    return Path(*(parts[1:] if parts[0] in SPLIT_NAMES[split] else parts))
+
+
+def take_pictures(folder, names, args: CopyArgs):
+    """Link or copy the pictures to their names in `folder`."""
+    for picture, name in names.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        _take_over(picture, folder / name, args.link)
+
+
+def write_metadata(folder, entries, args: CopyArgs):
+    """metadata.jsonl of each split, from {split: [(file name, row), ...]}: sorted, with the rows' other columns.
+
+    Empty captions are left out. The others stand as text, or as lists if any row has several: Hugging Face `datasets`
+    refuses a mixture.
+    """
+    others = _other_columns((row for pairs in entries.values() for _, row in pairs), args)
+    several = any(len([*filter(None, row.captions)]) > 1 for pairs in entries.values() for _, row in pairs)
+    for split, pairs in entries.items():
+        if not pairs:
+            continue
+        # What is no UTF-8 (half a character, or a byte of a file name) is escaped: a valid escape in JSON too.
+        with open(folder / split / "metadata.jsonl", "w", encoding="utf-8", errors="backslashreplace") as file:
+            for name, row in sorted(pairs, key=lambda pair: pair[0]):
+                record = {"file_name": name, **_told(row, others.get(row.origin, {}), several, args.caption_column)}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _told(row, others, several, column):
+    """The captions of a row and its other columns; of captions that are left out the origins go too."""
+    if column == "none":
+        return others
+    shape = lambda kept: kept if several else kept[0]
+    told = {column: shape([*filter(None, row.captions)]), **others}
+    origins = told.get(origin_column(column))
+    if isinstance(origins, list):
+        kept = [origin for origin, caption in zip(origins, row.captions, strict=False) if caption]
+        told[origin_column(column)] = shape(kept) if len(origins) == len(row.captions) else None
+    return told
+
+
+def _other_columns(rows, args):
+    """{origin of a row: what its metadata says besides file name and caption}, ready for JSON."""
+    root = Path(args.path)
+    ours = {"file_name", f"{args.image_column}_file_name", args.image_column, args.caption_column}
+    files = [Path(name) for name in dict.fromkeys(row.origin.rsplit(" ", 2)[0] for row in rows)]  # of "x.jsonl line 7"
+    others = {
+        where: {key: value for key, value in record.items() if key not in ours}
+        for file in files
+        if file.name in METADATA_NAMES
+        for where, record in _records(root / file, root, Findings())
+        if record.keys() - ours
+    }
+    return json.loads(json.dumps(others, default=str))  # a parquet file may hold dates

@@ -1,0 +1,251 @@
+"""Pictures that a source names by address: taken from a folder of the user's, or fetched into it, each once.
+
+What stands in the folder is whole: a picture is written aside, decoded and renamed. So the same command goes on after
+an interruption. gone.jsonl in the folder keeps the addresses that hold no picture any more; delete it to ask anew.
+"""
+
+import json
+import math
+import os
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+import httpx2
+from tqdm.auto import tqdm
+
+from finetuning.cli import flag
+from finetuning.conversion.writing import in_order
+from finetuning.data.pictures import UnreadablePicture, open_rgb
+from finetuning.data.reading import DatasetProblem
+
+HEADERS = {"User-Agent": "prepare_dataset.py (diffusers fine-tuning)", "Accept": "image/*"}
+TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
+GONE = {404, 410}
+LONGEST_PAUSE = 120  # seconds; a site that asks for more is left in peace
+
+
+@dataclass
+class DownloadArgs:
+    """Pictures by address (unsplash, sbu)"""
+
+    images: str | None = flag(None, "folder of the pictures, by the names that the source gives them", metavar="DIR")
+    download: bool = flag(False, "fetch what is not in --images into it; it stays there for the next time")
+    download_rate: float = flag(10.0, "pictures asked for in a second, at most")
+    download_workers: int = flag(8, "threads that fetch")
+    download_tries: int = flag(4, "how often a picture is asked for where the site or the network fails")
+    download_timeout: float = flag(60.0, "seconds that one try may take")
+    download_max_mb: float = flag(100.0, "larger files are not taken, in millions of bytes")
+
+    def problems(self):
+        if self.download and not self.images:
+            yield "--download needs --images DIR, the folder that keeps the pictures"
+        if self.images and not self.download and not Path(self.images).is_dir():
+            yield f"--images {self.images}: there is no such folder (--download makes it)"
+        output = getattr(self, "output", None)
+        if self.images and output and Path(output).resolve() in (Path(self.images).resolve() / "x").parents:
+            yield f"--images {self.images} must not be inside --output {output}, which holds the new dataset alone"
+        for name in ("download_rate", "download_timeout", "download_max_mb"):
+            if not 0 < getattr(self, name) < math.inf:
+                yield f"--{name} {getattr(self, name)} must be above 0"
+        for name in ("download_workers", "download_tries"):
+            if getattr(self, name) < 1:
+                yield f"--{name} {getattr(self, name)} must be at least 1"
+
+
+def arrived(items, args, findings):
+    """Yield the sample of each (sample, url or None), in order, once its picture stands at `sample.picture`.
+
+    With --download those that do not stand are fetched. What cannot be had is a fault with its reason. Ends after
+    --limit samples. Raises DatasetProblem where the folder cannot be written or the site sends us away.
+    """
+    count = 0
+    with closing(_fetched(items, args) if args.download else _standing(items)) as results:
+        for sample, trouble in results:
+            if trouble:
+                kind, reason = trouble
+                findings.faults[kind].append(f"{sample.origin} ({reason})")
+                continue
+            yield sample
+            count += 1
+            if count == args.limit:
+                return
+
+
+def place(folder, name):
+    """The path of `name` in the folder; None where that would be elsewhere."""
+    parts = Path(os.path.normpath(name)).parts
+    if not parts or parts[0] in ("/", "//", "..") or not name.isprintable():  # surrogates and NUL are not
+        return None
+    return None if any(len(part.encode()) > 240 for part in parts) else folder.joinpath(*parts)
+
+
+def _standing(items):
+    kind = "rows whose picture is not there (--images DIR says where to look, --download fetches)"
+    for sample, _ in items:
+        yield sample, None if sample.picture.is_file() else (kind, sample.picture.name)
+
+
+def _fetched(items, args):
+    """(sample, trouble) in order; few pictures are under way at once."""
+    kind = "pictures that could not be fetched (the same command tries again)"
+    journal = Path(args.images) / "gone.jsonl"
+    fetcher, gone = Fetcher(args), _gone(journal)
+
+    def work(sample, url):
+        if sample.picture.is_file():
+            return None
+        try:
+            if url in gone:
+                raise Unfetched(f"{gone[url]}, as {journal} says")
+            sample.picture.parent.mkdir(parents=True, exist_ok=True)
+            fetcher.fetch(url, sample.picture)
+        except Unfetched as trouble:
+            return trouble
+        except OSError as error:
+            raise DatasetProblem(f"{sample.picture} cannot be written: {error}") from error
+
+    pool = ThreadPoolExecutor(args.download_workers)
+    shown = tqdm(items, "fetching", unit="picture")
+    try:
+        for (sample, url), trouble in in_order(pool, work, shown, 4 * args.download_workers):
+            if trouble and trouble.gone:
+                with open(journal, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"url": url, "reason": str(trouble)}) + "\n")
+            yield sample, trouble and (kind, f"{url}: {trouble}")
+    finally:
+        fetcher.stop.set()
+        pool.shutdown()
+        fetcher.client.close()
+
+
+def _gone(journal):
+    """{url: reason} of the addresses that an earlier run found empty."""
+    if not journal.is_file():
+        return {}
+    gone = {}
+    for line in journal.read_text(encoding="utf-8").split("\n"):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that a killed run was writing
+        gone[row["url"]] = row["reason"]
+    return gone
+
+
+class Unfetched(Exception):
+    """Why a picture could not be had: `gone` for good, or worth `another_try` after `pause` seconds (none: a few)."""
+
+    def __init__(self, reason, gone=False, another_try=False, pause=None):
+        super().__init__(reason)
+        self.gone, self.another_try, self.pause = gone, another_try, pause
+
+
+class Turns:
+    """Who may ask when, over all threads: `rate` times a second, and not before a pause that the site asked for."""
+
+    def __init__(self, rate, clock, sleep):
+        self.rate, self.clock, self.sleep = rate, clock, sleep
+        self.lock, self.next = threading.Lock(), clock()
+
+    def wait(self):
+        with self.lock:
+            now = self.clock()
+            turn = max(now, self.next)
+            self.next = turn + 1 / self.rate
+        if turn > now:
+            self.sleep(turn - now)
+
+    def pause(self, seconds):
+        with self.lock:
+            self.next = max(self.next, self.clock() + seconds)
+
+
+class Fetcher:
+    """Fetches pictures, for many threads at once. `stop` is an event that ends all of its waiting."""
+
+    def __init__(self, args, clock=time.monotonic, sleep=None):
+        self.args, self.clock, self.stop = args, clock, threading.Event()
+        self.sleep = sleep or self.stop.wait
+        self.turns = Turns(args.download_rate, clock, self.sleep)
+        self.client = httpx2.Client(headers=HEADERS, timeout=args.download_timeout, follow_redirects=True)
+
+    def fetch(self, url, target):
+        """Put the picture of `url` at `target`. Raises Unfetched; OSError where the disk fails."""
+        if not re.match(r"https?://", url or "", re.IGNORECASE):
+            raise Unfetched("not an address of the web (http, https)")
+        for left in reversed(range(self.args.download_tries)):
+            self.turns.wait()
+            if self.stop.is_set():
+                raise Unfetched("interrupted")
+            try:
+                return self._try(url, target)
+            except Unfetched as trouble:
+                if not (trouble.another_try and left):
+                    raise
+                if trouble.pause is None:
+                    self.sleep(min(2.0 ** (self.args.download_tries - 1 - left), LONGEST_PAUSE))
+                else:
+                    self.turns.pause(trouble.pause)
+
+    def _try(self, url, target):
+        aside = target.with_name(f".{target.name}.part")
+        try:
+            with self.client.stream("GET", url) as response:
+                self._check(response)
+                self._store(response, aside)
+            open_rgb(aside)
+            os.replace(aside, target)
+        except (httpx2.UnsupportedProtocol, httpx2.TooManyRedirects, httpx2.InvalidURL) as error:
+            raise Unfetched(str(error)) from error
+        except httpx2.RequestError as error:  # no answer, a broken connection, half a picture
+            raise Unfetched(f"{type(error).__name__}: {error}".rstrip(": "), another_try=True) from error
+        except UnreadablePicture as error:
+            raise Unfetched("what came is not a whole picture") from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _check(self, response):
+        status, pause = response.status_code, _retry_after(response)
+        said = f"HTTP {status} {response.reason_phrase}".rstrip()
+        if status in TRY_AGAIN and pause is not None and pause > LONGEST_PAUSE:
+            raise DatasetProblem(
+                f"{response.url.host} asks to be left in peace for {pause:.0f} s ({said}): give the same command again "
+                "then; what has been fetched is kept"
+            )
+        if status in TRY_AGAIN:
+            raise Unfetched(said, another_try=True, pause=pause)
+        if status != 200:
+            raise Unfetched(said, gone=status in GONE)
+        if Path(response.url.path).name.startswith("photo_unavailable"):
+            raise Unfetched("Flickr shows its picture for deleted photos", gone=True)
+        kind = response.headers.get("Content-Type", "").split(";")[0]
+        if kind.startswith("text/") or kind == "application/json":
+            raise Unfetched(f"{kind} instead of a picture")
+
+    def _store(self, response, aside):
+        limit, end, size = self.args.download_max_mb * 1e6, self.clock() + self.args.download_timeout, 0
+        with open(aside, "wb") as file:
+            for part in response.iter_bytes():
+                size += len(part)
+                if size > limit:
+                    raise Unfetched(f"larger than --download_max_mb {self.args.download_max_mb:g}")
+                if self.clock() > end:
+                    raise Unfetched(f"slower than --download_timeout {self.args.download_timeout:g}", another_try=True)
+                file.write(part)
+
+
+def _retry_after(response):
+    """Seconds that the site asks to wait, which it says in seconds or as a date; none where it does not say."""
+    said = response.headers.get("Retry-After", "").strip()
+    if said.isdecimal():
+        return float(said)
+    try:
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    except ValueError:
+        return None

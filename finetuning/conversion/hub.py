@@ -1,0 +1,73 @@
+"""A Hub dataset by name, or a folder that Hugging Face `datasets` wrote: pictures inside Parquet or Arrow files.
+
+The pictures are taken with the bytes they were encoded in. The table is mapped into memory, not read into it, so a
+large dataset costs disk in the cache of `datasets` (HF_HOME says where) but little memory.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetuning.cli import flag
+from finetuning.conversion.contract import SPLIT_OF, Cell, Sample
+from finetuning.data.reading import DatasetProblem, Findings, read_hub
+
+
+@dataclass
+class HubArgs:
+    """Hub dataset"""
+
+    dataset_config_name: str | None = flag(None, "configuration (subset) of the dataset, where it has several")
+
+
+def read(path, args, findings):
+    """The rows of every split, in their order. A dataset of one split is undivided, whatever that split is called."""
+    from datasets import Image, config  # a slow import that other sources do not need
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    splits = _load(path, args.dataset_config_name)
+    folders = [config.HF_DATASETS_CACHE, HF_HUB_CACHE, *([path] if Path(path).is_dir() else [])]
+    folders = () if args.allow_outside_paths else tuple(Path(folder).resolve() for folder in folders)
+    for split, dataset in splits.items():
+        meaning = SPLIT_OF.get(split)
+        if len(splits) > 1 and not meaning:
+            kind = "splits whose names say neither train, validation nor test (name them so to have them taken)"
+            findings.faults[kind].append(f"{split}, {len(dataset)} rows")
+            continue
+        said = Findings()
+        rows = read_hub(dataset, args.image_column, args.caption_column, said)
+        _add(findings, said, split)
+        column = dataset.select_columns(args.image_column).cast_column(args.image_column, Image(decode=False))
+        column = column[args.image_column]
+        for row in rows:
+            picture = Cell(column, row.picture, folders)
+            where = f"{split} {row.origin}"
+            yield Sample(
+                f"{split}/{row.picture:08}", picture, row.captions, where, meaning if len(splits) > 1 else None
+            )
+
+
+def _load(source, config_name):
+    """{split: dataset}. Raises DatasetProblem."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    folder = Path(source)
+    if folder.is_dir() and not any(
+        file.suffix in (".parquet", ".arrow") and file.stem != "metadata" for file in folder.rglob("*")
+    ):
+        raise DatasetProblem(f"{source} holds no Parquet or Arrow files: convert `imagefolder` reads picture folders")
+    try:
+        if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            loaded = load_from_disk(source)
+            return loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
+        return load_dataset(source, config_name)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        message = f"{source} with --dataset_config_name {config_name} cannot be loaded: {error}"
+        raise DatasetProblem(message) from error
+
+
+def _add(findings, said, split):
+    """Rows are counted in each split from 0, so examples need its name."""
+    for whole, part in ((findings.faults, said.faults), (findings.notes, said.notes)):
+        for kind, examples in part.items():
+            whole[kind] += [f"{split} {example}" for example in examples]

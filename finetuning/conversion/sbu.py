@@ -1,0 +1,205 @@
+"""SBU Captions, in the ways that people keep it:
+
+    SBU_captioned_photo_dataset_urls.txt and _captions.txt      a line each (torchvision.datasets.SBU)
+    sbu-captions-all.json       {"image_urls": [...], "captions": [...]}
+    sbu.json                    [{"image": ..., "url": ..., "caption": ...}, ...] (LAVIS)
+    00000/000000000.jpg, .txt, .json      what img2dataset fetched, with --output_format files
+
+The first three name pictures by address; a picture's file has the last part of the address for its name.
+"""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetuning.conversion.contract import Sample
+from finetuning.conversion.download import arrived, place
+from finetuning.data.pictures import EXTENSIONS
+from finetuning.data.reading import DatasetProblem
+
+URLS, CAPTIONS = "SBU_captioned_photo_dataset_urls.txt", "SBU_captioned_photo_dataset_captions.txt"
+JSON_NAMES = ("sbu-captions-all.json", "sbu.json")
+
+
+def read(path, args, findings):
+    """Each picture once with all of its captions, in the order of the file. Raises DatasetProblem."""
+    path = Path(path)
+    if not path.exists():
+        raise DatasetProblem(f"there is no {path}")
+    lists = _lists(path)
+    if len(lists) > 1:
+        raise DatasetProblem(f"{path} holds {' and '.join(file.name for file in lists)}: name the file that counts")
+    if not lists:
+        yield from _shards(path, args, findings)
+        return
+    (listed,) = lists
+    rows = _line_pairs(listed, findings) if listed.suffix == ".txt" else _json(listed)
+    images = Path(args.images) if args.images else listed.parent
+    photos = _photos(rows, findings)
+    yield from arrived(_placed(photos, images, args, findings), args, findings)
+
+
+def _lists(path):
+    """The files of rows that a path means."""
+    if path.is_file():
+        return [path.with_name(URLS) if path.name == CAPTIONS else path]
+    places = [folder / name for folder in (path, path / "dataset") for name in (URLS, *JSON_NAMES)]
+    return [file for file in places if file.is_file()]
+
+
+def _line_pairs(urls, findings):
+    """Yield (where, url, caption, None) of two files that belong together line by line."""
+    captions = urls.with_name(urls.name.replace("urls", "captions"))
+    if captions == urls or not captions.is_file():
+        raise DatasetProblem(f"{urls} needs {CAPTIONS} beside it, a line for each of its own")
+    url_lines, caption_lines = _lines(urls), _lines(captions)
+    if len(url_lines) != len(caption_lines):
+        raise DatasetProblem(
+            f"{urls.name} has {len(url_lines)} lines and {captions.name} {len(caption_lines)}: no one can know which "
+            "caption belongs to which picture; fetch both again"
+        )
+    for number, (url, caption) in enumerate(zip(url_lines, caption_lines, strict=True), 1):
+        where = f"{urls.name} line {number}"
+        try:
+            yield where, url.decode(), caption.decode(), None
+        except UnicodeDecodeError:
+            findings.faults["lines that are not UTF-8"].append(where)
+
+
+def _lines(path):
+    """Split at line feeds alone, since the two files are matched by number. Bytes."""
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def _json(path):
+    """Yield (where, url, caption, name of the file or None)."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise DatasetProblem(f"{path} cannot be read as JSON: {error}") from error
+    if isinstance(content, dict):
+        urls, captions = content.get("image_urls"), content.get("captions")
+        if not (isinstance(urls, list) and isinstance(captions, list) and len(urls) == len(captions)):
+            raise DatasetProblem(f"{path} must hold image_urls and captions, lists of one length")
+        rows = ((url, caption, None) for url, caption in zip(urls, captions, strict=True))
+    elif isinstance(content, list) and all(isinstance(record, dict) for record in content):
+        rows = ((record.get("url"), record.get("caption"), record.get("image")) for record in content)
+    else:
+        raise DatasetProblem(f"{path} must hold image_urls and captions, or a list of records {{image, url, caption}}")
+    for number, row in enumerate(rows, 1):
+        yield f"{path.name} record {number}", *row
+
+
+@dataclass
+class _Photo:
+    url: str | None
+    name: str
+    where: str
+    captions: list = field(default_factory=list)
+
+
+def _photos(rows, findings):
+    """One for each address, with its captions."""
+    photos = {}
+    for where, url, caption, name in rows:
+        url, caption, name = (value.strip() if isinstance(value, str) else "" for value in (url, caption, name))
+        if not (url or name):
+            findings.faults["rows without an address"].append(where)
+            continue
+        if not caption:
+            findings.faults["rows with an empty caption"].append(where)
+            continue
+        photo = photos.setdefault(url or name, _Photo(url or None, name or file_name(url), where))
+        if photo.captions:
+            findings.notes["addresses of more than one row (one picture, all its captions)"].append(where)
+        if caption not in photo.captions:
+            photo.captions.append(caption)
+    return list(photos.values())
+
+
+def _placed(photos, images, args, findings):
+    """Yield (sample, url); two addresses that end alike get files of their own."""
+    sharing = defaultdict(int)
+    for photo in photos:
+        sharing[photo.name.lower()] += 1  # some disks take names for equal that differ in case
+    for photo in photos:
+        name = photo.name
+        if sharing[name.lower()] > 1:
+            name = _distinct(photo)
+        picture = place(images, name)
+        if picture is None:
+            findings.faults["rows whose image would be outside the folder"].append(f"{photo.where} ({name})")
+        elif name != photo.name and not args.download and not picture.is_file() and (images / photo.name).is_file():
+            kind = "pictures whose name fits several addresses (--download fetches each by a name of its own)"
+            findings.faults[kind].append(f"{photo.where} ({photo.name})")
+        else:
+            yield Sample(name, picture, tuple(photo.captions), photo.where), photo.url
+
+
+def file_name(url):
+    """The last part of an address, fit for a file: "http://host/2723/43850_b0f29.jpg?zz=1" -> "43850_b0f29.jpg"."""
+    last = re.split(r"[?#]", url)[0].rsplit("/", 1)[-1]
+    last = re.sub(r"[^\w.~-]", "_", last, flags=re.ASCII).lstrip(".")
+    ending = Path(last).suffix if Path(last).suffix.lower() in EXTENSIONS else ""
+    stem = last.removesuffix(ending)
+    return f"{stem if 0 < len(stem) <= 150 else _hash(url)}{ending or '.jpg'}"
+
+
+def _distinct(photo):
+    path = Path(photo.name)
+    return str(path.with_name(f"{path.stem}~{_hash(photo.url or photo.name)}{path.suffix}"))
+
+
+def _hash(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _shards(root, args, findings):
+    """The folders of img2dataset."""
+    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and re.fullmatch(r"\d+", folder.name))
+    if not folders:
+        raise DatasetProblem(
+            f"{root} holds none of what SBU comes as: {URLS} with {CAPTIONS}, {' or '.join(JSON_NAMES)}, or folders "
+            "00000, 00001, ... of img2dataset (its .tar files are read by `convert webdataset`)"
+        )
+    count = 0
+    for folder in folders:
+        files = defaultdict(dict)
+        for file in sorted(folder.iterdir()):
+            kind = "picture" if file.suffix.lower() in EXTENSIONS else file.suffix
+            if kind in ("picture", ".json", ".txt") and not file.name.startswith("."):
+                files[file.stem][kind] = file
+        for key, parts in files.items():
+            where = f"{folder.name}/{key}"
+            if caption := _shard_caption(where, parts, findings):
+                yield Sample(f"{folder.name}/{parts['picture'].name}", parts["picture"], (caption,), where)
+                count += 1
+                if count == args.limit:
+                    return
+
+
+def _shard_caption(where, parts, findings):
+    """The caption of a picture that was fetched; none, with a fault, where one is lacking."""
+    try:
+        record = json.loads(parts[".json"].read_text(encoding="utf-8")) if ".json" in parts else {}
+        text = parts[".txt"].read_text(encoding="utf-8") if ".txt" in parts else ""
+        if not isinstance(record, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        findings.faults["captions of img2dataset that cannot be read"].append(f"{where} ({error})")
+        return None
+    if (status := record.get("status", "success")) != "success":
+        reason = record.get("error_message") or status
+        findings.faults["pictures that img2dataset could not fetch"].append(f"{where} ({reason})")
+        return None
+    if "picture" not in parts:
+        findings.faults["captions of img2dataset without a picture"].append(where)
+        return None
+    caption = str(record.get("caption") or text).strip()
+    if not caption:
+        findings.faults["pictures of img2dataset without a caption"].append(where)
+    return caption or None

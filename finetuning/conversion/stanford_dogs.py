@@ -1,0 +1,137 @@
+"""Stanford Dogs as it is published: 120 breeds, a folder each, split lists and bounding boxes; unpacked or as the tars.
+
+PATH/
+    Images/n02085620-Chihuahua/n02085620_7.jpg     or images.tar
+    Annotation/n02085620-Chihuahua/n02085620_7     or annotation.tar: XML without an ending, needed for --crop_to_dogs
+    train_list.mat, test_list.mat                  or lists.tar; without them a picture's content decides on its split
+"""
+
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from xml.etree import ElementTree
+
+import numpy as np
+from scipy.io import loadmat
+
+from finetuning.cli import flag
+from finetuning.conversion.contract import Sample, members, template_problems, walk
+from finetuning.data.pictures import EXTENSIONS
+from finetuning.data.reading import DatasetProblem
+
+LISTS = {"train": "train_list.mat", "test": "test_list.mat"}
+TEMPLATE_WORDS = ("name", "a_name")
+
+
+@dataclass
+class StanfordDogsArgs:
+    """Stanford Dogs"""
+
+    dog_captions: list[str] = flag(
+        ["a photo of {a_name}"], 'captions; {name} is the breed ("Border collie"), {a_name} has its article before it'
+    )
+    lower_case_breeds: bool = flag(False, "write every breed in small letters")
+    use_lists: bool = flag(True, "split as train_list.mat and test_list.mat say, where they are there")
+    crop_to_dogs: bool = flag(False, "cut each picture to its bounding box, or to the box around all of its dogs")
+
+    def problems(self):
+        yield from template_problems("--dog_captions", self.dog_captions, TEMPLATE_WORDS)
+
+
+def read(path, args, findings):
+    """Each picture with its breed for a caption, by folder and file name."""
+    files = _files(Path(path), args, findings)
+    pictures = {name: file for name, file in files.items() if name.suffix.lower() in EXTENSIONS}
+    if not pictures and not findings.faults:
+        raise DatasetProblem(
+            f"{path} has neither folders such as Images/n02085620-Chihuahua with pictures nor images.tar: "
+            "name the folder that holds them"
+        )
+    splits = _splits(path, files, pictures, findings) if args.use_lists else {}
+    for name, picture in sorted(pictures.items()):
+        if splits and name not in splits:
+            findings.faults["pictures in neither list (--no-use_lists splits by content)"].append(str(name))
+            continue
+        box = None
+        if args.crop_to_dogs and not (box := _box(name, files, findings)):
+            continue
+        captions = tuple(template.format(**_words(name, args)) for template in args.dog_captions)
+        yield Sample(str(name), picture, captions, str(name), splits.get(name), box)
+
+
+def _files(root, args, findings):
+    """{breed folder/file or list: Path or Member}, whatever the folders above are called."""
+    if not root.is_dir():
+        raise DatasetProblem(f"there is no folder {root}")
+    paths = [folder / name for folder, names in walk(root, args.allow_outside_paths, findings) for name in names]
+    found = [(str(file), file) for file in paths if file.suffix != ".tar"]
+    for archive in (file for file in paths if file.suffix == ".tar"):
+        found += members(archive, findings)
+    files = {}
+    for name, file in found:
+        parts = PurePosixPath(name).parts
+        in_breed = len(parts) > 1 and re.fullmatch(r"n\d{8}-.+", parts[-2]) and not parts[-1].startswith(".")
+        if not in_breed and parts[-1] not in LISTS.values():
+            continue
+        short = PurePosixPath(*parts[-2:] if in_breed else parts[-1:])
+        if short in files:
+            findings.notes["files that are there twice (unpacked ones come before tars)"].append(str(short))
+        files.setdefault(short, file)
+    return files
+
+
+def _content(file):
+    return file.read_bytes() if isinstance(file, Path) else file.read()
+
+
+def _splits(path, files, pictures, findings):
+    """{picture: split}; empty where there are no lists."""
+    missing = [name for name in LISTS.values() if PurePosixPath(name) not in files]
+    if len(missing) == len(LISTS):
+        return {}
+    if missing:
+        raise DatasetProblem(f"{path} has no {missing[0]}: add it, or split by content with --no-use_lists")
+    splits = {}
+    for split, name in LISTS.items():
+        try:
+            cells = loadmat(io.BytesIO(_content(files[PurePosixPath(name)])), squeeze_me=True)["file_list"]
+            listed = [PurePosixPath(cell) for cell in np.atleast_1d(cells).tolist()]
+        except Exception as error:  # on broken files loadmat raises more than MatReadError
+            raise DatasetProblem(f"{path}: {name} is no list of Stanford Dogs ({error})") from error
+        for entry in listed:
+            if splits.setdefault(entry, split) != split:
+                findings.faults["pictures in both lists"].append(str(entry))
+            if entry not in pictures:
+                findings.faults["listed pictures that are not there"].append(f"{name}: {entry}")
+    return splits
+
+
+def _box(name, files, findings):
+    """(left, top, right, bottom) around all dogs of a picture; None, and a fault, where the annotation has none."""
+    if name.with_suffix("") not in files:
+        findings.faults["pictures without an annotation (needed for --crop_to_dogs)"].append(str(name))
+        return None
+    try:
+        tree = ElementTree.fromstring(_content(files[name.with_suffix("")]))
+        width, height = (int(tree.findtext(f"size/{side}")) for side in ("width", "height"))
+        boxes = [[int(box.findtext(edge)) for edge in ("xmin", "ymin", "xmax", "ymax")] for box in tree.iter("bndbox")]
+        left, top, right, bottom = zip(*boxes, strict=True)
+    except (ElementTree.ParseError, TypeError, ValueError) as error:
+        findings.faults["annotations that cannot be read"].append(f"{name.with_suffix('')} ({error})")
+        return None
+    if len(boxes) > 1:
+        findings.notes["pictures of several dogs (cut to the box around all of them)"].append(str(name))
+    around = (max(min(left), 0), max(min(top), 0), min(max(right), width), min(max(bottom), height))
+    if around[0] >= around[2] or around[1] >= around[3]:
+        findings.faults["boxes with nothing of the picture in them"].append(f"{name} {around}")
+        return None
+    return around
+
+
+def _words(name, args):
+    """What the templates may say of a picture: n02085936-Maltese_dog is "Maltese dog"."""
+    breed = name.parent.name.partition("-")[2].replace("_", " ")
+    if args.lower_case_breeds:
+        breed = breed.lower()
+    return {"name": breed, "a_name": f"{'an' if breed[0].lower() in 'aeiou' else 'a'} {breed}"}

@@ -1,0 +1,311 @@
+"""SBU Captions in each way that it is kept, with its dead addresses and its names that are not unique."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from finetuning import cli
+from finetuning.conversion.download import DownloadArgs, Fetcher
+from finetuning.conversion.sbu import file_name, read
+from finetuning.conversion.writing import WritingArgs
+from finetuning.data.pictures import open_rgb
+from finetuning.data.reading import DatasetProblem, Findings
+
+HOST = "http://static.flickr.com"
+FIRST, SECOND, THIRD = f"{HOST}/2723/43_b0.jpg", f"{HOST}/1350/12_f6.jpg", f"{HOST}/55/77_aa.jpg"
+TEXTS = ["Interior design of modern white and brown living room .", "The Egyptian cat statue", "Man sits in a boat"]
+
+
+@dataclass
+class Args(DownloadArgs, WritingArgs):
+    """The flags that the reader reads."""
+
+
+@pytest.fixture
+def args(tmp_path):
+    def make(*flags):
+        args, problems = cli.read(Args, "", ["--output", f"{tmp_path}/out", *map(str, flags)])
+        assert problems == []
+        return args
+
+    return make
+
+
+def picture(path, color="red"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4), color).save(path)
+    return path
+
+
+def pairs(root, urls, captions, encoding="utf-8", end="\n"):
+    folder = root / "dataset"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in (("urls", urls), ("captions", captions)):
+        text = "".join(line + end for line in lines)
+        (folder / f"SBU_captioned_photo_dataset_{name}.txt").write_bytes(text.encode(encoding))
+    return root
+
+
+def columnar(root, urls, captions):
+    root.mkdir(parents=True, exist_ok=True)
+    content = {"image_urls": urls, "user_ids": ["33@N00"] * len(urls), "captions": captions}
+    (root / "sbu-captions-all.json").write_text(json.dumps(content))
+    return root
+
+
+def records(root, urls, captions):
+    root.mkdir(parents=True, exist_ok=True)
+    rows = [{"image": url.split("/")[-1], "caption": c, "url": url} for url, c in zip(urls, captions, strict=True)]
+    (root / "sbu.json").write_text(json.dumps(rows))
+    return root
+
+
+LISTS = [pairs, columnar, records]
+
+
+def taken(path, args):
+    """([(name, picture, captions)], findings)."""
+    findings = Findings()
+    samples = list(read(path, args, findings))
+    assert len({sample.key for sample in samples}) == len(samples)
+    return [(sample.name, sample.picture, sample.captions) for sample in samples], findings
+
+
+@pytest.mark.parametrize("write", LISTS)
+@pytest.mark.parametrize("by", ["folder", "file"])
+def test_pictures_have_the_last_part_of_their_address_for_a_name(tmp_path, args, write, by):
+    root = write(tmp_path / "sbu", [FIRST, SECOND, THIRD], TEXTS)
+    path = root if by == "folder" else next(iter(sorted(root.rglob("*.*"))))
+    kept = [picture(tmp_path / "images" / name) for name in ("43_b0.jpg", "12_f6.jpg")]
+    rows, findings = taken(path, args("--images", tmp_path / "images"))
+    assert rows == [("43_b0.jpg", kept[0], (TEXTS[0],)), ("12_f6.jpg", kept[1], (TEXTS[1],))]
+    ((kind, (example,)),) = findings.faults.items()
+    assert "--download fetches" in kind
+    assert re.fullmatch(r".* (line|record) 3 \(77_aa\.jpg\)", example)
+
+
+def test_pictures_are_looked_for_beside_the_list_where_torchvision_puts_them(tmp_path, args):
+    root = pairs(tmp_path, [FIRST], TEXTS[:1])
+    beside = picture(root / "dataset/43_b0.jpg")
+    assert taken(root, args())[0] == [("43_b0.jpg", beside, (TEXTS[0],))]
+
+
+@pytest.mark.parametrize(("encoding", "end"), [("utf-8-sig", "\n"), ("utf-8", "\r\n"), ("utf-8", " \n")])
+def test_lines_are_matched_by_number_whatever_ends_them(tmp_path, args, encoding, end):
+    captions = ["a\u2028b\rc", "  second  ", "café"]  # these end a line for some, not here
+    root = pairs(tmp_path, [FIRST, SECOND, THIRD], captions, encoding, end)
+    for url in (FIRST, SECOND, THIRD):
+        picture(root / "dataset" / file_name(url))
+    assert [row[2] for row in taken(root, args())[0]] == [("a\u2028b\rc",), ("second",), ("café",)]
+
+
+def test_lists_of_different_length_are_refused(tmp_path, args):
+    root = pairs(tmp_path, [FIRST, SECOND], TEXTS)
+    with pytest.raises(DatasetProblem, match=r"has 2 lines and .*captions\.txt 3"):
+        taken(root, args())
+
+
+def test_lines_that_cannot_be_taken_are_named(tmp_path, args):
+    root = pairs(tmp_path, [FIRST, "", SECOND, THIRD], [TEXTS[0], "b", "  ", "d"])
+    captions = root / "dataset/SBU_captioned_photo_dataset_captions.txt"
+    captions.write_bytes(captions.read_bytes().replace(b"\nd\n", b"\ncaf\xe9\n"))
+    picture(root / "dataset/43_b0.jpg")
+    rows, findings = taken(root, args())
+    assert len(rows) == 1
+    assert {kind: [one.split(".txt ")[1] for one in examples] for kind, examples in findings.faults.items()} == {
+        "rows without an address": ["line 2"],
+        "rows with an empty caption": ["line 3"],
+        "lines that are not UTF-8": ["line 4"],
+    }
+
+
+@pytest.mark.parametrize("write", LISTS)
+def test_an_address_of_several_rows_is_one_picture_with_all_its_captions(tmp_path, args, write):
+    root = write(tmp_path / "sbu", [FIRST, SECOND, FIRST, FIRST], ["one", "other", "two", "one"])
+    for name in ("43_b0.jpg", "12_f6.jpg"):
+        picture(tmp_path / "images" / name)
+    rows, findings = taken(root, args("--images", tmp_path / "images"))
+    assert [(name, captions) for name, _, captions in rows] == [
+        ("43_b0.jpg", ("one", "two")),
+        ("12_f6.jpg", ("other",)),
+    ]
+    assert not findings.faults
+    assert [len(examples) for examples in findings.notes.values()] == [2]
+
+
+COLORS = {FIRST: (255, 0, 0), f"{HOST}/9/43_b0.jpg": (0, 255, 0), f"{HOST}/9/43_B0.jpg": (0, 0, 255)}
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """What is asked of the network; each address answers with its colour."""
+    asked = []
+
+    def fetch(self, url, target):
+        asked.append(url)
+        Image.new("RGB", (4, 4), COLORS.get(url, "white")).save(target, "PNG")
+
+    monkeypatch.setattr(Fetcher, "fetch", fetch)
+    return asked
+
+
+@pytest.mark.parametrize("write", LISTS)
+@pytest.mark.parametrize("urls", [list(COLORS), list(COLORS)[::2]])  # the latter differ in case alone
+def test_addresses_that_end_alike_are_not_confused(tmp_path, args, write, urls, fetched):
+    root = write(tmp_path / "sbu", urls, [f"caption of {url}" for url in urls])
+    picture(tmp_path / "images/43_b0.jpg", "white")  # of one of them, by another program
+    for download in ("--download", "--download", "--no-download"):
+        rows, findings = taken(root, args("--images", tmp_path / "images", download))
+        assert not findings.faults
+        assert [captions for _, _, captions in rows] == [(f"caption of {url}",) for url in urls]
+        assert [open_rgb(path).getpixel((0, 0)) for _, path, _ in rows] == [COLORS[url] for url in urls]
+        assert len({path.name.lower() for _, path, _ in rows} - {"43_b0.jpg"}) == len(urls)
+    assert sorted(fetched) == sorted(urls)  # threads fetch in any order
+
+
+def test_a_picture_that_could_be_of_two_addresses_is_not_guessed_at(tmp_path, args):
+    root = pairs(tmp_path, list(COLORS), ["red", "green", "blue"])
+    picture(root / "dataset/43_b0.jpg")
+    rows, findings = taken(root, args())
+    assert rows == []
+    fitting = "pictures whose name fits several addresses (--download fetches each by a name of its own)"
+    assert len(findings.faults[fitting]) == 2  # 43_B0.jpg is another name on this disk, and not there
+    assert sum(map(len, findings.faults.values())) == 3
+
+
+def test_only_what_is_missing_is_fetched_and_no_more_than_the_limit(tmp_path, args, fetched):
+    urls = [f"{HOST}/1/{number}_x.jpg" for number in range(100)]
+    root = columnar(tmp_path / "sbu", urls, ["a photo"] * 100)
+    picture(tmp_path / "images/0_x.jpg")
+    flags = ["--images", tmp_path / "images", "--download", "--download_workers", 1, "--limit", 3]
+    rows, _ = taken(root, args(*flags, "--download_rate", 1000))
+    assert [name for name, _, _ in rows] == ["0_x.jpg", "1_x.jpg", "2_x.jpg"]
+    assert urls[0] not in fetched and set(urls[1:3]) <= set(fetched) and len(fetched) < 20
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        (FIRST, "43_b0.jpg"),
+        (f"{FIRST}?zz=1#top", "43_b0.jpg"),
+        (f"{HOST}/a%20b c.PNG", "a_20b_c.PNG"),
+        (f"{HOST}/photo", "photo.jpg"),
+        (f"{HOST}/photo.php", "photo.php.jpg"),
+        (f"{HOST}/.hidden.jpg", "hidden.jpg"),
+        (f"{HOST}/..", None),
+        (f"{HOST}/", None),
+        (f"{HOST}/{'x' * 300}.jpg", None),
+    ],
+)
+def test_names_of_files_are_fit_for_a_disk(url, name):
+    assert re.fullmatch(re.escape(name) if name else r"[0-9a-f]{12}\.jpg", file_name(url))
+
+
+def test_a_record_may_not_name_a_picture_elsewhere(tmp_path, args):
+    rows = [{"image": "../../secret.jpg", "url": FIRST, "caption": "a"}, {"image": "sub/b.jpg", "caption": "b"}]
+    (tmp_path / "sbu").mkdir()
+    (tmp_path / "sbu/sbu.json").write_text(json.dumps(rows))
+    below = picture(tmp_path / "sbu/sub/b.jpg")
+    rows, findings = taken(tmp_path / "sbu/sbu.json", args())
+    assert rows == [("sub/b.jpg", below, ("b",))]
+    assert [*findings.faults] == ["rows whose image would be outside the folder"]
+
+
+def fetched_files(folder, key, caption="a photo", status="success", parts=("jpg", "txt", "json"), color="red"):
+    """What img2dataset leaves of a sample."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"url": FIRST, "caption": caption, "key": key, "status": status, "error_message": None, "width": 4}
+    if status != "success":
+        record["error_message"] = "HTTP Error 404: Not Found"
+    if "jpg" in parts:
+        picture(folder / f"{key}.jpg", color)
+    if "txt" in parts:
+        (folder / f"{key}.txt").write_text(caption or "")
+    if "json" in parts:
+        (folder / f"{key}.json").write_text(json.dumps(record, indent=4))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two folders of img2dataset, with its statistics and tables beside them."""
+    root = tmp_path / "img2dataset"
+    fetched_files(root / "00001", "000010000", "third")
+    fetched_files(root / "00000", "000000001", "second")
+    fetched_files(root / "00000", "000000000", "first ")
+    (root / "00000_stats.json").write_text(json.dumps({"count": 4, "successes": 3, "failed_to_download": 1}))
+    (root / "00000.parquet").write_bytes(b"PAR1")
+    return root
+
+
+def test_what_img2dataset_fetched_is_read_in_order(shards, args):
+    rows, findings = taken(shards, args())
+    assert [(name, captions) for name, _, captions in rows] == [
+        ("00000/000000000.jpg", ("first",)),
+        ("00000/000000001.jpg", ("second",)),
+        ("00001/000010000.jpg", ("third",)),
+    ]
+    assert rows[0][1] == shards / "00000/000000000.jpg"
+    assert not findings.faults and not findings.notes
+    assert [name for name, _, _ in taken(shards, args("--limit", 2))[0]] == [row[0] for row in rows[:2]]
+
+
+@pytest.mark.parametrize(
+    ("sample", "kind"),
+    [
+        ({"status": "failed_to_download", "parts": ("json",)}, "pictures that img2dataset could not fetch"),
+        ({"status": "failed_to_resize"}, "pictures that img2dataset could not fetch"),
+        ({"parts": ("json", "txt")}, "captions of img2dataset without a picture"),
+        ({"parts": ("jpg",)}, "pictures of img2dataset without a caption"),
+        ({"caption": None}, "pictures of img2dataset without a caption"),
+    ],
+)
+def test_what_img2dataset_could_not_fetch_is_named(shards, args, sample, kind):
+    fetched_files(shards / "00000", "000000002", **sample)
+    rows, findings = taken(shards, args())
+    assert len(rows) == 3
+    ((told, (example,)),) = findings.faults.items()
+    assert told == kind
+    assert example.startswith("00000/000000002")
+    assert ("404" in example) == ("status" in sample)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"])
+def test_a_broken_record_of_img2dataset_is_named(shards, args, content):
+    (shards / "00000/000000001.json").write_bytes(content)
+    rows, findings = taken(shards, args())
+    assert len(rows) == 2
+    (example,) = findings.faults["captions of img2dataset that cannot be read"]
+    assert example.startswith("00000/000000001 (")
+
+
+def test_a_caption_in_a_text_file_alone_is_taken(shards, args):
+    fetched_files(shards / "00000", "000000002", "fourth", parts=("jpg", "txt"))
+    assert ("fourth",) in [captions for _, _, captions in taken(shards, args())[0]]
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({}, "holds none of what SBU comes as"),
+        ({"sbu.json": "{"}, "sbu.json cannot be read as JSON"),
+        ({"sbu.json": "3"}, "must hold image_urls and captions, or a list"),
+        ({"sbu-captions-all.json": '{"captions": []}'}, "must hold image_urls and captions, lists of one length"),
+        ({"sbu-captions-all.json": '{"captions": [], "image_urls": [""]}'}, "lists of one length"),
+        ({"sbu.json": "[]", "sbu-captions-all.json": "{}"}, "sbu-captions-all.json and sbu.json: name the file"),
+        ({"SBU_captioned_photo_dataset_urls.txt": FIRST}, "captions.txt beside it"),
+    ],
+)
+def test_a_source_that_cannot_be_read_says_why(tmp_path, args, files, told):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DatasetProblem, match=told):
+        taken(tmp_path, args())
+
+
+def test_a_path_that_is_not_there_is_said(args):
+    with pytest.raises(DatasetProblem, match="there is no nowhere"):
+        taken(Path("nowhere"), args())

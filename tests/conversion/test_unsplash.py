@@ -1,0 +1,389 @@
+"""The tables of the Unsplash Lite dataset, and a scraper's manifest, become captioned pictures."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from finetuning import cli
+from finetuning.conversion.download import DownloadArgs, Fetcher
+from finetuning.conversion.unsplash import UnsplashArgs, read
+from finetuning.conversion.writing import WritingArgs, write_dataset
+from finetuning.data.reading import DatasetProblem, Findings, read_folder
+
+PHOTOS = [
+    "photo_id", "photo_url", "photo_image_url", "photo_submitted_at", "photo_featured", "photo_width",
+    "photo_height", "photo_aspect_ratio", "photo_description", "photographer_username", "photographer_first_name",
+    "photographer_last_name", "exif_camera_make", "exif_camera_model", "exif_iso", "exif_aperture_value",
+    "exif_focal_length", "exif_exposure_time", "photo_location_name", "photo_location_latitude",
+    "photo_location_longitude", "photo_location_country", "photo_location_city", "stats_views", "stats_downloads",
+    "ai_description", "ai_primary_landmark_name", "ai_primary_landmark_latitude", "ai_primary_landmark_longitude",
+    "ai_primary_landmark_confidence", "blur_hash",
+]  # fmt: skip
+KEYWORDS = ["photo_id", "keyword", "ai_service_1_confidence", "ai_service_2_confidence", "suggested_by_user"]
+LATER_KEYWORDS = [*KEYWORDS, "user_suggestion_source", "suggested_by_ai_service_3", "confirmed_by_ai_service_3"]
+DUNE, LAKE, WOOD, CITY = "XMyPniM9LF0", "rDLBArZUl1c", "-0_8aTVZ-nk", "c7OrOMxrurA"
+RAW = "https://images.unsplash.com/photo-1422493757035-1e5e03968f95"
+
+
+@dataclass
+class Args(UnsplashArgs, DownloadArgs, WritingArgs):
+    """The flags that the reader and the writer read."""
+
+
+def table(path, columns, *rows, delimiter="\t", encoding="utf-8"):
+    """As PostgreSQL's COPY ... CSV writes it: quotes where they are needed, doubled inside."""
+    with open(path, "w", encoding=encoding, newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", delimiter=delimiter, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def photo(photo_id, description="", ai_description="", width=4000, height=3000, url=RAW):
+    return {
+        "photo_id": photo_id, "photo_image_url": url, "photo_width": width, "photo_height": height,
+        "photo_description": description, "ai_description": ai_description, "photo_featured": "t",
+    }  # fmt: skip
+
+
+def keyword(photo_id, word, first="", second="", by_user="f"):
+    confidences = {"ai_service_1_confidence": first, "ai_service_2_confidence": second}
+    return {"photo_id": photo_id, "keyword": word, "suggested_by_user": by_user} | confidences
+
+
+def picture(path, color="red"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4), color).save(path)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path):
+    """An unpacked dataset of three photos, and their pictures."""
+    root = tmp_path / "lite"
+    root.mkdir()
+    table(
+        root / "photos.tsv000",
+        PHOTOS,
+        photo(DUNE, "My dune", "brown sand dunes"),
+        photo(LAKE, 'A "lake",\nseen\tfrom  above\r\n', "blue lake"),
+        photo(WOOD, "", "green trees"),
+    )
+    for name in (DUNE, LAKE, WOOD):
+        picture(tmp_path / "images" / f"{name}.jpg")
+    return root
+
+
+@pytest.fixture
+def args(tmp_path):
+    def make(*flags):
+        argv = ["--output", f"{tmp_path}/out", "--images", f"{tmp_path}/images", *map(str, flags)]
+        args, problems = cli.read(Args, "", argv)
+        assert problems == []
+        return args
+
+    return make
+
+
+def taken(root, args):
+    """({photo_id: captions}, findings)."""
+    findings = Findings()
+    samples = list(read(root, args, findings))
+    assert len({sample.key for sample in samples}) == len(samples)
+    return {Path(sample.name).stem: sample.captions for sample in samples}, findings
+
+
+def test_captions_are_the_ai_descriptions_unless_told(root, args):
+    captions, findings = taken(root, args())
+    assert list(captions.items()) == [(DUNE, ("brown sand dunes",)), (LAKE, ("blue lake",)), (WOOD, ("green trees",))]
+    assert not findings.faults and not findings.notes
+
+
+def test_a_description_is_one_line_whatever_quotes_and_breaks_it_has(root, args):
+    captions, findings = taken(root, args("--caption_from", "description"))
+    assert captions == {DUNE: ("My dune",), LAKE: ('A "lake", seen from above',)}
+    ((kind, examples),) = findings.faults.items()
+    assert "photos without description" in kind
+    assert examples == [f"photos.tsv000 line 6 ({WOOD})"]  # the lake's description takes lines of its own
+
+
+@pytest.mark.parametrize(
+    ("choice", "of_wood"),
+    [
+        (["description", "ai_description"], "green trees"),
+        (["description", "none"], ""),
+        (["description", "keywords", "none"], "moss"),
+    ],
+)
+def test_of_several_sources_of_captions_the_first_counts_that_a_photo_has(root, args, choice, of_wood):
+    table(root / "keywords.tsv000", KEYWORDS, keyword(WOOD, "moss", "90"), keyword(DUNE, "sand", "90"))
+    captions, findings = taken(root, args("--caption_from", *choice))
+    assert captions[DUNE] == ("My dune",)
+    assert captions[WOOD] == (of_wood,)
+    assert not findings.faults
+
+
+def test_without_captions_the_dataset_waits_for_a_captioner(root, args, tmp_path):
+    settings = args("--caption_from", "none", "--validation_fraction", 0, "--test_fraction", 0)
+    findings = Findings()
+    write_dataset(read(root, settings, findings), settings, say=lambda line: None)
+    rows = [json.loads(line) for line in (tmp_path / "out/train/metadata.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == ["", "", ""]
+    assert len(read_folder(tmp_path / "out", "train", "image", "none", False, findings)) == 3
+    assert not findings.faults
+    assert read_folder(tmp_path / "out", "train", "image", "text", False, findings) == []
+    assert len(findings.faults["rows with an empty caption"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "dune, sky, sand, wave"),  # dune is a person's word; sand and wave are equally sure
+        (["--keyword_confidence", "80"], "dune, sky"),
+        (["--keyword_confidence", "0", "--keyword_count", "9"], "dune, sky, sand, wave, ocean"),
+        (["--keyword_count", "2"], "dune, sky"),
+    ],
+)
+@pytest.mark.parametrize("columns", [KEYWORDS, LATER_KEYWORDS])
+def test_keywords_are_those_that_are_sure_enough(root, args, flags, words, columns):
+    table(
+        root / "keywords.tsv000",
+        columns,
+        keyword(DUNE, "wave", "60.5"),
+        keyword(DUNE, "ocean", "49.9", "12"),
+        keyword(DUNE, "sky", "20", "99.1"),
+        keyword(LAKE, "water", "99"),
+    )
+    table(root / "keywords.tsv001", columns, keyword(DUNE, "sand", "", "60.5"), keyword(DUNE, "dune", by_user="t"))
+    captions, findings = taken(root, args("--caption_from", "keywords", *flags))
+    assert captions == {DUNE: (words,), LAKE: ("water",)}
+    assert len(findings.faults) == 1  # the wood has none
+
+
+@pytest.mark.parametrize("suffix", ["tsv000", "csv000", "tsv", "csv", "csv.part-1"])
+@pytest.mark.parametrize(("delimiter", "encoding"), [("\t", "utf-8"), ("\t", "utf-8-sig"), (",", "utf-8")])
+def test_every_release_is_read_by_column_name(root, args, suffix, delimiter, encoding):
+    (root / "photos.tsv000").unlink()
+    shuffled = ["photo_id", "a_column_of_tomorrow", *reversed(PHOTOS[1:])]
+    table(root / f"photos.{suffix}", shuffled, photo(DUNE, "", "brown, dry"), delimiter=delimiter, encoding=encoding)
+    assert taken(root, args())[0] == {DUNE: ("brown, dry",)}
+
+
+def test_all_shards_are_read_in_order_and_a_photo_once(root, args, tmp_path):
+    table(root / "photos.tsv001", PHOTOS, photo(CITY, "", "tall houses"), photo(DUNE, "", "another text"))
+    picture(tmp_path / "images" / f"{CITY}.jpg")
+    captions, findings = taken(root, args())
+    assert list(captions) == [DUNE, LAKE, WOOD, CITY]
+    assert captions[DUNE] == ("brown sand dunes",)
+    assert findings.notes == {"photos listed again (the first row counts)": [f"photos.tsv001 line 3 ({DUNE})"]}
+
+
+@pytest.mark.parametrize(
+    "name", [f"{WOOD}.jpg", f"{WOOD}.PNG", f"deep/er/{WOOD}.webp", f"jane-doe-{WOOD}-unsplash.jpg"]
+)
+def test_pictures_are_found_by_photo_id(root, args, tmp_path, name):
+    (tmp_path / "images" / f"{WOOD}.jpg").unlink()
+    found = picture(tmp_path / "images" / name)
+    picture(tmp_path / "images" / f"._jane-doe-{WOOD}-unsplash.jpg")  # what macOS puts beside pictures
+    samples = {sample.name: sample.picture for sample in read(root, args(), Findings())}
+    assert samples[f"{WOOD}{found.suffix}"] == found
+    assert len(samples) == 3
+
+
+def test_a_photo_without_a_picture_is_named_with_the_way_out(root, args, tmp_path):
+    (tmp_path / "images" / f"{LAKE}.jpg").unlink()
+    captions, findings = taken(root, args())
+    assert list(captions) == [DUNE, WOOD]
+    ((kind, examples),) = findings.faults.items()
+    assert "--download fetches" in kind and examples == [f"photos.tsv000 line 5 ({LAKE}.jpg)"]
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """What is asked of the network; each address answers with a picture."""
+    asked = []
+
+    def fetch(self, url, target):
+        asked.append(url)
+        picture(target)
+
+    monkeypatch.setattr(Fetcher, "fetch", fetch)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("size", "url", "side", "query"),
+    [
+        ((4000, 3000), RAW, 512, "w=683&fit=max"),
+        ((3000, 4000), RAW, 512, "w=512&fit=max"),
+        ((3000, 3000), RAW, 1024, "w=1024&fit=max"),
+        ((9000, 3000), f"{RAW}?ixlib=rb-4.0.3&w=80", 512, "ixlib=rb-4.0.3&w=1536&fit=max"),
+        (("", ""), RAW, 512, "w=512&fit=max"),
+        ((4000, 3000), RAW, 0, None),
+    ],
+)
+def test_photos_are_asked_for_with_a_shorter_side(root, args, fetched, size, url, side, query):
+    table(root / "photos.tsv000", PHOTOS, photo(CITY, "", "tall houses", *size, url))
+    captions, findings = taken(root, args("--download", "--download_side", side))
+    assert captions == {CITY: ("tall houses",)} and not findings.faults
+    assert fetched == [f"{RAW}?{query}" if query else RAW]
+
+
+def test_only_what_is_missing_and_has_a_caption_is_fetched(root, args, tmp_path, fetched):
+    table(root / "photos.tsv001", PHOTOS, photo(CITY, "", "tall houses"), photo("abcdefghijk"))
+    captions, findings = taken(root, args("--download"))
+    assert list(captions) == [DUNE, LAKE, WOOD, CITY]
+    assert len(fetched) == 1 and (tmp_path / "images" / f"{CITY}.jpg").is_file()
+    assert len(findings.faults) == 1
+
+
+def test_rows_that_are_not_rows_are_named(root, args):
+    with open(root / "photos.tsv000", "a", encoding="utf-8") as file:
+        file.write("cut\toff\n")
+        file.write("\t".join(["../x", *[""] * (len(PHOTOS) - 1)]) + "\n")
+        file.write("\t".join(["x"] * (len(PHOTOS) + 1)) + "\n")
+    captions, findings = taken(root, args())
+    assert len(captions) == 3
+    assert findings.faults == {
+        "rows with more or fewer fields than columns": ["photos.tsv000 line 7", "photos.tsv000 line 9"],
+        "rows without a usable photo_id": ["photos.tsv000 line 8"],
+    }
+
+
+def spoil(root, how):
+    photos = root / "photos.tsv000"
+    if how == "no photos":
+        photos.unlink()
+    elif how == "no column":
+        table(photos, ["photo_id", "blur_hash"], {"photo_id": DUNE})
+    elif how == "empty":
+        photos.write_bytes(b"")
+    elif how == "not text":
+        photos.write_bytes(b"photo_id\tai_description\n\x1f\x8b\x08\x00\xff")
+    elif how == "open quote":
+        photos.write_text('photo_id\tai_description\nx\t"' + "word " * 40000)
+    return root / "nowhere" if how == "no folder" else root
+
+
+@pytest.mark.parametrize(
+    ("how", "flags", "told"),
+    [
+        ("no photos", [], "has no photos.tsv or .csv"),
+        ("no folder", [], "there is no folder"),
+        ("no column", [], "photos.tsv000 has no column ai_description, only photo_id, blur_hash"),
+        ("no column", ["--download"], "has no column ai_description or photo_height or photo_image_url or photo_width"),
+        ("empty", [], "has no column"),
+        ("not text", [], "photos.tsv000 is not UTF-8 text"),
+        ("open quote", [], "photos.tsv000 cannot be read: .*quote"),
+        ("", ["--caption_from", "keywords"], "has no keywords.tsv or .csv"),
+        ("", ["--caption_from", "query"], "query is for a manifest"),
+    ],
+)
+def test_a_dataset_that_cannot_be_read_says_why(root, args, how, flags, told):
+    with pytest.raises(DatasetProblem, match=told):
+        taken(spoil(root, how), args(*flags))
+
+
+def test_the_tables_need_a_folder_of_pictures(root, tmp_path):
+    args, _ = cli.read(Args, "", ["--output", f"{tmp_path}/out"])
+    with pytest.raises(DatasetProblem, match="--images and --download"):
+        taken(root, args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--caption_from none description", "none stands last"),
+        ("--caption_from colour", "must be one of"),
+        ("--keyword_confidence 101", "--keyword_confidence 101.0 must be from 0 to 100"),
+        ("--keyword_count 0", "--keyword_count 0 must be at least 1"),
+        ("--download_side -1", "--download_side -1 must be at least 0"),
+    ],
+)
+def test_flags_that_cannot_work_are_told(flags, told):
+    _, problems = cli.read(UnsplashArgs, "", flags.split())
+    assert len(problems) == 1 and told in problems[0]
+
+
+RECORD = {"id": DUNE, "url": f"{RAW}?w=1080", "file_name": "dune.jpg", "query": "desert", "alt_description": "a dune"}
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    def write(*records):
+        (tmp_path / "scraped").mkdir(exist_ok=True)
+        (tmp_path / "scraped/manifest.json").write_text(json.dumps(records))
+        return tmp_path / "scraped"
+
+    return write
+
+
+def alone(tmp_path, *flags):
+    """Flags without --images."""
+    return cli.read(Args, "", ["--output", f"{tmp_path}/out", *flags])[0]
+
+
+@pytest.mark.parametrize(
+    ("choice", "caption"),
+    [(["ai_description"], "a dune"), (["query"], "desert"), (["description", "query"], "desert"), (["none"], "")],
+)
+def test_a_manifest_has_its_pictures_beside_it(manifest, tmp_path, choice, caption):
+    folder = manifest(RECORD)
+    beside = picture(folder / "dune.jpg")
+    args = alone(tmp_path, "--caption_from", *choice)
+    for path in (folder, folder / "manifest.json"):
+        (sample,) = read(path, args, Findings())
+        assert (sample.name, sample.picture, sample.captions) == ("dune.jpg", beside, (caption,))
+        assert sample.origin == "manifest.json record 1"
+
+
+def test_records_that_cannot_be_taken_are_named(manifest, tmp_path):
+    folder = manifest(
+        RECORD,
+        RECORD | {"id": LAKE, "alt_description": None},
+        RECORD | {"id": WOOD, "file_name": "../outside.jpg"},
+        RECORD | {"id": ""},
+        RECORD | {"alt_description": "the same again"},
+        RECORD | {"id": CITY, "alt_description": "tall houses"},
+    )
+    picture(folder / "dune.jpg")
+    captions, findings = taken(folder, alone(tmp_path))
+    assert captions == {"dune": ("a dune",)}
+    assert [examples for examples in findings.faults.values()] == [
+        ["manifest.json record 2 (dune.jpg)", "manifest.json record 6 (dune.jpg)"],
+        ["manifest.json record 3 (../outside.jpg)", "manifest.json record 4 (dune.jpg)"],
+    ]
+    assert [*findings.notes.values()] == [[f"manifest.json record 5 ({DUNE})"]]
+
+
+def test_a_manifest_without_descriptions_says_so(manifest, tmp_path):
+    folder = manifest(RECORD | {"alt_description": None})
+    captions, findings = taken(folder, alone(tmp_path))
+    assert captions == {}
+    assert "photos without ai_description" in findings.report()
+
+
+def test_a_manifests_pictures_are_fetched_as_it_names_them(manifest, tmp_path, args, fetched):
+    (tmp_path / "images").mkdir()
+    folder = manifest(RECORD | {"file_name": "sub/dune.jpg"})
+    (sample,) = read(folder, args("--download"), Findings())
+    assert sample.picture == tmp_path / "images/sub/dune.jpg"
+    assert sample.name == "sub/dune.jpg"
+    assert fetched == [RECORD["url"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [("{", "JSON"), ("{}", "list of records"), ("[1]", "list of records"), ("\xff", "JSON")]
+)
+def test_a_manifest_that_cannot_be_read_says_why(tmp_path, content, told):
+    (tmp_path / "manifest.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(DatasetProblem, match=told):
+        taken(tmp_path, alone(tmp_path))
+
+
+def test_a_manifest_has_no_keywords(manifest, tmp_path):
+    with pytest.raises(DatasetProblem, match="no keywords"):
+        taken(manifest(RECORD), alone(tmp_path, "--caption_from", "keywords"))

@@ -1,0 +1,258 @@
+"""prepare_dataset.py as a user runs it: the folder that comes out, the exit status, the messages."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, config
+from datasets import Image as PictureColumn
+from PIL import Image
+from scipy.io import savemat
+
+from finetuning.conversion import SOURCES
+from finetuning.data.pictures import open_rgb
+from finetuning.data.reading import Findings, read_folder
+from prepare_dataset import main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two pictures with metadata."""
+    source = tmp_path / "photos"
+    source.mkdir()
+    for i, name in enumerate(("a.png", "b.png")):
+        Image.new("RGB", (8, 6), (i, 0, 0)).save(source / name)
+    rows = [json.dumps({"file_name": f"{name}.png", "text": f"picture {name}"}) + "\n" for name in "ab"]
+    (source / "metadata.jsonl").write_text("".join(rows))
+    return source
+
+
+def convert(source, output, *more, kind="imagefolder"):
+    fractions = ["--validation_fraction", "0", "--test_fraction", "0"]
+    return main(["convert", kind, str(source), "--output", str(output), *fractions, *map(str, more)])
+
+
+def captions(output):
+    written = (output / "train/metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["file_name"]: row["text"] for row in map(json.loads, written)}
+
+
+# Each source, a handful of pictures; tests/conversion has their schemas and oddities
+
+
+def lay(root, files):
+    """Write {name: text, or the red of a picture}."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, int):
+            noise = np.random.default_rng(content).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+            noise[:, :, 0] = content
+            Image.fromarray(noise).save(path, "PNG")
+        else:
+            path.write_text(content, encoding="utf-8")
+
+
+def lines(*rows):
+    return "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
+
+
+def imagefolder(root):
+    rows = [{"file_name": name, "text": f"picture {name}"} for name in ("train/1.png", "val/1.png")]
+    lay(root, {"train/1.png": 10, "val/1.png": 20, "metadata.jsonl": lines(*rows)})
+    return root, [], {"train/1.png": (10, "picture train/1.png"), "validation/1.png": (20, "picture val/1.png")}
+
+
+def sidecar(root):
+    lay(root, {"1_sks dog/1.png": 10, "1_sks dog/1.caption": "sks dog, asleep\n", "1_dog/1.png": 20})
+    return root, ["--class_captions"], {
+        "train/1_dog-1.png": (20, "dog"), "train/1_sks dog-1.png": (10, "sks dog, asleep"),
+    }  # fmt: skip
+
+
+def parallel(root):
+    lay(root, {"images/000.png": 10, "images/001.png": 20, "captions/000.txt": "a dog ", "captions/001.txt": "two"})
+    return root, [], {"train/000.png": (10, "a dog"), "train/001.png": (20, "two")}
+
+
+def unsplash(root):
+    columns = ["photo_id", "photo_image_url", "photo_description", "ai_description"]
+    rows = [["XMyPniM9LF0", "https://images/1", "", "brown dunes"], ["rDLBArZUl1c", "https://images/2", "My lake", ""]]
+    lay(root, {"photos.csv000": lines(*("\t".join(row) for row in (columns, *rows)))})
+    lay(root.parent / "images", {"XMyPniM9LF0.png": 10, "jo-rDLBArZUl1c-unsplash.png": 20})
+    flags = ["--images", root.parent / "images", "--caption_from", "description", "ai_description"]
+    return root, flags, {"train/XMyPniM9LF0.png": (10, "brown dunes"), "train/rDLBArZUl1c.png": (20, "My lake")}
+
+
+def sbu(root):
+    urls, captions = ["http://host/1/a.jpg?zz=1", "http://host/2/b.jpg"], ["Egyptian cat .", "Man in a boat"]
+    lists = {"urls": lines(*urls), "captions": lines(*captions)}
+    lay(root, {f"dataset/SBU_captioned_photo_dataset_{name}.txt": content for name, content in lists.items()})
+    lay(root / "fetched", {"a.jpg": 10, "b.jpg": 20})
+    return root, ["--images", root / "fetched"], {
+        "train/a.png": (10, "Egyptian cat ."), "train/b.png": (20, "Man in a boat"),
+    }  # fmt: skip
+
+
+def stanford_dogs(root):
+    box = "<bndbox><xmin>2</xmin><ymin>4</ymin><xmax>18</xmax><ymax>20</ymax></bndbox>"
+    xml = f"<annotation><size><width>32</width><height>24</height></size><object>{box}</object></annotation>"
+    dogs = ["n02085620-Chihuahua/n02085620_7", "n02099429-curly-coated_retriever/n02099429_1"]
+    for number, (dog, split) in enumerate(zip(dogs, ("train", "test"), strict=True), 1):
+        lay(root, {f"Images/{dog}.jpg": 10 * number, f"Annotation/{dog}": xml})
+        cells = np.array([[f"{dog}.jpg"]], dtype=object)
+        savemat(root / f"{split}_list.mat", {"file_list": cells, "labels": np.ones((1, 1), np.uint8)})
+    return root, ["--crop_to_dogs", "--lower_case_breeds"], {
+        "train/n02085620-Chihuahua-n02085620_7.png": (10, "a photo of a chihuahua"),
+        "test/n02099429-curly-coated_retriever-n02099429_1.png": (20, "a photo of a curly-coated retriever"),
+    }  # fmt: skip
+
+
+def dreambooth(root):
+    table = lines("Classes", "", "subject_name,class", "dog6,dog", "vase,vase", "", "Prompts", "", "Object Prompts")
+    lay(root / "dataset", {"dog6/00.jpg": 10, "dog6/01.jpg": 20, "vase/00.jpg": 30, "prompts_and_classes.txt": table})
+    return root, ["--subject", "dog6"], {
+        "train/dog6-00.png": (10, "a photo of sks dog"), "train/dog6-01.png": (20, "a photo of sks dog"),
+    }  # fmt: skip
+
+
+def webdataset(root):
+    lay(root, {"loose/0.png": 10, "loose/0.txt": "a dog", "loose/1.png": 20, "loose/1.json": '{"caption": "two"}'})
+    with tarfile.open(root / "00000.tar", "w") as tar:
+        tar.add(root / "loose", ".")
+    return root / "{00000..00000}.tar", [], {"train/00000-0.png": (10, "a dog"), "train/00000-1.png": (20, "two")}
+
+
+def hub(root):
+    lay(root, {"10.png": 10, "20.png": 20})
+    picture = lambda red: {"bytes": (root / f"{red}.png").read_bytes(), "path": None}
+    splits = {"train": (10, "a dog"), "test": (20, "two")}
+    tables = {split: Dataset.from_dict({"img": [picture(red)], "alt": [text]}) for split, (red, text) in splits.items()}
+    tables = {split: table.cast_column("img", PictureColumn()) for split, table in tables.items()}
+    DatasetDict(tables).save_to_disk(root / "d")
+    flags = ["--image_column", "img", "--caption_column", "alt"]
+    return root / "d", flags, {f"{split}/{split}-00000000.png": value for split, value in splits.items()}
+
+
+SOURCES_OF = {
+    "imagefolder": imagefolder, "sidecar": sidecar, "parallel": parallel, "unsplash-lite": unsplash, "sbu": sbu,
+    "stanford-dogs": stanford_dogs, "dreambooth": dreambooth, "webdataset": webdataset, "hub": hub,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_source_becomes_a_folder_that_training_accepts(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path, flags, expected = SOURCES_OF[kind](tmp_path / "source")
+    output = tmp_path / "out"
+    assert convert(path, output, *flags, kind=kind) == 0, capsys.readouterr().err
+    findings, found = Findings(), {}
+    for split in ("train", "validation", "test"):
+        for row in read_folder(output, split, "image", "text", False, findings) or ():
+            red, _, _ = open_rgb(row.picture).getpixel((1, 1))
+            found[f"{split}/{row.picture.name}"] = (red, *row.captions)
+    assert found == expected
+    assert not findings.faults and not findings.notes
+    assert open_rgb(next(output.glob("train/*.png"))).size == ((16, 16) if kind == "stanford-dogs" else (32, 24))
+    assert main(["check", str(output), "--resolution", "16"]) == 0
+    assert "training would accept it" in capsys.readouterr().out
+
+
+# The script
+
+
+def test_an_image_folder(folder, tmp_path, capsys):
+    assert convert(folder, tmp_path / "out") == 0
+    assert captions(tmp_path / "out") == {"a.png": "picture a", "b.png": "picture b"}
+    assert "2 train, 0 validation, 0 test" in capsys.readouterr().out
+
+
+def test_caption_files(folder, tmp_path):
+    (folder / "metadata.jsonl").unlink()
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(f"sidecar {name}\n")
+    assert convert(folder, tmp_path / "out", kind="sidecar") == 0
+    assert captions(tmp_path / "out") == {"a.png": "sidecar a", "b.png": "sidecar b"}
+
+
+def test_what_comes_out_can_go_in_again(folder, tmp_path):
+    assert convert(folder, tmp_path / "out") == convert(tmp_path / "out", tmp_path / "again") == 0
+    assert captions(tmp_path / "again") == captions(tmp_path / "out")
+
+
+def test_settings_reach_the_pictures(folder, tmp_path):
+    assert convert(folder, tmp_path / "out", "--max_side", "4", "--image_format", "jpg", "--limit", "1") == 0
+    assert captions(tmp_path / "out") == {"a.jpg": "picture a"}
+    with Image.open(tmp_path / "out/train/a.jpg") as image:
+        assert (image.size, image.format) == ((4, 3), "JPEG")
+
+
+def test_faults_of_the_source_are_all_named_before_anything_is_written(folder, tmp_path, capsys):
+    Image.new("RGB", (8, 6)).save(folder / "mute.png")
+    with open(folder / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "gone.png", "text": "no"}\n')
+    assert convert(folder, tmp_path / "out") == 1
+    message = capsys.readouterr().err
+    assert "2 faults" in message and "mute.png" in message and "gone.png" in message
+    assert "--on_bad_rows skip" in message
+    assert not (tmp_path / "out").exists()
+    assert convert(folder, tmp_path / "out", "--on_bad_rows", "skip") == 0
+    assert "mute.png" in capsys.readouterr().err
+    assert list(captions(tmp_path / "out")) == ["a.png", "b.png"]
+
+
+def test_a_broken_picture_ends_with_status_1_and_can_be_mended(folder, tmp_path, capsys):
+    whole = (folder / "b.png").read_bytes()
+    (folder / "b.png").write_bytes(whole[:40])
+    assert convert(folder, tmp_path / "out") == 1
+    assert "1 pictures could not be taken" in capsys.readouterr().err
+    (folder / "b.png").write_bytes(whole)
+    assert convert(folder, tmp_path / "out") == 0
+    assert list(captions(tmp_path / "out")) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("output", ["photos", "photos/new", "taken"])
+def test_an_output_that_cannot_be(folder, tmp_path, output, capsys):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/notes.txt").write_text("mine")
+    before = sorted(os.listdir(folder))
+    assert convert(folder, tmp_path / output) == 1
+    assert "--output" in capsys.readouterr().err
+    assert sorted(os.listdir(folder)) == before and os.listdir(tmp_path / "taken") == ["notes.txt"]
+
+
+def test_every_wrong_flag_is_named_at_once(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        convert(folder, tmp_path / "out", "--max_side", "0", "--workers", "-1", "--limit", "0")
+    message = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert all(flag in message for flag in ("--max_side 0", "--workers -1", "--limit 0"))
+
+
+def test_a_killed_conversion_goes_on(folder, tmp_path, root):
+    """SIGKILL, which nothing can catch, in the middle of the pictures."""
+    for i in range(150):
+        Image.new("RGB", (300, 300), (i % 256, i // 256, 5)).save(folder / f"{i:03}.png")
+        (folder / f"{i:03}.txt").write_text(f"number {i}")
+    for name in ("metadata.jsonl", "a.png", "b.png"):
+        (folder / name).unlink()
+    output = tmp_path / "out"
+    settings = ["--validation_fraction", "0", "--test_fraction", "0", "--image_format", "webp", "--workers", "1"]
+    command = [sys.executable, "prepare_dataset.py", "convert", "sidecar", str(folder), "--output", str(output)]
+    running = subprocess.Popen([*command, *settings], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while len(list(output.glob("train/*.webp"))) < 20 and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    done = len(list(output.glob("train/*.webp")))
+    assert 20 <= done < 150 and not (output / "conversion.json").exists()
+    assert convert(folder, output, "--image_format", "webp", "--workers", "1", kind="sidecar") == 0
+    assert captions(output) == {f"{i:03}.webp": f"number {i}" for i in range(150)}
+    assert {path.name for path in output.glob("train/*")} == {*captions(output), "metadata.jsonl"}
