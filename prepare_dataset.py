@@ -22,19 +22,20 @@ Go on   after an interrupted convert: the same command again. The others write a
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from finetuning.cli import REQUIRED, flag, parse_command, write_json
-from finetuning.conversion import SOURCES
 from finetuning.conversion.augmenting import AugmentArgs, augment
 from finetuning.conversion.captions import RewriteArgs, rewrite
+from finetuning.conversion.contract import ColumnArgs
 from finetuning.conversion.download import DownloadArgs
 from finetuning.conversion.dreambooth import DreamBoothArgs
 from finetuning.conversion.hub import HubArgs
 from finetuning.conversion.mending import audit
 from finetuning.conversion.parallel import ParallelArgs
 from finetuning.conversion.sidecar import SidecarArgs
+from finetuning.conversion.sources import SOURCES
 from finetuning.conversion.stanford_dogs import StanfordDogsArgs
 from finetuning.conversion.unsplash import UnsplashArgs
 from finetuning.conversion.webdataset import WebDatasetArgs
@@ -49,17 +50,27 @@ class SourceArgs:
 
     source: str = flag(REQUIRED, "what PATH is", choices=tuple(SOURCES), positional=True)
     path: str = flag(REQUIRED, "folder or file of the source, shard pattern, or Hub name", positional=True)
-    image_column: str = flag("image", "imagefolder, hub: metadata key or column of the picture, besides file_name")
-    caption_column: str = flag("text", "imagefolder, hub: metadata key or column of the caption or list of captions")
-    allow_outside_paths: bool = flag(False, "imagefolder, sidecar, hub: let metadata and links reach outside PATH")
+    allow_outside_paths: bool = flag(False, "let metadata and links reach outside PATH")
 
 
 @dataclass
 class ConvertArgs(
     HubArgs, WebDatasetArgs, DreamBoothArgs, StanfordDogsArgs, UnsplashArgs, DownloadArgs, ParallelArgs, SidecarArgs,
-    WritingArgs, SourceArgs,
+    ColumnArgs, WritingArgs, SourceArgs,
 ):  # fmt: skip
     """Every flag of convert."""
+
+    def problems(self):
+        flags_of = {name: _names(*source.flags) for name, source in SOURCES.items()}
+        usual, ours = ConvertArgs(), flags_of.get(self.source, set()) | _names(WritingArgs, SourceArgs)
+        for name in sorted(_names(ConvertArgs) - ours):
+            if getattr(self, name) != getattr(usual, name):
+                owners = " and ".join(source for source, names in flags_of.items() if name in names)
+                yield f"--{name} is for {owners}, not for {self.source}"
+
+
+def _names(*groups):
+    return {field.name for group in groups for field in fields(group)}
 
 
 COMMANDS = {"convert": ConvertArgs, "check": AuditArgs, "augment": AugmentArgs, "captions": RewriteArgs}
@@ -72,8 +83,8 @@ def main(argv=None):
         if name == "check":
             return audit(args)
         {"convert": convert, "augment": augment, "captions": rewrite}[name](args)
-    except DatasetProblem as problem:
-        print(f"DatasetProblem: {problem}", file=sys.stderr)
+    except (DatasetProblem, OSError) as problem:
+        print(f"{type(problem).__name__}: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -82,7 +93,7 @@ def main(argv=None):
 
 def convert(args):
     """From any source to one folder. The source is read twice: first for its faults, so that few rows are in memory."""
-    findings, read = Findings(), SOURCES[args.source]
+    findings, read = Findings(), SOURCES[args.source].read
     total = sum(1 for _ in read(args.path, args, findings))
     report = findings.report()
     if findings.faults and args.on_bad_rows == "error":
@@ -94,7 +105,8 @@ def convert(args):
         raise DatasetProblem(f"{args.path} holds nothing that could be taken" + (f":\n{report}" if report else ""))
     if report:
         print(f"{args.path}, left out (x) and noted (-):\n{report}", file=sys.stderr)
-    write_dataset(read(args.path, args, Findings()), args, min(total, args.limit or total))
+    again = replace(args, download=False)  # what could not be had the first time is not asked for a second time
+    write_dataset(read(args.path, again, Findings()), args, min(total, args.limit or total))
     if report:
         write_json(Path(args.output) / "findings.json", {"left out": findings.faults, "noted": findings.notes})
 

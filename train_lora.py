@@ -4,7 +4,8 @@
         --pretrained_model_name_or_path models/mini-sd --train_data_dir datasets/chalk \\
         --resolution 64 --rank 16 --learning_rate 2e-3 --max_train_steps 300 --output_dir runs/chalk-lora
 
-Reads   a diffusers pipeline (a folder or a Hub name) and an image folder with metadata.jsonl (or a Hub dataset).
+Reads   a diffusers pipeline (a folder or a Hub name) and an image folder with metadata.jsonl (or a Hub dataset, or
+        with --streaming shards of one).
 Writes  into --output_dir: pytorch_lora_weights.safetensors, which load_lora_weights loads (averaged weights with
         --use_ema, the raw ones beside them); kohya_lora_weights.safetensors with --save_kohya, for A1111 and ComfyUI;
         checkpoint-N/; validation/ and comparison.png; logs/ for TensorBoard; metrics.jsonl; args.json. Every LoRA file
@@ -22,11 +23,11 @@ from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.latents import LatentArgs, latent_source
 from finetuning.data.reading import DatasetProblem
-from finetuning.data.streaming import StreamArgs, load_training, row_order
 from finetuning.data.training_set import DataArgs
 from finetuning.families import load_model
 from finetuning.families.contract import ModelArgs, ModelProblem
 from finetuning.families.lora_files import DIFFUSERS_NAME
+from finetuning.streaming.pictures import StreamArgs, load_training, row_order
 from finetuning.training.checkpoint import CheckpointArgs, Checkpointer, CheckpointProblem, NonFinite
 from finetuning.training.ema import EMAArgs, build_ema
 from finetuning.training.files import whole_result

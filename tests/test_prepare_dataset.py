@@ -15,7 +15,7 @@ from datasets import Image as PictureColumn
 from PIL import Image
 from scipy.io import savemat
 
-from finetuning.conversion import SOURCES
+from finetuning.conversion.sources import SOURCES
 from finetuning.data.pictures import open_rgb
 from finetuning.data.reading import Findings, read_folder
 from prepare_dataset import main

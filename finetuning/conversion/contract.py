@@ -83,6 +83,13 @@ class Sample:
         return open_rgb(image)
 
 
+def existing_folder(path):
+    """The folder of a source. Raises DatasetProblem."""
+    if not Path(path).is_dir():
+        raise DatasetProblem(f"there is no folder {path}")
+    return Path(path)
+
+
 def walk(top, allow_outside_paths, findings, root=None):
     """Yield (folder, names of its files) from `top` down, sorted, without hidden ones.
 
@@ -185,6 +192,14 @@ def _is_compressed(path):
     magics = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
     with open(path, "rb") as file:
         return file.read(6).startswith(magics)
+
+
+@dataclass
+class ColumnArgs:
+    """Columns (imagefolder, hub)"""
+
+    image_column: str = flag("image", "metadata key or column of the picture, besides file_name")
+    caption_column: str = flag("text", "metadata key or column of the caption or list of captions")
 
 
 @dataclass

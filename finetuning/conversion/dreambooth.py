@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.cli import flag
-from finetuning.conversion.contract import Sample, template_problems, walk
+from finetuning.conversion.contract import Sample, existing_folder, template_problems, walk
 from finetuning.data.pictures import EXTENSIONS
 from finetuning.data.reading import DatasetProblem
 
@@ -40,9 +40,7 @@ class DreamBoothArgs:
 
 def read(path, args, findings):
     """The pictures of each subject, by name."""
-    root = Path(path)
-    if not root.is_dir():
-        raise DatasetProblem(f"there is no folder {root}")
+    root = existing_folder(path)
     if not (root / CLASSES).is_file() and (root / "dataset" / CLASSES).is_file():
         root = root / "dataset"
     subjects = _subjects(root, args, findings)

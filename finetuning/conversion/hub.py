@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetuning.cli import flag
 from finetuning.conversion.contract import SPLIT_OF, Cell, Sample
+from finetuning.data.checking import is_saved_dataset, load_splits
 from finetuning.data.reading import DatasetProblem, Findings, read_hub
 
 
@@ -24,7 +25,9 @@ def read(path, args, findings):
     from datasets import Image, config  # a slow import that other sources do not need
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    splits = _load(path, args.dataset_config_name)
+    if Path(path).is_dir() and not is_saved_dataset(Path(path)):
+        raise DatasetProblem(f"{path} holds no Parquet or Arrow files: convert `imagefolder` reads picture folders")
+    splits = load_splits(path, args.dataset_config_name)
     folders = [config.HF_DATASETS_CACHE, HF_HUB_CACHE, *([path] if Path(path).is_dir() else [])]
     folders = () if args.allow_outside_paths else tuple(Path(folder).resolve() for folder in folders)
     for split, dataset in splits.items():
@@ -44,26 +47,6 @@ def read(path, args, findings):
             yield Sample(
                 f"{split}/{row.picture:08}", picture, row.captions, where, meaning if len(splits) > 1 else None
             )
-
-
-def _load(source, config_name):
-    """{split: dataset}. Raises DatasetProblem."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
-
-    folder = Path(source)
-    if folder.is_dir() and not any(
-        file.suffix in (".parquet", ".arrow") and file.stem != "metadata" for file in folder.rglob("*")
-    ):
-        raise DatasetProblem(f"{source} holds no Parquet or Arrow files: convert `imagefolder` reads picture folders")
-    try:
-        if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            loaded = load_from_disk(source)
-            return loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
-        return load_dataset(source, config_name)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        message = f"{source} with --dataset_config_name {config_name} cannot be loaded: {error}"
-        raise DatasetProblem(message) from error
 
 
 def _add(findings, said, split):

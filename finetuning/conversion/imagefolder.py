@@ -4,9 +4,9 @@ import os
 from itertools import chain, groupby
 from pathlib import Path
 
-from finetuning.conversion.contract import BESIDE_SPLITS, Sample, split_folders, walk
+from finetuning.conversion.contract import BESIDE_SPLITS, Sample, existing_folder, split_folders, walk
 from finetuning.data.pictures import EXTENSIONS
-from finetuning.data.reading import SPLIT_NAMES, DatasetProblem, Findings, read_folder
+from finetuning.data.reading import SPLIT_NAMES, Findings, read_folder
 
 
 def read(path, args, findings):
@@ -15,9 +15,7 @@ def read(path, args, findings):
     Several rows of one picture become one sample with the captions of all. Pictures beside the folders of splits are
     for training, unless train/ is there.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise DatasetProblem(f"there is no folder {root}")
+    root = existing_folder(path)
     folders = split_folders(root, [entry.name for entry in root.iterdir() if entry.is_dir()])
     splits = set(folders.values())
     if folders and (beside := _beside(root, folders)):

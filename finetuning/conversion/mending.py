@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from finetuning.conversion import imagefolder
+from finetuning.conversion.contract import BESIDE_SPLITS
 from finetuning.conversion.writing import ENDINGS, ORIENTATION, SPLITS, WritingArgs, write_dataset, write_lines
 from finetuning.data.audit import NEAR_LEAK, SAME_LEAK, SAME_TWICE, AuditArgs, examine, is_tiny, report, tidy
 from finetuning.data.audit_page import write_page
@@ -66,7 +67,8 @@ def _samples(found, fixes):
     """The samples of the copy; what differs from the source goes into `fixes`."""
     of_place = {(one.split, one.picture): one for one in found.seen}
     unwanted = _unwanted(found)
-    for sample in imagefolder.read(found.path, found.args, Findings()):
+    findings = Findings()
+    for sample in imagefolder.read(found.path, found.args, findings):
         split = sample.split or "train"
         one = of_place.get((split, sample.picture))
         if one is None:
@@ -83,6 +85,7 @@ def _samples(found, fixes):
             fixes.append({"change": "caption written tidily", **about, "before": one.captions, "after": tidied})
         fixes += [{"change": change, **about} for change in _rewritten(one.picture)]
         yield replace(sample, captions=tidied, split=split)
+    fixes += [{"change": "left out", "why": BESIDE_SPLITS, "where": name} for name in findings.faults[BESIDE_SPLITS]]
 
 
 def _unwanted(found):

@@ -4,7 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.cli import flag
-from finetuning.conversion.contract import SPLIT_OF, CaptionFileArgs, Sample, place_in_split, split_folders, walk
+from finetuning.conversion.contract import (
+    SPLIT_OF,
+    CaptionFileArgs,
+    Sample,
+    existing_folder,
+    place_in_split,
+    split_folders,
+    walk,
+)
 from finetuning.conversion.sidecar import CAPTION_ENDINGS, captioned
 from finetuning.data.pictures import EXTENSIONS
 from finetuning.data.reading import DatasetProblem
@@ -27,9 +35,7 @@ def read(path, args, findings):
 
     Splits are folders named train, validation, test (or the like) above the two folders, or first thing inside them.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise DatasetProblem(f"there is no folder {root}")
+    root = existing_folder(path)
     tops = [top for name in ("", *SPLIT_OF) if ((top := root / name) / args.pictures_folder).is_dir()]
     missing = [str(root / args.pictures_folder)] if not tops else []
     missing += [str(folder) for top in tops if not (folder := top / args.captions_folder).is_dir()]

@@ -15,7 +15,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetuning.conversion.contract import Sample
+from finetuning.conversion.contract import Sample, walk
 from finetuning.conversion.download import arrived, place
 from finetuning.data.pictures import EXTENSIONS
 from finetuning.data.reading import DatasetProblem
@@ -160,18 +160,15 @@ def _hash(text):
 
 def _shards(root, args, findings):
     """The folders of img2dataset."""
-    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and re.fullmatch(r"\d+", folder.name))
-    if not folders:
-        raise DatasetProblem(
-            f"{root} holds none of what SBU comes as: {URLS} with {CAPTIONS}, {' or '.join(JSON_NAMES)}, or folders "
-            "00000, 00001, ... of img2dataset (its .tar files are read by `convert webdataset`)"
-        )
-    count = 0
-    for folder in folders:
+    shards = count = 0
+    for folder, names in walk(root, args.allow_outside_paths, findings):
+        if folder.parent != root or not re.fullmatch(r"\d+", folder.name):
+            continue
+        shards += 1
         files = defaultdict(dict)
-        for file in sorted(folder.iterdir()):
+        for file in (folder / name for name in names):
             kind = "picture" if file.suffix.lower() in EXTENSIONS else file.suffix
-            if kind in ("picture", ".json", ".txt") and not file.name.startswith("."):
+            if kind in ("picture", ".json", ".txt"):
                 files[file.stem][kind] = file
         for key, parts in files.items():
             where = f"{folder.name}/{key}"
@@ -180,6 +177,11 @@ def _shards(root, args, findings):
                 count += 1
                 if count == args.limit:
                     return
+    if not shards and not findings.faults:
+        raise DatasetProblem(
+            f"{root} holds none of what SBU comes as: {URLS} with {CAPTIONS}, {' or '.join(JSON_NAMES)}, or folders "
+            "00000, 00001, ... of img2dataset (its .tar files are read by `convert webdataset`)"
+        )
 
 
 def _shard_caption(where, parts, findings):

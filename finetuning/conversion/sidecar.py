@@ -3,13 +3,13 @@
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from finetuning.cli import flag
 from finetuning.conversion.contract import (
     CaptionFileArgs,
     Sample,
     caption_lines,
+    existing_folder,
     place_in_split,
     split_folders,
     walk,
@@ -34,9 +34,7 @@ def read(path, args, findings):
 
     Folders named train, validation, test (or the like) at the top are splits.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise DatasetProblem(f"there is no folder {root}")
+    root = existing_folder(path)
     splits = split_folders(root, [entry.name for entry in root.iterdir() if entry.is_dir()])
     found = False
     for folder, names in walk(root, args.allow_outside_paths, findings):

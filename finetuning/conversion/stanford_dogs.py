@@ -16,7 +16,7 @@ import numpy as np
 from scipy.io import loadmat
 
 from finetuning.cli import flag
-from finetuning.conversion.contract import Sample, members, template_problems, walk
+from finetuning.conversion.contract import Sample, existing_folder, members, template_problems, walk
 from finetuning.data.pictures import EXTENSIONS
 from finetuning.data.reading import DatasetProblem
 
@@ -41,7 +41,7 @@ class StanfordDogsArgs:
 
 def read(path, args, findings):
     """Each picture with its breed for a caption, by folder and file name."""
-    files = _files(Path(path), args, findings)
+    files = _files(existing_folder(path), args, findings)
     pictures = {name: file for name, file in files.items() if name.suffix.lower() in EXTENSIONS}
     if not pictures and not findings.faults:
         raise DatasetProblem(
@@ -62,8 +62,6 @@ def read(path, args, findings):
 
 def _files(root, args, findings):
     """{breed folder/file or list: Path or Member}, whatever the folders above are called."""
-    if not root.is_dir():
-        raise DatasetProblem(f"there is no folder {root}")
     paths = [folder / name for folder, names in walk(root, args.allow_outside_paths, findings) for name in names]
     found = [(str(file), file) for file in paths if file.suffix != ".tar"]
     for archive in (file for file in paths if file.suffix == ".tar"):

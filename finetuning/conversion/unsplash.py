@@ -13,7 +13,7 @@ from sys import intern
 from urllib.parse import parse_qsl, urlencode
 
 from finetuning.cli import flag
-from finetuning.conversion.contract import Sample, walk
+from finetuning.conversion.contract import Sample, existing_folder, walk
 from finetuning.conversion.download import arrived, place
 from finetuning.data.pictures import EXTENSIONS
 from finetuning.data.reading import DatasetProblem, Findings
@@ -160,9 +160,7 @@ def _number(text):
 
 def _rows(root, table, columns, findings):
     """Yield (where, {column: text}) of all shards of a table. Raises DatasetProblem."""
-    if not root.is_dir():
-        raise DatasetProblem(f"there is no folder {root}")
-    shards = sorted(file for file in root.iterdir() if re.match(rf"{table}\.[tc]sv", file.name))
+    shards = sorted(file for file in existing_folder(root).iterdir() if re.match(rf"{table}\.[tc]sv", file.name))
     if not shards:
         raise DatasetProblem(f"{root} has no {table}.tsv or .csv, whatever follows (.tsv000), and no manifest.json")
     for shard in shards:

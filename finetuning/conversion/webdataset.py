@@ -37,9 +37,9 @@ class WebDatasetArgs(CaptionFileArgs):
 
 def read(path, args, findings):
     """The samples of every shard, in the tars' order. Shards are apart: two may have the same keys."""
-    shards = _shards(path, args, findings)
+    shards = find_shards(path, args, findings)
     top = Path(os.path.commonpath([shard.parent for shard in shards] or [path]))
-    splits = {shard: _split(shard.relative_to(top)) for shard in shards}
+    splits = {shard: split_of(shard.relative_to(top)) for shard in shards}
     if "train" not in splits.values():
         splits = dict.fromkeys(shards)
     elif unnamed := [str(shard) for shard in shards if not splits[shard]]:
@@ -54,7 +54,7 @@ def read(path, args, findings):
                     yield Sample(f"{label}/{name}", fields[field], captions, f"{shard}/{name}", splits[shard])
 
 
-def _shards(path, args, findings):
+def find_shards(path, args, findings):
     """The shards that PATH means, sorted. Raises DatasetProblem."""
     if Path(path).is_dir():
         files = walk(Path(path), args.allow_outside_paths, findings)
@@ -86,7 +86,7 @@ def _expanded(pattern):
     return [one for word in words for one in _expanded(f"{pattern[: numbers.start()]}{word}{pattern[numbers.end() :]}")]
 
 
-def _split(shard):
+def split_of(shard):
     """The split that a shard's folders or name say: val/000.tar, laion-train-000.tar."""
     words = re.split(r"[^a-z]+", str(shard.with_suffix("")).lower())
     return next((SPLIT_OF[word] for word in words if word in SPLIT_OF), None)

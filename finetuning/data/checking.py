@@ -82,17 +82,18 @@ def _read(args, findings, cache_dir):
     )
 
 
-def load_splits(source, config_name, cache_dir):
-    """{split: dataset} of a Hub name or of a folder that `datasets` wrote."""
+def load_splits(source, config_name=None, cache_dir=None):
+    """{split: dataset} of a Hub name or of a folder that `datasets` wrote. Raises DatasetProblem."""
     from datasets import DatasetDict, load_dataset, load_from_disk  # a slow import that a picture folder does not need
+    from datasets.exceptions import DatasetsError
 
     try:
         if any((Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json")):
             loaded = load_from_disk(source)
             return loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
         return load_dataset(source, config_name, cache_dir=cache_dir)
-    except (OSError, ValueError, RuntimeError) as error:
-        message = f"--dataset_name {source} with --dataset_config_name {config_name} cannot be loaded: {error}"
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        message = f"{source} with --dataset_config_name {config_name} cannot be loaded: {error}"
         raise DatasetProblem(message) from error
 
 

@@ -66,6 +66,12 @@ def read_folder(root, split, image_column, caption_column, allow_outside_paths, 
     if not tree.pictures:
         raise DatasetProblem(f"there are no pictures in {base} ({', '.join(sorted(EXTENSIONS))})")
     _refuse_nested_splits(base, tree)
+    if split == "train" and base != root:
+        inside = {os.path.realpath(path) for path in tree.linked}
+        kind = f"pictures beside {base.name}/ (only what is inside is trained on)"
+        for path in _Tree(root, [base, *others]).pictures:
+            if os.path.realpath(path) not in inside:
+                findings.notes[kind].append(_shown(path, root))
     resolver = _Resolver(root, base, others, tree, allow_outside_paths)
     if caption_column == "none":
         return Rows.of(_uncaptioned(resolver, findings))
@@ -103,7 +109,7 @@ def _rows_of(path, resolver, image_column, caption_column, is_train, seen, findi
         if name is None:
             said.faults["rows that name no picture"].append(where)
             continue
-        captions = _as_captions(record.get(caption_column), where, caption_column)
+        captions = as_captions(record.get(caption_column), where, caption_column)
         picture, trouble = resolver.find(name, folder)
         if trouble == "another split":
             continue
@@ -145,7 +151,7 @@ def read_hub(dataset, image_column, caption_column, findings):
     captions = [""] * len(dataset) if caption_column == "none" else dataset[caption_column]
     rows = []
     for index, value in enumerate(captions):
-        texts = ("",) if caption_column == "none" else _as_captions(value, f"row {index}", caption_column)
+        texts = ("",) if caption_column == "none" else as_captions(value, f"row {index}", caption_column)
         if texts:
             rows.append(Row(index, texts, f"row {index}"))
         else:
@@ -350,7 +356,7 @@ def _file_name(record, image_column):
     return next((name for name in names if isinstance(name, str) and name), None)
 
 
-def _as_captions(value, where, column):
+def as_captions(value, where, column):
     values = value if isinstance(value, list | tuple) else [value]
     if not all(text is None or isinstance(text, str) for text in values):
         raise DatasetProblem(f"{where}: {column!r} must be text or a list of texts, not {value!r}")

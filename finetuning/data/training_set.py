@@ -63,7 +63,7 @@ class DataArgs:
             yield "name a dataset: --train_data_dir FOLDER, or --dataset_name for one on the Hub"
         if self.train_data_dir and self.dataset_name:
             yield "--train_data_dir and --dataset_name name two datasets: give one"
-        if self.train_data_dir and not Path(self.train_data_dir).is_dir():
+        if self.train_data_dir and not Path(self.train_data_dir).is_dir() and not getattr(self, "streaming", False):
             yield f"--train_data_dir {self.train_data_dir}: there is no such folder"
         sides = self.resolution.lower().split("x")
         if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
@@ -242,15 +242,11 @@ def load_pictures(args, tokenizer, seed, validation_fraction=0.0, say=print, cac
         raise DatasetProblem("no row is left to train on")
 
     tokenize = lambda captions: tokens(tokenizer, captions)
-    height, width = args.size
-    transform = Transform(
-        height, width, args.center_crop, args.random_flip, args.image_interpolation_mode,
-        args.random_resized_crop_scale, seed,
-    )  # fmt: skip
+    transform = Transform.of(args, seed)
     training = PictureSet(found.rows, found.pictures, found.sizes, transform, tokenize, args, seed)
     if not found.held_out:
         return training, None
-    plain = Transform(height, width, True, False, args.image_interpolation_mode, None, seed)
+    plain = replace(transform, center_crop=True, random_flip=False, random_resized_crop_scale=None)
     as_they_are = replace(args, proportion_empty_prompts=0.0, shuffle_tags=False, keep_tokens=0)
     return training, PictureSet(
         found.held_out, found.held_out_pictures, found.held_out_sizes, plain, tokenize, as_they_are, seed

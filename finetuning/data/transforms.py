@@ -24,6 +24,14 @@ class Transform:
     random_resized_crop_scale: float | None
     seed: int
 
+    @classmethod
+    def of(cls, args, seed):
+        """What the flags (training_set.DataArgs) ask for."""
+        return cls(
+            *args.size, args.center_crop, args.random_flip, args.image_interpolation_mode,
+            args.random_resized_crop_scale, seed,
+        )  # fmt: skip
+
     def __call__(self, picture, epoch, row, may_mirror=True):
         """PIL RGB -> fp32 [3, height, width]."""
         mode = InterpolationMode(self.interpolation)

@@ -121,6 +121,14 @@ def test_a_sound_dataset_is_copied_as_it_is(tmp_path, check):
     assert (tmp_path / "new/train/a.png").read_bytes() == (tmp_path / "set/train/a.png").read_bytes()
 
 
+def test_pictures_beside_the_splits_are_told(tmp_path, check):
+    write(tmp_path / "set/train", ("a.png", photo(0), "one"))
+    photo(1).save(tmp_path / "set/loose.png")
+    _, _, fixes = check()
+    assert [(fix["change"], fix["where"]) for fix in fixes] == [("left out", "loose.png")]
+    assert rows(tmp_path / "new/train") == {"a.png": "one"}
+
+
 def test_a_folder_without_splits_is_not_divided(tmp_path, check):
     write(tmp_path / "set", *((f"{n}.png", photo(n), f"room {n}") for n in range(12)))
     check()

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from finetuning import cli
+from finetuning.cli import flag
 from finetuning.conversion.download import DownloadArgs, Fetcher
 from finetuning.conversion.sbu import file_name, read
 from finetuning.conversion.writing import WritingArgs
@@ -23,6 +24,8 @@ TEXTS = ["Interior design of modern white and brown living room .", "The Egyptia
 @dataclass
 class Args(DownloadArgs, WritingArgs):
     """The flags that the reader reads."""
+
+    allow_outside_paths: bool = flag(False, "as the script has it")
 
 
 @pytest.fixture
@@ -271,6 +274,15 @@ def test_what_img2dataset_could_not_fetch_is_named(shards, args, sample, kind):
     assert told == kind
     assert example.startswith("00000/000000002")
     assert ("404" in example) == ("status" in sample)
+
+
+def test_other_files_and_links_that_lead_out_are_no_data(shards, args, tmp_path):
+    (shards / "00000/000000003.npz").write_bytes(b"features")
+    (shards / "00000/000000004.jpg").symlink_to(picture(tmp_path / "elsewhere.jpg"))
+    (shards / "00002").symlink_to(tmp_path)
+    rows, findings = taken(shards, args())
+    assert len(rows) == 3
+    assert list(findings.faults.values()) == [["00002", "00000/000000004.jpg"]]
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"])

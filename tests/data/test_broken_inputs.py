@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.checking import read_checked
-from finetuning.data.pictures import open_rgb
+from finetuning.data.pictures import EXTENSIONS, open_rgb
 from finetuning.data.reading import DatasetProblem
 from finetuning.data.training_set import DataArgs
 from models.make_start import vocabulary
@@ -282,7 +282,7 @@ def build(folder, make):
         lines = [one if isinstance(one, str) else json.dumps(one) for one in [row("sound.png", "sound"), *records]]
         content = "".join(f"{line}\n" for line in lines).encode()
     (folder / "metadata.jsonl").write_bytes(content)
-    pictures = {path.name for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".gif", ".webp", ".heic")}
+    pictures = {path.name for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS}
     lines = [n for n, line in enumerate(content.replace(b"\0", b"").split(b"\n"), 1) if line.strip()]
     return {name for name in pictures if not name.startswith(".")}, [f"metadata.jsonl line {n}" for n in lines]
 

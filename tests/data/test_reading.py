@@ -633,3 +633,11 @@ def test_a_second_folder_for_a_split_is_not_trained_on(tmp_path):
     for folder, name in (("", "1"), ("validation/", "2"), ("val/", "3")):
         jsonl(tmp_path / f"{folder}metadata.jsonl", (f"{name}.png", name))
     assert clean(tmp_path) == {"1.png": ("1",)}
+
+
+def test_pictures_beside_train_are_named(tmp_path):
+    pictures(tmp_path, "train/a.png", "b.png", "more/c.png", "test/d.png", ".hidden/e.png")
+    jsonl(tmp_path / "train/metadata.jsonl", ("a.png", "a cat"))
+    reading = read(tmp_path)
+    assert reading.captions == {"train/a.png": ("a cat",)} and not reading.faults
+    assert reading.notes == {"pictures beside train/ (only what is inside is trained on)": ["b.png", "more/c.png"]}

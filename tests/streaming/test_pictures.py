@@ -21,8 +21,9 @@ from finetuning.data.latents import LatentArgs
 from finetuning.data.order import Order
 from finetuning.data.pictures import UnreadablePicture
 from finetuning.data.reading import DatasetProblem
-from finetuning.data.streaming import Remote, StreamArgs, StreamOrder, load_training, open_shards, row_order
 from finetuning.data.training_set import DataArgs, PictureSet
+from finetuning.streaming.pictures import StreamArgs, StreamOrder, load_training, row_order
+from finetuning.streaming.shards import Remote, open_shards
 from finetuning.training.checkpoint import CheckpointArgs
 from finetuning.training.run import RunArgs
 from finetuning.training.validation import ValidationArgs
@@ -145,6 +146,13 @@ def test_a_buffer_of_one_keeps_the_files_order_and_the_shards_are_permuted(folde
         by_shard = [list(names) for _, names in itertools.groupby(epoch, key=lambda name: name[0])]
         assert len(by_shard) == len(SIZES) and all(names == sorted(names) for names in by_shard)
     assert len({tuple(epoch) for epoch in epochs}) > 4
+
+
+def test_the_buffer_draws_anew_in_every_epoch(tmp_path):
+    tars(tmp_path, (20,))
+    for size in (4, 100):  # the second holds them all
+        source = order(tmp_path, shuffle_buffer=size)
+        assert captions(source.samples(0)) != captions(source.samples(1))
 
 
 def test_the_buffer_mixes_shards_and_holds_no_more_than_it_may(tmp_path):
@@ -477,6 +485,12 @@ def test_webdataset_tars_of_the_hub_need_their_columns(tmp_path, hub):
 def test_columns_of_the_hub_that_do_not_fit_are_named(tmp_path, hub, column, told):
     with pytest.raises(DatasetProblem, match=told):
         open_shards(hub(tables(tmp_path), image_column=column))
+
+
+def test_a_hub_dataset_without_pictures_is_refused(tmp_path, hub):
+    (tmp_path / "0.jsonl").write_text('{"image": "/etc/hostname", "text": "x"}\n')
+    with pytest.raises(DatasetProblem, match="the column image holds Value, not pictures"):
+        open_shards(hub(tmp_path))
 
 
 def test_a_hub_dataset_that_is_not_there_is_named(hub, tmp_path):

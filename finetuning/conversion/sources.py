@@ -1,0 +1,39 @@
+"""The table of sources."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from finetuning.conversion import (
+    dreambooth,
+    hub,
+    imagefolder,
+    parallel,
+    sbu,
+    sidecar,
+    stanford_dogs,
+    unsplash,
+    webdataset,
+)
+from finetuning.conversion.contract import ColumnArgs
+from finetuning.conversion.download import DownloadArgs
+
+
+@dataclass(frozen=True)
+class Source:
+    """A reader, (path, args, findings) -> Samples in an order that never changes, and the groups of flags it knows."""
+
+    read: Callable
+    flags: tuple = ()
+
+
+SOURCES = {
+    "imagefolder": Source(imagefolder.read, (ColumnArgs,)),
+    "sidecar": Source(sidecar.read, (sidecar.SidecarArgs,)),
+    "parallel": Source(parallel.read, (parallel.ParallelArgs,)),
+    "unsplash-lite": Source(unsplash.read, (unsplash.UnsplashArgs, DownloadArgs)),
+    "sbu": Source(sbu.read, (DownloadArgs,)),
+    "stanford-dogs": Source(stanford_dogs.read, (stanford_dogs.StanfordDogsArgs,)),
+    "dreambooth": Source(dreambooth.read, (dreambooth.DreamBoothArgs,)),
+    "webdataset": Source(webdataset.read, (webdataset.WebDatasetArgs,)),
+    "hub": Source(hub.read, (hub.HubArgs, ColumnArgs)),
+}

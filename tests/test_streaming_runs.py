@@ -1,0 +1,207 @@
+"""Every train_*.py on a stream, run as a user runs it: exact under resume, and with every fault named."""
+
+import importlib
+import io
+import json
+import os
+import shutil
+import socket
+import tarfile
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from finetuning.training import files
+
+SCRIPTS = sorted(path.stem for path in Path(__file__).resolve().parent.parent.glob("train_*.py"))
+FULL = pytest.mark.parametrize("script", ["train_text_to_image"])
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+STEPS = 8
+
+
+def pytest_generate_tests(metafunc):
+    """Every test here is run with every script, but for those that name theirs."""
+    named = any("script" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "script" in metafunc.fixturenames and not named:
+        metafunc.parametrize("script", SCRIPTS)
+
+
+def tars(folder, samples):
+    """Three shards, of unequal length."""
+    for shard in range(3):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
+            for number, (picture, text) in enumerate(samples):
+                if min(number // 2, 2) == shard:
+                    for ending, content in (("png", picture), ("txt", text.encode())):
+                        entry = tarfile.TarInfo(f"{number}.{ending}")
+                        entry.size = len(content)
+                        tar.addfile(entry, io.BytesIO(content))
+
+
+def tables(folder, samples):
+    """Three shards, of unequal length."""
+    schema = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")}).arrow_schema
+    for shard in range(3):
+        mine = [sample for number, sample in enumerate(samples) if min(number // 2, 2) == shard]
+        columns = {"image": [{"bytes": one, "path": None} for one, _ in mine], "text": [text for _, text in mine]}
+        pq.write_table(pa.table(columns, schema), folder / f"{shard:05}.parquet")
+
+
+@pytest.fixture
+def samples(shapes_folder):
+    """[(encoded picture, caption)], 11 of them."""
+    records = map(json.loads, (shapes_folder / "train/metadata.jsonl").read_text().splitlines())
+    return [((shapes_folder / "train" / one["file_name"]).read_bytes(), one["text"]) for one in records]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A new folder for shards."""
+    (tmp_path / "shards").mkdir()
+    return tmp_path / "shards"
+
+
+@pytest.fixture
+def arguments(tiny_model, shards):
+    """Groups of 4 of the 11 samples. Everything that draws is switched on."""
+    return f"""
+        --pretrained_model_name_or_path {tiny_model} --train_data_dir {shards} --streaming --shuffle_buffer 4
+        --resolution 32 --train_batch_size 2 --gradient_accumulation_steps 2 --max_train_steps {STEPS} --seed 3
+        --learning_rate 1e-3 --use_ema --random_flip --proportion_empty_prompts 0.3 --noise_offset 0.05
+        --checkpointing_steps 1 --report_to none
+    """.split()
+
+
+def train(script, arguments, output_dir, *more):
+    """Run the script in this process; its exit status."""
+    return importlib.import_module(script).main([*arguments, "--output_dir", str(output_dir), *map(str, more)])
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(folder, step=STEPS):
+    """What a run computed: result and checkpoint as hashes, the optimizer's moments, the logged losses."""
+    patterns = ("*", "*/*", f"checkpoint-{step}/*/*")
+    found = {path for pattern in patterns for path in Path(folder).glob(f"{pattern}.safetensors")}
+    saved = torch.load(Path(folder) / f"checkpoint-{step}/optimizer.pt", weights_only=True)["optimizer"]["state"]
+    moments = [value.tolist() for _, one in sorted(saved.items()) for value in one.values()]
+    return {str(path.relative_to(folder)): files.sha256(path) for path in found}, moments, metrics(folder)
+
+
+@pytest.mark.parametrize(("write", "workers"), [(tars, 0), (tables, 1)])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(
+    script, arguments, samples, shards, tmp_path, write, workers, capfd
+):
+    write(shards, samples)
+    straight = tmp_path / "straight"
+    assert train(script, arguments, straight) == 0
+    assert "dataset: a stream of 3 shards" in capfd.readouterr().err
+    for stopped_at in (1, 3, 6):  # the first step, the next epoch, the one after
+        resumed = tmp_path / f"resumed-{stopped_at}"
+        resumed.mkdir()
+        shutil.copytree(straight / f"checkpoint-{stopped_at}", resumed / f"checkpoint-{stopped_at}")
+        shutil.copy(straight / "metrics.jsonl", resumed)
+        more = ("--resume_from_checkpoint", "latest", "--dataloader_num_workers", workers)
+        assert train(script, arguments, resumed, *more) == 0
+        assert state(resumed) == state(straight)
+        assert "have changed" not in capfd.readouterr().err
+
+
+def test_a_pattern_names_the_shards(script, arguments, samples, shards, tmp_path):
+    tars(shards, samples)
+    (shards / "00002.tar").rename(shards / "2.tar")  # not of the pattern
+    pattern = str(shards / "{00000..00001}.tar")
+    few = ("--train_data_dir", pattern, "--max_train_steps", "1")
+    assert train(script, arguments, tmp_path / "run", *few) == 0
+    assert json.loads((tmp_path / "run/args.json").read_text())["train_data_dir"] == pattern
+
+
+def on_two_processes(work):
+    """Call `work()` in two forked children that torch takes for one group, as its launcher would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = []
+    for rank in ("0", "1"):
+        pid = os.fork()
+        if pid == 0:
+            status = 99
+            try:
+                os.environ.update(group | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"})
+                status = work()
+            finally:
+                os._exit(status)
+        children.append(pid)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+
+
+def test_processes_read_shards_of_their_own_and_resume_exactly(script, arguments, samples, shards, tmp_path, tensors):
+    tars(shards, samples)
+    more = ("--max_train_steps", 5, "--resume_from_checkpoint", "latest")
+    assert on_two_processes(lambda: train(script, arguments, tmp_path / "straight", *more)) == [0, 0]
+    shutil.copytree(tmp_path / "straight/checkpoint-3", tmp_path / "resumed/checkpoint-3")
+    assert on_two_processes(lambda: train(script, arguments, tmp_path / "resumed", *more)) == [0, 0]
+    assert json.loads((tmp_path / "resumed/args.json").read_text())["run"]["processes"] == 2
+    straight, resumed = (tensors(tmp_path / name / "checkpoint-5") for name in ("straight", "resumed"))
+    assert straight.keys() == resumed.keys() and straight
+    for part, weights in straight.items():
+        for name, value in weights.items():
+            assert torch.equal(resumed[part][name], value), f"{part} {name}"
+
+
+def test_fewer_shards_than_processes_are_refused(script, arguments, samples, shards, tmp_path, capfd):
+    tars(shards, samples[:2])
+    for number in (1, 2):
+        (shards / f"{number:05}.tar").unlink()
+    assert on_two_processes(lambda: train(script, arguments, tmp_path / "out")) == [1, 1]
+    assert capfd.readouterr().err.count("has 1 shards for 2 processes") == 1
+
+
+def test_a_picture_that_cannot_be_read_stops_the_run_which_goes_on_without_it(
+    script, arguments, samples, shards, tmp_path, capfd
+):
+    samples[7] = (samples[7][0][:-30], samples[7][1])
+    tars(shards, samples)
+    assert train(script, arguments, tmp_path / "out") == 1
+    said = capfd.readouterr().err
+    assert "00002.tar/7.png" in said and "--on_bad_rows skip" in said and "Traceback" not in said
+    skip = ("--on_bad_rows", "skip", "--resume_from_checkpoint", "latest")
+    assert train(script, arguments, tmp_path / "out", *skip) == 0
+    said = capfd.readouterr().err
+    assert "00002.tar/7.png" in said and "1 so far" in said and "have changed" not in said
+    assert train(script, arguments, tmp_path / "straight", *skip[:2]) == 0
+    assert state(tmp_path / "out") == state(tmp_path / "straight")
+
+
+def test_other_shards_on_resume_are_named(script, arguments, samples, shards, tmp_path, capfd):
+    tars(shards, samples)
+    assert train(script, arguments, tmp_path / "out", "--max_train_steps", 1) == 0
+    tars(shards, samples[1:])
+    more = ("--max_train_steps", 2, "--shuffle_buffer", 2, "--resume_from_checkpoint", "latest")
+    assert train(script, arguments, tmp_path / "out", *more) == 0
+    changes = capfd.readouterr().err.split("these have changed")[1].splitlines()[0]
+    assert "the dataset's rows" in changes and "--shuffle_buffer 4 -> 2" in changes
+
+
+@FULL
+def test_rows_that_break_a_step_are_named(script, arguments, samples, shards, tmp_path, capfd):
+    tars(shards, samples)
+    assert train(script, arguments, tmp_path, "--learning_rate", "1e30", "--max_grad_norm", 0) == 1
+    said = capfd.readouterr().err
+    assert "NonFinite" in said and said.count(".tar/") == 4
+
+
+def test_what_cannot_be_streamed_is_refused_before_the_first_step(script, arguments, shards, tmp_path, capfd):
+    assert train(script, arguments, tmp_path / "out") == 1
+    assert f"--streaming reads WebDataset tars and Parquet files, and {shards} has none" in capfd.readouterr().err
+    cut = arguments.index("--max_train_steps")
+    with pytest.raises(SystemExit):
+        train(script, arguments[:cut] + arguments[cut + 2 :], tmp_path / "out")
+    assert "--streaming needs --max_train_steps" in capfd.readouterr().err
