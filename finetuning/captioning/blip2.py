@@ -18,7 +18,7 @@ def prepare(model, processor):
     if model.config.image_token_id is None:
         model.config.image_token_id = token
     if model.get_input_embeddings().num_embeddings <= token:
-        model.resize_token_embeddings(token + 1, pad_to_multiple_of=64)
+        model.resize_token_embeddings(token + 1)
 
 
 BLIP2 = Kind(Blip2ForConditionalGeneration, "Salesforce/blip2-opt-2.7b", encode, prepare=prepare)

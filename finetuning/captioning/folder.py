@@ -16,9 +16,9 @@ from finetuning.data.reading import (
     SPLIT_NAMES,
     DatasetProblem,
     Findings,
-    _file_name,
-    _records,
+    named_picture,
     read_folder,
+    read_records,
 )
 
 GIVEN = "given"
@@ -112,7 +112,7 @@ class CaptionedFolder:
                         record[key] = [record[key]]
         for path, records in self.documents.items():
             records = [record for record in records if record]
-            if path.is_file() and [record for _, record in _records(path, self.root, Findings())] == records:
+            if path.is_file() and [record for _, record in read_records(path, self.root, Findings())] == records:
                 continue
             aside = path.with_name(f".{path.name}.part")
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -148,9 +148,9 @@ class CaptionedFolder:
                 )
                 continue
             self.documents[path] = []
-            for where, record in _records(path, self.root, unsafe):
+            for where, record in read_records(path, self.root, unsafe):
                 self.documents[path].append(record)
-                name = _file_name(record, "image") or ""
+                name = named_picture(record, "image") or ""
                 captions = self._told(record)
                 if Path(name).is_absolute() or PureWindowsPath(name).is_absolute():
                     unsafe.faults[f"rows with an absolute file name ({make_jsonl})"].append(where)

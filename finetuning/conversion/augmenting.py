@@ -28,7 +28,7 @@ from finetuning.conversion.copying import (
     take_pictures,
     write_metadata,
 )
-from finetuning.conversion.writing import _encoded
+from finetuning.conversion.writing import encoded
 from finetuning.data.captions import MirrorArgs, may_mirror, swap_sides
 from finetuning.data.pictures import UnreadablePicture, open_rgb
 from finetuning.data.reading import DatasetProblem, Findings
@@ -267,7 +267,7 @@ def _write_copies(picture, copies, folder, held_out, args):
         changed.info["icc_profile"] = image.info.get("icc_profile")  # it says what the pixels mean
         target = folder / copy.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(_encoded(changed, WRITTEN[target.suffix.lower()]))
+        target.write_bytes(encoded(changed, WRITTEN[target.suffix.lower()]))
         written.append(copy)
     return written
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.cli import REQUIRED, flag
-from finetuning.conversion.writing import _take_over
+from finetuning.conversion.writing import take_over
 from finetuning.data.captions import origin_column
-from finetuning.data.reading import METADATA_NAMES, SPLIT_NAMES, DatasetProblem, Findings, _records, read_folder
+from finetuning.data.reading import METADATA_NAMES, SPLIT_NAMES, DatasetProblem, Findings, read_folder, read_records
 
 
 @dataclass
@@ -109,7 +109,7 @@ def take_pictures(folder, names, args: CopyArgs):
     """Link or copy the pictures to their names in `folder`."""
     for picture, name in names.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        _take_over(picture, folder / name, args.link)
+        take_over(picture, folder / name, args.link)
 
 
 def write_metadata(folder, entries, args: CopyArgs):
@@ -152,7 +152,7 @@ def _other_columns(rows, args):
         where: {key: value for key, value in record.items() if key not in ours}
         for file in files
         if file.name in METADATA_NAMES
-        for where, record in _records(root / file, root, Findings())
+        for where, record in read_records(root / file, root, Findings())
         if record.keys() - ours
     }
     return json.loads(json.dumps(others, default=str))  # a parquet file may hold dates

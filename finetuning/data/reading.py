@@ -103,9 +103,9 @@ def _rows_of(path, resolver, image_column, caption_column, is_train, seen, findi
     # Metadata above the splits is read for each of them; what is wrong with it is said once, for train.
     said = findings if is_train or resolver.base in path.parents else Findings()
     folder, columns = str(path.parent), {}
-    for where, record in _records(path, resolver.root, said):
+    for where, record in read_records(path, resolver.root, said):
         columns.update(dict.fromkeys(record))
-        name = _file_name(record, image_column)
+        name = named_picture(record, image_column)
         if name is None:
             said.faults["rows that name no picture"].append(where)
             continue
@@ -278,7 +278,7 @@ def _no_metadata_message(base, pictures):
     )
 
 
-def _records(path, root, findings):
+def read_records(path, root, findings):
     """Yield (where, record) of a metadata file. Raises DatasetProblem naming the file where it cannot be read."""
     shown = _shown(path, root)
     if path.suffix == ".parquet":
@@ -348,10 +348,10 @@ def _check_columns(columns, image_column, caption_column, shown):
 
 
 def _file_name_columns(image_column):
-    return ("file_name", f"{image_column}_file_name", image_column)
+    return ("file_name", f"{image_column}named_picture", image_column)
 
 
-def _file_name(record, image_column):
+def named_picture(record, image_column):
     names = (record.get(key) for key in _file_name_columns(image_column))
     return next((name for name in names if isinstance(name, str) and name), None)
 
