@@ -433,9 +433,8 @@ def _metadata(rows, several):
 def write_lines(path, rows):
     """JSON lines, all or none of them."""
     aside = path.with_name(f".{path.name}.part")
-    with open(
-        aside, "w", encoding="utf-8", errors="backslashreplace"
-    ) as file:  # JSON's own way to write half a character
+    # JSON itself writes half a character as \ud83d
+    with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(aside, path)
 
@@ -450,6 +449,3 @@ def _leaks(journal):
         """
     )
     return [[name for _, name in same] for _, same in groupby(rows, key=lambda row: row[0])]
-
-
-_take_over, _encoded = take_over, encoded  # until copying.py and augmenting.py take the public names

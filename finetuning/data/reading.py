@@ -348,15 +348,17 @@ def _check_columns(columns, image_column, caption_column, shown):
 
 
 def _file_name_columns(image_column):
-    return ("file_name", f"{image_column}named_picture", image_column)
+    return ("file_name", f"{image_column}_file_name", image_column)
 
 
 def named_picture(record, image_column):
+    """The file name that a metadata record gives, or None."""
     names = (record.get(key) for key in _file_name_columns(image_column))
     return next((name for name in names if isinstance(name, str) and name), None)
 
 
 def as_captions(value, where, column):
+    """The captions of a text or a list of texts, without empty ones. Raises DatasetProblem for anything else."""
     values = value if isinstance(value, list | tuple) else [value]
     if not all(text is None or isinstance(text, str) for text in values):
         raise DatasetProblem(f"{where}: {column!r} must be text or a list of texts, not {value!r}")

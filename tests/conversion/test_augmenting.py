@@ -384,7 +384,7 @@ def test_an_error_of_the_disk_leaves_nothing_behind(dataset, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("finetuning.conversion.augmenting._encoded", full)
+    monkeypatch.setattr("finetuning.conversion.augmenting.encoded", full)
     with pytest.raises(DatasetProblem, match="No space left"):
         augment(args(dataset), quiet)
     assert sorted(path.name for path in dataset.parent.iterdir()) == ["dogs"]
