@@ -3,13 +3,18 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test lint format mini-sd datasets flags clean
+.PHONY: demo test bench lint format mini-sd datasets flags clean
 
 demo: $(VENV)/.ready
 	bash finetune.sh
 
 test: $(VENV)/.ready
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
+
+# Speed and memory, each beside a limit measured in the same run; a quarter of an hour.
+bench: $(VENV)/.ready
+	PYTHONPATH=. $(PYTHON) benchmarks/convert/run.py
+	PYTHONPATH=. $(PYTHON) benchmarks/million_rows/run.py
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -25,6 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
+def pytest_generate_tests(metafunc):
+    """A test with an argument `script` is run with every training script, unless it names its own."""
+    named = any("script" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "script" in metafunc.fixturenames and not named:
+        metafunc.parametrize("script", sorted(path.stem for path in ROOT.glob("train_*.py")))
+
+
 @pytest.fixture(scope="session")
 def root():
     """The checkout."""

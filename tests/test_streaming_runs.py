@@ -17,17 +17,9 @@ import torch
 
 from finetuning.training import files
 
-SCRIPTS = sorted(path.stem for path in Path(__file__).resolve().parent.parent.glob("train_*.py"))
 FULL = pytest.mark.parametrize("script", ["train_text_to_image"])
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 STEPS = 8
-
-
-def pytest_generate_tests(metafunc):
-    """Every test here is run with every script, but for those that name theirs."""
-    named = any("script" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
-    if "script" in metafunc.fixturenames and not named:
-        metafunc.parametrize("script", SCRIPTS)
 
 
 def tars(folder, samples):

@@ -21,17 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from finetuning.training import files
 from finetuning.training.checkpoint import checkpoints_in
 
-SCRIPTS = sorted(path.stem for path in Path(__file__).resolve().parent.parent.glob("train_*.py"))
 FULL = pytest.mark.parametrize("script", ["train_text_to_image"])
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 STEPS = 8
-
-
-def pytest_generate_tests(metafunc):
-    """Every test here is run with every script, but for those that name theirs."""
-    named = any("script" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
-    if "script" in metafunc.fixturenames and not named:
-        metafunc.parametrize("script", SCRIPTS)
 
 
 @pytest.fixture
@@ -478,9 +470,13 @@ OWN_WAYS = {
 }
 
 
+def test_every_script_has_its_own_ways(training_scripts):
+    assert sorted(OWN_WAYS) == [path.stem for path in training_scripts]
+
+
 def every_way():
-    for script in SCRIPTS:
-        for line in (WAYS + OWN_WAYS[script]).strip().splitlines():
+    for script, own in OWN_WAYS.items():
+        for line in (WAYS + own).strip().splitlines():
             if line.strip():
                 yield script, line.strip()
 
