@@ -165,27 +165,33 @@ class _Tree:
     def __init__(self, base, others):
         self.metadata, self.linked = [], set()  # linked: pictures that a link leads to, which may lie anywhere
         pictures = []
-        left, known = [(str(base), os.path.islink(base))], set()
+        left = [(str(base), os.path.islink(base), ())]
         while left:
-            folder, through_link = left.pop()
-            if (real := os.path.realpath(folder)) in known or Path(folder) in others:
-                continue  # links that lead in a circle
-            known.add(real)
+            folder, through_link, above = left.pop()
+            real = os.path.realpath(folder)
+            if real in above or Path(folder) in others:
+                continue  # a link that leads in a circle, or another split
             inside = "" if folder == "." else f"{folder}{os.sep}"
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    path, is_linked = inside + entry.name, through_link or entry.is_symlink()
-                    if entry.is_dir():
-                        left.append((path, is_linked))
-                    elif entry.name in METADATA_NAMES:
-                        self.metadata.append(Path(path))
-                    elif os.path.splitext(path)[1].lower() in EXTENSIONS and entry.is_file():
-                        pictures.append(path)
-                        if is_linked:
-                            self.linked.add(path)
+            for entry in self._entries(folder):
+                path, is_linked = inside + entry.name, through_link or entry.is_symlink()
+                if entry.is_dir():
+                    left.append((path, is_linked, (*above, real)))
+                elif entry.name in METADATA_NAMES:
+                    self.metadata.append(Path(path))
+                elif os.path.splitext(path)[1].lower() in EXTENSIONS and entry.is_file():
+                    pictures.append(path)
+                    if is_linked:
+                        self.linked.add(path)
         self.pictures = dict.fromkeys(sorted(pictures), 0)  # in the order of their paths
+
+    @staticmethod
+    def _entries(folder):
+        """What lies in a folder, without what is hidden. Raises DatasetProblem where it cannot be read."""
+        try:
+            with os.scandir(folder) as entries:
+                yield from (entry for entry in entries if not entry.name.startswith("."))
+        except OSError as error:
+            raise DatasetProblem(f"{folder} cannot be read: {error}") from error
 
 
 class _Resolver:

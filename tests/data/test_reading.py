@@ -641,3 +641,19 @@ def test_pictures_beside_train_are_named(tmp_path):
     reading = read(tmp_path)
     assert reading.captions == {"train/a.png": ("a cat",)} and not reading.faults
     assert reading.notes == {"pictures beside train/ (only what is inside is trained on)": ["b.png", "more/c.png"]}
+
+
+def test_links_that_lead_in_a_circle_end(tmp_path):
+    pictures(tmp_path, "a.png", "more/b.png")
+    (tmp_path / "more/again").symlink_to(tmp_path, target_is_directory=True)
+    jsonl(tmp_path / "metadata.jsonl", ("a.png", "a cat"), ("more/b.png", "a dog"))
+    assert clean(tmp_path) == {"a.png": ("a cat",), "more/b.png": ("a dog",)}
+
+
+def test_a_folder_that_cannot_be_read_is_named(two, monkeypatch):
+    def forbidden(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(DatasetProblem, match=f"{two.name} cannot be read: .*Permission denied"):
+        read(two)
