@@ -501,11 +501,13 @@ def test_output_and_source_lie_apart(source, args, tmp_path, output):
 
 
 def test_a_second_conversion_into_the_folder_is_refused(source, args):
+    first, second = many(source, 2)
+
     def samples():
-        yield from many(source, 1)
+        yield first
         with pytest.raises(DatasetProblem, match="is another conversion writing"):
-            write_dataset(many(source, 1), args)
-        yield from many(source, 1, start=1)
+            write_dataset([first], args)
+        yield second
 
     assert write_dataset(samples(), args)["train"] == 2
 
