@@ -147,8 +147,8 @@ class PictureSet(torch.utils.data.Dataset):
     def __getitem__(self, place):
         pixels = torch.empty(3, 0, 0)
         if not self.skip_pixels:
-            transform, may_mirror = self.transform_of(place.row), self.may_mirror(place.row)
-            pixels = transform(self.picture(place.row), place.epoch, place.row, may_mirror)
+            may_mirror = self.transform.random_flip and self.may_mirror(place.row)
+            pixels = self.transform_of(place.row)(self.picture(place.row), place.epoch, place.row, may_mirror)
         return place, pixels, self.caption(place.row, place.epoch)
 
     def collate(self, items):
