@@ -23,8 +23,8 @@ from finetuning.data.captions import CaptionArgs
 from finetuning.data.latents import LatentArgs, latent_source
 from finetuning.data.reading import DatasetProblem
 from finetuning.data.training_set import DataArgs
-from finetuning.families import load_model
 from finetuning.families.contract import ModelArgs, ModelProblem, StartArgs
+from finetuning.families.loading import load_model
 from finetuning.streaming.pictures import StreamArgs, load_training, row_order
 from finetuning.training.checkpoint import CheckpointArgs, Checkpointer, CheckpointProblem, NonFinite
 from finetuning.training.ema import EMAArgs, build_ema

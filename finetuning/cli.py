@@ -34,10 +34,13 @@ import yaml
 REQUIRED = object()
 
 
-def flag(default, help, *, choices=None, metavar=None, positional=False):
-    """A dataclass field that is also a flag, or (`positional`) a bare word. `default`: REQUIRED, a value, a list."""
+def flag(default, help, *, choices=None, metavar=None, positional=False, repeated=False):
+    """A dataclass field that is also a flag, or (`positional`) a bare word. `default`: REQUIRED, a value, a list.
+
+    A list's flag given twice counts the second time alone; with `repeated` the values add up.
+    """
     metadata = {"help": help, "choices": choices, "metavar": metavar, "required": default is REQUIRED}
-    metadata |= {"positional": positional}
+    metadata |= {"positional": positional, "repeated": repeated}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=None if default is REQUIRED else default, metadata=metadata)
@@ -177,7 +180,8 @@ def _add(section, field, kind):
     metavar = field.metadata["metavar"]
     if field.metadata["choices"]:
         metavar = "{" + ",".join(map(str, field.metadata["choices"])) + "}"
-    section.add_argument(f"--{field.name}", nargs="+" if many else None, metavar=metavar, help=help)
+    action = "extend" if field.metadata["repeated"] else "store"
+    section.add_argument(f"--{field.name}", nargs="+" if many else None, metavar=metavar, help=help, action=action)
 
 
 def _spelled(field):

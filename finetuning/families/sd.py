@@ -1,7 +1,6 @@
 """Stable Diffusion 1.x and 2.x: one text encoder, a UNet over latents of 4 channels, an autoencoder."""
 
 import inspect
-import json
 import os
 import shutil
 from contextlib import contextmanager
@@ -19,11 +18,9 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from finetuning.cli import write_json
 from finetuning.families.contract import ModelArgs, ModelProblem, StartArgs
+from finetuning.families.folders import copy_part, parts_of_index, pipeline_index, weights_name, write_scheduler
 from finetuning.families.quiet import errors_only
-
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".onnx")
 
 
 def millions(module):
@@ -135,8 +132,8 @@ class StableDiffusion:
 
     def copied_bytes(self):
         """Size of the base's parts, most of which the finished pipeline takes over."""
-        index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
-        files = (path for part in _parts(index) for path in (self.folder / part).rglob("*"))
+        index = pipeline_index(self.folder)
+        files = (path for part in parts_of_index(index) for path in (self.folder / part).rglob("*"))
         return sum(path.stat().st_size for path in files if path.is_file())
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
@@ -171,13 +168,13 @@ class StableDiffusion:
         Parts that were not trained are copied from the base byte for byte.
         """
         folder = Path(folder)
-        index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
+        index = pipeline_index(self.folder)
         shutil.copyfile(self.folder / "model_index.json", folder / "model_index.json")
-        for part in _parts(index):
+        for part in parts_of_index(index):
             if part not in (*self.trained_modules, "scheduler"):
-                _copy_part(self.folder / part, folder / part)
+                copy_part(self.folder / part, folder / part)
         prediction_type = self.scheduler.config.prediction_type
-        _write_scheduler(self.folder / "scheduler", folder / "scheduler", prediction_type)
+        write_scheduler(self.folder / "scheduler", folder / "scheduler", prediction_type)
         self.save_trained(folder, weights=shadow)
         if shadow is not None:
             for part, module in self.trained_modules.items():
@@ -198,18 +195,18 @@ class StableDiffusion:
         if part == "text_encoder":
             # The names that transformers 4, A1111 and every file of SD 1.x have; transformers 5 writes them without.
             weights = {f"text_model.{name}": value for name, value in weights.items()}
-        save_file(weights, target / _weights_name(part, variant), metadata={"format": "pt"})
+        save_file(weights, target / weights_name(part, variant), metadata={"format": "pt"})
 
 
 def load(folder, index, args: ModelArgs, prediction_type, seed, start: StartArgs):
     """The model in `folder`, whose model_index.json is `index`, as the flags ask for it (see families.load_model)."""
-    missing = [part for part in _parts(index) if not (folder / part).is_dir()]
+    missing = [part for part in parts_of_index(index) if not (folder / part).is_dir()]
     if missing:
         raise ModelProblem(
             f"{folder} lacks {', '.join(missing)}, which its model_index.json names: fetch what is missing, or set the "
             "entry of a part that is not needed (safety_checker) to [null, null]"
         )
-    if args.variant and not any(any((folder / part).glob(f"*.{args.variant}.*")) for part in _parts(index)):
+    if args.variant and not any(any((folder / part).glob(f"*.{args.variant}.*")) for part in parts_of_index(index)):
         raise ModelProblem(f"--variant {args.variant}: no part of {folder} has files of that name (*.{args.variant}.*)")
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", **_how(folder, "text_encoder", args.variant))
     vae = AutoencoderKL.from_pretrained(folder / "vae", **_how(folder, "vae", args.variant))
@@ -239,11 +236,6 @@ def load(folder, index, args: ModelArgs, prediction_type, seed, start: StartArgs
     denoiser.train()
     vae.eval()
     return StableDiffusion(folder, tokenizer, vae, scheduler, denoiser, ema_start, args.train_text_encoder)
-
-
-def _parts(index):
-    """The folders that a model_index.json names."""
-    return [name for name, value in index.items() if isinstance(value, list) and value[0]]
 
 
 def _how(folder, part, variant):
@@ -313,35 +305,6 @@ def _check_fit(unet, text_encoder, vae):
         )
 
 
-def _weights_name(part, variant=None):
-    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-    return f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
-
-
 def _read_part(folder):
     path = next(folder.glob("*.safetensors"))
     return {name.removeprefix("text_model."): value for name, value in load_file(path).items()}
-
-
-def _copy_part(source, target):
-    """Copy a part's files. Where only a variant was loaded (model.fp16.safetensors), it takes the plain name."""
-    target.mkdir()
-    files = sorted(path for path in source.iterdir() if path.is_file())
-    weights = [path for path in files if path.suffix == ".safetensors"]
-    for path in files:
-        if not (weights and path.suffix in PICKLES):
-            shutil.copyfile(path, target / path.name)
-    plain = {path.name for path in weights if path.name.count(".") == 1}
-    if weights and not plain:
-        stem = weights[0].name.split(".")[0]
-        (target / weights[0].name).rename(target / f"{stem}.safetensors")
-
-
-def _write_scheduler(source, target, prediction_type):
-    """The base's scheduler as it is, except that it says what the trained UNet predicts."""
-    target.mkdir()
-    config = json.loads((source / "scheduler_config.json").read_text(encoding="utf-8"))
-    if config.get("prediction_type", "epsilon") == prediction_type:
-        shutil.copyfile(source / "scheduler_config.json", target / "scheduler_config.json")
-    else:
-        write_json(target / "scheduler_config.json", config | {"prediction_type": prediction_type})

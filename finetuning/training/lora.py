@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from finetuning.draws import keep_mask, torch_generator
-from finetuning.families import load_model
 from finetuning.families.contract import ModelProblem
+from finetuning.families.loading import load_model
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
     DIFFUSERS_PREFIX,

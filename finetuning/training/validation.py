@@ -9,11 +9,10 @@ import torch
 from PIL import Image
 
 from finetuning.cli import flag, write_json
-from finetuning.data.latents import sampled
-from finetuning.data.order import Place
-from finetuning.draws import gaussian, python_random, torch_generator
+from finetuning.draws import torch_generator
+from finetuning.evaluation.denoising import chosen_rows, row_losses
 from finetuning.evaluation.grid import labelled_grid
-from finetuning.training.noise import NoiseArgs, NoiseDraws, diffusion_loss
+from finetuning.training.noise import NoiseArgs
 
 
 @dataclass
@@ -124,10 +123,7 @@ class Validation:
         return {"height": height, "width": width}
 
     def _loss(self, step):
-        """The mean over the held-out rows, and its change since step 0 with a 95 % interval of the paired difference.
-
-        Timesteps are stratified: the rows share the schedule evenly among them, and each row keeps its own.
-        """
+        """The mean over the held-out rows, and its change since step 0 with a 95 % interval, paired row by row."""
         losses = self._row_losses()
         values = {"validation_loss": losses.mean().item()}
         kept = self.folder / "base_losses.json"
@@ -145,28 +141,8 @@ class Validation:
     def _row_losses(self):
         """[rows], float64."""
         seed = self.run.args.seed
-        count = min(self.args.validation_loss_rows, len(self.held_out))
-        rows = sorted(python_random(seed, "validation rows").sample(range(len(self.held_out)), count))
-        strata = python_random(seed, "validation timesteps").sample(range(count), count)
-        timesteps = torch.tensor([int((stratum + 0.5) / count * len(self.schedule)) for stratum in strata])
-        timestep_of = dict(zip(rows, timesteps, strict=True))
-        device, losses = self.run.device, {}
-        self.model.denoiser.eval()
-        for part in self.held_out.of_one_size(rows, self.batch_size):
-            places = [Place(row, 0, 0, 1.0, True) for row in part]
-            batch = self.held_out.collate([self.held_out[place] for place in places]).to(device)
-            latents = sampled(self.model, *self.model.posterior(batch.pixels), seed, batch)
-            noise = gaussian(seed, "validation noise", 0, part, latents.shape[1:]).to(device)
-            still = torch.zeros(1, device=device)
-            draws = NoiseDraws(noise, torch.stack([timestep_of[row] for row in part]).to(device), still, still)
-            with self.run.accelerator.autocast():
-                predict = lambda noisy, t, ids=batch.input_ids: self.model.denoiser(noisy, t, ids)
-                found = diffusion_loss(predict, self.schedule, latents, draws, _plain(self.noise_args))
-            losses.update(zip(part, found.tolist(), strict=True))
-        self.model.denoiser.train()
-        return torch.tensor([losses[row] for row in rows], dtype=torch.float64)
-
-
-def _plain(args):
-    """The objective without what only training does to it (offsets, perturbation, DREAM, weights)."""
-    return NoiseArgs(prediction_type=args.prediction_type, loss_type=args.loss_type, huber_c=args.huber_c)
+        rows = chosen_rows(len(self.held_out), self.args.validation_loss_rows, seed)
+        return row_losses(
+            self.model, self.held_out, rows, self.schedule, self.noise_args, seed=seed, batch_size=self.batch_size,
+            device=self.run.device, autocast=self.run.accelerator.autocast,
+        )  # fmt: skip

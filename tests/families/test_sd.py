@@ -11,8 +11,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from finetuning.families import load_model
 from finetuning.families.contract import ModelArgs, ModelProblem, StartArgs
+from finetuning.families.loading import load_model
 from finetuning.training.ema import AveragedWeights
 
 MAIN = "diffusion_pytorch_model.safetensors"

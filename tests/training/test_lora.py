@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.training_set import DataArgs
 from finetuning.draws import gaussian
-from finetuning.families import load_model
 from finetuning.families.contract import ModelArgs, ModelProblem
+from finetuning.families.loading import load_model
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
     KOHYA_NAME,

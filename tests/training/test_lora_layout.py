@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from finetuning.cli import read
-from finetuning.families import load_model
 from finetuning.families.contract import ModelArgs, ModelProblem
+from finetuning.families.loading import load_model
 from finetuning.families.lora_files import Layer, Lora, adaptable
 from finetuning.training.lora import add_adapters
 from finetuning.training.lora_layout import Layout, LoraArgs

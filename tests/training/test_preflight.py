@@ -12,8 +12,8 @@ from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.order import Order
 from finetuning.data.training_set import DataArgs
-from finetuning.families import load_model
 from finetuning.families.contract import ModelArgs, ModelProblem
+from finetuning.families.loading import load_model
 from finetuning.training import preflight
 from finetuning.training.checkpoint import CheckpointArgs
 from finetuning.training.ema import EMAArgs, build_ema

@@ -14,9 +14,9 @@ from PIL import Image
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.training_set import DataArgs, load_pictures
-from finetuning.families import load_model
+from finetuning.evaluation import denoising
 from finetuning.families.contract import ModelArgs
-from finetuning.training import validation as validation_module
+from finetuning.families.loading import load_model
 from finetuning.training.ema import AveragedWeights, NoAverage
 from finetuning.training.noise import NoiseArgs, NoiseSchedule
 from finetuning.training.validation import Validation, ValidationArgs
@@ -131,13 +131,13 @@ def test_the_loss_is_the_same_whenever_it_is_taken_and_in_whatever_batches(build
 
 
 def test_rows_share_the_timesteps_evenly(build, monkeypatch):
-    seen, real = [], validation_module.diffusion_loss
+    seen, real = [], denoising.diffusion_loss
 
     def watched(predict, schedule, latents, draws, args):
         seen.extend(draws.timesteps.tolist())
         return real(predict, schedule, latents, draws, args)
 
-    monkeypatch.setattr(validation_module, "diffusion_loss", watched)
+    monkeypatch.setattr(denoising, "diffusion_loss", watched)
     build(batch_size=3).look(0)
     assert sorted(seen) == [125, 375, 625, 875]
 
@@ -147,7 +147,7 @@ def test_the_loss_is_that_of_the_rows_by_hand(build, model, held_out):
     with torch.no_grad():
         for parameter in model.denoiser.unet.conv_out.parameters():
             parameter.zero_()
-    noise = validation_module.gaussian(0, "validation noise", 0, range(4), (4, 4, 4))
+    noise = denoising.gaussian(0, "validation noise", 0, range(4), (4, 4, 4))
     assert loss_of(build()) == pytest.approx(noise.square().mean().item(), rel=1e-6)
 
 

@@ -1,0 +1,113 @@
+"""Draw with every mixture of base and fine-tuned weights, read the pictures' pixels, write the table and the plot.
+
+python experiments/merge_ratio/measure.py runs/merge_ratio
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+
+from finetuning.cli import write_json
+from finetuning.families.pipelines import open_pipeline
+from finetuning.merging import frontier
+from finetuning.merging.methods import weighted_sum
+from finetuning.shapes.checker import agrees, read
+from finetuning.shapes.scenes import SHAPES
+from models.measure_mini_sd import generate, held_out_scenes
+
+RATIOS = [tenth / 10 for tenth in range(11)]
+SHOWN, LEFT_OUT = SHAPES[:4], SHAPES[4:]  # datasets/chalk has no cross and no star
+KINDS = {"raw": "unet", "averaged": "unet_ema"}
+HERE = Path(__file__).parent
+
+
+@torch.no_grad()
+def put(unet, base, tuned, ratio):
+    """The weights at `ratio` of the way from `base` to `tuned` into the UNet; at 0 and 1 they are the one's own."""
+    for name, parameter in unet.state_dict().items():
+        ends = {0: base[name], 1: tuned[name]}
+        parameter.copy_(ends[ratio] if ratio in ends else weighted_sum(base[name], tuned[name], ratio=ratio))
+
+
+def measured(pipeline):
+    """Of 128 held-out captions of shapes shown, and 128 of shapes left out: share drawn in chalk, and right or not."""
+    found = {}
+    for name, shapes in (("shown", SHOWN), ("left_out", LEFT_OUT)):
+        scenes = held_out_scenes(256, shapes)[0]
+        pictures = generate(pipeline, scenes, guidance_scale=3.0, steps=25)
+        judged = [agrees(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)]
+        things = [read(picture)[1] for picture in pictures]
+        found[name] = {
+            "chalk": [sum(one.style != "filled" for one in seen) / max(1, len(seen)) for seen in things],
+            "right": [float(one["shape"] and one["color"]) for one in judged],
+        }
+    return found
+
+
+def measure_all(folder):
+    """{(kind, seed): {ratio: measured}}; what was measured before is read again."""
+    pipeline = open_pipeline("models/mini-sd", scheduler="dpm++")
+    base = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    results = {}
+    for run in sorted(folder.glob("tuned-[0-9]")):
+        for kind, part in KINDS.items():
+            kept = run / f"{kind}.json"
+            known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+            tuned = UNet2DConditionModel.from_pretrained(run / "checkpoint-500" / part).state_dict()
+            for ratio in RATIOS:
+                if str(ratio) not in known:
+                    put(pipeline.unet, base, tuned, ratio)
+                    known[str(ratio)] = measured(pipeline)
+                    write_json(kept, known)
+            results[kind, int(run.name[-1])] = {ratio: known[str(ratio)] for ratio in RATIOS}
+    return results
+
+
+def rows(one_run, kind, what):
+    """Per cent [ratios, captions]."""
+    return 100 * np.array([one_run[ratio][kind][what] for ratio in RATIOS])
+
+
+def table(results):
+    """Markdown: a line for each ratio, means over the seeds with their range, raw and averaged weights."""
+    columns = (("shown", "chalk"), ("shown", "right"), ("left_out", "right"))
+    lines = ["| ratio |" + " chalk | right, shown | right, left out |" * 2, "|---" * 7 + "|"]
+    for index, ratio in enumerate(RATIOS):
+        cells = []
+        for weights in KINDS:
+            for kind, what in columns:
+                means = [rows(run, kind, what)[index].mean() for (name, _), run in results.items() if name == weights]
+                spread = f" ({min(means):.0f} to {max(means):.0f})" if max(means) - min(means) >= 0.5 else ""
+                cells.append(f"{np.mean(means):.0f} %{spread}")
+        lines.append(f"| {ratio:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def curves(results):
+    """{kind of weights: frontier of the captions' means over the seeds}."""
+    found = {}
+    for weights in KINDS:
+        runs = [run for (name, _), run in results.items() if name == weights]
+        learned, kept = (
+            np.mean([rows(run, *figure) for run in runs], axis=0)
+            for figure in (("shown", "chalk"), ("left_out", "right"))
+        )
+        found[f"{weights} weights"] = frontier.summary(RATIOS, learned, kept)
+    return found
+
+
+if __name__ == "__main__":
+    everything = measure_all(Path(sys.argv[1]))
+    means = curves(everything)
+    axes = "style learned: drawn in chalk, shapes shown (%)", "kept: right in shape and colour, shapes left out (%)"
+    frontier.plot(means, HERE / "learned_and_kept.png", *axes)
+    print(table(everything))
+    for label, summary in means.items():
+        print(f"{label}: {summary['knee']['says']}")
+    for (weights, seed), run in everything.items():
+        own = frontier.summary(RATIOS, rows(run, "shown", "chalk"), rows(run, "left_out", "right"))
+        print(f"{weights} weights, seed {seed}: knee at {own['knee']['ratio']}, Pareto {own['pareto']}")

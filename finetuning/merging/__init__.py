@@ -1,0 +1,1 @@
+"""Merging: streamed tensors, the methods, post-hoc averages, and the sweep over ratios."""

@@ -1,0 +1,99 @@
+"""What a sweep measures at each ratio: how much of the new was learned, and how much of the old was kept.
+
+METRICS is the table: a line there, and one function.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from tqdm.auto import tqdm
+
+from finetuning.data.reading import DatasetProblem
+from finetuning.evaluation.denoising import load_rows, row_losses
+from finetuning.families.contract import ModelProblem
+from finetuning.families.sd import Denoiser, StableDiffusion
+from finetuning.shapes.checker import agrees, read
+from finetuning.shapes.scenes import parse
+from finetuning.training.files import sha256
+from finetuning.training.noise import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A line of the table.
+
+    prepare(args, blend, prompts_in, prompts_out) gives (measure, facts). measure(ratio, pictures_in, pictures_out)
+    gives learned [rows] and kept [rows], float64, higher is better, the same rows at every ratio; the pictures stand by
+    prompt and then by seed. Where it needs the weights it calls blend.set(ratio). `facts`, ready for JSON, are what the
+    results depend on besides the pictures.
+    """
+
+    prepare: Callable
+    learned: str  # the words for the axes
+    kept: str
+
+
+def measure_shapes(args, blend, prompts_in, prompts_out):
+    """learned: share of a picture's things in chalk; kept: shape and colour right. A row is a prompt, over all seeds.
+
+    The prompts are captions of the shapes world, and the pictures are read by its checker.
+    """
+    scenes = [parse(prompt) for prompt in prompts_out for _ in args.picture_seed]
+    by_prompt = lambda values: torch.tensor(values, dtype=torch.float64).view(-1, len(args.picture_seed)).mean(1)
+
+    def measure(ratio, pictures_in, pictures_out):
+        judged = [agrees(scene, picture) for scene, picture in zip(scenes, pictures_out, strict=True)]
+        kept = [one["shape"] and one["color"] for one in judged]
+        return by_prompt([_share_in_chalk(picture) for picture in pictures_in]), by_prompt(kept)
+
+    return measure, {"style": "chalk"}
+
+
+def _share_in_chalk(picture):
+    things = read(picture)[1]
+    return sum(one.style == "chalk" for one in things) / max(1, len(things))
+
+
+def measure_loss(args, blend, prompts_in, prompts_out):
+    """Minus the denoising loss of each row of --fit_dataset (learned) and of --retain_dataset (kept)."""
+    pipeline, datasets, problems = blend.pipeline, [], []
+    own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    size, seed = args.height_and_width or (own, own), args.picture_seed[0]
+    for folder in (args.fit_dataset, args.retain_dataset):
+        try:
+            datasets.append(load_rows(folder, pipeline.tokenizer, size, most=args.loss_rows, seed=seed, say=tqdm.write))
+        except DatasetProblem as problem:
+            problems.append(str(problem))
+    if problems:
+        raise ModelProblem("\n".join(problems))
+    denoiser = Denoiser(pipeline.unet, pipeline.text_encoder).eval()
+    model = StableDiffusion(None, pipeline.tokenizer, pipeline.vae, pipeline.scheduler, denoiser, None, False)
+    schedule, dtype, device = NoiseSchedule.of(pipeline.scheduler), pipeline.unet.dtype, pipeline.device
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def measure(ratio, pictures_in, pictures_out):
+        blend.set(ratio)
+        how = {"seed": seed, "batch_size": args.batch_size, "device": device, "autocast": autocast}
+        return [-row_losses(model, pictures, rows, schedule, **how) for pictures, rows in datasets]
+
+    contents = [_content(*one) for one in datasets]
+    return measure, {"size": list(size), "datasets": contents}
+
+
+def _content(pictures, chosen):
+    """{"rows": ..., "sha256": ...} of the rows that are measured: their pictures and captions."""
+    digest = hashlib.sha256()
+    for row in (pictures.rows[number] for number in chosen):
+        digest.update(repr((sha256(row.picture), row.captions)).encode())
+    return {"rows": chosen, "sha256": digest.hexdigest()}
+
+
+METRICS = {
+    "loss": Metric(
+        measure_loss, "learned: minus the loss on --fit_dataset", "kept: minus the loss on --retain_dataset"
+    ),
+    "shapes": Metric(measure_shapes, "learned: share of things in chalk", "kept: share right in shape and colour"),
+}

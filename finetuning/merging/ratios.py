@@ -1,0 +1,203 @@
+"""How much of the tuned model goes in: lists of ratios, curves that bend them, and ratios for single blocks.
+
+Blocks are named as the community does, after the original layout of the UNet: IN00 .. IN11, M00, OUT00 .. OUT11 in
+SD 1.x and 2.x. What belongs to none of them (time embedding, last convolution, text encoder, VAE) is BASE.
+"""
+
+import math
+import re
+from decimal import Decimal, InvalidOperation
+from fnmatch import fnmatchcase
+
+from finetuning.families.contract import ModelProblem
+
+MOST = 1000  # ratios of one range: each is a whole model
+
+
+# -- lists of ratios -----------------------------------------------------------------------------------------------
+
+
+def parse_ratios(words: list[str]) -> list[float]:
+    """Ratios of words like "0.3" and "0:1:0.1" (from, to, step), both ends included, in the order they were given.
+
+    Steps are counted in decimals, so that 0:1:0.1 has 0.3 in it and not 0.30000000000000004. Raises ValueError, which
+    names every word that is wrong.
+    """
+    ratios, problems = [], []
+    for word in words:
+        try:
+            ratios += _ratios(word)
+        except ValueError as problem:
+            problems.append(f"{word}: {problem}")
+    twice = sorted({f"{ratio:g}" for ratio in ratios if ratios.count(ratio) > 1})
+    if twice:
+        problems.append(f"{', '.join(twice)} is there twice: name each ratio once")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return ratios
+
+
+def _ratios(word):
+    numbers = [_decimal(text) for text in word.split(":")]
+    if len(numbers) == 1:
+        return [float(numbers[0])]
+    if len(numbers) != 3:
+        raise ValueError("a range is FROM:TO:STEP, e.g. 0:1:0.1")
+    first, last, step = numbers
+    if not step or (last - first) % step or (last - first) / step < 0:
+        raise ValueError(f"steps of {step} do not lead from {first} to {last}: choose one that does")
+    steps = int((last - first) / step)
+    if steps >= MOST:
+        raise ValueError(f"{steps + 1} ratios are too many (at most {MOST}): choose a larger step")
+    return [float(first + index * step) for index in range(steps + 1)]
+
+
+def _decimal(text):
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        number = Decimal("nan")
+    if not number.is_finite():
+        raise ValueError("must be a number, or a range FROM:TO:STEP, e.g. 0:1:0.1")
+    return number
+
+
+# -- curves --------------------------------------------------------------------------------------------------------
+
+
+def linear(ratio: float) -> float:
+    """The ratio itself."""
+    return ratio
+
+
+def smoothstep(ratio: float) -> float:
+    """r^2 (3 - 2 r), for r in 0..1: the ends are taken in smaller steps. diffusers' mergers call it sigmoid."""
+    return ratio * ratio * (3 - 2 * ratio)
+
+
+def inverse_smoothstep(ratio: float) -> float:
+    """1/2 - sin(asin(1 - 2 r) / 3), for r in 0..1: undoes `smoothstep`, so the middle is taken in smaller steps."""
+    if ratio in (0, 0.5, 1):
+        return ratio  # the sine misses them by a rounding error, and 0 and 1 have to be exact
+    return 0.5 - math.sin(math.asin(1 - 2 * ratio) / 3)
+
+
+CURVES = {"linear": linear, "smoothstep": smoothstep, "inverse_smoothstep": inverse_smoothstep}
+
+
+# -- ratios of blocks ----------------------------------------------------------------------------------------------
+
+
+class BlockRatios:
+    """Ratios for some tensors instead of --ratio, from the words of --block_ratios.
+
+    The words are numbers, one for each block of the UNet (25 for SD 1.x and 2.x, apart or in one word with commas), and
+    pattern=ratio on full names, as in "unet.mid_block.*=0.3". Later words win over earlier ones. No words: every tensor
+    has --ratio. Raises ValueError, which names every word that is wrong. `resolve` comes before `of` and `unused`.
+    """
+
+    def __init__(self, words: list[str] | None):
+        self._rules = []  # (pattern, ratio), or (None, [ratio of each block])
+        problems = []
+        for word in words or []:
+            try:
+                self._take(word)
+            except ValueError:
+                problems.append(f"{word}: must be numbers, or pattern=ratio as in 'unet.mid_block.*=0.3'")
+        if problems:
+            raise ValueError("; ".join(problems))
+        self._ratios, self._matched = {}, set()
+
+    def _take(self, word):
+        pattern, equals, number = word.rpartition("=")
+        if equals:
+            self._rules.append((pattern, _number(number)))
+            return
+        numbers = [_number(text) for text in word.split(",") if text.strip()]
+        if self._rules and self._rules[-1][0] is None:
+            self._rules[-1][1].extend(numbers)
+        else:
+            self._rules.append((None, numbers))
+
+    @property
+    def values(self) -> list[float]:
+        """Every ratio that was given."""
+        return [one for _, given in self._rules for one in (given if isinstance(given, list) else [given])]
+
+    def resolve(self, parts):
+        """Settle the ratios of {part: canonical names of its tensors}.
+
+        Raises ModelProblem where the number of ratios is not the number of the UNet's blocks.
+        """
+        blocks = unet_blocks(parts.get("unet", ()))
+        order = sorted(set(blocks.values()) - {"BASE"})  # IN.., M00, OUT..: as the alphabet has them
+        names = [f"{part}.{key}" for part, keys in parts.items() for key in keys]
+        self._ratios, self._matched = {}, set()
+        for pattern, given in self._rules:
+            if pattern is None:
+                by_block = _one_for_each(order, given)
+                found = {f"unet.{key}": by_block[block] for key, block in blocks.items() if block in by_block}
+            else:
+                found = {name: given for name in names if fnmatchcase(name, pattern)}
+                self._matched |= {pattern} if found else set()
+            self._ratios |= found
+
+    def of(self, part: str, key: str, ratio: float) -> float:
+        """The ratio of a tensor: `ratio`, unless a block or a pattern has its own."""
+        return self._ratios.get(f"{part}.{key}", ratio)
+
+    def unused(self) -> list[str]:
+        """Patterns that match no tensor."""
+        return [pattern for pattern, _ in self._rules if pattern is not None and pattern not in self._matched]
+
+
+def unet_blocks(keys) -> dict[str, str]:
+    """{name: block} of a UNet's tensors as diffusers names them: IN00, ..., M00, OUT00, ... or BASE.
+
+    The original layout counts blocks through: conv_in, then for each resolution its residual blocks and its
+    downsampler; on the way up its residual blocks, where an upsampler belongs to the last one.
+    """
+    keys = list(keys)
+    found = {key: re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|\w+samplers)\.(\d+)\.", key) for key in keys}
+    inside = {
+        (way, int(level), kind, int(index)) for way, level, kind, index in (m.groups() for m in found.values() if m)
+    }
+    first = {}  # block in which a resolution starts
+    for way, start in (("down", 1), ("up", 0)):
+        for level in sorted({level for one, level, _, _ in inside if one == way}):
+            first[way, level] = start
+            start += sum(one[:2] == (way, level) and one[2] in ("resnets", "downsamplers") for one in inside)
+
+    def block(key):
+        if key.startswith("conv_in."):
+            return "IN00"
+        if key.startswith("mid_block."):
+            return "M00"
+        if not found[key]:
+            return "BASE"
+        way, level, kind, index = found[key][1], int(found[key][2]), found[key][3], int(found[key][4])
+        if kind.endswith("samplers"):
+            residual = sum(one[:3] == (way, level, "resnets") for one in inside)
+            index = residual if way == "down" else residual - 1
+        return f"{'IN' if way == 'down' else 'OUT'}{first[way, level] + index:02d}"
+
+    return {key: block(key) for key in keys}
+
+
+def _one_for_each(order, given):
+    if not order:
+        raise ModelProblem("--block_ratios: numbers are for the UNet's blocks, and no UNet is merged: see --parts")
+    if len(given) != len(order):
+        base = "; the first of 26 numbers (BASE) is --ratio here" if len(given) == len(order) + 1 == 26 else ""
+        raise ModelProblem(
+            f"--block_ratios: {len(given)} numbers, but this UNet has {len(order)} blocks "
+            f"({order[0]} to {order[-1]}): give a number for each, or pattern=ratio{base}"
+        )
+    return dict(zip(order, given, strict=True))
+
+
+def _number(text):
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number

@@ -1,0 +1,115 @@
+"""What a sweep measures, on pictures whose truth is known and on models whose loss is."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from finetuning.evaluation.denoising import load_rows, row_losses
+from finetuning.families.contract import ModelArgs, ModelProblem
+from finetuning.families.loading import load_model
+from finetuning.families.pipelines import open_pipeline
+from finetuning.merging.measures import METRICS, measure_loss, measure_shapes
+from finetuning.shapes.drawing import draw
+from finetuning.shapes.scenes import parse
+from finetuning.training.noise import NoiseSchedule
+
+CIRCLE = "a large red circle on a white background"
+STAR = "a large blue star on a gray background"
+PAIR = "a small red circle above a large green square on a white background"
+
+
+def drawn(caption, style, count=1):
+    return [draw(parse(caption), seed, style) for seed in range(count)]
+
+
+# -- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def test_learned_is_the_share_of_things_in_chalk():
+    measure, facts = measure_shapes(SimpleNamespace(picture_seed=[0]), None, [CIRCLE, PAIR, STAR], [])
+    learned, kept = measure(0.5, drawn(CIRCLE, "chalk") + drawn(PAIR, "chalk") + drawn(STAR, "filled"), [])
+    assert learned.tolist() == [1.0, 1.0, 0.0] and learned.dtype == torch.float64
+    assert len(kept) == 0 and facts == {"style": "chalk"}
+
+
+def test_kept_is_shape_and_colour_whatever_the_style():
+    measure, _ = measure_shapes(SimpleNamespace(picture_seed=[0]), None, [], [CIRCLE, CIRCLE, STAR])
+    pictures = drawn(CIRCLE, "filled") + drawn(STAR, "filled") + drawn(STAR, "chalk")
+    assert measure(0.5, [], pictures)[1].tolist() == [1.0, 0.0, 1.0]
+
+
+def test_the_seeds_of_a_prompt_are_one_row():
+    measure, _ = measure_shapes(SimpleNamespace(picture_seed=[0, 1]), None, [CIRCLE, STAR], [STAR])
+    pictures = drawn(CIRCLE, "chalk") + drawn(CIRCLE, "filled") + drawn(STAR, "filled", 2)
+    learned, kept = measure(0.5, pictures, drawn(STAR, "filled") + drawn(CIRCLE, "filled"))
+    assert learned.tolist() == [0.5, 0.0] and kept.tolist() == [0.5]
+
+
+def test_an_empty_picture_has_learned_nothing():
+    measure, _ = measure_shapes(SimpleNamespace(picture_seed=[0]), None, [CIRCLE], [CIRCLE])
+    blank = drawn(CIRCLE, "filled")[0].copy()
+    blank.paste((255, 255, 255), (0, 0, 64, 64))
+    assert [values.tolist() for values in measure(0.5, [blank], [blank])] == [[0.0], [0.0]]
+
+
+# -- loss ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loss(tiny_model, shapes_folder):
+    """measure, facts and the ratios that were set, of tiny_model on the validation and training rows of the shapes."""
+
+    def prepare(dtype=torch.float32, fit=shapes_folder, retain=shapes_folder / "train", **flags):
+        ratios = []
+        pipeline = open_pipeline(str(tiny_model), scheduler="dpm++", dtype=dtype)
+        known = {"picture_seed": [0], "height_and_width": (32, 32), "batch_size": 4, "loss_rows": 5}
+        args = SimpleNamespace(fit_dataset=str(fit), retain_dataset=str(retain), **known | flags)
+        blend = SimpleNamespace(pipeline=pipeline, set=ratios.append)
+        return (*measure_loss(args, blend, [], []), ratios)
+
+    return prepare
+
+
+def test_loss_is_minus_that_of_each_row(loss, tiny_model, shapes_folder):
+    model = load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0)
+    measure, facts, ratios = loss()
+    learned, kept = measure(0.5, [], [])
+    assert ratios == [0.5]
+    for values, folder, one in zip((learned, kept), ("validation", "train"), facts["datasets"], strict=True):
+        pictures, rows = load_rows(shapes_folder / folder, model.tokenizer, (32, 32), most=5)
+        expected = row_losses(model, pictures, rows, NoiseSchedule.of(model.scheduler))
+        # the same weights elsewhere in memory may round differently
+        torch.testing.assert_close(values, -expected, rtol=1e-6, atol=0)
+        assert one["rows"] == rows
+    assert facts["size"] == [32, 32]
+
+
+def test_loss_without_a_size_is_taken_at_the_models_own(loss):
+    assert loss(height_and_width=None)[1]["size"] == [32, 32]
+    assert loss(height_and_width=(24, 40))[1]["size"] == [24, 40]
+
+
+def test_loss_runs_in_the_precision_of_the_pipeline(loss):
+    exact, rounded = (loss(dtype)[0](0.0, [], []) for dtype in (torch.float32, torch.bfloat16))
+    for one, other in zip(exact, rounded, strict=True):
+        assert not torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
+
+
+def test_other_pictures_under_the_same_names_are_other_facts(loss, tmp_path):
+    facts = []
+    for style in ("filled", "chalk"):
+        drawn(CIRCLE, style)[0].save(tmp_path / "a.png")
+        (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "{CIRCLE}"}}\n')
+        facts.append(loss(fit=tmp_path)[1]["datasets"])
+    assert facts[0][0] != facts[1][0] and facts[0][1] == facts[1][1]
+
+
+def test_what_is_wrong_with_both_datasets_is_said_at_once(loss, tmp_path):
+    with pytest.raises(ModelProblem, match=r"(?s)no folder .*first.*no folder .*second"):
+        loss(fit=tmp_path / "first", retain=tmp_path / "second")
+
+
+def test_every_metric_has_words_for_both_axes():
+    assert all(metric.learned.startswith("learned") and metric.kept.startswith("kept") for metric in METRICS.values())

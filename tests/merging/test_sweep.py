@@ -1,0 +1,310 @@
+"""The sweep as a person runs it: pictures, grid, resuming, figures and the command that writes the best ratio."""
+
+import json
+import shlex
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from finetuning.cli import read
+from finetuning.draws import torch_generator
+from finetuning.families.contract import ModelProblem
+from finetuning.families.pipelines import open_pipeline
+from finetuning.merging import sweep as sweep_module
+from finetuning.merging.measures import METRICS, Metric
+from finetuning.merging.methods import MethodArgs
+from finetuning.merging.models import TunedArgs
+from finetuning.merging.sweep import SweepArgs, sweep
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+PROMPTS_IN = ["a large red circle on a white background", "a small blue square on a gray background"]
+PROMPTS_OUT = ["a large green star on a black background"]
+
+
+@pytest.fixture
+def tuned(tiny_model, tmp_path):
+    """tiny_model with another UNet."""
+    folder = shutil.copytree(tiny_model, tmp_path / "tuned")
+    generator = torch.Generator().manual_seed(0)
+    moved = {k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in load_file(folder / UNET).items()}
+    save_file(moved, folder / UNET, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def flags(tiny_model, tuned, tmp_path):
+    """Those of a small sweep: three ratios, three prompts."""
+    return {
+        "base": str(tiny_model), "tuned": [str(tuned)], "ratios": ["0:1:0.5"], "num_inference_steps": 2, "size": "32",
+        "prompts_in": PROMPTS_IN, "prompts_out": PROMPTS_OUT, "batch_size": 2, "output_dir": str(tmp_path / "sweep"),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def swept(flags):
+    """Run a sweep with some flags changed; returns its lines."""
+    return lambda **changes: sweep(SweepArgs(**flags | changes))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """[(ratio, prompts)] of what was drawn."""
+    made, real = [], sweep_module.Blend.__init__
+
+    def watched(blend, *args, **kwargs):
+        real(blend, *args, **kwargs)
+        draw = blend.pipeline
+        blend.pipeline = lambda prompts, **how: (made.append((blend.ratio, len(prompts))), draw(prompts, **how))[1]
+
+    monkeypatch.setattr(sweep_module.Blend, "__init__", watched)
+    return made
+
+
+@pytest.fixture
+def known_frontier(monkeypatch):
+    """A metric whose rows are given by the ratio alone: the knee is at 0.5; it keeps what it is asked."""
+    asked, table = [], {0.0: (0, 1), 0.25: (0.3, 0.9), 0.5: (0.8, 0.8), 0.75: (0.9, 0.3), 1.0: (1, 0)}
+
+    def prepare(args, blend, prompts_in, prompts_out):
+        def measure(ratio, pictures_in, pictures_out):
+            asked.append((ratio, len(pictures_in), len(pictures_out)))
+            return [torch.tensor([value, value], dtype=torch.float64) for value in table[ratio]]
+
+        return measure, {"kind": "known"}
+
+    monkeypatch.setitem(METRICS, "shapes", Metric(prepare, "learned", "kept"))
+    return asked
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_the_ends_are_the_pictures_of_the_models_themselves(swept, tiny_model, tuned, tmp_path):
+    swept()
+    for ratio, folder in ((0, tiny_model), (1, tuned)):
+        pipeline = open_pipeline(str(folder), scheduler="dpm++")
+        expected = []
+        for prompts in (PROMPTS_IN, PROMPTS_OUT):
+            generator = [torch_generator(0, "picture") for _ in prompts]
+            expected += pipeline(prompts, num_inference_steps=2, height=32, width=32, generator=generator).images
+        names = ("in-000-seed0", "in-001-seed0", "out-000-seed0")
+        for name, picture in zip(names, expected, strict=True):
+            found = Image.open(tmp_path / f"sweep/ratio-{ratio}/{name}.png")
+            assert found.tobytes() == picture.tobytes(), (ratio, name)
+
+
+def test_the_grid_has_a_row_for_each_prompt_and_a_column_for_each_ratio(swept, tmp_path):
+    lines = swept()
+    assert f"3 pictures at each of 3 ratios: {tmp_path}/sweep/grid.png" in lines
+    sheet = Image.open(tmp_path / "sweep/grid.png")
+    names = ("in-000-seed0", "in-001-seed0", "out-000-seed0")
+    for row, name in enumerate(names):
+        for column, ratio in enumerate(("0", "0.5", "1")):
+            left, top = sheet.width - (3 - column) * 166, sheet.height - (3 - row) * 166
+            picture = Image.open(tmp_path / f"sweep/ratio-{ratio}/{name}.png").resize((160, 160), Image.NEAREST)
+            assert sheet.crop((left, top, left + 160, top + 160)).tobytes() == picture.tobytes(), (name, ratio)
+    drawn = {Image.open(tmp_path / f"sweep/ratio-{ratio}/{names[0]}.png").tobytes() for ratio in ("0", "0.5", "1")}
+    assert len(drawn) == 3
+
+
+def test_labels_tell_prompts_seeds_and_models(swept, monkeypatch):
+    seen, real = [], sweep_module.labelled_grid
+    monkeypatch.setattr(sweep_module, "labelled_grid", lambda *args: (seen.append(args), real(*args))[1])
+    swept(picture_seed=[0, 7], prompts_in=PROMPTS_IN[:1], ratios=["1", "0"])
+    rows, labels, headings, _ = seen[0]
+    first, second = PROMPTS_IN[0], f"unrelated: {PROMPTS_OUT[0]}"
+    assert labels == [f"{first} (seed 0)", f"{first} (seed 7)", f"{second} (seed 0)", f"{second} (seed 7)"]
+    assert headings == ["0 base", "1 tuned"]
+    assert [len(row) for row in rows] == [2] * 4
+
+
+@pytest.mark.parametrize(("method", "headings"), [
+    ({}, ["0 base", "0.5", "1 tuned"]),
+    ({"method": "soup"}, ["0 base", "0.5", "1"]),
+    ({"block_ratios": ["unet.mid_block.*=0.2"]}, ["0", "0.5", "1"]),
+])  # fmt: skip
+def test_a_column_has_the_name_of_a_model_only_where_it_is_that_model(method, headings, flags):
+    assert sweep_module._headings(SweepArgs(**flags | method)) == headings
+
+
+def test_large_pictures_are_reduced_in_the_grid_alone(swept, tmp_path):
+    swept(grid_side=16, ratios=["0"], prompts_in=["a"], prompts_out=None)
+    picture, sheet = (Image.open(tmp_path / f"sweep/{name}.png") for name in ("ratio-0/in-000-seed0", "grid"))
+    assert picture.size == (32, 32)
+    picture.thumbnail((16, 16), Image.LANCZOS)
+    right, bottom = sheet.width - 6, sheet.height - 6
+    assert sheet.crop((right - 16, bottom - 16, right, bottom)).tobytes() == picture.tobytes()
+
+
+def test_prompts_are_texts_or_lines_of_files(swept, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{PROMPTS_IN[0]}\n\n  {PROMPTS_IN[1]} \n", encoding="utf-8")
+    swept(prompts_in=["a cat", str(tmp_path / "prompts.txt"), PROMPTS_IN[0]], prompts_out=None, ratios=["0"])
+    made = json.loads((tmp_path / "sweep/sweep.json").read_text(encoding="utf-8"))["run"]
+    assert made["prompts_in"] == ["a cat", *PROMPTS_IN] and made["prompts_out"] == []
+
+
+# -- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_drawn_twice(swept, calls, tmp_path):
+    swept()
+    assert calls == [(ratio, count) for ratio in (0.0, 0.5, 1.0) for count in (2, 1)]
+    kept = tmp_path / "sweep/ratio-0.5/in-000-seed0.png"
+    before = kept.read_bytes()
+    calls.clear()
+    swept()
+    assert calls == []
+    kept.unlink()
+    swept(ratios=["0:1:0.25"])
+    assert calls == [(0.25, 2), (0.25, 1), (0.5, 2), (0.75, 2), (0.75, 1)]
+    assert kept.read_bytes() == before
+
+
+def test_a_picture_that_a_kill_left_half_is_not_taken(swept, calls, tmp_path, monkeypatch):
+    real = Image.Image.save
+
+    def cut(picture, path, *args, **kwargs):
+        real(picture, path, *args, **kwargs)
+        path.write_bytes(path.read_bytes()[:50])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        swept(ratios=["0"])
+    assert not list((tmp_path / "sweep").rglob("in-*.png"))
+    monkeypatch.undo()
+    swept(ratios=["0"])
+    assert len(list((tmp_path / "sweep").rglob("*.png"))) == 4
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"guidance_scale": 3.0}, "guidance_scale"), ({"picture_seed": [1]}, "picture_seed"),
+    ({"prompts_out": ["a cat"]}, "prompts_out"), ({"method": "slerp", "size": "40"}, "method, size"),
+])  # fmt: skip
+def test_a_folder_of_other_settings_is_refused(changes, named, swept):
+    swept(ratios=["0"])
+    with pytest.raises(ModelProblem, match=f"other settings \\({named}\\)"):
+        swept(ratios=["0"], **changes)
+
+
+def test_a_model_that_has_changed_is_other_settings(swept, tuned):
+    swept(ratios=["0"])
+    save_file({k: v + 1 for k, v in load_file(tuned / UNET).items()}, tuned / UNET, metadata={"format": "pt"})
+    with pytest.raises(ModelProblem, match=r"other settings \(inputs\)"):
+        swept(ratios=["0"])
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_knee_is_told_with_its_certainty_and_its_command(swept, known_frontier, flags, tmp_path):
+    lines = swept(metric="shapes", ratios=["0:1:0.25"], parts=["unet"], block_ratios=["unet.mid_block.*=0.2"])
+    knee, command = lines[-2:]
+    assert knee.startswith("knee: ratio 0.5") and "100% of 2000 resamples" in knee
+    words = shlex.split(command.removeprefix("this writes it: "))
+    assert words[:2] == ["python", "merge_checkpoints.py"]
+    asked = dict(zip(words[2::2], words[3::2], strict=True))
+    assert asked == {
+        "--base": flags["base"], "--tuned": flags["tuned"][0], "--parts": "unet", "--ratio": "0.5",
+        "--block_ratios": "unet.mid_block.*=0.2", "--output_dir": f"{tmp_path}/sweep-merged",
+    }  # fmt: skip
+    assert Image.open(tmp_path / "sweep/curve.png").width > 300
+    assert "**knee**" in (tmp_path / "sweep/frontier.md").read_text()
+
+
+def test_sweep_json_holds_what_made_it_and_every_row(swept, known_frontier, flags, tmp_path):
+    swept(metric="shapes")
+    recipe = json.loads((tmp_path / "sweep/sweep.json").read_text(encoding="utf-8"))
+    made = recipe.pop("run")
+    assert SweepArgs(**recipe | {"output_dir": flags["output_dir"]}) == SweepArgs(**flags | {"metric": "shapes"})
+    assert [source["given"] for source in made["inputs"]] == [flags["base"], flags["tuned"][0]]
+    assert made["ratios"]["0.5"] == {"learned": [0.8, 0.8], "kept": [0.8, 0.8]}
+    assert made["summary"]["knee"]["ratio"] == 0.5 and made["kind"] == "known"
+    assert made["dtype"] == "torch.float32"
+
+
+def test_what_was_measured_is_not_measured_again(swept, known_frontier):
+    swept(metric="shapes")
+    assert known_frontier == [(ratio, 2, 1) for ratio in (0.0, 0.5, 1.0)]
+    swept(metric="shapes", ratios=["0:1:0.25"])
+    assert known_frontier[3:] == [(0.25, 2, 1), (0.75, 2, 1)]
+
+
+def test_loss_needs_no_prompts_and_tells_equal_models(swept, tiny_model, shapes_folder, tmp_path):
+    folder = str(shapes_folder)
+    lines = swept(
+        prompts_in=None, prompts_out=None, tuned=[str(tiny_model)], fit_dataset=folder, retain_dataset=folder,
+        loss_rows=3,
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "sweep/measured-loss.json").read_text(encoding="utf-8"))["ratios"]
+    assert rows["0"] == rows["0.5"] == rows["1"] and len(rows["0"]["learned"]) == 3
+    assert "nothing" in lines[-1] and not (tmp_path / "sweep/grid.png").exists()
+
+
+def test_loss_follows_the_ratio(swept, shapes_folder, tmp_path):
+    folder = str(shapes_folder)
+    swept(prompts_in=None, prompts_out=None, fit_dataset=folder, retain_dataset=folder, loss_rows=2)
+    rows = json.loads((tmp_path / "sweep/measured-loss.json").read_text(encoding="utf-8"))["ratios"]
+    assert len({tuple(values["learned"]) for values in rows.values()}) == 3
+
+
+# -- the flags -------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_flags_are_named_all_at_once(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    given = [
+        "--base", "A", "--tuned", "B", "--output_dir", "A", "--ratios", "0:1:0.3", "--block_ratios", "x=y", "--size",
+        "33", "--batch_size", "0", "--picture_seed", "1", "1", "--metric", "loss", "--fit_dataset", "D", "--prompts_in",
+        str(tmp_path / "empty.txt"), "missing.txt", str(tmp_path / "latin.txt"),
+    ]  # fmt: skip
+    problems = read(SweepArgs, "", given)[1]
+    expected = [
+        "--ratios 0:1:0.3", "--block_ratios x=y", f"--prompts_in {tmp_path}/empty.txt has no prompts",
+        "--prompts_in missing.txt: there is no such file", f"--prompts_in {tmp_path}/latin.txt cannot be read",
+        "--size 33", "--batch_size 0", "--picture_seed 1 1", "--output_dir A is one of the models",
+        "--metric loss needs --retain_dataset",
+    ]  # fmt: skip
+    for words in expected:
+        assert len([problem for problem in problems if problem.startswith(words)]) == 1, words
+    assert len(problems) == len(expected)
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ([], "say what to draw"),
+    (["--prompts_in", "a cat", "--metric", "shapes"], "--metric shapes needs --prompts_out"),
+    (["--prompts_in", "a cat", "--metric", "shapes"], "--metric shapes: --prompts_in: not a caption"),
+    (["--prompts_in", "a cat", "--fit_dataset", "D"], "--fit_dataset only goes with --metric loss"),
+    (["--fit_dataset", "D", "--retain_dataset", "E", "--ratios", "0:0.5:0.1"], "--ratios 0:0.5:0.1: a metric needs 0"),
+    (["--prompts_in", "a cat", "--curve", "smoothstep", "--ratios", "0", "1.2"], "--ratio 1.2 must be between 0 and 1"),
+])  # fmt: skip
+def test_a_wrong_flag_is_named(given, said):
+    problems = read(SweepArgs, "", ["--base", "A", "--tuned", "B", "--output_dir", "O", *given])[1]
+    assert [problem for problem in problems if problem.startswith(said)]
+
+
+def test_two_datasets_alone_ask_for_the_loss():
+    given = ["--base", "A", "--tuned", "B", "--output_dir", "O", "--fit_dataset", "D", "--retain_dataset", "E"]
+    args, problems = read(SweepArgs, "", given)
+    assert problems == [] and args.measured_by == "loss" and args.ratio == [index / 10 for index in range(11)]
+
+
+def test_the_command_names_every_flag_of_a_merge(flags):
+    given = {
+        "method": "dare",
+        "drop_rate": 0.5,
+        "seed": 3,
+        "weights": "raw",
+        "tuned": ["B", "C"],
+        "tuned_weights": [1, 2],
+    }
+    words = sweep_module._merge_command(SweepArgs(**flags | given), 0.3)
+    for text in ("--method dare", "--drop_rate 0.5", "--seed 3", "--weights raw", "--tuned B C", "--tuned_weights 1 2"):
+        assert text in words
+    known = {field for group in (TunedArgs, MethodArgs) for field in group.__dataclass_fields__}
+    used = {word.removeprefix("--") for word in words.split() if word.startswith("--")}
+    assert used <= known | {"ratio", "output_dir", "block_ratios"}
