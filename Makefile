@@ -15,6 +15,7 @@ test: $(VENV)/.ready
 bench: $(VENV)/.ready
 	PYTHONPATH=. $(PYTHON) benchmarks/convert/run.py
 	PYTHONPATH=. $(PYTHON) benchmarks/million_rows/run.py
+	PYTHONPATH=. $(PYTHON) benchmarks/merge/run.py
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

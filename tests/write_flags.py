@@ -4,6 +4,7 @@ from pathlib import Path
 
 import caption_images
 import generate_images
+import merge_checkpoints
 import prepare_dataset
 import train_lora
 import train_text_to_image
@@ -30,6 +31,10 @@ def page():
         ("generate_images.py", "", flag_table(generate_images.Args)),
         *((f"prepare_dataset.py {name}", "", flag_table(args)) for name, args in prepare_dataset.COMMANDS.items()),
         ("caption_images.py", "", flag_table(caption_images.Args)),
+        *(
+            (f"merge_checkpoints.py {name}", "", flag_table(args))
+            for name, (args, _) in merge_checkpoints.commands().items()
+        ),
     ]
     return "\n".join(
         [HEAD, *(f"## {title}\n\n" + (f"{note}\n\n" if note else "") + table for title, note, table in sections)]

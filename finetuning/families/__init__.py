@@ -1,7 +1,1 @@
 """What a model is made of. A family is one file here, and one line in the table of loading.py."""
-
-
-def __getattr__(name):  # TEMPORARY
-    from finetuning.families import loading
-
-    return getattr(loading, name)

@@ -60,7 +60,8 @@ def told(recipe):
         lines.append(f"from     {source['given']}")
         lines += [f"           {digest}  {name}" for name, digest in source["files"].items()]
     flags = {name: value for name, value in recipe.items() if name != "run" and _is_said(value)}
-    lines += ["flags    " + "  ".join(f"--{name} {_words(value)}" for name, value in flags.items())]
+    words = [f"--{name}" if value is True else f"--{name} {_words(value)}" for name, value in flags.items()]
+    lines += ["flags    " + "  ".join(words)]
     if run.get("taken_over"):
         lines.append(f"taken over unmerged, for they are not finite: {', '.join(run['taken_over'])}")
     return lines

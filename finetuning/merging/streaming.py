@@ -22,9 +22,9 @@ import torch
 from finetuning.families.contract import ModelProblem
 from finetuning.merging.tensors import DTYPES, Stored, cut
 
-CHUNK = int(os.environ.get("XCHUNK", 1 << 20))  # elements
-WORKERS = int(os.environ.get("XWORKERS", 3))
-HASHERS = int(os.environ.get("XHASHERS", 2))
+CHUNK = 1 << 20  # elements; at most this many of a tensor are in a worker's memory at once
+WORKERS = 3  # while one computes, the others wait for the disk
+HASHERS = 2  # how many files are hashed beside that
 HASHED_AT_ONCE = 1 << 20  # bytes
 ZEROS = "0" * 64  # stands for a hash until it is known
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -43,18 +43,15 @@ class Written:
     shape: tuple[int, ...]
     compute: Callable | int
 
-    @property
-    def numel(self):
-        return math.prod(self.shape)
-
 
 @dataclass(frozen=True)
 class Piece:
     """One tensor of a model: what it is made of, and what is made of it.
 
+    Inputs and outputs have equally many elements.
+
     name      "unet.conv_in.weight": for messages
-    whole     compute wants whole tensors in their own shapes, which may differ; else it gets chunks [n] of them, and
-              inputs and outputs have equally many elements
+    whole     compute gets whole tensors in their own shapes, and `out` in that of the first; else chunks [n] of them
     fallback  index of the input that is taken as it is where an output is not finite; None refuses
     """
 
@@ -67,7 +64,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Report:
-    """Of the inputs that were to be hashed the sha256, of the outputs too; names of the pieces that fell back."""
+    """sha256 of the inputs that were to be hashed, and of the outputs; names of the pieces that took their fallback."""
 
     hashes: dict[Path, str]
     written: dict[Path, str]
@@ -78,9 +75,9 @@ class NotFinite(ModelProblem):
     """Tensors with NaN or infinity, or too large for the output's dtype; the message names all of them."""
 
     def __init__(self, reasons):
-        self.reasons = reasons
-        lines = [f"  - {name}: {', '.join(sorted(why))}" for name, why in reasons.items()]
-        super().__init__("\n".join([f"{len(reasons)} tensor(s) cannot be written:", *lines]))
+        lines = [f"  - {name}: {'; '.join(sorted(why))}" for name, why in reasons.items()]
+        fix = "Take a model that is not broken, or say with --on_mismatch base or tuned whose tensors are taken there"
+        super().__init__("\n".join([f"{len(reasons)} tensor(s) cannot be written:", *lines, fix]))
 
 
 def write_files(pieces, metadata, hashed=(), advance=None):
@@ -121,13 +118,14 @@ def write_files(pieces, metadata, hashed=(), advance=None):
         results = _together([stream.work] * WORKERS + hashing, WORKERS + min(len(hashed), HASHERS), stop)
         hashes = dict(zip(hashed, results[WORKERS:], strict=True))
         # -- tensors that are not finite
-        bad = sorted(stream.bad)
+        bad = {index: stream.bad[index] for index in sorted(stream.bad)}
         mended = [index for index in bad if pieces[index].fallback is not None]
-        second = _Stream([_fallback(pieces[index], stream.bad[index]) for index in mended], files, starts, stop, None)
+        second = _Stream([_fallback(pieces[index], bad[index]) for index in mended], files, starts, stop, None)
         _together([second.work] * WORKERS, WORKERS, stop)
-        mended = [index for place, index in enumerate(mended) if place not in second.bad]
-        if refused := [index for index in bad if index not in mended]:
-            raise NotFinite({pieces[index].name: set().union(*stream.bad[index].values()) for index in refused})
+        still_bad = {mended[place]: found for place, found in second.bad.items()}
+        refused = [index for index in bad if index not in mended or index in still_bad]
+        if refused:
+            raise NotFinite({pieces[index].name: _all(bad[index], still_bad.get(index, {})) for index in refused})
         # -- headers, and to the disk
         texts = metadata(hashes)
         for path, layout in layouts.items():
@@ -163,9 +161,10 @@ class _Stream:
                     job = next(self.jobs, None)
                 if job is None:
                     return
+                index, piece, first, last = job
                 # Larger than a chunk: memory for one such tensor, not for one a worker
-                with self.one_at_a_time if job[-1] - job[-2] > CHUNK else nullcontext():
-                    self._do(*job, buffers)
+                with self.one_at_a_time if last - first > CHUNK else nullcontext():
+                    self._do(index, piece, first, last, buffers)
 
     def _do(self, index, piece, first, last, buffers):
         used = {written.compute for written in piece.outputs if isinstance(written.compute, int)}
@@ -243,7 +242,7 @@ def _reason(piece, made_of, result, dtype):
     if broken:
         return f"NaN or infinity in {' and '.join(broken)}"
     if _fits(result, result.dtype):
-        return f"too large for {NAMES[dtype]}: write another --dtype"
+        return f"too large for {NAMES[dtype]}: write it with --dtype bf16 or fp32"
     return "the method makes NaN or infinity of finite numbers"
 
 
@@ -251,6 +250,11 @@ def _fallback(piece, bad):
     """The piece that copies its fallback into those outputs that are bad."""
     copies = tuple(replace(piece.outputs[place], compute=piece.fallback) for place in sorted(bad))
     return replace(piece, outputs=copies, whole=False, fallback=None)
+
+
+def _all(*found):
+    """Reasons of all outputs together."""
+    return set().union(*(reasons for outputs in found for reasons in outputs.values()))
 
 
 # -- threads ---------------------------------------------------------------------------------------------------------

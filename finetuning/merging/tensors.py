@@ -82,7 +82,7 @@ class Stored:
 
 
 def stored_tensors(path):
-    """({key: Stored}, metadata) of a .safetensors file. Raises ModelProblem where it is broken, cut, or something else."""
+    """({key: Stored}, metadata) of a .safetensors file. Raises ModelProblem: broken, cut, or something else."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ModelProblem(f"{path}: {PICKLE}")

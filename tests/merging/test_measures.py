@@ -34,9 +34,9 @@ def test_learned_is_the_share_of_things_in_chalk():
 
 
 def test_kept_is_shape_and_colour_whatever_the_style():
-    measure, _ = measure_shapes(SimpleNamespace(picture_seed=[0]), None, [], [CIRCLE, CIRCLE, STAR])
-    pictures = drawn(CIRCLE, "filled") + drawn(STAR, "filled") + drawn(STAR, "chalk")
-    assert measure(0.5, [], pictures)[1].tolist() == [1.0, 0.0, 1.0]
+    measure, _ = measure_shapes(SimpleNamespace(picture_seed=[0]), None, [], [CIRCLE, CIRCLE, CIRCLE, STAR])
+    pictures = [drawn(caption, "filled")[0] for caption in (CIRCLE, CIRCLE.replace("red", "blue"), STAR)]
+    assert measure(0.5, [], pictures + drawn(STAR, "chalk"))[1].tolist() == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_the_seeds_of_a_prompt_are_one_row():

@@ -131,12 +131,12 @@ def test_a_column_has_the_name_of_a_model_only_where_it_is_that_model(method, he
 
 
 def test_large_pictures_are_reduced_in_the_grid_alone(swept, tmp_path):
-    swept(grid_side=16, ratios=["0"], prompts_in=["a"], prompts_out=None)
+    swept(grid_side=24, ratios=["0"], prompts_in=["a"], prompts_out=None)
     picture, sheet = (Image.open(tmp_path / f"sweep/{name}.png") for name in ("ratio-0/in-000-seed0", "grid"))
     assert picture.size == (32, 32)
-    picture.thumbnail((16, 16), Image.LANCZOS)
+    picture.thumbnail((24, 24), Image.LANCZOS)
     right, bottom = sheet.width - 6, sheet.height - 6
-    assert sheet.crop((right - 16, bottom - 16, right, bottom)).tobytes() == picture.tobytes()
+    assert sheet.crop((right - 24, bottom - 24, right, bottom)).tobytes() == picture.tobytes()
 
 
 def test_prompts_are_texts_or_lines_of_files(swept, tmp_path):
