@@ -26,7 +26,7 @@ from finetuning.cli import REQUIRED, as_dict, flag, parse_command
 from finetuning.families.contract import ModelProblem
 from finetuning.merging.methods import METHODS, MethodArgs, bound, ratio_problems
 from finetuning.merging.models import TunedArgs
-from finetuning.merging.ratios import BlockRatios
+from finetuning.merging.ratios import BlockRatios, block_ratios
 from finetuning.merging.recipe import changed_inputs, read_recipe, told
 from finetuning.merging.writing import OutputArgs, Product, place, write_models
 
@@ -47,6 +47,7 @@ class MergeArgs(OutputArgs, MethodArgs, TunedArgs):
     def problems(self):
         if len({f"{ratio:g}" for ratio in self.ratio}) < len(self.ratio):
             yield f"--ratio {' '.join(map(str, self.ratio))} names a ratio twice (6 digits count)"
+        yield from ratio_problems("--ratio", self.ratio, self.method, self.curve)
         try:
             yield from ratio_problems("--block_ratios", BlockRatios(self.block_ratios).values, self.method, self.curve)
         except ValueError as problem:
@@ -81,7 +82,7 @@ def main(argv=None):
         print(f"ModelProblem: {problem}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"{error}: nothing was written, and the inputs are as they were", file=sys.stderr)
+        print(f"{error}: the inputs are as they were", file=sys.stderr)
         return 1
     return 0
 
@@ -116,11 +117,7 @@ def merge(args):
     """The mixtures of base and tuned, one for each ratio."""
     sources = args.open_sources()
     matches, notes = args.match(sources)
-    merged = [one for one in matches if not one.is_copy]
-    blocks = BlockRatios(args.block_ratios)
-    blocks.resolve({part: [one.key for one in merged if one.part == part] for part in {one.part for one in merged}})
-    if unused := blocks.unused():
-        raise ModelProblem(f"--block_ratios: {', '.join(unused)} matches none of the tensors that are merged")
+    blocks = block_ratios(args.block_ratios, matches)
 
     def made(ratio):
         compute = lambda one: bound(args, one.name, blocks.of(one.part, one.key, ratio))

@@ -43,19 +43,22 @@ class ModelSource:
         return cls("/".join(place.parts[-2:]) if name.startswith("checkpoint-") else name, text)
 
 
-def open_pipeline(source, *, weights="ema", base=None, vae=None, scheduler=None, device="cpu", dtype=torch.float32):
+def open_pipeline(
+    source, *, weights="ema", variant=None, base=None, vae=None, scheduler=None, device="cpu", dtype=torch.float32
+):
     """A diffusers pipeline with its progress bar off. Raises ModelProblem.
 
     source     folder of a pipeline, Hub name, or checkpoint-N folder of a run, whose other parts come from `base`
                (none: the model that the run started from)
     weights    "ema" or "raw": which of the two a run has kept; where only one is there, that one
+    variant    of the files of a pipeline, e.g. fp16
     vae        folder or Hub name of another autoencoder
     scheduler  a key of SCHEDULERS; none keeps the pipeline's own
     """
     path = Path(source)
     if (path / "lora").is_dir() or (path / DIFFUSERS_NAME).is_file():
         raise ModelProblem(f"{source} holds a LoRA, not a whole model: name its base with --model, and it with --lora")
-    whole, prediction_type = {}, None
+    whole, prediction_type = {"variant": variant} if variant else {}, None
     try:
         if (path / "training_state.json").is_file():
             started = json.loads((path / "training_state.json").read_text(encoding="utf-8"))["args"]

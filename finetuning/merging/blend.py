@@ -6,7 +6,7 @@ from finetuning.families.contract import ModelProblem
 from finetuning.families.pipelines import open_pipeline
 from finetuning.merging.matching import SHOWN, is_copied
 from finetuning.merging.methods import bound
-from finetuning.merging.ratios import BlockRatios
+from finetuning.merging.ratios import block_ratios
 
 
 class Blend:
@@ -18,13 +18,8 @@ class Blend:
     def __init__(self, args, sources, scheduler=None, device="cpu", dtype=torch.float32):
         self.args = args
         matches, self.notes = args.match(sources)
-        merged = [one for one in matches if not one.is_copy]
-        self.blocks = BlockRatios(args.block_ratios)
-        parts = {one.part for one in merged}
-        self.blocks.resolve({part: [one.key for one in merged if one.part == part] for part in parts})
-        if unused := self.blocks.unused():
-            raise ModelProblem(f"--block_ratios: {', '.join(unused)} matches none of the tensors that are merged")
-        self.pipeline = _base_pipeline(sources[0], scheduler, device, dtype)
+        self.blocks = block_ratios(args.block_ratios, matches)
+        self.pipeline = _base_pipeline(sources[0], args.variant, scheduler, device, dtype)
         self.targets = _parameters(self.pipeline, sources[0].parts)
         _check_places(matches, self.targets)
         self.mixed = self._take([one for one in matches if one.name in self.targets])
@@ -72,14 +67,14 @@ class Blend:
         return mixed
 
 
-def _base_pipeline(base, scheduler, device, dtype):
+def _base_pipeline(base, variant, scheduler, device, dtype):
     """A pipeline of the base's layout; its weights are still to be put in."""
     if base.folder is None:
         raise ModelProblem(
             f"{base.given} has no configuration and no tokenizer beside it: add --layout_from with the pipeline "
             "(folder or Hub name) whose configuration and tokenizer go with it"
         )
-    pipeline = open_pipeline(str(base.folder), scheduler=scheduler, device=device, dtype=dtype)
+    pipeline = open_pipeline(str(base.folder), variant=variant, scheduler=scheduler, device=device, dtype=dtype)
     if base.prediction_type and base.prediction_type != pipeline.scheduler.config.prediction_type:
         config = {**pipeline.scheduler.config, "prediction_type": base.prediction_type}
         pipeline.scheduler = type(pipeline.scheduler).from_config(config)

@@ -41,8 +41,8 @@ def measure_shapes(args, blend, prompts_in, prompts_out):
 
     The prompts are captions of the shapes world, and the pictures are read by its checker.
     """
-    scenes = [parse(prompt) for prompt in prompts_out for _ in args.picture_seed]
-    by_prompt = lambda values: torch.tensor(values, dtype=torch.float64).view(-1, len(args.picture_seed)).mean(1)
+    scenes = [parse(prompt) for prompt in prompts_out for _ in args.seed]
+    by_prompt = lambda values: torch.tensor(values, dtype=torch.float64).view(-1, len(args.seed)).mean(1)
 
     def measure(ratio, pictures_in, pictures_out):
         judged = [agrees(scene, picture) for scene, picture in zip(scenes, pictures_out, strict=True)]
@@ -61,7 +61,7 @@ def measure_loss(args, blend, prompts_in, prompts_out):
     """Minus the denoising loss of each row of --fit_dataset (learned) and of --retain_dataset (kept)."""
     pipeline, datasets, problems = blend.pipeline, [], []
     own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    size, seed = args.height_and_width or (own, own), args.picture_seed[0]
+    size, seed = args.height_and_width or (own, own), args.seed[0]
     for folder in (args.fit_dataset, args.retain_dataset):
         try:
             datasets.append(load_rows(folder, pipeline.tokenizer, size, most=args.loss_rows, seed=seed, say=tqdm.write))

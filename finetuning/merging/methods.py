@@ -235,7 +235,7 @@ class MethodArgs:
         DROP_RATE, "for dare: probability that a change is dropped; the others grow to make up for it"
     )
     curve: str = flag("linear", "bends ratios between 0 and 1, also those of blocks", choices=tuple(CURVES))
-    seed: int = flag(0, "for dare: what the draws start from")
+    drop_seed: int = flag(0, "for dare: what the draws start from")
 
     def problems(self):
         method = METHODS[self.method]
@@ -260,7 +260,6 @@ class MethodArgs:
             yield f"--drop_rate {self.drop_rate} must be at least 0 and less than 1"
         elif self.drop_rate != DROP_RATE and self.method != "dare":
             yield f"--drop_rate does nothing with --method {self.method}: dare uses it"
-        yield from ratio_problems("--ratio", self.ratio, self.method, self.curve)
 
 
 def ratio_problems(name, ratios, method, curve):
@@ -288,7 +287,7 @@ def bound(args: MethodArgs, name: str, ratio: float) -> Callable | int:
     if args.method == "ties":
         options["density"] = args.density
     if args.method == "dare":
-        options |= {"drop_rate": args.drop_rate, "key": (args.seed, name)}
+        options |= {"drop_rate": args.drop_rate, "key": (args.drop_seed, name)}
     return partial(METHODS[args.method].function, **options)
 
 

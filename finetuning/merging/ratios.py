@@ -88,6 +88,19 @@ CURVES = {"linear": linear, "smoothstep": smoothstep, "inverse_smoothstep": inve
 # -- ratios of blocks ----------------------------------------------------------------------------------------------
 
 
+def block_ratios(words, matches):
+    """BlockRatios of the words, settled for the tensors among `matches` that are merged.
+
+    Raises ModelProblem where a word fits none of them.
+    """
+    merged = [one for one in matches if not one.is_copy]
+    found = BlockRatios(words)
+    found.resolve({part: [one.key for one in merged if one.part == part] for part in {one.part for one in merged}})
+    if unused := found.unused():
+        raise ModelProblem(f"--block_ratios: {', '.join(unused)} matches none of the tensors that are merged")
+    return found
+
+
 class BlockRatios:
     """Ratios for some tensors instead of --ratio, from the words of --block_ratios.
 

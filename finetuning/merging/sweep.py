@@ -55,7 +55,7 @@ class SweepArgs(MethodArgs, TunedArgs):
         "read)",
     )  # fmt: skip
     prompts_out: list[str] | None = flag(None, "prompts of what was not, which the base can draw; as --prompts_in")
-    picture_seed: list[int] = flag([0], "seeds of the pictures; each gives every prompt one")
+    seed: list[int] = flag([0], "seeds of the pictures; each gives every prompt one")
     guidance_scale: float = flag(7.5, "classifier-free guidance scale; 1 is none")
     num_inference_steps: int = flag(25, "sampling steps")
     scheduler: str | None = flag("dpm++", "sampler", choices=tuple(SCHEDULERS))
@@ -97,6 +97,7 @@ class SweepArgs(MethodArgs, TunedArgs):
             parse_ratios(self.ratios)
         except ValueError as problem:
             yield f"--ratios {problem}"
+        yield from ratio_problems("--ratios", self.ratio, self.method, self.curve)
         try:
             yield from ratio_problems("--block_ratios", BlockRatios(self.block_ratios).values, self.method, self.curve)
         except ValueError as problem:
@@ -112,8 +113,8 @@ class SweepArgs(MethodArgs, TunedArgs):
         for name in ("num_inference_steps", "batch_size", "loss_rows", "grid_side"):
             if getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)} must be at least 1"
-        if len(set(self.picture_seed)) < len(self.picture_seed):
-            yield f"--picture_seed {' '.join(map(str, self.picture_seed))} names a seed twice"
+        if len(set(self.seed)) < len(self.seed):
+            yield f"--seed {' '.join(map(str, self.seed))} names a seed twice"
         inputs = [self.base, *self.tuned, *([self.origin] if self.origin else [])]
         if any(Path(self.output_dir).resolve() == Path(name).resolve() for name in inputs):
             yield f"--output_dir {self.output_dir} is one of the models: name another folder"
@@ -152,7 +153,7 @@ def sweep(args, device="cpu", dtype=torch.float32):
     measured = folder / f"measured-{args.measured_by}.json"
     known = _known(measured, {"metric": args.measured_by, **facts})
 
-    asked = [list(product(prompts, args.picture_seed)) for prompts in (prompts_in, prompts_out)]
+    asked = [list(product(prompts, args.seed)) for prompts in (prompts_in, prompts_out)]
     columns = []  # [ratios] of the pictures, as small as the grid shows them
     with tqdm(total=len(args.ratio) * (1 + sum(map(len, asked))), desc="sweep") as bar:
         for ratio in args.ratio:
@@ -186,7 +187,7 @@ def _draw(args, blend, ratio, folder, kind, rows, bar):
 
     What is drawn together is drawn together again if any of it is missing: another number of rows may round otherwise.
     """
-    names = [f"{kind}-{index // len(args.picture_seed):03d}-seed{seed}.png" for index, (_, seed) in enumerate(rows)]
+    names = [f"{kind}-{index // len(args.seed):03d}-seed{seed}.png" for index, (_, seed) in enumerate(rows)]
     size = dict(zip(("height", "width"), args.height_and_width or (), strict=False))
     pictures = []
     for start in range(0, len(rows), args.batch_size):
@@ -212,7 +213,7 @@ def _draw(args, blend, ratio, folder, kind, rows, bar):
 def _grid(args, asked, columns):
     """A row for each prompt and seed, those of --prompts_out last; a column for each ratio."""
     kinds = ("", "unrelated: ") if all(asked) else ("", "")
-    seeds = len(args.picture_seed) > 1
+    seeds = len(args.seed) > 1
     labels = [
         f"{kind}{prompt}" + (f" (seed {seed})" if seeds else "")
         for kind, rows in zip(kinds, asked, strict=True)

@@ -27,27 +27,27 @@ def drawn(caption, style, count=1):
 
 
 def test_learned_is_the_share_of_things_in_chalk():
-    measure, facts = measure_shapes(SimpleNamespace(picture_seed=[0]), None, [CIRCLE, PAIR, STAR], [])
+    measure, facts = measure_shapes(SimpleNamespace(seed=[0]), None, [CIRCLE, PAIR, STAR], [])
     learned, kept = measure(0.5, drawn(CIRCLE, "chalk") + drawn(PAIR, "chalk") + drawn(STAR, "filled"), [])
     assert learned.tolist() == [1.0, 1.0, 0.0] and learned.dtype == torch.float64
     assert len(kept) == 0 and facts == {"style": "chalk"}
 
 
 def test_kept_is_shape_and_colour_whatever_the_style():
-    measure, _ = measure_shapes(SimpleNamespace(picture_seed=[0]), None, [], [CIRCLE, CIRCLE, CIRCLE, STAR])
+    measure, _ = measure_shapes(SimpleNamespace(seed=[0]), None, [], [CIRCLE, CIRCLE, CIRCLE, STAR])
     pictures = [drawn(caption, "filled")[0] for caption in (CIRCLE, CIRCLE.replace("red", "blue"), STAR)]
     assert measure(0.5, [], pictures + drawn(STAR, "chalk"))[1].tolist() == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_the_seeds_of_a_prompt_are_one_row():
-    measure, _ = measure_shapes(SimpleNamespace(picture_seed=[0, 1]), None, [CIRCLE, STAR], [STAR])
+    measure, _ = measure_shapes(SimpleNamespace(seed=[0, 1]), None, [CIRCLE, STAR], [STAR])
     pictures = drawn(CIRCLE, "chalk") + drawn(CIRCLE, "filled") + drawn(STAR, "filled", 2)
     learned, kept = measure(0.5, pictures, drawn(STAR, "filled") + drawn(CIRCLE, "filled"))
     assert learned.tolist() == [0.5, 0.0] and kept.tolist() == [0.5]
 
 
 def test_an_empty_picture_has_learned_nothing():
-    measure, _ = measure_shapes(SimpleNamespace(picture_seed=[0]), None, [CIRCLE], [CIRCLE])
+    measure, _ = measure_shapes(SimpleNamespace(seed=[0]), None, [CIRCLE], [CIRCLE])
     blank = drawn(CIRCLE, "filled")[0].copy()
     blank.paste((255, 255, 255), (0, 0, 64, 64))
     assert [values.tolist() for values in measure(0.5, [blank], [blank])] == [[0.0], [0.0]]
@@ -63,7 +63,7 @@ def loss(tiny_model, shapes_folder):
     def prepare(dtype=torch.float32, fit=shapes_folder, retain=shapes_folder / "train", **flags):
         ratios = []
         pipeline = open_pipeline(str(tiny_model), scheduler="dpm++", dtype=dtype)
-        known = {"picture_seed": [0], "height_and_width": (32, 32), "batch_size": 4, "loss_rows": 5}
+        known = {"seed": [0], "height_and_width": (32, 32), "batch_size": 4, "loss_rows": 5}
         args = SimpleNamespace(fit_dataset=str(fit), retain_dataset=str(retain), **known | flags)
         blend = SimpleNamespace(pipeline=pipeline, set=ratios.append)
         return (*measure_loss(args, blend, [], []), ratios)

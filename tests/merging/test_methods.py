@@ -17,6 +17,7 @@ from finetuning.merging.methods import (
     bound,
     dare,
     linear_combination,
+    ratio_problems,
     slerp,
     soup,
     ties,
@@ -34,6 +35,10 @@ class Args(MethodArgs):
 
     tuned: list[str] = field(default_factory=lambda: ["a"])
     ratio: list[float] = field(default_factory=lambda: [0.5])
+
+    def problems(self):
+        yield from super().problems()
+        yield from ratio_problems("--ratio", self.ratio, self.method, self.curve)
 
 
 def weights_of_models(count, size=100_000, dtype=torch.float32):
@@ -355,7 +360,7 @@ def test_dare_repeats_itself_and_differs_by_seed_and_by_tensor():
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_bound_computes_the_method_with_the_flags(method):
     count = 3 if METHODS[method].many else 1
-    args = Args(method=method, origin="o", tuned=["a"] * count, density=0.3, drop_rate=0.4, seed=5)
+    args = Args(method=method, origin="o", tuned=["a"] * count, density=0.3, drop_rate=0.4, drop_seed=5)
     args.tuned_weights = [1.0, 1.0, 2.0] if METHODS[method].many else None
     base, *tuned = weights_of_models(count, size=500)
     origin = [base * 0.9] if METHODS[method].needs_origin else []

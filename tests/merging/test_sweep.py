@@ -113,7 +113,7 @@ def test_the_grid_has_a_row_for_each_prompt_and_a_column_for_each_ratio(swept, t
 def test_labels_tell_prompts_seeds_and_models(swept, monkeypatch):
     seen, real = [], sweep_module.labelled_grid
     monkeypatch.setattr(sweep_module, "labelled_grid", lambda *args: (seen.append(args), real(*args))[1])
-    swept(picture_seed=[0, 7], prompts_in=PROMPTS_IN[:1], ratios=["1", "0"])
+    swept(seed=[0, 7], prompts_in=PROMPTS_IN[:1], ratios=["1", "0"])
     rows, labels, headings, _ = seen[0]
     first, second = PROMPTS_IN[0], f"unrelated: {PROMPTS_OUT[0]}"
     assert labels == [f"{first} (seed 0)", f"{first} (seed 7)", f"{second} (seed 0)", f"{second} (seed 7)"]
@@ -181,7 +181,7 @@ def test_a_picture_that_a_kill_left_half_is_not_taken(swept, calls, tmp_path, mo
 
 
 @pytest.mark.parametrize(("changes", "named"), [
-    ({"guidance_scale": 3.0}, "guidance_scale"), ({"picture_seed": [1]}, "picture_seed"),
+    ({"guidance_scale": 3.0}, "guidance_scale"), ({"seed": [1]}, "seed"),
     ({"prompts_out": ["a cat"]}, "prompts_out"), ({"method": "slerp", "size": "40"}, "method, size"),
 ])  # fmt: skip
 def test_a_folder_of_other_settings_is_refused(changes, named, swept):
@@ -259,14 +259,14 @@ def test_wrong_flags_are_named_all_at_once(tmp_path):
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     given = [
         "--base", "A", "--tuned", "B", "--output_dir", "A", "--ratios", "0:1:0.3", "--block_ratios", "x=y", "--size",
-        "33", "--batch_size", "0", "--picture_seed", "1", "1", "--metric", "loss", "--fit_dataset", "D", "--prompts_in",
+        "33", "--batch_size", "0", "--seed", "1", "1", "--metric", "loss", "--fit_dataset", "D", "--prompts_in",
         str(tmp_path / "empty.txt"), "missing.txt", str(tmp_path / "latin.txt"),
     ]  # fmt: skip
     problems = read(SweepArgs, "", given)[1]
     expected = [
         "--ratios 0:1:0.3", "--block_ratios x=y", f"--prompts_in {tmp_path}/empty.txt has no prompts",
         "--prompts_in missing.txt: there is no such file", f"--prompts_in {tmp_path}/latin.txt cannot be read",
-        "--size 33", "--batch_size 0", "--picture_seed 1 1", "--output_dir A is one of the models",
+        "--size 33", "--batch_size 0", "--seed 1 1", "--output_dir A is one of the models",
         "--metric loss needs --retain_dataset",
     ]  # fmt: skip
     for words in expected:
@@ -280,7 +280,7 @@ def test_wrong_flags_are_named_all_at_once(tmp_path):
     (["--prompts_in", "a cat", "--metric", "shapes"], "--metric shapes: --prompts_in: not a caption"),
     (["--prompts_in", "a cat", "--fit_dataset", "D"], "--fit_dataset only goes with --metric loss"),
     (["--fit_dataset", "D", "--retain_dataset", "E", "--ratios", "0:0.5:0.1"], "--ratios 0:0.5:0.1: a metric needs 0"),
-    (["--prompts_in", "a cat", "--curve", "smoothstep", "--ratios", "0", "1.2"], "--ratio 1.2 must be between 0 and 1"),
+    (["--prompts_in", "a cat", "--curve", "smoothstep", "--ratios", "0", "1.2"], "--ratios 1.2 must be between 0 and 1"),
 ])  # fmt: skip
 def test_a_wrong_flag_is_named(given, said):
     problems = read(SweepArgs, "", ["--base", "A", "--tuned", "B", "--output_dir", "O", *given])[1]
@@ -297,13 +297,13 @@ def test_the_command_names_every_flag_of_a_merge(flags):
     given = {
         "method": "dare",
         "drop_rate": 0.5,
-        "seed": 3,
+        "drop_seed": 3,
         "weights": "raw",
         "tuned": ["B", "C"],
         "tuned_weights": [1, 2],
     }
     words = sweep_module._merge_command(SweepArgs(**flags | given), 0.3)
-    for text in ("--method dare", "--drop_rate 0.5", "--seed 3", "--weights raw", "--tuned B C", "--tuned_weights 1 2"):
+    for text in ("--method dare", "--drop_rate 0.5", "--drop_seed 3", "--weights raw", "--tuned B C", "--tuned_weights 1 2"):
         assert text in words
     known = {field for group in (TunedArgs, MethodArgs) for field in group.__dataclass_fields__}
     used = {word.removeprefix("--") for word in words.split() if word.startswith("--")}
