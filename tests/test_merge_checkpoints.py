@@ -635,6 +635,7 @@ def test_kill_in_the_middle_leaves_no_model_and_the_same_command_succeeds(tiny_m
     assert not (tmp_path / "out/ratio-0.3").exists() and not (tmp_path / "out/ratio-0.6").exists()
     assert inputs == {folder: listing(folder) for folder in inputs}
     merged(*words)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ratio-0.3", "ratio-0.6"]  # no leftovers
     for name in ("ratio-0.3", "ratio-0.6"):
         check_whole(tmp_path / "out" / name)
 

@@ -18,7 +18,7 @@ from finetuning.families.folders import copy_part, parts_of_index, pipeline_inde
 from finetuning.families.original import original_names, original_shape
 from finetuning.merging.recipe import RECIPE, metadata_of, recipe_of
 from finetuning.merging.streaming import Piece, Written, write_files
-from finetuning.training.files import MANIFEST, whole_folder
+from finetuning.training.files import MANIFEST, remove_leftovers, whole_folder
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SINGLE_FILE = "merged.safetensors"
@@ -60,6 +60,8 @@ def write_models(command, products, sources, matches, args: OutputArgs, whole=Fa
     if base.kind == "pipeline" and not args.dtype and not args.single_file:
         matches = [one for one in matches if one.part in changed]  # the other parts' files are copied as they are
     _check_layout(base, matches, args)
+    for target in (product.target.resolve() for product in products):
+        remove_leftovers(target.parent, target.name)  # of a merge that was killed
     _check_targets(products, sources)
     _check_room(matches, base, products, args)
     configs = {} if args.single_file else _config_folders(sources, matches)

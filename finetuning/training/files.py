@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from finetuning.cli import write_json
@@ -99,9 +100,13 @@ def check_whole(folder):
             raise BrokenFolder(f"{folder} is broken: the content of {name} has changed since it was written")
 
 
-def remove_leftovers(parent):
-    """Delete what a killed run was still writing. A replaced folder whose successor never came is put back."""
-    for path in Path(parent).glob(f"{ASIDE}*"):
+def remove_leftovers(parent, name=None):
+    """Delete what a killed run was still writing in `parent`, or only what was to be `name` there.
+
+    A replaced folder whose successor never came is put back.
+    """
+    named = () if name is None else (f"{ASIDE}{escape(name)}-[0-9]*", f"{ASIDE}old-{escape(name)}-[0-9]*")
+    for path in [path for pattern in named or (f"{ASIDE}*",) for path in Path(parent).glob(pattern)]:
         if path.name.startswith(f"{ASIDE}old-"):
             home = path.parent / path.name.removeprefix(f"{ASIDE}old-").rsplit("-", 1)[0]
             if not home.exists():

@@ -120,6 +120,13 @@ def test_leftovers_are_told_from_what_belongs_to_others(checkpoint):
     assert names(checkpoint.parent) == ["args.json", "checkpoint-4", "checkpoint-best"]
 
 
+def test_leftovers_of_one_folder_alone(checkpoint):
+    for name in ("a-1", "a-b-1", "old-a-2", "old-b-3"):
+        (checkpoint.parent / f".incomplete-{name}").mkdir()
+    remove_leftovers(checkpoint.parent, "a")
+    assert names(checkpoint.parent) == [".incomplete-a-b-1", ".incomplete-old-b-3", "a", "checkpoint-4"]
+
+
 # -- check_whole -----------------------------------------------------------------------------------------------------
 
 
