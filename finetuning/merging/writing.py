@@ -67,8 +67,9 @@ def write_models(command, products, sources, matches, args: OutputArgs, whole=Fa
     configs = {} if args.single_file else _config_folders(sources, matches)
     names = _names(matches, base, args.single_file)
     inputs = tuple(dict.fromkeys(path for source in sources for path in source.files))
+    hashes_written = {}
     with ExitStack() as stack:
-        folders = [stack.enter_context(whole_folder(product.target.resolve())) for product in products]
+        folders = [stack.enter_context(whole_folder(product.target.resolve(), hashes_written)) for product in products]
         pieces = [_piece(one, *names[one.name], folders, products, args.dtype, whole, fallback) for one in matches]
         if not args.single_file:
             for folder in folders:
@@ -85,6 +86,7 @@ def write_models(command, products, sources, matches, args: OutputArgs, whole=Fa
         total = sum(stored_bytes(written) for piece in pieces for written in piece.outputs)
         with tqdm(total=total, unit="B", unit_scale=True, desc="merging", leave=False) as bar:
             report = write_files(pieces, metadata, inputs, bar.update)
+        hashes_written |= report.written
         for folder, product in zip(folders, products, strict=True):
             recipe = recipe_of(command, product.flags, sources, report.hashes)
             recipe["run"]["taken_over"] = list(report.replaced)

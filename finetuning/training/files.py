@@ -20,8 +20,10 @@ class BrokenFolder(ValueError):
 
 
 @contextmanager
-def whole_folder(target):
+def whole_folder(target, known=None):
     """Yield a folder beside `target` to write into; on leaving it is hashed, synced and renamed to `target`.
+
+    `known` is a dict that may be filled meanwhile, {path: sha256} of files that need not be read for it again.
 
     An exception or a kill leaves `target` as it was. An older `target` is replaced only once the new one is whole.
     """
@@ -32,7 +34,7 @@ def whole_folder(target):
     aside.mkdir()
     try:
         yield aside
-        seal(aside)
+        seal(aside, known)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -65,15 +67,21 @@ def whole_result(target, write, key="model_index.json"):
         _sync(target)
 
 
-def seal(folder):
-    """Give every file the mode that the umask asks for, sync it, and list its size and sha256 in manifest.json."""
-    folder = Path(folder)
+def seal(folder, known=None):
+    """Give every file the mode that the umask asks for, sync it, and list its size and sha256 in manifest.json.
+
+    `known` {path: sha256} are hashes that are taken as they are.
+    """
+    folder, known = Path(folder), known or {}
     mode = 0o666 & ~_umask()
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     listed = {}
     for path in files:
         os.chmod(path, mode)  # safetensors writes 0600, which the next user of a shared machine cannot read
-        listed[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        listed[str(path.relative_to(folder))] = {
+            "bytes": path.stat().st_size,
+            "sha256": known.get(path) or sha256(path),
+        }
         _sync(path)
     write_json(folder / MANIFEST, listed)
     _sync(folder / MANIFEST)
