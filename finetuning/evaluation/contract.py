@@ -1,0 +1,29 @@
+"""The metrics by name, and the error that an evaluation raises."""
+
+from dataclasses import dataclass
+
+
+class EvaluationProblem(ValueError):
+    """An evaluation that cannot be made as asked; the message names the file or flag and the fix."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric is: `per` is "row" (a value for each picture) or "set" (one for all pictures together)."""
+
+    title: str
+    means: str  # one line for a reader who has never heard of it
+    better: str  # "higher" or "lower"
+    per: str
+
+
+# The order of every table: KID before FID, which is biased for few pictures.
+METRICS = {
+    "shapes": Metric("right", "share of pictures with the shape and colour that the caption asks for", "higher", "row"),
+    "style": Metric("in chalk", "share of the things in a picture that are drawn in chalk", "higher", "row"),
+    "clip_score": Metric("CLIP score", "100 x cosine of picture and caption: does it show the text?", "higher", "row"),
+    "clip_image": Metric("CLIP image", "100 x cosine of picture and true picture: is it the same?", "higher", "row"),
+    "lpips": Metric("LPIPS", "perceptual distance to the true picture of the same caption", "lower", "row"),
+    "kid": Metric("KID", "distance of the two sets of pictures, unbiased at any number of pictures", "lower", "set"),
+    "fid": Metric("FID", "distance of the two sets of pictures, too large for few pictures", "lower", "set"),
+}  # fmt: skip
