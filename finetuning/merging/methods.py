@@ -32,7 +32,7 @@ DENSITY, DROP_RATE = 0.2, 0.9
 def weighted_sum(base, tuned, *, ratio, out=None):
     """base + r (tuned - base), or the same from the other end where that is nearer.
 
-    For r in 0..1 within 0.8 ulp of fp32 at the larger of the two inputs; within 1.1 where they have opposite signs. Where
+    For r in 0..1 within 0.8 ulp of fp32 at the larger of the two inputs, 1.1 where they have opposite signs. Where
     they almost cancel the result is smaller than they are, and its own ulp with it.
     """
     start, other, share = (base, tuned, ratio) if ratio < 0.5 else (tuned, base, 1 - ratio)
