@@ -61,6 +61,20 @@ def score(scenes, pictures):
     return {"n": len(judged)} | shares
 
 
+def chalk_and_right(pipeline, shapes, captions=128):
+    """A number for each held-out caption with one of `shapes`: share of things drawn in chalk; 1.0 if shape and colour
+    are right. What the entries in experiments/ measure.
+    """
+    scenes = held_out_scenes(2 * captions, shapes)[0]
+    pictures = generate(pipeline, scenes, guidance_scale=3.0, steps=25)
+    judged = [agrees(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)]
+    things = [read(picture)[1] for picture in pictures]
+    return {
+        "chalk": [sum(one.style != "filled" for one in seen) / max(1, len(seen)) for seen in things],
+        "right": [float(one["shape"] and one["color"]) for one in judged],
+    }
+
+
 def interval(share, n):
     """Wilson's 95 % interval of a share."""
     z = 1.96

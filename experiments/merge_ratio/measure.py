@@ -15,9 +15,8 @@ from finetuning.cli import write_json
 from finetuning.families.pipelines import open_pipeline
 from finetuning.merging import frontier
 from finetuning.merging.methods import weighted_sum
-from finetuning.shapes.checker import agrees, read
 from finetuning.shapes.scenes import SHAPES
-from models.measure_mini_sd import generate, held_out_scenes
+from models.measure_mini_sd import chalk_and_right
 
 RATIOS = [tenth / 10 for tenth in range(11)]
 SHOWN, LEFT_OUT = SHAPES[:4], SHAPES[4:]  # datasets/chalk has no cross and no star
@@ -34,18 +33,8 @@ def put(unet, base, tuned, ratio):
 
 
 def measured(pipeline):
-    """Of 128 held-out captions of shapes shown, and 128 of shapes left out: share drawn in chalk, and right or not."""
-    found = {}
-    for name, shapes in (("shown", SHOWN), ("left_out", LEFT_OUT)):
-        scenes = held_out_scenes(256, shapes)[0]
-        pictures = generate(pipeline, scenes, guidance_scale=3.0, steps=25)
-        judged = [agrees(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)]
-        things = [read(picture)[1] for picture in pictures]
-        found[name] = {
-            "chalk": [sum(one.style != "filled" for one in seen) / max(1, len(seen)) for seen in things],
-            "right": [float(one["shape"] and one["color"]) for one in judged],
-        }
-    return found
+    """Of 128 captions of shapes shown, and 128 of shapes left out."""
+    return {"shown": chalk_and_right(pipeline, SHOWN), "left_out": chalk_and_right(pipeline, LEFT_OUT)}
 
 
 def measure_all(folder):

@@ -33,7 +33,8 @@ def average(args):
     """Write the average of each --sigma_rel, in one pass over the checkpoints. Returns lines. Raises ModelProblem."""
     found, sources, used = args._planned()
     if "text_encoder" not in sources[0].parts:
-        raise ModelProblem(f"{args.run}: the model that the run started from is not to be had: {sources[0].notes}")
+        told = "; ".join(sources[0].notes)
+        raise ModelProblem(f"{args.run}: the model that the run started from is not to be had: {told}")
     matches, _ = match(sources)
 
     def made(one):
