@@ -34,7 +34,7 @@ def average(args):
     found, sources, used = args._planned()
     if "text_encoder" not in sources[0].parts:
         told = "; ".join(sources[0].notes)
-        raise ModelProblem(f"{args.run}: the model that the run started from is not to be had: {told}")
+        raise ModelProblem(f"{args.run_dir}: the model that the run started from is not to be had: {told}")
     matches, _ = match(sources)
 
     def made(one):

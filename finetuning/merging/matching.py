@@ -104,7 +104,8 @@ def _fits(stored, partner):
 def _matched(part, own, of_others, on_mismatch):
     for key, stored in own.items():
         partners = [other.get(key) for other in of_others]
-        if is_copied(key, stored):
+        from_one_file = all(partner == stored for partner in partners)
+        if is_copied(key, stored) or from_one_file:
             yield Match(part, key, (stored,), is_copy=True)
         elif all(_fits(stored, partner) for partner in partners):
             yield Match(part, key, (stored, *partners))

@@ -31,7 +31,7 @@ NEGLIGIBLE = 1e-6  # a snapshot of less weight is not worth reading
 class PostHocArgs:
     """Averages after the run (post-hoc EMA)"""
 
-    run: str = flag(
+    run_dir: str = flag(
         REQUIRED, "folder of a run of train_text_to_image.py, with its checkpoint-N folders", positional=True
     )
     sigma_rel: list[float] = flag(
@@ -46,8 +46,8 @@ class PostHocArgs:
     dtype: str | None = flag(None, "type of what is written; none: the files' own", choices=("fp16", "bf16", "fp32"))
 
     def problems(self):
-        if not Path(self.run).is_dir():
-            yield f"RUN {self.run}: there is no such folder"
+        if not Path(self.run_dir).is_dir():
+            yield f"RUN_DIR {self.run_dir}: there is no such folder"
         for value in self.sigma_rel:
             if not 0 < value <= WIDEST:
                 yield (
@@ -224,14 +224,14 @@ def snapshots(run_folder, weights="both"):
 
 def plan(args: PostHocArgs):
     """[Reconstruction, ...], one for each --sigma_rel. Raises ModelProblem."""
-    found = snapshots(args.run, args.weights)
+    found = snapshots(args.run_dir, args.weights)
     steps = sorted({snapshot.step for snapshot in found})
     end = args.at or steps[-1]
     if end not in steps:
-        raise ModelProblem(f"--at {end}: {args.run} has no checkpoint of that step, but of {_listed(steps)}")
+        raise ModelProblem(f"--at {end}: {args.run_dir} has no checkpoint of that step, but of {_listed(steps)}")
     found = [snapshot for snapshot in found if snapshot.step <= end]
     if end == steps[0]:
-        raise ModelProblem(f"--at {end} is the first checkpoint of {args.run}: an average needs two or more")
+        raise ModelProblem(f"--at {end} is the first checkpoint of {args.run_dir}: an average needs two or more")
     profiles = np.zeros((len(found), end + 1))
     for row, snapshot in zip(profiles, found, strict=True):
         row[: snapshot.step + 1] = snapshot.profile()

@@ -262,7 +262,7 @@ def _all(*found):
 
 def _together(tasks, threads, stop):
     """Results of tasks that run beside each other; the first exception stops the others and is raised."""
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(max(1, threads)) as pool:
         futures = [pool.submit(task) for task in tasks]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)

@@ -57,8 +57,10 @@ def write_models(command, products, sources, matches, args: OutputArgs, whole=Fa
     """
     base = sources[0]
     changed = {one.part for one in matches if not one.is_copy}
-    if base.kind == "pipeline" and not args.dtype and not args.single_file:
-        matches = [one for one in matches if one.part in changed]  # the other parts' files are copied as they are
+    if base.folder and not args.dtype and not args.single_file:
+        # The files of other parts are copied as they are
+        lies_there = lambda one: base.folder / one.part in one.inputs[0].path.parents
+        matches = [one for one in matches if one.part in changed or not lies_there(one)]
     _check_layout(base, matches, args)
     for target in (product.target.resolve() for product in products):
         remove_leftovers(target.parent, target.name)  # of a merge that was killed

@@ -41,7 +41,7 @@ def average(run, out, *words):
 def expected(run, **flags):
     """The UNet of each width in float64, by the plan's own numbers."""
     found = []
-    for one in plan(PostHocArgs(run=str(run), **flags)):
+    for one in plan(PostHocArgs(run_dir=str(run), **flags)):
         total = 0
         for folder, kind, weight in one.weights:
             tensors = load_file(folder / {"raw": "unet", "ema": "unet_ema"}[kind] / FILE)

@@ -306,7 +306,7 @@ def test_unreadable_state_is_named(run, content):
 
 def test_plan_gives_weights_for_what_the_checkpoints_hold(run):
     """The weights that it hands over, put on the profiles of the snapshots, have the misfit that it says."""
-    args = PostHocArgs(run=str(run), sigma_rel=[0.05, 0.1, 0.2])
+    args = PostHocArgs(run_dir=str(run), sigma_rel=[0.05, 0.1, 0.2])
     found = plan(args)
     assert [one.sigma_rel for one in found] == [0.05, 0.1, 0.2]
     for one in found:
@@ -323,11 +323,11 @@ def test_plan_gives_weights_for_what_the_checkpoints_hold(run):
 
 @pytest.mark.parametrize("at", [100, 300])
 def test_an_average_at_an_earlier_step_is_that_of_the_run_until_then(run, at):
-    early = plan(PostHocArgs(run=str(run), at=at))
+    early = plan(PostHocArgs(run_dir=str(run), at=at))
     for folder in list(run.iterdir()):
         if int(folder.name.removeprefix("checkpoint-")) > at:
             shutil.rmtree(folder)
-    assert early == plan(PostHocArgs(run=str(run)))
+    assert early == plan(PostHocArgs(run_dir=str(run)))
 
 
 @pytest.mark.parametrize(
@@ -336,18 +336,18 @@ def test_an_average_at_an_earlier_step_is_that_of_the_run_until_then(run, at):
 )
 def test_an_average_cannot_end_where_there_are_not_two_checkpoints(run, at, said):
     with pytest.raises(ModelProblem, match=said):
-        plan(PostHocArgs(run=str(run), at=at))
+        plan(PostHocArgs(run_dir=str(run), at=at))
 
 
 def test_flags_are_read_from_the_command_line(run):
     args = parse(PostHocArgs, "", [str(run), "--sigma_rel", "0.02", "0.28", "--weights", "ema"])
-    assert (args.run, args.sigma_rel, args.weights, args.at) == (str(run), [0.02, 0.28], "ema", None)
+    assert (args.run_dir, args.sigma_rel, args.weights, args.at) == (str(run), [0.02, 0.28], "ema", None)
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"run": "nowhere"}, "RUN nowhere"),
+        ({"run_dir": "nowhere"}, "RUN_DIR nowhere"),
         ({"sigma_rel": [0.3]}, "--sigma_rel 0.3 must be above 0 and at most 0.288675"),
         ({"sigma_rel": [0.1, 0.0]}, "--sigma_rel 0.0"),
         ({"sigma_rel": [0.1, 0.1]}, "--sigma_rel 0.1 0.1: name each width once"),
@@ -355,5 +355,5 @@ def test_flags_are_read_from_the_command_line(run):
     ],
 )
 def test_flags_that_cannot_work_are_named(tmp_path, flags, named):
-    (problem,) = PostHocArgs(**({"run": str(tmp_path)} | flags)).problems()
+    (problem,) = PostHocArgs(**({"run_dir": str(tmp_path)} | flags)).problems()
     assert problem.startswith(named)
