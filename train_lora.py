@@ -24,6 +24,7 @@ from finetuning.data.captions import CaptionArgs
 from finetuning.data.latents import LatentArgs, latent_source
 from finetuning.data.reading import DatasetProblem
 from finetuning.data.training_set import DataArgs
+from finetuning.evaluation.contract import EvaluationProblem
 from finetuning.families.contract import ModelArgs, ModelProblem
 from finetuning.families.loading import load_model
 from finetuning.families.lora_files import DIFFUSERS_NAME
@@ -38,11 +39,12 @@ from finetuning.training.optim import OptimArgs, build_optimizer, build_schedule
 from finetuning.training.preflight import check_before_start, choose_attention
 from finetuning.training.run import HubUpload, NoUpload, Run, RunArgs
 from finetuning.training.validation import Validation, ValidationArgs
+from finetuning.training.watch import WatchArgs, build_watch
 
 
 @dataclass
 class Args(
-    RunArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, LatentArgs,
+    RunArgs, WatchArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, LatentArgs,
     BucketArgs, CaptionArgs, StreamArgs, DataArgs, LoraArgs, ModelArgs,
 ):  # fmt: skip
     """Every flag, group by group; here those whose defaults differ, as in diffusers' LoRA script."""
@@ -58,7 +60,7 @@ def main(argv=None):
     run = Run(args)
     try:
         return train(args, run)
-    except (ModelProblem, DatasetProblem, CheckpointProblem, NonFinite) as problem:
+    except (ModelProblem, DatasetProblem, CheckpointProblem, EvaluationProblem, NonFinite) as problem:
         run.say(f"{type(problem).__name__}: {problem}")
         return 1
     except KeyboardInterrupt:
@@ -89,15 +91,18 @@ def train(args, run):
     rate = build_schedule(args, optimizer, total_steps, first_step)
     encode = latent_source(args, model, training, args.seed, run.device)
     validation = Validation(run, args, model, ema, schedule, held_out, args, args.train_batch_size)
+    watch = build_watch(args, run, model, ema, schedule, held_out, first_step, total_steps)
     denoiser, stepper = run.prepare(model.denoiser, optimizer)
     upload = HubUpload(run, tags=("lora", "stable-diffusion")) if args.push_to_hub and run.is_main else NoUpload()
     run.begin(first_step, total_steps)
+    enough = watch.look(first_step)
     if first_step < total_steps and validation.due(first_step, order.steps_per_epoch):
         validation.look(first_step)
 
     # The loop: a batch here is a micro-batch; its optimizer step may have several
     step, step_loss, step_rows = first_step, 0.0, []
-    batches = training.loader(order, first_step, total_steps, args.dataloader_num_workers, run.device.type != "cpu")
+    last_step = first_step if enough else total_steps
+    batches = training.loader(order, first_step, last_step, args.dataloader_num_workers, run.device.type != "cpu")
     for batch in batches:
         batch = batch.to(run.device)
         model.enter(batch)
@@ -124,13 +129,16 @@ def train(args, run):
         run.tick(loss=step_loss, lr=used_rate)
         step_loss, step_rows = 0.0, []
 
+        enough = watch.look(step)
         stopping = run.any(run.stop_signal is not None)
-        if stopping or step == total_steps or run.any(checkpoints.due(step)):
+        if stopping or enough or step == total_steps or run.any(checkpoints.due(step)):
             checkpoints.save(step)
         if stopping:
             run.finish()
             run.say(f"stopped after step {step} of {total_steps}; go on with --resume_from_checkpoint latest")
             return 128 + (run.stop_signal or 15)
+        if enough:
+            break
         if step < total_steps and validation.due(step, order.steps_per_epoch):
             validation.look(step)
 

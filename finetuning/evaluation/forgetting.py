@@ -1,0 +1,276 @@
+"""What a fine-tune learned and what it forgot, as two numbers with their intervals.
+
+    learned, kept = learned_and_kept("loss", (fit_tuned, fit_original), (retain_tuned, retain_original))
+
+All is against the original model at the same rows, prompts and seeds: learned 0 and kept 1 are the original itself.
+The general prompts have no true pictures: there the original's own pictures are what drift is measured from.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from finetuning.cli import flag
+from finetuning.data.reading import SPLIT_NAMES, DatasetProblem
+from finetuning.evaluation import generating, measuring, statistics
+from finetuning.evaluation.contract import EvaluationProblem
+from finetuning.evaluation.denoising import load_rows, row_losses
+from finetuning.families.sd import Denoiser, StableDiffusion
+from finetuning.training.noise import NoiseSchedule
+
+OFFERED = ("shapes", "clip_score", "clip_image", "lpips")  # the metrics that mean something on general prompts
+DRIFTS = {"clip_image": "drift_clip", "lpips": "drift_lpips"}
+UNKNOWN = "cannot be said: too little was measured"
+WORDS = {
+    "shapes": "share of general prompts whose shape and colour are right",
+    "clip_score": "CLIP score on the general prompts",
+    "drift_clip": "100 - 100 x cosine of a picture and the original's of the same general prompt and seed",
+    "drift_lpips": "LPIPS of a picture and the original's of the same general prompt and seed",
+    "fit_loss": "denoising loss on the dataset",
+    "retain_loss": "denoising loss on the dataset that should be kept",
+}
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """The words for what learned and kept are taken from."""
+
+    learned: str
+    kept: str
+
+
+# In the order of trust: the first that can be had is the one that is shown.
+YARDSTICKS = {
+    "shapes": Yardstick(
+        "rise of the share of things in chalk on the dataset's captions, against the original",
+        "share of general prompts with the right shape and colour, divided by the original's",
+    ),
+    "clip": Yardstick(
+        "rise of the CLIP score on the dataset's captions, against the original, in points of 100",
+        "CLIP score on the general prompts, divided by the original's",
+    ),
+    "loss": Yardstick(
+        "1 - loss / the original's loss, on the dataset",
+        "the original's loss / loss, on the dataset that should be kept",
+    ),
+}
+
+
+@dataclass
+class ForgettingArgs:
+    """Forgetting"""
+
+    general_prompts: str = flag(
+        "shipped", "prompts of what should not be forgotten: shipped, a file (text with one on each line, or JSON), or "
+        "none",
+    )  # fmt: skip
+    retain_dataset: str | None = flag(None, "folder with metadata.jsonl of what should be kept, for its denoising loss")
+    retain_split: str | None = flag(
+        None, "its split (none: validation, or all of a folder without splits)", choices=tuple(SPLIT_NAMES)
+    )
+    fit_split: str | None = flag(
+        None, "split of the dataset whose loss is taken (none: the one that is drawn)", choices=tuple(SPLIT_NAMES)
+    )
+    loss_rows: int = flag(256, "rows of each dataset that the loss is taken over at most")
+
+    def general_rows(self):
+        """The general prompts as rows; none of them with `none`. Raises EvaluationProblem."""
+        if self.general_prompts == "none":
+            return []
+        return generating.general_rows(None if self.general_prompts == "shipped" else Path(self.general_prompts))
+
+    def problems(self):
+        if self.general_prompts not in ("shipped", "none") and not Path(self.general_prompts).is_file():
+            yield f"--general_prompts {self.general_prompts}: there is no such file (or write shipped, or none)"
+        if self.retain_dataset and not Path(self.retain_dataset).is_dir():
+            yield f"--retain_dataset {self.retain_dataset}: there is no such folder"
+        for name in ("retain_split", "fit_split"):
+            if getattr(self, name) and not self.retain_dataset:
+                yield f"--{name} only goes with --retain_dataset"
+        if self.loss_rows < 2:
+            yield f"--loss_rows {self.loss_rows} must be at least 2: one row has no interval"
+
+
+# -- the two numbers -------------------------------------------------------------------------------------------------
+
+
+def learned_and_kept(by, fit, retain):
+    """(learned, kept), an Estimate each, as YARDSTICKS[by] says it.
+
+    fit     (tuned's, original's) values on what was trained, float64 [rows] each, of the same rows: by shapes the share
+            of things in chalk, by clip the CLIP score, by loss the denoising loss
+    retain  the same on what should be kept; by shapes 1 where shape and colour are right, else 0
+
+    Raises EvaluationProblem where the original has nothing that could be kept, so that there is no share of it.
+    """
+    if by not in YARDSTICKS:
+        raise ValueError(f"{by!r} is none of {', '.join(YARDSTICKS)}")
+    if by == "loss":  # lower is better: the shares are turned round
+        left = ratio_of_means(*fit)
+        return statistics.Estimate(1 - left.value, 1 - left.high, 1 - left.low, left.n), ratio_of_means(*retain[::-1])
+    return statistics.paired_difference(*fit), ratio_of_means(*retain)
+
+
+def ratio_of_means(values, reference):
+    """mean of `values` / mean of `reference`, [rows] each, none below 0, as an Estimate; row i of both pairs.
+
+    The interval resamples what each row adds to the ratio, as all intervals of statistics.py do: with the ratio r that
+    is (value - r reference) / mean reference. Raises EvaluationProblem where the reference is not clearly above 0.
+    """
+    values, reference = (np.asarray(one, np.float64) for one in (values, reference))
+    if not statistics.mean_of(reference).low > 0:
+        raise EvaluationProblem(
+            f"the original has {reference.mean():.3g} on average over {len(reference)} rows, not clearly above "
+            "0: there is no share of it; take more rows, or others that it is good at"
+        )
+    ratio = values.mean() / reference.mean()
+    found = statistics.mean_of(ratio + (values - ratio * reference) / reference.mean())
+    return replace(found, low=max(found.low, 0.0))
+
+
+# -- the loss --------------------------------------------------------------------------------------------------------
+
+
+def pipeline_losses(
+    pipeline, folder, *, split=None, most=256, seed=0, batch_size=4, size=None, caption_column="text", say=print
+):  # fmt: skip
+    """The denoising loss of a Stable Diffusion pipeline on rows of a folder, float64 [rows] (see denoising.row_losses).
+
+    size  (height, width) in pixels; none: the model's own
+
+    The same rows, timesteps and noise for every model that is asked with the same seed. Raises EvaluationProblem.
+    """
+    own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    try:
+        pictures, rows = load_rows(
+            folder, pipeline.tokenizer, size or (own, own), split=split, most=most, seed=seed,
+            caption_column=caption_column, say=say,
+        )  # fmt: skip
+    except DatasetProblem as problem:
+        raise EvaluationProblem(str(problem)) from problem
+    if len(rows) < 2:
+        raise EvaluationProblem(f"{folder} has {len(rows)} row(s): the loss needs at least 2 for an interval")
+    denoiser = Denoiser(pipeline.unet, pipeline.text_encoder).eval()
+    model = StableDiffusion(None, pipeline.tokenizer, pipeline.vae, pipeline.scheduler, denoiser, None, False)
+    device, dtype = pipeline.device, pipeline.unet.dtype
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+    schedule = NoiseSchedule.of(pipeline.scheduler)
+    return row_losses(
+        model, pictures, rows, schedule, seed=seed, batch_size=batch_size, device=device, autocast=autocast
+    ).numpy()
+
+
+# -- the report's part -----------------------------------------------------------------------------------------------
+
+
+def forgetting(rows, pictures, opened, args, device="cpu", *, dataset=None, losses=None, folder="."):
+    """The "forgetting" of report.json: {"prompts", "summary", "by", "learned", "kept", "words", "all", ...}.
+
+    rows      the general prompts as generating.Row; may be empty
+    pictures  {label: {row number: path}}: what each model drew of them; the first label is the reference
+    opened    measuring.Networks
+    args      measuring.EvalNetworkArgs
+    dataset   Measured of the dataset's captions with the same reference, or None
+    losses    {"fit": {label: float64 [rows]}, "retain": {...}}, the reference first, or None
+    folder    of the report: paths are relative to it
+
+    "all" has learned and kept by every yardstick that can be had, the rest of them by the one that "by" names.
+    """
+    measured = _measured(rows, pictures, opened, args, device)
+    figures = _figures(measured)
+    for name in ("fit", "retain") if losses else ():
+        figures[f"{name}_loss"] = losses[name]
+    said = [] if measured is None else measured.left_out
+    left_out = [{"metric": DRIFTS.get(one["metric"], one["metric"]), "why": one["why"]} for one in said]
+    every = {}
+    for by, pair in _pairs(figures, dataset).items():
+        results, failed = _judge(by, *pair, next(iter(pair[0])))
+        left_out += failed
+        if results["learned"]:
+            every[by] = results
+    known = set() if dataset is None else set(dataset.warnings)
+    shown = next(iter(every), None)
+    chosen = every.get(shown, {"learned": {}, "kept": {}, "words": dict.fromkeys(("learned", "kept"), UNKNOWN)})
+    return {
+        "prompts": [] if measured is None else _records(measured, figures, folder),
+        "summary": {
+            name: {label: statistics.mean_of(values).as_dict() for label, values in by_label.items()}
+            for name, by_label in figures.items()
+        },
+        "by": shown,
+        "learned": chosen["learned"],
+        "kept": chosen["kept"],
+        "words": {**chosen["words"], **{name: WORDS[name] for name in figures}},
+        "all": every,
+        "left_out": left_out,
+        "warnings": [] if measured is None else [f"general prompts: {w}" for w in measured.warnings if w not in known],
+    }
+
+
+def _measured(rows, pictures, opened, args, device):
+    """Measured of the general prompts, the reference's pictures in place of the true ones; None without prompts."""
+    if not rows:
+        return None
+    reference = next(iter(pictures.values()))
+    rows = [replace(row, picture=reference.get(row.number)) for row in rows]
+    offered = tuple(name for name in OFFERED if not args.metrics or name in args.metrics)
+    # What cannot be had on these prompts is left out with its reason, even where it was named for the dataset.
+    return measuring.measure(rows, pictures, opened, replace(args, metrics=None, resolutions=None), device, offered)
+
+
+def _figures(measured):
+    """{figure: {label: float64 [prompts]}}; the reference has no drift from itself."""
+    if measured is None:
+        return {}
+    figures = {DRIFTS.get(metric, metric): dict(by[measured.sides[-1]]) for metric, by in measured.values.items()}
+    for name in DRIFTS.values():
+        figures.get(name, {}).pop(measured.models[0], None)
+    if "drift_clip" in figures:
+        figures["drift_clip"] = {label: 100 - values for label, values in figures["drift_clip"].items()}
+    return {name: by_label for name, by_label in figures.items() if by_label}
+
+
+def _pairs(figures, dataset):
+    """{yardstick: ({label: what was trained}, {label: what should be kept})} of those that can be had, in order."""
+    last = {} if dataset is None else {name: by_side[dataset.sides[-1]] for name, by_side in dataset.values.items()}
+    pairs = {
+        "shapes": (last.get("style"), figures.get("shapes")),
+        "clip": (last.get("clip_score"), figures.get("clip_score")),
+        "loss": (figures.get("fit_loss"), figures.get("retain_loss")),
+    }
+    return {by: pair for by, pair in pairs.items() if None not in pair}
+
+
+def _judge(by, fit, retain, reference):
+    """({"learned": {label: ...}, "kept": ..., "words": ...}, what has no share) of every model but the reference."""
+    results = {"learned": {}, "kept": {}, "words": vars(YARDSTICKS[by]).copy()}
+    failed = []
+    for label in (label for label in fit if label != reference and label in retain):
+        try:
+            learned, kept = learned_and_kept(by, (fit[label], fit[reference]), (retain[label], retain[reference]))
+        except EvaluationProblem as problem:
+            failed.append({"metric": f"learned and kept by {by}", "why": f"{label}: {problem}"})
+            continue
+        results["learned"][label], results["kept"][label] = learned.as_dict(), kept.as_dict()
+    return results, failed
+
+
+def _records(measured, figures, folder):
+    """A line for each general prompt: {"row", "caption", "category", "pictures", "values"}."""
+    of_prompts = {name: by_label for name, by_label in figures.items() if not name.endswith("_loss")}
+    return [
+        {
+            "row": record["row"],
+            "caption": record["caption"],
+            "category": row.category,
+            "pictures": record["pictures"],
+            "values": {
+                name: {label: float(values[index]) for label, values in by_label.items()}
+                for name, by_label in of_prompts.items()
+            },
+        }
+        for index, (row, record) in enumerate(zip(measured.rows, measuring.row_records(measured, folder), strict=True))
+    ]

@@ -1,0 +1,435 @@
+"""The figures of one or more models' pictures: row by row, and as sets beside the true pictures.
+
+    opened = open_networks(args, device)
+    measured = measure(rows, {"original": {0: Path(...), ...}, "tuned": {...}}, opened, args, device)
+    report |= summarise(measured, folder)
+
+The first model is the reference: every difference is against it, paired by row. A second run of the reference with
+another seed, as one model more, shows how far two seeds lie apart: the noise floor.
+"""
+
+import os
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from finetuning.cli import flag
+from finetuning.evaluation import features, networks, statistics
+from finetuning.evaluation.contract import METRICS, EvaluationProblem
+from finetuning.evaluation.pictures import POLICY, read_pictures
+from finetuning.shapes.checker import agrees, read
+from finetuning.shapes.scenes import parse
+
+NETWORK_OF = {
+    "clip_score": "clip", "clip_image": "clip", "lpips": "lpips", "kid": "inception", "fid": "inception",
+}  # fmt: skip
+NEEDS_TRUTH = ("clip_image", "lpips", "kid", "fid")
+OF_SHAPES = ("shapes", "style")
+FEW = 50  # pictures; with fewer no figure is worth believing
+
+
+@dataclass
+class EvalNetworkArgs:
+    """Figures"""
+
+    metrics: list[str] | None = flag(
+        None, "which figures (none: all that can be had; the others are named with the reason)", choices=tuple(METRICS)
+    )
+    protocol: str = flag(
+        "clean", "how Inception is given its pictures: clean as clean-fid does, legacy as pytorch-fid does (the older "
+        "papers); figures of the two are not comparable", choices=("clean", "legacy"),
+    )  # fmt: skip
+    resolutions: list[int] | None = flag(
+        None, "sides in pixels that all pictures are brought to first, each with its own figures (none: the side of "
+        "the first model's pictures)",
+    )  # fmt: skip
+    inception_weights: str | None = flag(None, "file of FID's Inception weights (none: torch-fidelity's download)")
+    lpips_trunk: str | None = flag(None, "file of AlexNet's weights for LPIPS (none: torchvision's download)")
+    clip_model: str = flag(networks.CLIP, "CLIP: a folder, or a name on the Hub")
+    feature_cache: str | None = flag(None, "folder where Inception's features are kept by content (none: nowhere)")
+    num_workers: int = flag(0, "processes that read pictures; 0: none beside the main one")
+    eval_batch_size: int = flag(16, "pictures that a network is given together")
+
+    def problems(self):
+        for side in self.resolutions or []:
+            if side < 8:
+                yield f"--resolutions {side} must be at least 8"
+        for name in ("metrics", "resolutions"):
+            given = getattr(self, name) or []
+            if len(set(given)) < len(given):
+                yield f"--{name} {' '.join(map(str, given))} names one twice"
+        for name in ("inception_weights", "lpips_trunk"):
+            if getattr(self, name) and not Path(getattr(self, name)).is_file():
+                yield f"--{name} {getattr(self, name)}: there is no such file"
+        if self.num_workers < 0:
+            yield f"--num_workers {self.num_workers} must not be negative"
+        if self.eval_batch_size < 1:
+            yield f"--eval_batch_size {self.eval_batch_size} must be at least 1"
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks that were opened, {name: (network, Weights)}, and why others are missing, {name: reason}."""
+
+    found: dict
+    missing: dict
+
+
+@dataclass
+class Measured:
+    """What was measured of several models on the same rows. `models` are their labels, the first is the reference.
+
+    values    {metric: {side: {label: float64 [rows]}}} of the metrics that have a value for each row
+    features  {side: {label: float64 [rows, 2048]}} of Inception, truth {side: float64 [rows, 2048]}
+    """
+
+    rows: list
+    pictures: dict  # {label: [path of each row]}
+    protocol: str
+    sides: list
+    metrics: list
+    values: dict = field(default_factory=dict)
+    features: dict = field(default_factory=dict)
+    truth: dict = field(default_factory=dict)
+    weights: list = field(default_factory=list)
+    left_out: list = field(default_factory=list)
+    warnings: list = field(default_factory=list)
+
+    @property
+    def models(self):
+        return list(self.pictures)
+
+
+# -- networks --------------------------------------------------------------------------------------------------------
+
+
+def open_networks(args, device="cpu", offered=tuple(METRICS)):
+    """The Networks that the metrics need: those of --metrics, or of all that are `offered`.
+
+    Raises EvaluationProblem where the weights of a metric that was asked for by name are not to be had.
+    """
+    openers = {
+        "inception": partial(networks.inception, args.inception_weights, args.protocol, device),
+        "lpips": partial(networks.lpips_network, args.lpips_trunk, device),
+        "clip": partial(networks.clip, args.clip_model, device),
+    }
+    wanted = {NETWORK_OF[name] for name in args.metrics or offered if name in NETWORK_OF}
+    found, missing = {}, {}
+    for name in (name for name in openers if name in wanted):
+        try:
+            found[name] = openers[name]()
+        except networks.Unavailable as problem:
+            missing[name] = str(problem)
+    if args.metrics and missing:
+        raise EvaluationProblem("\n".join(missing.values()))
+    return Networks(found, missing)
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(rows, pictures, opened, args, device="cpu", offered=tuple(METRICS)):
+    """All figures of all models, a Measured.
+
+    rows      generating.Row: number, caption, and the true picture or None
+    pictures  {label: {row number: path}}; the first label is the reference
+    opened    Networks
+    offered   metrics that make sense here; with --metrics those of them that are named
+
+    Raises EvaluationProblem: rows without a picture, fewer than two rows, pictures that cannot be read, a metric asked
+    for by name that cannot be had.
+    """
+    _check(rows, pictures)
+    paths = {label: [Path(own[row.number]) for row in rows] for label, own in pictures.items()}
+    sizes = _sizes([*(path for own in paths.values() for path in own), *(row.picture for row in rows if row.picture)])
+    sides = args.resolutions or [min(min(sizes[path]) for path in next(iter(paths.values())))]
+    metrics, left_out = _choose(rows, sides, opened, args, offered)
+    measured = Measured(rows, paths, args.protocol, list(sides), metrics, left_out=left_out)
+    used = dict.fromkeys(NETWORK_OF[name] for name in metrics if name in NETWORK_OF)
+    measured.weights = [weights for name in used for weights in _as_list(opened.found[name][1])]
+    for side in sides:
+        for metric, values in _row_values(measured, side, opened.found, args).items():
+            measured.values.setdefault(metric, {})[side] = values
+        if {"kid", "fid"} & set(metrics):
+            _set_features(measured, side, *opened.found["inception"], args, device)
+    _check_values(measured)
+    measured.warnings = list(_warnings(measured, opened.found, sizes))
+    return measured
+
+
+def right(scene, picture):
+    """1.0 where a picture shows the asked shapes in the asked colours, else 0.0."""
+    seen = agrees(scene, picture)
+    return float(seen["shape"] and seen["color"])
+
+
+def share_in_chalk(picture):
+    """The share of a picture's things that are not filled; 0.0 where it shows nothing."""
+    things = read(picture)[1]
+    return sum(one.style == "chalk" for one in things) / max(1, len(things))
+
+
+def scenes_of(captions):
+    """(scenes of the shapes world, captions that are not of it)."""
+    scenes, strange = [], []
+    for caption in captions:
+        try:
+            scenes.append(parse(caption))
+        except ValueError:
+            strange.append(caption)
+    return scenes, strange
+
+
+def _check(rows, pictures):
+    """Raises EvaluationProblem with all that does not fit together."""
+    problems = []
+    if len(rows) < 2:
+        problems.append(f"{len(rows)} row(s): an interval needs at least 2 captions with their pictures")
+    numbers = [row.number for row in rows]
+    if len(set(numbers)) < len(numbers):
+        problems.append("two rows have the same number")
+    if not pictures:
+        problems.append("there is no model to measure: name one with --model")
+    for label, own in pictures.items():
+        missing = [number for number in numbers if number not in own]
+        stray = sorted(own.keys() - set(numbers))
+        if missing:
+            problems.append(f"{label}: no picture for {len(missing)} of {len(rows)} captions: rows {_few(missing)}")
+        if stray:
+            problems.append(f"{label}: {len(stray)} pictures belong to no caption: rows {_few(stray)}")
+    if problems:
+        raise EvaluationProblem("\n".join(problems))
+
+
+def _choose(rows, sides, opened, args, offered):
+    """(metrics in the order of METRICS, [{"metric", "why"}]). Raises EvaluationProblem for those asked for by name."""
+    strange = scenes_of(row.caption for row in rows)[1]
+    without_truth = [row.number for row in rows if row.picture is None]
+    chosen, left_out = [], []
+    for name in (name for name in METRICS if name in offered and (not args.metrics or name in args.metrics)):
+        why = None
+        if name in OF_SHAPES and strange:
+            if len(strange) == len(rows) and not args.metrics:
+                continue  # another world: there is nothing to say
+            why = f"{len(strange)} of {len(rows)} captions are not of the shapes world: {_few(strange)}"
+        elif name in NEEDS_TRUTH and without_truth:
+            why = f"{len(without_truth)} of {len(rows)} rows have no true picture: rows {_few(without_truth)}"
+        elif name == "lpips" and min(sides) < networks.SMALLEST_LPIPS:
+            smallest = networks.SMALLEST_LPIPS
+            why = f"LPIPS needs pictures of at least {smallest} pixels, not {min(sides)}: raise --resolutions"
+        elif (network := NETWORK_OF.get(name)) and network not in opened.found:
+            why = opened.missing.get(network, f"its network {network} was not opened")
+        if why:
+            left_out.append({"metric": name, "why": why})
+        else:
+            chosen.append(name)
+    if args.metrics and left_out:
+        raise EvaluationProblem("\n".join(f"--metrics {one['metric']}: {one['why']}" for one in left_out))
+    return chosen, left_out
+
+
+def _row_values(measured, side, found, args):
+    """{metric: {label: float64 [rows]}} at one side: every picture is read once, and all metrics are taken of it."""
+    metrics = [name for name in measured.metrics if METRICS[name].per == "row"]
+    if not metrics:
+        return {}
+    captions, labels = [row.caption for row in measured.rows], measured.models
+    scenes = scenes_of(captions)[0] if set(metrics) & set(OF_SHAPES) else None
+    texts = found["clip"][0].texts(captions) if "clip_score" in metrics else None
+    values = {name: {label: [] for label in labels} for name in metrics}
+    for start, sets in _batches(measured, side, args, with_truth=bool(set(metrics) & set(NEEDS_TRUTH))):
+        rows = slice(start, start + len(sets[0]))
+        truth = sets.pop() if len(sets) > len(labels) else None
+        true_images = found["clip"][0].images(truth) if "clip_image" in metrics else None
+        for label, drawn in zip(labels, sets, strict=True):
+            images = found["clip"][0].images(drawn) if {"clip_score", "clip_image"} & set(metrics) else None
+            for name in metrics:
+                match name:
+                    case "shapes":
+                        one = [right(*pair) for pair in zip(scenes[rows], drawn, strict=True)]
+                    case "style":
+                        one = [share_in_chalk(picture) for picture in drawn]
+                    case "clip_score":
+                        one = 100 * np.maximum((images * texts[rows]).sum(1), 0)
+                    case "clip_image":
+                        one = 100 * (images * true_images).sum(1)
+                    case "lpips":
+                        one = networks.lpips_of(found["lpips"][0], drawn, truth)
+                values[name][label].extend(one)
+    return {name: {label: np.asarray(own, np.float64) for label, own in by.items()} for name, by in values.items()}
+
+
+def _batches(measured, side, args, with_truth):
+    """(first row, [PIL pictures of each model, and of the truth]) after another, read by one loader."""
+    sets = [*measured.pictures.values(), *([[row.picture for row in measured.rows]] if with_truth else [])]
+    paths = [path for row in zip(*sets, strict=True) for path in row]
+    size, title = args.eval_batch_size * len(sets), f"figures at {side} px"
+    start = 0
+    for batch in read_pictures(paths, side, size, args.num_workers, title=title):
+        pictures = [Image.fromarray(pixels) for pixels in batch]
+        yield start, [pictures[index :: len(sets)] for index in range(len(sets))]
+        start += len(pictures) // len(sets)
+
+
+def _set_features(measured, side, network, weights, args, device):
+    of = lambda paths: features.features_of(
+        paths, side, network, args.protocol, weights, args.feature_cache, args.eval_batch_size, args.num_workers, device
+    )
+    measured.truth[side] = of([row.picture for row in measured.rows])
+    measured.features[side] = {label: of(paths) for label, paths in measured.pictures.items()}
+
+
+def _check_values(measured):
+    """Raises EvaluationProblem where a value is not a finite number."""
+    problems = []
+    for metric, by_side in measured.values.items():
+        for side, by_label in by_side.items():
+            for label, values in by_label.items():
+                bad = [row.number for row, value in zip(measured.rows, values, strict=True) if not np.isfinite(value)]
+                if bad:
+                    problems.append(f"{metric} of {label} at {side} px is not a finite number: rows {_few(bad)}")
+    if problems:
+        raise EvaluationProblem("\n".join(problems))
+
+
+# -- warnings --------------------------------------------------------------------------------------------------------
+
+
+def _warnings(measured, found, sizes):
+    count = len(measured.rows)
+    if count < FEW:
+        yield (
+            f"only {count} pictures of each model: every figure here is unreliable. Its interval shows how far chance "
+            f"alone may move it; take at least {FEW}, better some hundreds"
+        )
+    if "fid" in measured.metrics:
+        for side in measured.sides:
+            for label, own in measured.features[side].items():
+                if said := statistics.small_sample_warning(own, measured.truth[side]):
+                    yield f"{label} at {side} px: {said}"
+    for weights in measured.weights:
+        if weights.published is False:
+            yield f"{weights.name}: the weights of {weights.origin} are not the published ones: its figures are not " \
+                "comparable with figures from elsewhere"  # fmt: skip
+        elif weights.published is None:
+            yield f"{weights.name}: whether the weights of {weights.origin} are the published ones cannot be known: " \
+                "compare their sha256 before its figures are compared with others"  # fmt: skip
+    if "clip_score" in measured.metrics and (cut := found["clip"][0].truncated):
+        yield f"{cut} captions are longer than CLIP reads: the CLIP score looks at their beginning alone"
+    if {"lpips", "kid", "fid", "clip_image"} & set(measured.metrics):
+        yield from _size_warnings(measured, sizes)
+
+
+def _size_warnings(measured, sizes):
+    true = _span([sizes[row.picture] for row in measured.rows])
+    for label, paths in measured.pictures.items():
+        own = _span([sizes[path] for path in paths])
+        if own != true:
+            yield (
+                f"{label}'s pictures are {own}, the true ones {true}: figures of unlike sizes mean little, so all were "
+                f"brought to {' and '.join(map(str, measured.sides))} px first"
+            )
+
+
+def _span(sizes):
+    """Sizes in words, "64x64" or "32x64 to 512x512"."""
+    ends = min(sizes, key=lambda size: size[0] * size[1]), max(sizes, key=lambda size: size[0] * size[1])
+    return " to ".join(f"{width}x{height}" for width, height in dict.fromkeys(ends))
+
+
+def _sizes(paths):
+    """{path: (width, height)} from the headers alone. Raises EvaluationProblem with all that cannot be opened."""
+    sizes, problems = {}, []
+    for path in dict.fromkeys(paths):
+        try:
+            with Image.open(path) as picture:
+                sizes[path] = picture.size
+        except Exception as error:  # on broken files the decoders also raise IndexError, TypeError, struct.error, ...
+            problems.append(f"{path} cannot be read: {error}")
+    if problems:
+        raise EvaluationProblem("\n".join(problems))
+    return sizes
+
+
+# -- the summary -----------------------------------------------------------------------------------------------------
+
+
+def summarise(measured, folder="."):
+    """The parts of report.json that figures make: protocol, policy, sides, weights, summary, differences, rows, ...
+
+    Paths are written relative to `folder`, the report's.
+    """
+    summary, differences = {}, {}
+    for metric in measured.metrics:
+        summary[metric], differences[metric] = {}, {}
+        for side in measured.sides:
+            of, against = _estimators(measured, metric, side)
+            summary[metric][str(side)] = {label: of(label).as_dict() for label in measured.models}
+            differences[metric][str(side)] = {
+                label: _with_verdict(against(label, measured.models[0])) for label in measured.models[1:]
+            }
+    return {
+        "protocol": measured.protocol,
+        "policy": POLICY,
+        "sides": measured.sides,
+        "reference": measured.models[0],
+        "weights": [
+            {"name": one.name, "origin": one.origin, "sha256": one.sha256, "published": one.published}
+            for one in measured.weights
+        ],
+        "left_out": measured.left_out,
+        "warnings": measured.warnings,
+        "summary": summary,
+        "differences": differences,
+        "rows": row_records(measured, folder),
+    }
+
+
+def row_records(measured, folder="."):
+    """[{"row", "caption", "truth", "pictures", "values"}] at the last side; paths relative to `folder`."""
+    relative = lambda path: Path(os.path.relpath(path, folder)).as_posix()
+    return [
+        {
+            "row": row.number,
+            "caption": row.caption,
+            "truth": row.picture and relative(row.picture),
+            "pictures": {label: relative(paths[index]) for label, paths in measured.pictures.items()},
+            "values": {
+                metric: {label: float(values[index]) for label, values in by_side[measured.sides[-1]].items()}
+                for metric, by_side in measured.values.items()
+            },
+        }
+        for index, row in enumerate(measured.rows)
+    ]
+
+
+def _estimators(measured, metric, side):
+    """(label -> Estimate of the metric, (label, label) -> Estimate of the paired difference)."""
+    if METRICS[metric].per == "row":
+        values = measured.values[metric][side]
+        return (
+            lambda label: statistics.mean_of(values[label]),
+            lambda a, b: statistics.paired_difference(values[a], values[b]),
+        )
+    own, truth = measured.features[side], measured.truth[side]
+    estimate, difference = {
+        "kid": (statistics.kernel_estimate, statistics.kernel_difference),
+        "fid": (statistics.frechet_estimate, statistics.frechet_difference),
+    }[metric]
+    return lambda label: estimate(own[label], truth), lambda a, b: difference(own[a], own[b], truth)
+
+
+def _with_verdict(estimate):
+    return {**estimate.as_dict(), "excludes_zero": bool(estimate.excludes_zero)}
+
+
+def _as_list(weights):
+    return list(weights) if isinstance(weights, list | tuple) else [weights]
+
+
+def _few(things, shown=5):
+    more = f", and {len(things) - shown} more" if len(things) > shown else ""
+    return ", ".join(map(str, things[:shown])) + more

@@ -1,0 +1,311 @@
+"""The networks that figures are taken with: FID's Inception, LPIPS and CLIP, and which weights they were given.
+
+    network, weights = inception(None, "clean", "cpu")  # the published weights, downloaded once
+    network, weights = inception("inception.safetensors", "clean", "cpu")  # or those of a file
+
+The layers are those of torch-fidelity, lpips and transformers. Their own loading is not used: it unpickles freely
+(torch-fidelity) or takes a file that fits only in part (lpips). Every network is in eval mode and fp32.
+"""
+
+import io
+import textwrap
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from urllib.parse import urlparse
+
+import huggingface_hub
+import lpips
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torchvision.models import AlexNet_Weights
+from transformers import CLIPModel, CLIPProcessor
+
+from finetuning.evaluation.contract import EvaluationProblem
+from finetuning.evaluation.pictures import PROTOCOLS
+from finetuning.families.quiet import errors_only
+from finetuning.training.files import sha256
+
+INCEPTION_SHA256 = "6726825d"  # of the published files: how their digests begin
+ALEXNET_SHA256 = "7be5be79"
+CLIP = "openai/clip-vit-base-patch32"
+CLIP_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # as transformers prefers them
+SMALLEST_LPIPS = 31  # pixels: AlexNet's poolings leave nothing of a smaller picture
+TOGETHER = 16  # pictures or captions that LPIPS and CLIP are given at once
+
+
+class Unavailable(EvaluationProblem):
+    """Weights that are not to be had here; the message names the flag that takes local ones."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights a network has. published: None where it cannot be known."""
+
+    name: str
+    origin: str  # the file as it was named, or the address
+    sha256: str
+    published: bool | None
+
+
+# -- Inception -------------------------------------------------------------------------------------------------------
+
+
+def inception(weights, protocol, device):
+    """(network, Weights): FID's Inception up to its 2048 features, [n, 3, 299, 299] -> [n, 2048].
+
+    weights   a .safetensors or .pth file of torch-fidelity's (and pytorch-fid's) keys; None: torch-fidelity's download
+    protocol  that of pictures.network_input, which makes the input; the layers are the same for all
+
+    Raises EvaluationProblem; Unavailable where nothing was named and the download fails.
+    """
+    if protocol not in PROTOCOLS:
+        raise EvaluationProblem(f"--protocol {protocol} must be one of {', '.join(PROTOCOLS)}")
+    path, origin = _located(weights, URL_INCEPTION_V3, INCEPTION_SHA256, "--inception_weights")
+    state = _state(path, "--inception_weights")
+    # The constructor unpickles what it is given: it gets bytes that were written here, of tensors alone.
+    written = io.BytesIO()
+    torch.save(state, written)
+    written.seek(0)
+    with _strictly(path, "--inception_weights"):
+        whole = FeatureExtractorInceptionV3("inception", ["2048"], written)
+    layers = [layer for name, layer in whole.named_children() if name != "fc"]  # in the order of its forward
+    network = nn.Sequential(*layers, nn.Flatten()).to(memory_format=torch.channels_last)  # faster on a CPU
+    digest = sha256(path)
+    found = Weights("inception", origin, digest, digest.startswith(INCEPTION_SHA256))
+    return _still(network, device), found
+
+
+# -- LPIPS -----------------------------------------------------------------------------------------------------------
+
+
+def lpips_network(trunk, device):
+    """(network, [Weights of the trunk, Weights of the heads]): the lpips package's LPIPS on AlexNet, version 0.1.
+
+    trunk  a .safetensors or .pth file of torchvision's AlexNet; None: torchvision's download. The heads lie in the
+           package.
+
+    Raises EvaluationProblem; Unavailable where nothing was named and the download fails.
+    """
+    url = AlexNet_Weights.IMAGENET1K_V1.url
+    path, origin = _located(trunk, url, ALEXNET_SHA256, "--lpips_trunk")
+    heads = Path(lpips.__file__).parent / "weights/v0.1/alex.pth"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lpips calls torchvision in a way that is no longer liked
+        network = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
+    slices = [getattr(network.net, f"slice{number}") for number in range(1, network.net.N_slices + 1)]
+    features = nn.Sequential(*(layer for part in slices for layer in part))  # numbered as in torchvision
+    state = _state(path, "--lpips_trunk")
+    with _strictly(path, "--lpips_trunk"):
+        convolutions = {name: value for name, value in state.items() if not name.startswith("classifier.")}
+        nn.ModuleDict({"features": features}).load_state_dict(convolutions)
+    with _strictly(heads, "the lpips package's"):
+        own = {f"lin{number}": head for number, head in enumerate(network.lins)}
+        nn.ModuleDict(own).load_state_dict(_state(heads, "the lpips package's"))
+    digest = sha256(path)
+    found = [
+        Weights("lpips trunk (AlexNet)", origin, digest, digest.startswith(ALEXNET_SHA256)),
+        Weights("lpips heads", f"lpips {version('lpips')}", sha256(heads), True),
+    ]
+    return _still(network, device), found
+
+
+def lpips_of(network, pictures_a, pictures_b):
+    """LPIPS of each pair of pictures, float64 [n]; PIL RGB pictures or uint8 arrays, all of one size.
+
+    Raises EvaluationProblem where the pictures do not pair or are smaller than AlexNet can see.
+    """
+    a, b = (np.stack([np.asarray(picture) for picture in pictures]) for pictures in (pictures_a, pictures_b))
+    if a.shape != b.shape:
+        raise EvaluationProblem(f"LPIPS needs pairs of one size, not {_sizes(a)} and {_sizes(b)} pictures")
+    if min(a.shape[1:3]) < SMALLEST_LPIPS:
+        raise EvaluationProblem(f"LPIPS needs pictures of at least {SMALLEST_LPIPS} pixels: raise --resolutions")
+    device = next(network.parameters()).device
+    distances = []
+    with exact(device):
+        for start in range(0, len(a), TOGETHER):
+            pair = (_minus_one_to_one(pixels[start : start + TOGETHER]).to(device) for pixels in (a, b))
+            distances.append(network(*pair).flatten().double().cpu())
+    return torch.cat(distances).numpy()
+
+
+def _minus_one_to_one(pixels):
+    """uint8 [n, height, width, 3] -> float32 [n, 3, height, width]; rounded as lpips.im2tensor does."""
+    return torch.from_numpy(pixels / 127.5 - 1).float().permute(0, 3, 1, 2).contiguous()
+
+
+def _sizes(pixels):
+    return f"{len(pixels)} x {pixels.shape[2]}x{pixels.shape[1]}"
+
+
+# -- CLIP ------------------------------------------------------------------------------------------------------------
+
+
+def clip(model, device):
+    """(ClipScorer, Weights) of a CLIPModel: a folder, or a name on the Hub.
+
+    Raises EvaluationProblem; Unavailable where it is the default, which cannot be had from the Hub.
+    """
+    folder, published = Path(model), None
+    if not folder.is_dir():
+        folder, published = _from_hub(model), (True if model == CLIP else None)
+    files = _clip_files(folder, model)
+    try:
+        with errors_only():
+            processor = CLIPProcessor.from_pretrained(folder)
+            network, told = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # on broken folders the libraries also raise AttributeError, TypeError, ...
+        raise EvaluationProblem(f"--clip_model {model} cannot be opened as a CLIPModel: {error}") from error
+    if lost := sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]])):
+        raise EvaluationProblem(
+            f"--clip_model {model} lacks {len(lost)} weights of a CLIPModel ({', '.join(lost[:3])} ...): it is not "
+            "whole, or another kind of model"
+        )
+    return ClipScorer(_still(network, device), processor), Weights("clip", str(model), _digests(files), published)
+
+
+class ClipScorer:
+    """Pictures and captions as unit vectors of one space; their products are cosines.
+
+    truncated  how many captions, each counted once, were longer than the text encoder reads and lost their end
+    """
+
+    def __init__(self, network, processor):
+        self.network, self.processor = network, processor
+        self.longest = network.config.text_config.max_position_embeddings
+        self._cut = set()
+
+    @property
+    def truncated(self):
+        return len(self._cut)
+
+    def images(self, pictures):
+        """PIL RGB pictures -> float64 [n, d]."""
+        prepare = lambda some: self.processor.image_processor(images=some, return_tensors="pt")
+        return self._vectors(self.network.get_image_features, prepare, pictures)
+
+    def texts(self, captions):
+        """Captions -> float64 [n, d]."""
+        tokenizer = self.processor.tokenizer
+        with errors_only():
+            lengths = map(len, tokenizer(list(captions))["input_ids"])
+        self._cut |= {caption for caption, length in zip(captions, lengths, strict=True) if length > self.longest}
+        prepare = lambda some: tokenizer(
+            some, padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
+        )
+        return self._vectors(self.network.get_text_features, prepare, captions)
+
+    def _vectors(self, features, prepare, items):
+        device = next(self.network.parameters()).device
+        with exact(device):
+            parts = [
+                features(**prepare(list(items[start : start + TOGETHER])).to(device)).pooler_output.double().cpu()
+                for start in range(0, len(items), TOGETHER)
+            ]
+        return nn.functional.normalize(torch.cat(parts)).numpy()
+
+
+def _from_hub(name):
+    """The folder of a Hub model's files; the pickle is fetched only where there are no safetensors."""
+    try:
+        for weights in ("*.safetensors", "pytorch_model.bin"):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.txt", weights]))
+            if any((folder / file).is_file() for file in CLIP_FILES):
+                return folder
+        reason = "it has no weights"
+    except (OSError, ValueError) as error:
+        reason = textwrap.shorten(str(error), 200)
+    kind = Unavailable if name == CLIP else EvaluationProblem  # what was named must be there
+    raise kind(f"--clip_model {name} cannot be had from the Hub, name a folder: {reason}")
+
+
+def _clip_files(folder, model):
+    """The files that hold the weights. Raises EvaluationProblem."""
+    for name in CLIP_FILES:
+        if (folder / name).is_file():
+            return sorted(folder.glob("model-*.safetensors")) if name.endswith(".json") else [folder / name]
+    raise EvaluationProblem(f"--clip_model {model} has no weights: {', '.join(CLIP_FILES)}")
+
+
+def _digests(files):
+    return ", ".join(sha256(file) for file in files)
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def exact(device):
+    """No gradients, and fp32 whatever the run's precision is: no autocast, no TF32."""
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast(torch.device(device).type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+
+
+def _still(network, device):
+    return network.float().eval().requires_grad_(False).to(device)
+
+
+def _located(given, url, digest, flag):
+    """(path, origin) of weights: the named file, or the library's download, which is kept in torch.hub's folder."""
+    if given:
+        if not Path(given).is_file():
+            raise EvaluationProblem(f"{flag} {given}: there is no such file")
+        return Path(given), str(given)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+    if not path.is_file():
+        _download(url, path, digest, flag)
+    if not sha256(path).startswith(digest):
+        raise EvaluationProblem(f"{path} is not the published file (sha256 {digest}...): delete it, or use {flag}")
+    return path, url
+
+
+def _download(url, path, digest, flag):
+    help = f"name a local file with {flag}, or put it at {path}"
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise Unavailable(f"{url} is not on this machine and HF_HUB_OFFLINE is set: {help}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, path, digest, progress=False)
+    except (OSError, RuntimeError) as error:  # no connection; another file than expected
+        raise Unavailable(f"{url} cannot be downloaded ({error}): {help}") from error
+
+
+def _state(path, flag):
+    """{name: tensor} of a file, on the CPU; nothing else is unpickled. Raises EvaluationProblem."""
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # on broken files the libraries raise more than OSError
+        reason = textwrap.shorten(str(error), 300)
+        raise EvaluationProblem(f"{flag} {path} cannot be read as a file of tensors alone: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise EvaluationProblem(f"{flag} {path} is not a state dict, a mapping of names to tensors")
+    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise EvaluationProblem(f"{flag} {path} has weights that are not finite: {', '.join(broken[:3])}")
+    return state
+
+
+@contextmanager
+def _strictly(path, flag):
+    """Turns the message of a strict load into one that names the file, with the keys that do not fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        lines = [textwrap.shorten(line, 300) for line in str(error).splitlines()[1:6]]
+        raise EvaluationProblem("\n  ".join([f"{flag} {path} does not fit the network:", *lines])) from error

@@ -1,0 +1,474 @@
+"""The networks give the figures of the tools that they come from, whatever the weights, and load nothing half."""
+
+import hashlib
+from pathlib import Path
+
+import huggingface_hub
+import lpips
+import numpy as np
+import pytest
+import pytorch_fid.inception
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torchvision.models import AlexNet_Weights
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
+
+from finetuning.evaluation import networks
+from finetuning.evaluation.contract import EvaluationProblem
+from finetuning.evaluation.networks import Unavailable, clip, inception, lpips_network, lpips_of
+from finetuning.evaluation.pictures import network_input
+
+CAPTIONS = ["a red circle", "a blue square on a gray background"]
+LONG = "a small red circle to the left of a large blue square on a gray background " * 3
+FOLDED = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}  # AlexNet's features
+
+
+class Anything:
+    """What a pickle may hold besides tensors."""
+
+
+def noise(side, count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def saved(state, path):
+    """A path with the state dict in the format that its suffix names."""
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def inception_state():
+    """Random weights under torch-fidelity's keys, scaled so that the features neither vanish nor explode."""
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        shapes = {key: value.shape for key, value in FeatureExtractorInceptionV3("x", ["2048"]).state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda shape: torch.randn(shape, generator=generator)
+    state = {}
+    for key, shape in shapes.items():
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.tensor(1)
+        elif key.endswith("running_var") or key.endswith("bn.weight"):
+            state[key] = 1 + 0.2 * draw(shape).tanh()
+        elif len(shape) > 1:
+            state[key] = draw(shape) * (2 / shape[1:].numel()) ** 0.5
+        else:
+            state[key] = 0.1 * draw(shape)
+    return state
+
+
+@pytest.fixture(scope="module")
+def inception_file(inception_state, tmp_path_factory):
+    return saved(inception_state, tmp_path_factory.mktemp("inception") / "random.pth")
+
+
+@pytest.fixture(scope="module")
+def inception_network(inception_file):
+    return inception(inception_file, "clean", "cpu")
+
+
+@pytest.fixture(scope="module")
+def trunk_state():
+    """AlexNet's convolutions, and a stand-in for the classifier, which LPIPS does without."""
+    generator = torch.Generator().manual_seed(0)
+    state = {"classifier.6.weight": torch.zeros(2, 2)}
+    for index, (channels, inner, side) in FOLDED.items():
+        shape = (channels, inner, side, side)
+        state[f"features.{index}.weight"] = torch.randn(shape, generator=generator) * (2 / inner / side**2) ** 0.5
+        state[f"features.{index}.bias"] = 0.1 * torch.randn(channels, generator=generator)
+    return state
+
+
+@pytest.fixture(scope="module")
+def trunk_file(trunk_state, tmp_path_factory):
+    return saved(trunk_state, tmp_path_factory.mktemp("trunk") / "alexnet.safetensors")
+
+
+@pytest.fixture(scope="module")
+def lpips_pair(trunk_file):
+    return lpips_network(trunk_file, "cpu")
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tiny_model, tmp_path_factory):
+    """A CLIP of random weights that reads 16 tokens and 16 pixels."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_model / "tokenizer")
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1}
+    torch.manual_seed(0)
+    CLIPModel(
+        CLIPConfig(
+            text_config={**layers, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
+            vision_config={**layers, "image_size": 16, "patch_size": 8},
+            projection_dim=8,
+        )
+    ).save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def empty_hub(tmp_path, monkeypatch):
+    """torch.hub's folder of downloads, with nothing in it."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
+# -- Inception -------------------------------------------------------------------------------------------------------
+
+
+def test_features_are_torch_fidelitys(inception_network, inception_file):
+    pictures = noise(64, 2)
+    peer = FeatureExtractorInceptionV3("peer", ["2048"], str(inception_file))
+    with torch.no_grad():
+        (wanted,) = peer(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+        found = inception_network[0](network_input(pictures, "tf"))
+    assert found.shape == (2, 2048) and wanted.std() > 0.01
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_features_are_pytorch_fids(inception_network, inception_state, monkeypatch):
+    pictures = noise(64, 2)
+    monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: inception_state)
+    peer = pytorch_fid.inception.InceptionV3().eval()
+    with torch.no_grad():
+        (wanted,) = peer(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255)
+        found = inception_network[0](network_input(pictures, "legacy"))
+    torch.testing.assert_close(found, wanted[:, :, 0, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_network_stands_still(inception_network):
+    network = inception_network[0]
+    assert not network.training and not any(part.training for part in network.modules())
+    assert {(p.dtype, p.requires_grad) for p in network.parameters()} == {(torch.float32, False)}
+
+
+def test_both_formats_give_the_same_network(inception_network, inception_state, tmp_path):
+    path = saved(inception_state, tmp_path / "random.safetensors")
+    network, weights = inception(str(path), "legacy", "cpu")
+    other = inception_network[0].state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in network.state_dict().items())
+    assert (weights.origin, weights.sha256) == (str(path), digest(path))
+
+
+def test_random_weights_are_not_the_published_ones(inception_network, inception_file):
+    weights = inception_network[1]
+    assert weights == networks.Weights("inception", str(inception_file), digest(inception_file), False)
+
+
+def test_published_weights_are_known_by_their_digest(inception_file, empty_hub, monkeypatch):
+    empty_hub.mkdir(parents=True)
+    kept = empty_hub / Path(URL_INCEPTION_V3).name
+    kept.symlink_to(inception_file)
+    with pytest.raises(EvaluationProblem, match=f"{kept} is not the published file.*--inception_weights"):
+        inception(None, "clean", "cpu")
+    monkeypatch.setattr(networks, "INCEPTION_SHA256", digest(inception_file)[:8])
+    weights = inception(None, "clean", "cpu")[1]
+    assert (weights.origin, weights.published) == (URL_INCEPTION_V3, True)
+
+
+def test_an_unknown_protocol_is_refused_before_anything_is_loaded():
+    with pytest.raises(EvaluationProblem, match="--protocol dirty must be one of clean, legacy"):
+        inception("no-file", "dirty", "cpu")
+
+
+# -- files that do not fit -------------------------------------------------------------------------------------------
+
+OPENERS = {
+    "--inception_weights": lambda path: inception(path, "clean", "cpu"),
+    "--lpips_trunk": lambda path: lpips_network(path, "cpu"),
+}
+
+
+@pytest.mark.parametrize("flag", OPENERS)
+def test_offline_the_flag_for_local_weights_is_named(flag, empty_hub):
+    with pytest.raises(Unavailable, match=f"HF_HUB_OFFLINE is set: name a local file with {flag}"):
+        OPENERS[flag](None)
+
+
+@pytest.mark.parametrize("flag", OPENERS)
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("gone.pth", None, "there is no such file"),
+        ("object.pth", {"a": Anything()}, "cannot be read as a file of tensors alone"),
+        ("text.safetensors", b"text", "cannot be read as a file of tensors alone"),
+        ("empty.pth", b"", "cannot be read as a file of tensors alone"),
+        ("list.pth", [torch.zeros(1)], "is not a state dict"),
+        ("nested.pth", {"state_dict": {"a": torch.zeros(1)}}, "is not a state dict"),
+        ("nan.pth", {"good": torch.zeros(2), "bad": torch.tensor([0, np.nan])}, "not finite: bad"),
+        ("other.pth", {"conv.weight": torch.zeros(2)}, "does not fit the network"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value else "",
+)
+def test_a_file_that_is_no_set_of_weights_is_named(flag, name, content, told, tmp_path):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(EvaluationProblem, match=told) as problem:
+        OPENERS[flag](path)
+    assert str(problem.value).startswith(f"{flag} {path}")
+
+
+def test_a_pickle_runs_nothing(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "harm",)
+
+    torch.save({"a": Harm()}, tmp_path / "harm.pth")
+    with pytest.raises(EvaluationProblem, match="tensors alone"):
+        inception(tmp_path / "harm.pth", "clean", "cpu")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_keys_that_do_not_fit_are_listed(trunk_state, tmp_path):
+    wrong = {**trunk_state, "extra.bias": torch.zeros(2), "features.8.bias": torch.zeros(3)}
+    del wrong["features.3.weight"]
+    with pytest.raises(EvaluationProblem) as problem:
+        lpips_network(saved(wrong, tmp_path / "wrong.pth"), "cpu")
+    assert all(name in str(problem.value) for name in ("features.3.weight", "extra.bias", "features.8.bias"))
+    assert "classifier" not in str(problem.value)
+
+
+# -- LPIPS -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_downloaded_to_the_librarys_place(trunk_state, empty_hub, tmp_path, monkeypatch):
+    asked, url = [], AlexNet_Weights.IMAGENET1K_V1.url
+    published = saved(trunk_state, tmp_path / "published.pth")
+
+    def download(url, path, prefix, progress):
+        asked.append((url, prefix))
+        Path(path).write_bytes(published.read_bytes())
+
+    start = digest(published)[:8]
+    monkeypatch.setattr(networks, "ALEXNET_SHA256", start)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    trunk, _ = lpips_network(None, "cpu")[1]
+    assert (trunk.origin, trunk.published) == (url, True)
+    assert asked == [(url, start)]
+    assert [path.name for path in empty_hub.iterdir()] == [Path(url).name]
+
+
+def test_a_download_that_fails_is_unavailable(empty_hub, monkeypatch):
+    def download(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(Unavailable, match=r"no route.*--lpips_trunk"):
+        lpips_network(None, "cpu")
+
+
+def test_half_precision_weights_are_computed_with_in_full(trunk_state, tmp_path):
+    halved = {name: value.half() for name, value in trunk_state.items()}
+    network, _ = lpips_network(saved(halved, tmp_path / "half.safetensors"), "cpu")
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+def test_lpips_is_that_of_the_package(lpips_pair, trunk_state):
+    peer = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    for index, number in zip(FOLDED, range(1, 6), strict=True):
+        layer = getattr(peer.net, f"slice{number}").get_submodule(str(index))
+        layer.load_state_dict({name: trunk_state[f"features.{index}.{name}"] for name in ("weight", "bias")})
+    a, b = noise(64, 3, 1), noise(64, 3, 2)
+    tensors = (torch.cat([lpips.im2tensor(picture) for picture in pictures]) for pictures in (a, b))
+    with torch.no_grad():
+        wanted = peer(*tensors).flatten().double().numpy()
+    found = lpips_of(lpips_pair[0], [Image.fromarray(picture) for picture in a], b)
+    assert found.dtype == np.float64 and wanted.min() > 0.01
+    assert np.array_equal(found, wanted)
+
+
+def test_lpips_of_equal_pictures_is_zero_and_it_is_symmetric(lpips_pair):
+    a, b = noise(40, 2, 1), noise(40, 2, 2)
+    assert np.array_equal(lpips_of(lpips_pair[0], a, a), [0, 0])
+    assert np.array_equal(lpips_of(lpips_pair[0], a, b), lpips_of(lpips_pair[0], b, a))
+
+
+def test_lpips_takes_many_pictures_in_parts(lpips_pair, monkeypatch):
+    a, b = noise(32, 5, 1), noise(32, 5, 2)
+    together = lpips_of(lpips_pair[0], a, b)
+    monkeypatch.setattr(networks, "TOGETHER", 2)
+    np.testing.assert_allclose(lpips_of(lpips_pair[0], a, b), together, rtol=1e-5)
+
+
+def test_lpips_is_not_rounded_by_the_runs_precision(lpips_pair):
+    a, b = noise(32, 2, 1), noise(32, 2, 2)
+    plain = lpips_of(lpips_pair[0], a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(lpips_of(lpips_pair[0], a, b), plain)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "told"),
+    [
+        (noise(32, 2), noise(32, 3), "pairs of one size, not 2 x 32x32 and 3 x 32x32"),
+        (noise(32, 2), noise(40, 2), "pairs of one size, not 2 x 32x32 and 2 x 40x40"),
+        (noise(30, 2), noise(30, 2), "at least 31 pixels: raise --resolutions"),
+    ],
+)
+def test_pictures_that_lpips_cannot_compare_are_refused(lpips_pair, a, b, told):
+    with pytest.raises(EvaluationProblem, match=told):
+        lpips_of(lpips_pair[0], a, b)
+
+
+def test_31_pixels_are_enough_for_lpips(lpips_pair):
+    assert np.isfinite(lpips_of(lpips_pair[0], noise(31, 1, 1), noise(31, 1, 2))).all()
+
+
+def test_the_digests_of_trunk_and_heads_are_told(lpips_pair, trunk_file, monkeypatch):
+    trunk, heads = lpips_pair[1]
+    assert (trunk.origin, trunk.sha256, trunk.published) == (str(trunk_file), digest(trunk_file), False)
+    assert heads.sha256 == digest(Path(lpips.__file__).parent / "weights/v0.1/alex.pth") and heads.published
+    monkeypatch.setattr(networks, "ALEXNET_SHA256", digest(trunk_file)[:8])
+    assert lpips_network(trunk_file, "cpu")[1][0].published
+
+
+def test_a_package_without_one_of_its_heads_is_refused(trunk_file, tmp_path, monkeypatch):
+    heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/alex.pth", weights_only=True, map_location="cpu")
+    del heads["lin2.model.1.weight"]
+    (tmp_path / "weights/v0.1").mkdir(parents=True)
+    torch.save(heads, tmp_path / "weights/v0.1/alex.pth")
+    monkeypatch.setattr(lpips, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(EvaluationProblem, match=r"(?s)does not fit.*lin2\.model\.1\.weight"):
+        lpips_network(trunk_file, "cpu")
+
+
+# -- CLIP ------------------------------------------------------------------------------------------------------------
+
+
+def test_cosines_are_clips_own(clip_folder):
+    pictures = [Image.fromarray(one) for one in noise(24, 3)]
+    model, processor = CLIPModel.from_pretrained(clip_folder).eval(), CLIPProcessor.from_pretrained(clip_folder)
+    with torch.no_grad():
+        out = model(**processor(text=CAPTIONS, images=pictures, return_tensors="pt", padding=True))
+    wanted = (out.logits_per_image / model.logit_scale.exp()).detach().numpy()
+    scorer, _ = clip(clip_folder, "cpu")
+    images, texts = scorer.images(pictures), scorer.texts(CAPTIONS)
+    assert images.shape == (3, 8) and texts.shape == (2, 8) and images.dtype == texts.dtype == np.float64
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate([images, texts]), axis=1), 1, rtol=1e-12)
+    assert wanted.std() > 0.001
+    np.testing.assert_allclose(images @ texts.T, wanted, atol=1e-6)
+    assert scorer.truncated == 0
+
+
+def test_a_score_does_not_depend_on_what_stands_beside_it(clip_folder, monkeypatch):
+    scorer, _ = clip(clip_folder, "cpu")
+    pictures = [Image.fromarray(one) for one in noise(24, 5)]
+    captions = [*CAPTIONS, "a star", "red", "a"]
+    images, texts = scorer.images(pictures), scorer.texts(captions)
+    monkeypatch.setattr(networks, "TOGETHER", 2)
+    np.testing.assert_allclose(scorer.images(pictures), images, atol=1e-6)
+    np.testing.assert_allclose(scorer.texts(captions), texts, atol=1e-6)
+    np.testing.assert_allclose(scorer.texts(captions[2:3]), texts[2:3], atol=1e-6)
+
+
+def test_captions_longer_than_clip_reads_are_counted(clip_folder, capfd):
+    scorer, _ = clip(clip_folder, "cpu")
+    cut, longer = scorer.texts([LONG, LONG + " and a star"])
+    np.testing.assert_allclose(cut, longer, atol=1e-6)
+    scorer.texts([*CAPTIONS, LONG])
+    assert scorer.truncated == 2
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_caption_that_just_fits_is_not_counted(clip_folder):
+    scorer, _ = clip(clip_folder, "cpu")
+    scorer.texts(["red " * 14])  # and the start and the end
+    assert scorer.truncated == 0
+    scorer.texts(["red " * 15])
+    assert scorer.truncated == 1
+
+
+def test_a_local_clip_is_neither_published_nor_not(clip_folder):
+    weights = clip(str(clip_folder), "cpu")[1]
+    wanted = digest(clip_folder / "model.safetensors")
+    assert weights == networks.Weights("clip", str(clip_folder), wanted, None)
+
+
+@pytest.mark.parametrize(("name", "published"), [(networks.CLIP, True), ("someone/clip", None)])
+def test_the_default_clip_of_the_hub_is_published(clip_folder, monkeypatch, name, published):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(clip_folder))
+    weights = clip(name, "cpu")[1]
+    assert (weights.origin, weights.published) == (name, published)
+
+
+def test_only_the_default_clip_may_be_unavailable():
+    with pytest.raises(Unavailable, match=f"--clip_model {networks.CLIP} cannot be had from the Hub, name a folder"):
+        clip(networks.CLIP, "cpu")
+    with pytest.raises(EvaluationProblem, match="--clip_model someone/none cannot be had") as problem:
+        clip("someone/none", "cpu")
+    assert not isinstance(problem.value, Unavailable)
+
+
+def test_a_clip_that_was_fetched_in_part_is_unavailable(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(Unavailable, match="it has no weights"):
+        clip(networks.CLIP, "cpu")
+
+
+@pytest.fixture
+def pickled_clip(clip_folder, tmp_path):
+    """The same model as it was kept before safetensors: a function that writes what it is given as its weights."""
+    for path in clip_folder.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).symlink_to(path)
+
+    def write(state):
+        torch.save(state, tmp_path / "pytorch_model.bin")
+        return tmp_path
+
+    return write
+
+
+def test_a_pickle_of_tensors_is_the_same_clip(clip_folder, pickled_clip):
+    folder = pickled_clip(CLIPModel.from_pretrained(clip_folder).state_dict())
+    scorer, weights = clip(folder, "cpu")
+    assert weights.sha256 == digest(folder / "pytorch_model.bin")
+    assert np.array_equal(scorer.texts(CAPTIONS), clip(clip_folder, "cpu")[0].texts(CAPTIONS))
+
+
+def test_a_pickle_of_more_than_tensors_is_no_clip(pickled_clip):
+    with pytest.raises(EvaluationProblem, match=r"--clip_model .* cannot be opened"):
+        clip(pickled_clip({"a": Anything()}), "cpu")
+
+
+def test_a_clip_that_lacks_weights_is_refused(clip_folder, pickled_clip):
+    state = CLIPModel.from_pretrained(clip_folder).state_dict()
+    del state["visual_projection.weight"]
+    with pytest.raises(EvaluationProblem, match=r"lacks 1 weights of a CLIPModel \(visual_projection.weight"):
+        clip(pickled_clip(state), "cpu")
+
+
+def test_a_text_encoder_alone_is_no_clip(tmp_path):
+    layers = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    CLIPTextModel(CLIPTextConfig(**layers)).save_pretrained(tmp_path)
+    with pytest.raises(EvaluationProblem, match="--clip_model"):
+        clip(tmp_path, "cpu")
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    with pytest.raises(EvaluationProblem, match=r"has no weights: model\.safetensors"):
+        clip(tmp_path, "cpu")

@@ -1,0 +1,575 @@
+"""The page of a report holds all that it shows, says what the figures say, and sorts in a real browser."""
+
+import base64
+import hashlib
+import io
+import json
+import random
+import re
+import shutil
+import subprocess
+from collections import Counter
+from html import unescape
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from finetuning.evaluation.contract import METRICS
+from finetuning.evaluation.report_page import (
+    EMBEDDED,
+    THUMBNAIL,
+    best_and_worst,
+    is_beyond_noise,
+    number,
+    page,
+    standing,
+    verdict,
+    written,
+)  # fmt: skip
+from finetuning.evaluation.statistics import mean_of, paired_difference
+from finetuning.shapes.drawing import draw
+from finetuning.shapes.scenes import draw_scene
+
+VOID = {"meta", "img", "br", "input"}
+LABELS = ("original", "original, seed 2", "tuned", "merged")
+ROW_METRICS = {"style": (0.0, 0.0, 0.93, 0.6), "clip_score": (24.1, 24.0, 27.3, 26.4), "lpips": (0.61, 0.6, 0.42, 0.5)}
+SET_METRICS = {"kid": (0.214, 0.209, 0.038, 0.09), "fid": (181.2, 178.4, 92.6, 120.3)}
+CATEGORIES = ("people", "animals", "food")
+
+
+class Reader(HTMLParser):
+    """Checks that elements are closed in order, and gathers attributes and text; `texts` has the text of each cell."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text, self.script = [], Counter(), [], "", ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags[tag] += 1
+        self.attributes += [(tag, *item) for item in attributes]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags[tag] += 1
+        self.attributes += [(tag, *item) for item in attributes]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("script", "style"):
+            self.script += data if self.open[-1] == "script" else ""
+        else:
+            self.text += data
+
+
+def with_verdict(estimate):
+    return {**estimate.as_dict(), "excludes_zero": bool(estimate.excludes_zero)}
+
+
+def around(value, share, n):
+    return {"value": value, "low": value - share, "high": value + share, "n": n}
+
+
+def small_caption(rng):
+    scene = draw_scene(rng, pair_share=0.3)
+    return scene, scene.caption
+
+
+def row_values(rng, metrics=ROW_METRICS):
+    spread = {"style": 0.1, "clip_score": 1.5, "lpips": 0.08}
+    drawn = {
+        name: {label: round(rng.gauss(m, spread[name]), 4) for label, m in zip(LABELS, means, strict=True)}
+        for name, means in metrics.items()
+    }
+    if "style" in drawn:
+        drawn["style"] = {label: float(min(1, max(0, value))) for label, value in drawn["style"].items()}
+    return drawn
+
+
+def example(folder, count=24, drawn=True):
+    """A report as evaluate_model.py makes it, on scenes of the shapes world, with its pictures in `folder`."""
+    rng = random.Random(7)
+    rows, prompts = [], []
+    for number_of in range(count):
+        scene, caption = small_caption(rng)
+        names = {label: f"pictures/{label}/{number_of:05}.png" for label in LABELS}
+        if drawn:
+            styles = zip(LABELS, ("filled", "filled", "chalk", None), strict=True)
+            pictures = {label: draw(scene, 100 + 9 * number_of + len(label), style) for label, style in styles if style}
+            pictures["merged"] = Image.blend(pictures["original"], pictures["tuned"], 0.6)
+            pictures["truth"] = draw(scene, number_of, "chalk")
+            for label, name in {**names, "truth": f"truth/{number_of:05}.png"}.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                pictures[label].save(folder / name)
+        rows.append({"row": number_of, "caption": caption, "truth": f"truth/{number_of:05}.png", "pictures": names,
+                     "values": row_values(rng)})  # fmt: skip
+        if number_of < 9:
+            values = row_values(rng, {"clip_score": (26.0, 26.1, 24.2, 25.3)})
+            drift = {"drift_lpips": {label: round(rng.uniform(0.2, 0.6), 3) for label in LABELS[1:]}}
+            prompts.append({"row": number_of, "caption": caption, "category": CATEGORIES[number_of % 3],
+                            "pictures": names, "values": values | drift})  # fmt: skip
+    summary, differences = {}, {}
+    for name in ROW_METRICS:
+        of = {label: [row["values"][name][label] for row in rows] for label in LABELS}
+        summary[name] = {"64": {label: mean_of(values).as_dict() for label, values in of.items()}}
+        differences[name] = {
+            "64": {label: with_verdict(paired_difference(of[label], of["original"])) for label in LABELS[1:]}
+        }
+    for name, values in SET_METRICS.items():
+        wide = 0.08 * values[0]
+        summary[name] = {"64": {label: around(v, wide, count) for label, v in zip(LABELS, values, strict=True)}}
+        differences[name] = {
+            "64": {
+                label: {**around(v - values[0], wide, count), "excludes_zero": abs(v - values[0]) > wide}
+                for label, v in zip(LABELS[1:], values[1:], strict=True)
+            }
+        }
+    steps = (0, 250, 500, 1000, 1500, 2000)
+    line = lambda label, ends, room: {
+        "label": label,
+        "points": [
+            {"x": s, "y": y, "low": y - room, "high": y + room}
+            for s in steps
+            for y in [ends[0] + (ends[1] - ends[0]) * (1 - 0.998**s)]
+        ],
+    }
+    return {
+        "made": {
+            "command": ["python", "evaluate_model.py", "--dataset", "datasets/shapes chalk", "--model", "tuned=b"],
+            "versions": {"torch": "2.9.0", "diffusers": "0.36.0"},
+            "args": {"dataset": "datasets/shapes chalk", "seed": 0, "resolutions": [64], "lora": None},
+        },
+        "protocol": "clean",
+        "policy": "The centre square of each picture is resized with PIL's antialiased bicubic filter.",
+        "sides": [64],
+        "reference": "original",
+        "weights": [
+            {"name": "inception", "origin": "random.safetensors", "sha256": "ab" * 32, "published": False},
+            {"name": "lpips heads", "origin": "lpips 0.1.4", "sha256": "cd" * 32, "published": True},
+            {"name": "clip", "origin": "models/clip", "sha256": "ef" * 32, "published": None},
+        ],
+        "left_out": [{"metric": "clip_image", "why": "the CLIP model is not there; name one by --clip_model"}],
+        "warnings": [f"FID of {count} pictures is too large by about 61, for their number alone; look at KID"],
+        "models": [
+            {"label": "original", "source": "models/mini-sd", "noise_floor": False},
+            {"label": "original, seed 2", "source": "models/mini-sd", "noise_floor": True},
+            {"label": "tuned", "source": "build/full", "noise_floor": False},
+            {"label": "merged", "source": "build/merged", "noise_floor": False},
+        ],
+        "summary": summary,
+        "differences": differences,
+        "rows": rows,
+        "forgetting": {
+            "prompts": prompts,
+            "summary": {"clip_score": {label: around(26 - at, 0.6, 9) for at, label in enumerate(LABELS)}},
+            "learned": {"tuned": around(0.93, 0.05, count), "merged": around(0.6, 0.06, count)},
+            "kept": {"tuned": around(0.81, 0.07, 9), "merged": around(0.96, 0.06, 9)},
+            "words": {"learned": "rise of the share of things in chalk", "kept": "CLIP score, divided by the reference",
+                      "clip_score": "CLIP score on the general prompts"},
+        },
+        "curves": [
+            {"title": "Learned and kept", "x_title": "step", "y_title": "share",
+             "lines": [line("learned", (0.0, 0.93), 0.04), line("kept", (1.0, 0.81), 0.06)]},
+            {"title": "Validation loss", "x_title": "step", "y_title": "loss",
+             "lines": [line("chalk", (0.082, 0.055), 0.002)]},
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """(report, folder, text of its page); never change the report."""
+    folder = tmp_path_factory.mktemp("report")
+    report = example(folder)
+    report["rows"][5]["values"]["lpips"]["tuned"] = None
+    text = page(report, folder)
+    (folder / "report.html").write_text(text, encoding="utf-8")
+    return report, folder, text
+
+
+@pytest.fixture
+def report(tmp_path):
+    """A report of few rows without pictures, to be changed."""
+    return example(tmp_path, 4, drawn=False)
+
+
+def cells(text, head):
+    """The rows of the table whose heading has the text `head`, as lists of text; a <br> or a tag is a space."""
+    part = text[text.index(head) :]
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", part[: part.index("</table>")], re.S)
+    plain = lambda cell: " ".join(re.sub(r"<[^>]*>", " ", cell).split())
+    return [[plain(cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S)] for row in rows]
+
+
+# -- figures in words ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "width", "expected"),
+    [
+        (0.7123456, 0.04, "0.712"), (0.7123456, 0.4, "0.71"), (105.34, 30.0, "105"), (24.1234, 2.4, "24.1"),
+        (0.00123456, 0.0002, "0.00123"), (0.00123456, None, "0.001235"), (0.0, 0.0, "0"), (-0.0001, 0.1, "0.000"),
+        (-1.5, 1.0, "-1.50"), (12345.0, None, "12345"), (1, None, "1"), (None, 0.1, "-"),
+    ],
+)  # fmt: skip
+def test_a_figure_has_the_digits_that_its_interval_allows(value, width, expected):
+    assert number(value, width) == expected
+
+
+def test_an_estimate_is_written_with_its_interval():
+    assert written({"value": 0.71234, "low": 0.7, "high": 0.74, "n": 9}) == "0.712 (0.700 to 0.740)"
+    assert written({"value": 0.71234, "low": 0.7, "high": 0.74, "n": 9}, sign=True) == "+0.712 (+0.700 to +0.740)"
+    assert written({"value": 0.71234, "low": None, "high": None, "n": 1}) == "0.7123 (no interval)"
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("value", "told"), [(0.5, True), (-0.5, True), (0.5, False)])
+def test_better_and_worse_are_said_by_the_interval_and_the_direction(report, metric, value, told):
+    report["differences"][metric] = {"64": {"tuned": {**around(value, 0.1, 4), "excludes_zero": told}}}
+    good = (value > 0) == (METRICS[metric].better == "higher")
+    assert standing(report, metric, 64, "tuned") == ("not told apart" if not told else "better" if good else "worse")
+    assert standing(report, metric, 64, "merged") is None
+
+
+@pytest.mark.parametrize(("value", "beyond"), [(0.29, False), (-0.29, False), (0.31, True), (-0.31, True)])
+def test_the_noise_floor_is_the_far_end_of_its_interval(report, value, beyond):
+    report["differences"]["kid"]["64"] = {
+        "original, seed 2": {**around(-0.1, 0.2, 4), "excludes_zero": False},
+        "tuned": {**around(value, 0.1, 4), "excludes_zero": True},
+    }
+    assert is_beyond_noise(report, "kid", 64, "tuned") is beyond
+    del report["differences"]["kid"]["64"]["original, seed 2"]
+    assert is_beyond_noise(report, "kid", 64, "tuned") is None
+
+
+def test_the_verdict_says_learned_noise_and_forgotten(report):
+    told = {"value": -0.1, "low": -0.12, "high": -0.08, "n": 4, "excludes_zero": True}
+    chance = {"value": -0.1, "low": -0.4, "high": 0.2, "n": 4, "excludes_zero": False}
+    report["differences"] = {
+        "style": {"64": {"tuned": {**told, "value": 0.1}, "merged": chance}},
+        "lpips": {"64": {"original, seed 2": {**chance, "low": -0.2}, "tuned": told, "merged": chance}},
+        "clip_score": {"64": {"original, seed 2": {**told, "value": 0.01, "low": 0.0, "high": 0.02}, "tuned": told}},
+    }
+    tuned, merged = verdict(report)
+    assert tuned.startswith(
+        "Against original, tuned has learned, but not in everything (better: in chalk and LPIPS; worse: CLIP score): "
+        "beyond the noise floor: CLIP score. "
+    )
+    assert tuned.endswith("It has forgotten: kept 0.810 (0.740 to 0.880), where 1 is all that original can do.")
+    assert merged.startswith(
+        "Against original, merged has not measurably learned (not told apart: in chalk and LPIPS): no diff"
+    )
+    assert "That it has forgotten anything cannot be told: kept 0.960 (0.900 to 1.020)" in merged
+    report["models"][1]["noise_floor"], report["forgetting"], report["differences"] = False, None, {}
+    assert all(s.endswith("was not compared with original. What it forgot was not measured.") for s in verdict(report))
+
+
+@pytest.mark.parametrize(("metric", "best"), [("lpips", [2, 0]), ("clip_score", [1, 3])])
+def test_best_and_worst_follow_the_metric_of_the_first_tuned_model(report, metric, best):
+    for row, value in zip(report["rows"], (0.2, 0.9, 0.1, 0.5), strict=True):
+        row["values"] = {metric: {"tuned": value, "original": 1 - value}}
+    found, label, first, last = best_and_worst(report, 2)
+    assert (found, label, [row["row"] for row in first]) == (metric, "tuned", best)
+    assert sorted(best + [row["row"] for row in last]) == [0, 1, 2, 3]
+    assert [row["row"] for row in best_and_worst(report, 1)[3]] == [1 if metric == "lpips" else 2]
+    report["rows"][2]["values"] = {}
+    assert len(best_and_worst(report, 9)[2]) == 2 and len(best_and_worst(report, 9)[3]) == 1
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_asked_for_from_anywhere_and_only_its_own_script_may_run(shown):
+    _, _, text = shown
+    read = Reader(text)
+    addresses = [value for _, key, value in read.attributes if key in ("src", "href", "action", "data", "poster")]
+    assert len(addresses) > 100 and all(address.startswith("data:image/") for address in addresses)
+    assert read.tags["link"] == read.tags["iframe"] == 0 and read.tags["script"] == 1
+    assert "url(" not in text and "@import" not in text
+    (policy,) = [value for tag, key, value in read.attributes if tag == "meta" and "default-src" in value]
+    digest = base64.b64encode(hashlib.sha256(read.script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert not [key for _, key, _ in read.attributes if key.startswith("on")]
+
+
+EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quotes\' ALT'
+
+
+@pytest.mark.parametrize("where", ["caption", "label", "warning", "command", "category", "curve"])
+def test_what_it_is_given_is_text_not_markup(report, tmp_path, where):
+    if where == "label":
+        report = json.loads(json.dumps(report).replace('"merged"', json.dumps(EVIL)))
+    elif where == "caption":
+        report["rows"][0]["caption"] = report["forgetting"]["prompts"][0]["caption"] = EVIL
+    elif where == "category":
+        report["forgetting"]["prompts"][0]["category"] = EVIL
+    elif where == "curve":
+        report["curves"][0]["title"] = report["curves"][0]["lines"][0]["label"] = EVIL
+    else:
+        {"warning": report["warnings"], "command": report["made"]["command"]}[where].append(EVIL)
+    read = Reader(page(report, tmp_path))
+    assert read.tags["script"] == 1 and read.tags["img"] == 0
+    assert EVIL in read.text or (where == "command" and '<script>alert("x")</script>' in read.text)
+    assert not [value for _, key, value in read.attributes if key.startswith("on")]
+
+
+def test_the_figures_stand_in_the_summary_with_interval_n_and_mark(shown):
+    report, _, text = shown
+    lines = cells(text, "<h2>Figures</h2>")
+    heads = [line[0] for line in lines if len(line) == 1]
+    assert [head.split(" higher")[0].split(" lower")[0] for head in heads] == [
+        METRICS[name].title for name in METRICS if name in report["summary"]
+    ]
+    assert "not comparable" in heads[-1] and "not comparable" in heads[-2] and "not comparable" not in heads[0]
+    assert all(METRICS[name].means in " ".join(heads) for name in report["summary"])
+    kid = next(index for index, line in enumerate(lines) if len(line) == 1 and line[0].startswith("KID"))
+    assert lines[kid + 1] == ["original", "0.214 0.197 to 0.231", "24", "", "", "reference"]
+    assert lines[kid + 2] == [
+        "original, seed 2",
+        "0.209 0.192 to 0.226",
+        "24",
+        "-0.005 -0.022 to +0.012",
+        "",
+        "noise floor",
+    ]
+    assert lines[kid + 3] == ["tuned", "0.038 0.021 to 0.055", "24", "-0.176 -0.193 to -0.159", "", "✓ better"]
+    assert text.count('class="forest"') == 3 * len(report["summary"])
+
+
+def test_a_difference_inside_the_noise_floor_is_marked_so(report, tmp_path):
+    report["differences"]["kid"]["64"]["original, seed 2"]["low"] = -0.5
+    line = next(line for line in cells(page(report, tmp_path), "<strong>KID") if line and line[0] == "tuned")
+    assert line[-1] == "✓ better within the noise floor"
+
+
+def test_each_side_has_its_own_figures_and_one_explanation(report, tmp_path):
+    report["sides"] = [32, 64]
+    report["summary"]["lpips"]["32"] = {"tuned": around(0.3, 0.1, 4)}
+    text = page(report, tmp_path)
+    heads = [line[0] for line in cells(text, "<h2>Figures</h2>") if len(line) == 1 and "LPIPS" in line[0]]
+    assert [head.split(" lower")[0] for head in heads] == ["LPIPS at 32 px", "LPIPS at 64 px"]
+    assert METRICS["lpips"].means in heads[0] and METRICS["lpips"].means not in heads[1]
+
+
+def test_warnings_come_first_and_each_once(report, tmp_path):
+    report["forgetting"]["warnings"] = [report["warnings"][0], "only 9 general prompts"]
+    text = page(report, tmp_path)
+    assert text.index('class="warnings"') < text.index("<h2>Figures</h2>")
+    listed = re.findall(r"<li>(.*?)</li>", text[text.index('class="warnings"') :])
+    assert listed[:2] == [report["warnings"][0], "only 9 general prompts"]
+    assert listed[2].startswith("CLIP image was left out: the CLIP model is not there")
+
+
+def test_all_that_makes_it_again_is_on_the_page(shown):
+    report, _, text = shown
+    read = Reader(text).text
+    assert "python evaluate_model.py --dataset 'datasets/shapes chalk' --model tuned=b" in read
+    for word in ("2.9.0", "build/merged", report["policy"], "clean", *(one["sha256"] for one in report["weights"])):
+        assert word in read, word
+    assert "not the published ones" in read and "not known whether published" in read
+
+
+def test_learned_kept_and_categories_are_tables(shown):
+    report, _, text = shown
+    assert cells(text, "<h2>Learned and kept</h2>")[1] == ["tuned", "0.930 0.880 to 0.980", "0.810 0.740 to 0.880"]
+    lines = cells(text, "CLIP score by category</h3>")
+    assert lines[0] == ["category", "n", *LABELS] and [line[0] for line in lines[1:]] == list(CATEGORIES)
+    own = [one["values"]["clip_score"]["tuned"] for one in report["forgetting"]["prompts"] if one["category"] == "food"]
+    assert lines[3][1] == "3" and float(lines[3][4].split()[0]) == pytest.approx(sum(own) / 3, abs=0.06)
+    assert cells(text, "drift lpips by category</h3>")[0] == ["category", "n", *LABELS[1:]]
+
+
+def test_curves_are_drawings_with_every_point_and_its_interval(shown):
+    report, _, text = shown
+    charts = [ElementTree.fromstring(svg) for svg in re.findall(r'<svg class="chart".*?</svg>', text, re.S)]
+    assert len(charts) == len(report["curves"]) == 2
+    for chart, curve in zip(charts, report["curves"], strict=True):
+        paths = [[tuple(map(float, p.split(","))) for p in one.get("points").split()] for one in chart.iter("polyline")]
+        assert list(map(len, paths)) == [len(line["points"]) for line in curve["lines"]]
+        assert len(list(chart.iter("circle"))) == sum(map(len, paths)) and len(list(chart.iter("polygon"))) == len(
+            paths
+        )
+        places = [xy for path in paths for xy in path]
+        points = [(point["x"], point["y"]) for line in curve["lines"] for point in line["points"]]
+        for axis, sign in ((0, 1), (1, -1)):  # y grows downwards
+            pairs = sorted((point[axis], sign * place[axis]) for point, place in zip(points, places, strict=True))
+            (a, pa), (b, pb) = pairs[0], pairs[-1]
+            assert [p for _, p in pairs] == pytest.approx(
+                [pa + (v - a) / (b - a) * (pb - pa) for v, _ in pairs], abs=0.2
+            )
+        band = [tuple(map(float, p.split(","))) for p in next(chart.iter("polygon")).get("points").split()]
+        half = len(band) // 2
+        assert all(
+            up[1] < at[1] < down[1] for up, at, down in zip(band[:half], paths[0], band[: -half - 1 : -1], strict=True)
+        )
+        words = [one.text for one in chart.iter("text")]
+        assert {curve["x_title"], curve["y_title"], "1000", "2000"} <= set(words)
+
+
+@pytest.mark.parametrize("points", [[], [{"x": 0, "y": 0.5, "low": None, "high": None}]], ids=["none", "one"])
+def test_a_curve_of_few_points_is_drawn_too(report, tmp_path, points):
+    report["curves"] = [
+        {"title": "few", "x_title": "step", "y_title": "share", "lines": [{"label": "a", "points": points}]}
+    ]
+    text = page(report, tmp_path)
+    assert text.count("<circle cx=") - text.count('class="forest"') == len(points) and "nan" not in Reader(text).text
+
+
+def test_every_row_stands_in_the_table_with_its_values(shown):
+    report, _, text = shown
+    table = text[text.index("<h2>Picture by picture</h2>") : text.index("<h2>General prompts")]
+    lines = re.findall(r"<tr data-text=.*?</tr>", table, re.S)
+    assert len(lines) == len(report["rows"])
+    for line, row in zip(lines, report["rows"], strict=True):
+        values = [float(value) if value else None for value in re.findall(r'data-value="([^"]*)"', line)]
+        assert values == [
+            row["row"],
+            *(row["values"][m][label] for label in LABELS for m in METRICS if m in ROW_METRICS),
+        ]
+        assert row["caption"] in line and line.count("<img") == 1 + len(LABELS)
+
+
+def test_pictures_are_small_copies_sharp_where_they_are_tiny(tmp_path):
+    report = example(tmp_path, 4)
+    Image.new("RGB", (800, 400), (200, 30, 30)).save(tmp_path / report["rows"][0]["truth"])
+    attributes = Reader(page(report, tmp_path)).attributes
+    sources = [value for _, key, value in attributes if key == "src"]
+    opened = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in sources]
+    large = [one for one in opened if one.size != (64, 64)]
+    assert {(one.size, one.format) for one in large} == {((THUMBNAIL, THUMBNAIL // 2), "JPEG")}
+    assert {one.format for one in opened if one.size == (64, 64)} == {"PNG"}
+    first = Image.open(tmp_path / report["rows"][0]["pictures"]["tuned"]).convert("RGB")
+    assert any(one.size == first.size and one.convert("RGB").tobytes() == first.tobytes() for one in opened)
+
+
+def test_of_many_rows_only_some_have_their_pictures_inside(tmp_path):
+    count = EMBEDDED + 130
+    report = example(tmp_path, count, drawn=False)
+    report["forgetting"] = None
+    picture = tmp_path / "one.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    for row in report["rows"]:
+        row["truth"] = None
+        row["pictures"] = {"tuned": f"here/{row['row']}.png"}
+        (tmp_path / "here").mkdir(exist_ok=True)
+        (tmp_path / row["pictures"]["tuned"]).symlink_to(picture)
+    text = page(report, tmp_path)
+    table = text[text.index("<h2>Picture by picture</h2>") :]
+    embedded = re.findall(r'<tr data-text="(\d+) [^>]*>(?:(?!</tr>).)*<img', table, re.S)
+    assert EMBEDDED / 2 < len(embedded) <= EMBEDDED and table.count("<tr data-text") == count
+    assert f"Of {count} rows, {len(embedded)} have their pictures inside this page" in text
+    for row in best_and_worst(report, 40)[2] + best_and_worst(report, 40)[3]:
+        assert str(row["row"]) in embedded
+    without = next(row for row in report["rows"] if str(row["row"]) not in embedded)
+    assert f'<span class="file">{without["pictures"]["tuned"]}</span>' in table
+
+
+def test_a_picture_that_cannot_be_shown_is_named(tmp_path):
+    report = example(tmp_path, 4)
+    (tmp_path / report["rows"][1]["pictures"]["tuned"]).write_bytes(b"no picture")
+    (tmp_path / report["rows"][2]["truth"]).unlink()
+    text = Reader(page(report, tmp_path)).text
+    assert "2 pictures cannot be shown" in text
+    assert "pictures/tuned/00001.png (cannot identify" in text and "truth/00002.png ([Errno 2] No such file" in text
+    assert str(tmp_path) not in text
+
+
+def test_a_report_of_one_model_without_extras_has_a_page(report, tmp_path):
+    report |= {"models": report["models"][:1], "differences": {}, "forgetting": None, "curves": [], "left_out": []}
+    report |= {"warnings": [], "summary": {"kid": {"64": {"original": around(0.1, 0.02, 4)}}}}
+    for row in report["rows"]:
+        row["pictures"], row["values"], row["truth"] = {"original": "a.png"}, {"lpips": {"original": None}}, None
+    text = page(report, tmp_path)
+    read = Reader(text)
+    assert "Evaluation of original" in read.text and "<h2>Best and worst</h2>" not in text
+    assert 'class="verdict"' not in text and "4 rows" not in text
+
+
+def test_it_is_made_for_a_phone_the_dark_and_paper(shown):
+    _, _, text = shown
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert "prefers-color-scheme: dark" in text and "color-scheme: light dark" in text and "@media print" in text
+
+
+# -- in a browser --------------------------------------------------------------------------------------------------
+
+FRAGMENT = "#sort=-lpips:tuned&filter=CIRCLE&prompts-sort=category"
+HARNESS = """<!DOCTYPE html><body><pre id="out"></pre><iframe src="report.html FRAGMENT"></iframe><script>
+const frame = document.querySelector("iframe");
+frame.onload = () => {
+  const inside = frame.contentDocument, search = inside.querySelector("input");
+  const found = {opened: inside.documentElement.outerHTML, clicked: []};
+  const filter = text => { search.value = text; search.dispatchEvent(new Event("input")); };
+  filter("");
+  for (const key of ["clip_score:tuned", "clip_score:tuned", "lpips:tuned", "caption", "row"]) {
+    inside.querySelector(`th[data-key="${key}"] button`).click();
+    found.clicked.push([...inside.querySelector(".rows tbody").rows].map(row => Number(row.cells[0].textContent)));
+  }
+  filter("square");
+  found.left = inside.querySelector("output").textContent;
+  found.address = frame.contentWindow.location.hash;
+  found.error = inside.documentElement.dataset.error || null;
+  document.querySelector("#out").textContent = JSON.stringify(found);
+};
+</script></body>""".replace(" FRAGMENT", FRAGMENT)
+
+
+@pytest.fixture(scope="module")
+def browsed(shown, tmp_path_factory):
+    """What a browser made of the page: opened at FRAGMENT, then clicked and typed into as HARNESS says."""
+    program = shutil.which("chromium")
+    if not program:
+        pytest.skip("chromium is not installed: the page's script is not run")
+    harness = shown[1] / "harness.html"
+    harness.write_text(HARNESS, encoding="utf-8")
+    command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+               "--allow-file-access-from-files", f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+               "--virtual-time-budget=2000", "--dump-dom", harness.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(unescape(re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.S)[1]))
+
+
+def order(dom, heading):
+    """(row numbers in their order, those hidden) of a table."""
+    table = dom[dom.index(f"<h2>{heading}</h2>") :]
+    rows = re.findall(r'<tr data-text="(\d+) ([^>]*)>', table[: table.index("</table>")])
+    return [int(number) for number, _ in rows], {int(number) for number, rest in rows if "hidden" in rest}
+
+
+def by(rows, metric, sign=1):
+    """Row numbers in the order of a metric of the tuned model; those without a value come last."""
+    value = lambda row: row["values"][metric]["tuned"]
+    key = lambda row: (value(row) is None, sign * (value(row) or 0))
+    return [row["row"] for row in sorted(rows, key=key)]
+
+
+def test_a_browser_sorts_and_filters_by_the_fragment(shown, browsed):
+    rows, dom = shown[0]["rows"], browsed["opened"]
+    assert 'data-ready="yes"' in dom and "data-error" not in dom and browsed["error"] is None
+    hidden = {row["row"] for row in rows if "circle" not in row["caption"]}
+    assert 0 < len(hidden) < len(rows)
+    assert order(dom, "Picture by picture") == (by(rows, "lpips", -1), hidden)
+    assert re.findall(r'data-key="([^"]*)"[^>]*aria-sort="(\w+)"', dom) == [
+        ("lpips:tuned", "descending"), ("category", "ascending"),
+    ]  # fmt: skip
+    assert f"{len(rows) - len(hidden)} of {len(rows)} rows" in dom
+    by_category = sorted(shown[0]["forgetting"]["prompts"], key=lambda row: row["category"])
+    assert order(dom, "General prompts one by one") == ([row["row"] for row in by_category], set())
+
+
+def test_a_click_on_a_heading_sorts_and_a_second_turns_it_round(shown, browsed):
+    rows = shown[0]["rows"]
+    by_caption = [row["row"] for row in sorted(rows, key=lambda row: row["caption"])]
+    assert browsed["clicked"] == [
+        by(rows, "clip_score"), by(rows, "clip_score", -1), by(rows, "lpips"), by_caption, list(range(len(rows))),
+    ]  # fmt: skip
+    assert browsed["left"] == f"{sum('square' in row['caption'] for row in rows)} of {len(rows)} rows"
+    assert browsed["address"] == "#sort=row&prompts-sort=category&filter=square"
