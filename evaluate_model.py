@@ -1,7 +1,8 @@
 """Did it learn, and what did it forget? Models drawn on the same captions and seeds, measured, in one report.
 
     python evaluate_model.py --dataset datasets/chalk --split validation --model original=models/mini-sd \\
-        --model tuned=runs/chalk --general_prompts datasets/left_out_of_chalk.txt --guidance_scale 3 --output_dir runs/report
+        --model tuned=runs/chalk --general_prompts datasets/left_out_of_chalk.txt --guidance_scale 3 \\
+        --output_dir runs/report
 
 Reads   a folder of captioned pictures, of which --split is the truth; --model label=PATH, each a pipeline, Hub name or
         checkpoint-N, the first is the reference; --lora label=PATH, put on that first model; --pictures label=FOLDER,

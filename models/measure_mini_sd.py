@@ -17,7 +17,7 @@ from finetuning.cli import write_json
 from finetuning.draws import torch_generator
 from finetuning.evaluation.grid import labelled_grid
 from finetuning.families.pipelines import SCHEDULERS, open_pipeline
-from finetuning.shapes.checker import agrees, read
+from finetuning.shapes.checker import agrees, read, right, share_in_chalk
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import SHAPES, draw_scene, single_scenes
 
@@ -67,11 +67,9 @@ def chalk_and_right(pipeline, shapes, captions=128):
     """
     scenes = held_out_scenes(2 * captions, shapes)[0]
     pictures = generate(pipeline, scenes, guidance_scale=3.0, steps=25)
-    judged = [agrees(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)]
-    things = [read(picture)[1] for picture in pictures]
     return {
-        "chalk": [sum(one.style != "filled" for one in seen) / max(1, len(seen)) for seen in things],
-        "right": [float(one["shape"] and one["color"]) for one in judged],
+        "chalk": [share_in_chalk(picture) for picture in pictures],
+        "right": [right(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)],
     }
 
 

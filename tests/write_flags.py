@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import caption_images
+import evaluate_model
 import generate_images
 import merge_checkpoints
 import prepare_dataset
@@ -30,6 +31,7 @@ def page():
         ("train_lora.py", 'Those of train_text_to_image.py, without its group "Weights to start from", and:', lora),
         ("generate_images.py", "", flag_table(generate_images.Args)),
         *((f"prepare_dataset.py {name}", "", flag_table(args)) for name, args in prepare_dataset.COMMANDS.items()),
+        ("evaluate_model.py", "", flag_table(evaluate_model.Args)),
         ("caption_images.py", "", flag_table(caption_images.Args)),
         *(
             (f"merge_checkpoints.py {name}", "", flag_table(args))

@@ -60,6 +60,8 @@ def _to_rgb(image):
 def _scale_deep(image):
     """16-bit greys hold 0..65535, floats 0..1 or 0..255. PIL's own conversion would clip all of them at 255."""
     values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite")
     brightest = values.max(initial=0) if image.mode == "F" else 65535
     scale = 255.0 if brightest <= 1 else 1.0 if brightest <= 255 else 255 / 65535
     return Image.fromarray(np.clip(values * scale + 0.5, 0, 255).astype(np.uint8)).convert("RGB")

@@ -20,7 +20,7 @@ from finetuning.cli import flag
 from finetuning.evaluation import features, networks, statistics
 from finetuning.evaluation.contract import METRICS, EvaluationProblem
 from finetuning.evaluation.pictures import POLICY, read_pictures
-from finetuning.shapes.checker import agrees, read
+from finetuning.shapes.checker import right, share_in_chalk
 from finetuning.shapes.scenes import parse
 
 NETWORK_OF = {
@@ -158,18 +158,6 @@ def measure(rows, pictures, opened, args, device="cpu", offered=tuple(METRICS)):
     _check_values(measured)
     measured.warnings = list(_warnings(measured, opened.found, sizes))
     return measured
-
-
-def right(scene, picture):
-    """1.0 where a picture shows the asked shapes in the asked colours, else 0.0."""
-    seen = agrees(scene, picture)
-    return float(seen["shape"] and seen["color"])
-
-
-def share_in_chalk(picture):
-    """The share of a picture's things that are not filled; 0.0 where it shows nothing."""
-    things = read(picture)[1]
-    return sum(one.style == "chalk" for one in things) / max(1, len(things))
 
 
 def scenes_of(captions):

@@ -71,7 +71,7 @@ class PictureFiles(Dataset):
 
     def __getitem__(self, index):
         try:
-            return np.asarray(matched(_open(self.paths[index]), self.side))
+            return np.asarray(matched(open_rgb(self.paths[index]), self.side))
         except UnreadablePicture as problem:
             return problem
 
@@ -96,15 +96,6 @@ def read_pictures(paths, side, batch_size, workers, make=list, title="reading pi
 def _made_of(make, items):
     unreadable = [str(item) for item in items if isinstance(item, UnreadablePicture)]
     return (None if unreadable else make(items)), unreadable
-
-
-def _open(path):
-    """open_rgb, which would paint what is not a number black. Raises UnreadablePicture."""
-    picture = open_rgb(path)
-    with Image.open(path) as raw:
-        if raw.mode == "F" and not np.isfinite(np.asarray(raw)).all():
-            raise UnreadablePicture(f"{path}: it holds values that are not finite")
-    return picture
 
 
 def _clean(pixels):

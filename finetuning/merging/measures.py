@@ -15,7 +15,7 @@ from finetuning.data.reading import DatasetProblem
 from finetuning.evaluation.denoising import load_rows, row_losses
 from finetuning.families.contract import ModelProblem
 from finetuning.families.sd import Denoiser, StableDiffusion
-from finetuning.shapes.checker import agrees, read
+from finetuning.shapes.checker import right, share_in_chalk
 from finetuning.shapes.scenes import parse
 from finetuning.training.files import sha256
 from finetuning.training.noise import NoiseSchedule
@@ -45,16 +45,10 @@ def measure_shapes(args, blend, prompts_in, prompts_out):
     by_prompt = lambda values: torch.tensor(values, dtype=torch.float64).view(-1, len(args.seed)).mean(1)
 
     def measure(ratio, pictures_in, pictures_out):
-        judged = [agrees(scene, picture) for scene, picture in zip(scenes, pictures_out, strict=True)]
-        kept = [one["shape"] and one["color"] for one in judged]
-        return by_prompt([_share_in_chalk(picture) for picture in pictures_in]), by_prompt(kept)
+        kept = [right(scene, picture) for scene, picture in zip(scenes, pictures_out, strict=True)]
+        return by_prompt([share_in_chalk(picture) for picture in pictures_in]), by_prompt(kept)
 
     return measure, {"style": "chalk"}
-
-
-def _share_in_chalk(picture):
-    things = read(picture)[1]
-    return sum(one.style == "chalk" for one in things) / max(1, len(things))
 
 
 def measure_loss(args, blend, prompts_in, prompts_out):

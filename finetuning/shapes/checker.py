@@ -78,6 +78,18 @@ def agrees(scene: Scene, picture):
     return right
 
 
+def right(scene: Scene, picture):
+    """1.0 where a picture shows the asked shapes in the asked colours, else 0.0."""
+    seen = agrees(scene, picture)
+    return float(seen["shape"] and seen["color"])
+
+
+def share_in_chalk(picture):
+    """The share of a picture's things that are not filled; 0.0 where it shows nothing."""
+    things = read(picture)[1]
+    return sum(one.style == "chalk" for one in things) / max(1, len(things))
+
+
 def _match(scene, seen):
     """For each thing asked for, what was seen of it or None; of two, in the order that fits better."""
     wanted = scene.things

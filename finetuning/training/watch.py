@@ -2,7 +2,7 @@
 
 Measured on the same rows, timesteps, noise, prompts and seeds every time, and compared row by row with step 0, whose
 values stay in output_dir/validation/base_evaluation.json: a resumed run compares with the same base. Looking changes
-nothing of what is trained. The figures are those of finetuning/evaluation/forgetting.py.
+nothing of what is trained. The figures are those of finetuning/evaluation/yardsticks.py.
 
 MEASURES is the table: a line there, and one function.
 """
@@ -23,10 +23,12 @@ from finetuning.draws import torch_generator
 from finetuning.evaluation.contract import EvaluationProblem
 from finetuning.evaluation.denoising import chosen_rows, load_rows, row_losses
 from finetuning.evaluation.generating import general_rows
+from finetuning.evaluation.statistics import mean_of
+from finetuning.evaluation.yardsticks import YARDSTICKS, learned_and_kept
+from finetuning.shapes.checker import right, share_in_chalk
 from finetuning.shapes.scenes import parse
 
-# What brings the metrics' networks along is imported in the functions that need it: a run that does not look at itself
-# should not wait for it.
+# CLIP is imported in the function that needs it: a run that does not look at itself should not wait for it.
 
 
 @dataclass
@@ -119,8 +121,6 @@ class Watch:
     """Looks at the averaged weights (at the raw ones without EMA) at step 0, every so often, and at the end."""
 
     def __init__(self, args, run, model, ema, schedule, held_out, total_steps):
-        from finetuning.evaluation.forgetting import YARDSTICKS
-
         self.args, self.run, self.ema, self.total_steps = args, run, ema, total_steps
         self.path = Path(run.output_dir) / "validation" / "base_evaluation.json"
         self.losses_of = partial(
@@ -191,9 +191,6 @@ class Watch:
 
     def _figures(self, fit, retain, losses):
         """{name: Estimate}, without those that there is nothing to take from."""
-        from finetuning.evaluation.forgetting import learned_and_kept
-        from finetuning.evaluation.statistics import mean_of
-
         kind, (base_fit, base_retain) = self.args.evaluate_with, self.base
         pair = retain, base_retain
         try:
@@ -228,7 +225,7 @@ class Measure:
     """One way to measure, made ready.
 
     values  (held-out losses [rows] or None) -> (values [rows] on what is trained or None, [rows] on what should be
-            kept) of the model as it is now, as forgetting.learned_and_kept takes them
+            kept) of the model as it is now, as yardsticks.learned_and_kept takes them
     facts   what the values depend on besides the weights, ready for JSON
     no_fit  why there are no values on what is trained, in words; empty where there are
     """
@@ -256,8 +253,6 @@ def _by_loss(args, run, model, losses_of, held_out):
 
 
 def _by_shapes(args, run, model, losses_of, held_out):
-    from finetuning.evaluation.measuring import right, share_in_chalk
-
     fit, retain = _prompts(args)
     scenes = [parse(prompt) for prompt in retain]
 

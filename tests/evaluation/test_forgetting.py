@@ -14,16 +14,14 @@ from finetuning.evaluation import networks
 from finetuning.evaluation.contract import EvaluationProblem
 from finetuning.evaluation.denoising import load_rows, row_losses
 from finetuning.evaluation.forgetting import (
-    YARDSTICKS,
     ForgettingArgs,
     forgetting,
-    learned_and_kept,
     pipeline_losses,
-    ratio_of_means,
 )
 from finetuning.evaluation.generating import Row, general_rows
 from finetuning.evaluation.measuring import EvalNetworkArgs, Networks
 from finetuning.evaluation.networks import Weights
+from finetuning.evaluation.yardsticks import YARDSTICKS, learned_and_kept, ratio_of_means
 from finetuning.families.contract import ModelArgs
 from finetuning.families.loading import load_model
 from finetuning.families.pipelines import open_pipeline

@@ -8,12 +8,13 @@ import pytest
 from PIL import Image
 
 from finetuning.cli import read
-from finetuning.evaluation import features, measuring, networks, statistics
+from finetuning.evaluation import features, networks, statistics
 from finetuning.evaluation.contract import METRICS, EvaluationProblem
 from finetuning.evaluation.generating import Row
 from finetuning.evaluation.measuring import EvalNetworkArgs, Networks, measure, open_networks, summarise
 from finetuning.evaluation.networks import Unavailable, Weights
 from finetuning.evaluation.pictures import matched
+from finetuning.shapes.checker import share_in_chalk
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import parse
 
@@ -117,7 +118,7 @@ def test_the_shape_and_the_colour_have_to_be_right(world, opened, args):
 
 
 def test_nothing_drawn_is_not_in_chalk():
-    assert measuring.share_in_chalk(Image.new("RGB", (64, 64))) == 0
+    assert share_in_chalk(Image.new("RGB", (64, 64))) == 0
 
 
 def test_a_cosine_below_zero_is_a_clip_score_of_zero(world, opened, args, monkeypatch):

@@ -19,7 +19,7 @@ from finetuning.data.training_set import DataArgs, load_pictures
 from finetuning.evaluation import networks
 from finetuning.evaluation.contract import EvaluationProblem
 from finetuning.evaluation.denoising import load_rows, row_losses
-from finetuning.evaluation.forgetting import learned_and_kept
+from finetuning.evaluation.yardsticks import learned_and_kept
 from finetuning.families.contract import ModelArgs
 from finetuning.families.loading import load_model
 from finetuning.shapes.drawing import draw
