@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
 
-# Speed and memory, each beside a limit measured in the same run; a quarter of an hour.
+# Speed and memory, each beside a limit measured in the same run; half an hour.
 bench: $(VENV)/.ready
 	PYTHONPATH=. $(PYTHON) benchmarks/convert/run.py
 	PYTHONPATH=. $(PYTHON) benchmarks/million_rows/run.py
@@ -33,6 +33,7 @@ mini-sd: $(VENV)/.ready
 datasets: $(VENV)/.ready
 	$(PYTHON) -m finetuning.shapes.write_dataset --output datasets/shapes --train 400 --validation 64
 	$(PYTHON) -m finetuning.shapes.write_dataset --output datasets/chalk --style chalk --train 600 --validation 64 --leave_out cross star
+	$(PYTHON) -c "from finetuning.shapes.scenes import single_scenes as all_of; [print(one.caption) for one in all_of(('cross', 'star')) if one.is_held_out]" > datasets/left_out_of_chalk.txt
 
 # uv fetches and links the packages in seconds where pip alone takes minutes; what it installs is the same.
 $(VENV)/.ready: requirements.txt
