@@ -138,13 +138,22 @@ STATUS=0; wait $LAUNCHER || STATUS=$?
 while kill -0 $LAUNCHER 2>/dev/null; do STATUS=0; wait $LAUNCHER || STATUS=$?; done
 [ "$STATUS" = 0 ] || exit "$STATUS"
 
-if [ "$METHOD" = lora ]; then DRAW="--model $MODEL_NAME --lora $OUTPUT_DIR --lora_scale 0 0.5 0.8 1"
-else DRAW="--model base=$MODEL_NAME tuned=$OUTPUT_DIR"; fi
+if [ "$METHOD" = lora ]; then
+  DRAW="--model $MODEL_NAME --lora $OUTPUT_DIR --lora_scale 0 0.5 0.8 1"
+  TUNED="--lora tuned=$OUTPUT_DIR" MERGE="fold --base $MODEL_NAME --lora $OUTPUT_DIR --scale 0.75"
+else
+  DRAW="--model base=$MODEL_NAME tuned=$OUTPUT_DIR"
+  TUNED="--model tuned=$OUTPUT_DIR" MERGE="--base $MODEL_NAME --tuned $OUTPUT_DIR --ratio 0.5 0.7"
+fi
+if [ "$TRAIN_DIR" = datasets/chalk ]; then TUNED="$TUNED --general_prompts datasets/left_out_of_chalk.txt"; fi
 cat <<DONE
 
 Done. Look at
   $OUTPUT_DIR/comparison.png     the same prompts and seeds: the base beside what was trained
   tensorboard --logdir $OUTPUT_DIR/logs
 Next, at the top of finetune.sh: a preset for a real Stable Diffusion, TRAIN_DIR (your pictures), PROMPTS.
-Draw more with: python generate_images.py $DRAW --prompt "..."
+Draw more with:    python generate_images.py $DRAW --prompt "..."
+Did it work?       python evaluate_model.py --model original=$MODEL_NAME $TUNED \\
+                     --dataset "$TRAIN_DIR" --split validation --guidance_scale $GUIDANCE --output_dir $OUTPUT_DIR-report
+Mix with the base: python merge_checkpoints.py $MERGE --output_dir $OUTPUT_DIR-merged
 DONE

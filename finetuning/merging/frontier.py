@@ -128,7 +128,7 @@ def table(summary):
     lines = ["| ratio | learned (95 %) | kept (95 %) | knee in | |", "|---|---|---|---|---|"]
     for point in summary["points"]:
         remarks = ["**knee**"] * (point["ratio"] == summary["knee"]["ratio"])
-        remarks += ["another ratio is better in both"] * point["beaten"]
+        remarks += ["another is better"] * point["beaten"]
         cells = [f"{point['ratio']:g}", _written(point["learned"]), _written(point["kept"])]
         lines.append(f"| {' | '.join(cells)} | {point['knee_share']:.0%} | {', '.join(remarks)} |")
     return "\n".join([*lines, "", _sentence(summary["knee"]["says"])]) + "\n"
