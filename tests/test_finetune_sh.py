@@ -9,6 +9,9 @@ import time
 
 import pytest
 
+import evaluate_model
+import generate_images
+import merge_checkpoints
 import train_lora
 import train_text_to_image
 from finetuning import cli
@@ -65,16 +68,24 @@ OFFICIAL_LORA = {name: default for name, default in OFFICIAL.items() if name not
 SCRIPTS = {"train_text_to_image.py": train_text_to_image, "train_lora.py": train_lora}
 
 
+def flags_of(args_class):
+    return {field.name: field for _, fields in cli.groups(args_class) for field in fields}
+
+
 def known_flags(script):
-    return {field.name: field for _, fields in cli.groups(script.Args) for field in fields}
+    return flags_of(script.Args)
 
 
 def test_every_flag_in_finetune_sh_exists_presets_included(root):
     text = (root / "finetune.sh").read_text(encoding="utf-8")
-    others = {"config_file", "logdir", "model", "prompt", "help", "lora", "lora_scale"}
-    ours = set(re.findall(r"--([a-z0-9_]+)", text)) - others
+    launch, told = text.split("cat <<DONE")[0].rsplit("if [", 2)[0], text
+    ours = set(re.findall(r"--([a-z0-9_]+)", launch)) - {"config_file", "help"}
     assert len(ours) > 20
     assert ours - set(known_flags(train_text_to_image)) - set(known_flags(train_lora)) == set()
+    # What it prints at the end are commands of the other scripts
+    merging = (flags for flags, _ in merge_checkpoints.commands().values())
+    others = set().union(*map(flags_of, [generate_images.Args, evaluate_model.Args, *merging]))
+    assert set(re.findall(r"--([a-z0-9_]+)", told)) - ours - others == {"config_file", "help", "logdir"}
 
 
 @pytest.mark.parametrize("command", SEED_COMMANDS)
