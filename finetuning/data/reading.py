@@ -48,6 +48,21 @@ class DatasetProblem(ValueError):
     """A dataset that cannot be read as it stands; the message says what to do."""
 
 
+def read_split(folder, split, usual, caption_column, findings):
+    """The rows of one split of a local folder, sorted by path.
+
+    split  "train", "validation" or "test"; none: `usual`, or the folder itself where it has no splits
+
+    Raises DatasetProblem where the split is not there.
+    """
+    there = [name for name, spelled in SPLIT_NAMES.items() if any((Path(folder) / one).is_dir() for one in spelled)]
+    wanted = split or (usual if there else "train")  # a folder without splits is read as its own train
+    rows = read_folder(folder, wanted, "image", caption_column, False, findings)
+    if rows is None:
+        raise DatasetProblem(f"{folder} has no split {wanted}, only {', '.join(there) or 'the folder itself'}")
+    return rows
+
+
 def read_folder(root, split, image_column, caption_column, allow_outside_paths, findings):
     """The rows of one split of a local folder, sorted by path; None where the folder has no such split.
 

@@ -9,7 +9,6 @@ of a diffusion loss comes from the timestep and the noise, and those are equal.
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,7 @@ from finetuning.data.captions import CaptionArgs
 from finetuning.data.latents import sampled
 from finetuning.data.order import Place
 from finetuning.data.pictures import UnreadablePicture, open_rgb
-from finetuning.data.reading import SPLIT_NAMES, DatasetProblem, Findings, read_folder
+from finetuning.data.reading import DatasetProblem, Findings, read_split
 from finetuning.data.training_set import DataArgs, PictureSet, tokens
 from finetuning.data.transforms import Transform
 from finetuning.draws import gaussian, python_random
@@ -84,7 +83,7 @@ def load_rows(folder, tokenizer, size, *, split=None, most=256, seed=0, caption_
     all that is wrong with the rows.
     """
     findings = Findings()
-    rows = _read_split(folder, split, caption_column, findings)
+    rows = read_split(folder, split, "validation", caption_column, findings)
     chosen = chosen_rows(len(rows), most, seed)
     for row in (rows[number] for number in chosen):
         try:
@@ -105,13 +104,3 @@ def load_rows(folder, tokenizer, size, *, split=None, most=256, seed=0, caption_
     tokenize = lambda captions: tokens(tokenizer, captions)
     transform = Transform.of(flags, seed)
     return PictureSet(rows, None, [tuple(size)] * len(rows), transform, tokenize, flags, seed), chosen
-
-
-def _read_split(folder, split, caption_column, findings):
-    """The rows of one split. Raises DatasetProblem where it is not there."""
-    there = [split for split, names in SPLIT_NAMES.items() if any((Path(folder) / name).is_dir() for name in names)]
-    wanted = split or ("validation" if there else "train")  # a folder without splits is read as its own train
-    rows = read_folder(folder, wanted, "image", caption_column, False, findings)
-    if rows is None:
-        raise DatasetProblem(f"{folder} has no split {wanted}, only {', '.join(there) or 'the folder itself'}")
-    return rows

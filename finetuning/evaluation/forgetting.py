@@ -15,7 +15,7 @@ from finetuning.evaluation import generating, measuring, statistics
 from finetuning.evaluation.contract import EvaluationProblem
 from finetuning.evaluation.denoising import load_rows, row_losses
 from finetuning.evaluation.yardsticks import YARDSTICKS, learned_and_kept
-from finetuning.families.sd import Denoiser, StableDiffusion
+from finetuning.families.sd import StableDiffusion
 from finetuning.training.noise import NoiseSchedule
 
 OFFERED = ("shapes", "clip_score", "clip_image", "lpips")  # the metrics that mean something on general prompts
@@ -88,8 +88,7 @@ def pipeline_losses(
         raise EvaluationProblem(str(problem)) from problem
     if len(rows) < 2:
         raise EvaluationProblem(f"{folder} has {len(rows)} row(s): the loss needs at least 2 for an interval")
-    denoiser = Denoiser(pipeline.unet, pipeline.text_encoder).eval()
-    model = StableDiffusion(None, pipeline.tokenizer, pipeline.vae, pipeline.scheduler, denoiser, None, False)
+    model = StableDiffusion.of_pipeline(pipeline)
     device, dtype = pipeline.device, pipeline.unet.dtype
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     schedule = NoiseSchedule.of(pipeline.scheduler)

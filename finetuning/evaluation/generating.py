@@ -27,13 +27,12 @@ from finetuning.cli import flag, write_json
 from finetuning.data.pictures import EXTENSIONS, UnreadablePicture, open_rgb
 from finetuning.data.reading import (
     METADATA_NAMES,
-    SPLIT_NAMES,
     DatasetProblem,
     Findings,
     as_captions,
     named_picture,
-    read_folder,
     read_records,
+    read_split,
 )
 from finetuning.draws import torch_generator
 from finetuning.evaluation.contract import EvaluationProblem
@@ -103,7 +102,7 @@ def dataset_rows(dataset, split=None, caption_column="text", most=None, seed=0, 
     """
     findings = Findings()
     try:
-        every = _split_rows(dataset, split, caption_column, findings)
+        every = read_split(dataset, split, "test", caption_column, findings)
     except DatasetProblem as problem:
         raise EvaluationProblem(str(problem)) from problem
     chosen = range(len(every)) if most is None else chosen_rows(len(every), most, seed)
@@ -146,16 +145,6 @@ def general_rows(path=None):
     if not asked:
         raise EvaluationProblem(f"--general_prompts {path} has no prompts in it")
     return [Row(number, caption, None, category) for number, (caption, category) in enumerate(asked)]
-
-
-def _split_rows(dataset, split, caption_column, findings):
-    """The rows of one split. Raises DatasetProblem where it is not there."""
-    there = [name for name, spelled in SPLIT_NAMES.items() if any((Path(dataset) / one).is_dir() for one in spelled)]
-    wanted = split or ("test" if there else "train")  # a folder without splits is read as its own train
-    rows = read_folder(dataset, wanted, "image", caption_column, False, findings)
-    if rows is None:
-        raise DatasetProblem(f"{dataset} has no split {wanted}, only {', '.join(there) or 'the folder itself'}")
-    return rows
 
 
 def _check_prompts(path, listed):

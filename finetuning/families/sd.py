@@ -55,6 +55,12 @@ class StableDiffusion:
         self.folder, self.tokenizer, self.vae, self.scheduler = folder, tokenizer, vae, scheduler
         self.denoiser, self.ema_start, self.trains_text_encoder = denoiser, ema_start, trains_text_encoder
 
+    @classmethod
+    def of_pipeline(cls, pipeline):
+        """The parts of an opened pipeline, to measure with: nothing is trained or saved."""
+        denoiser = Denoiser(pipeline.unet, pipeline.text_encoder).eval()
+        return cls(None, pipeline.tokenizer, pipeline.vae, pipeline.scheduler, denoiser, None, False)
+
     # -- what a run needs ------------------------------------------------------------------------------------------
 
     @property

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from finetuning.data.reading import DatasetProblem
 from finetuning.evaluation.denoising import load_rows, row_losses
 from finetuning.families.contract import ModelProblem
-from finetuning.families.sd import Denoiser, StableDiffusion
+from finetuning.families.sd import StableDiffusion
 from finetuning.shapes.checker import right, share_in_chalk
 from finetuning.shapes.scenes import parse
 from finetuning.training.files import sha256
@@ -63,8 +63,7 @@ def measure_loss(args, blend, prompts_in, prompts_out):
             problems.append(str(problem))
     if problems:
         raise ModelProblem("\n".join(problems))
-    denoiser = Denoiser(pipeline.unet, pipeline.text_encoder).eval()
-    model = StableDiffusion(None, pipeline.tokenizer, pipeline.vae, pipeline.scheduler, denoiser, None, False)
+    model = StableDiffusion.of_pipeline(pipeline)
     schedule, dtype, device = NoiseSchedule.of(pipeline.scheduler), pipeline.unet.dtype, pipeline.device
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ def folders(tmp_path_factory):
 def figures(folders, inception_file):
     """{"fid": ..., "kid": ...} of the drawn folder against the truth, by this project from files to summary."""
 
+    @cache
     def of(protocol, drawn="drawn"):
         rows = [Row(number, f"picture {number}", folders["truth"] / f"{number:05d}.png") for number in range(COUNT)]
         pictures = {"model": {row.number: folders[drawn] / row.picture.name for row in rows}}

@@ -1,0 +1,420 @@
+"""evaluate_model.py, run as a user runs it: random weights, tiny models, every figure."""
+
+import csv
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch_fidelity import feature_extractor_inceptionv3 as torch_fidelity_inception
+from torchvision.models import alexnet
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+import evaluate_model
+import train_lora
+from finetuning.cli import write_json
+from finetuning.evaluation.contract import METRICS
+from finetuning.evaluation.networks import lpips_network, lpips_of
+from finetuning.evaluation.pictures import matched
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+QUICK = ["--num_inference_steps", "1", "--guidance_scale", "1"]
+PROMPTS = ["a red circle", "a small blue square on a white background", "a large red square on a gray background"]
+
+
+@pytest.fixture(scope="module")
+def local_weights(tiny_model, tmp_path_factory):
+    """The flags that name random weights of the three networks."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_fidelity_inception, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(torch_fidelity_inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = torch_fidelity_inception.FeatureExtractorInceptionV3("random", ["2048"])
+    for weights in network.parameters():
+        if weights.dim() > 1:
+            torch.nn.init.kaiming_normal_(weights, nonlinearity="relu")
+    torch.save(network.state_dict(), folder / "inception.pth")
+    save_file(alexnet().features.state_dict(prefix="features."), folder / "alexnet.safetensors")
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_model / "tokenizer")
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = {"vocab_size": len(tokenizer), "bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1}
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config={**layers, **words, "max_position_embeddings": 16},
+            vision_config={**layers, "image_size": 16, "patch_size": 8},
+            projection_dim=8,
+        )
+    )
+    clip.save_pretrained(folder / "clip")
+    size = {"height": 16, "width": 16}
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
+    CLIPProcessor(images, tokenizer).save_pretrained(folder / "clip")
+    flags = {"inception_weights": "inception.pth", "lpips_trunk": "alexnet.safetensors", "clip_model": "clip"}
+    return [word for name, file in flags.items() for word in (f"--{name}", str(folder / file))]
+
+
+@pytest.fixture(scope="module")
+def perturbed(tiny_model, tmp_path_factory):
+    """Make a copy of the tiny model with other weights in its UNet: perturbed("name", how much)."""
+
+    def make(name, strength):
+        folder = tmp_path_factory.mktemp("models") / name
+        shutil.copytree(tiny_model, folder)
+        path = folder / "unet/diffusion_pytorch_model.safetensors"
+        generator = torch.Generator().manual_seed(1)
+        noisy = lambda value: value + strength * torch.randn(value.shape, generator=generator)
+        save_file({key: noisy(value) for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def tuned(perturbed):
+    return perturbed("tuned", 0.1)
+
+
+@pytest.fixture
+def evaluate(tiny_model, shapes_folder):
+    """evaluate(folder, *arguments): main() on the validation rows and the tiny model as `original`; its status."""
+
+    def run(folder, *arguments):
+        common = ["--dataset", shapes_folder, "--split", "validation", "--model", f"original={tiny_model}", *QUICK]
+        return evaluate_model.main(list(map(str, [*common, "--output_dir", folder, *arguments])))
+
+    return run
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The captions of each call of a pipeline."""
+    found, draw = [], StableDiffusionPipeline.__call__
+
+    def counted(pipeline, captions, **options):
+        found.append(captions)
+        return draw(pipeline, captions, **options)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", counted)
+    return found
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def pixels(folder):
+    """{file name: bytes} of the pictures in a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+# -- the whole report ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, tuned, shapes_folder, local_weights, tmp_path_factory):
+    """The folder of a report with every figure: two models, the noise floor, general prompts and losses."""
+    folder = tmp_path_factory.mktemp("whole")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    arguments = [
+        "--dataset", shapes_folder, "--split", "validation", "--model", f"original={tiny_model}", f"tuned={tuned}",
+        "--general_prompts", prompts, "--retain_dataset", shapes_folder, "--retain_split", "train",
+        "--output_dir", folder / "report", *local_weights, *QUICK,
+    ]  # fmt: skip
+    assert evaluate_model.main(list(map(str, arguments))) == 0
+    return folder / "report"
+
+
+LABELS = ["original", "tuned", "original, seed 1"]
+
+
+def test_every_metric_has_a_figure_for_every_model(whole):
+    report = report_of(whole)
+    assert report["left_out"] == [] and [*report["summary"]] == [*METRICS]
+    for by_side in report["summary"].values():
+        assert [*by_side] == ["32"] and [*by_side["32"]] == LABELS
+        for one in by_side["32"].values():
+            assert one["n"] == 4 and one["low"] <= one["value"] <= one["high"]
+    for by_side in report["differences"].values():
+        assert [*by_side["32"]] == LABELS[1:] and all("excludes_zero" in one for one in by_side["32"].values())
+    assert [(one["label"], one["noise_floor"]) for one in report["models"]] == [
+        ("original", False), ("tuned", False), ("original, seed 1", True),
+    ]  # fmt: skip
+    assert report["reference"] == "original" and report["protocol"] == "clean"
+
+
+def test_models_and_seeds_draw_pictures_of_their_own(whole):
+    sets = [pixels(whole / "pictures" / name / "dataset") for name in ("original", "tuned", "original-seed-1")]
+    assert all([*one] == [f"{number:05d}.png" for number in range(4)] for one in sets)
+    assert all(len({one[name] for one in sets}) == 3 for name in sets[0])
+
+
+def test_rows_stand_with_their_pictures_and_values(whole, shapes_folder, local_weights):
+    report = report_of(whole)
+    listed = (shapes_folder / "validation/metadata.jsonl").read_text().splitlines()
+    captions = {record["file_name"]: record["text"] for record in map(json.loads, listed)}
+    network = lpips_network(local_weights[3], "cpu")[0]
+    assert [row["row"] for row in report["rows"]] == [0, 1, 2, 3]
+    for row in report["rows"]:
+        truth = whole / row["truth"]
+        assert captions[truth.name] == row["caption"]
+        drawn = whole / row["pictures"]["tuned"]
+        assert drawn.resolve() == (whole / f"pictures/tuned/dataset/{row['row']:05d}.png").resolve()
+        pair = [[matched(Image.open(path).convert("RGB"), 32)] for path in (drawn, truth)]
+        assert row["values"]["lpips"]["tuned"] == pytest.approx(lpips_of(network, *pair)[0], rel=1e-4)
+    for metric, by_label in report["rows"][0]["values"].items():
+        for label in by_label:
+            mean = np.mean([row["values"][metric][label] for row in report["rows"]])
+            assert report["summary"][metric]["32"][label]["value"] == pytest.approx(mean)
+
+
+def test_all_forms_of_the_report_agree(whole):
+    report = report_of(whole)
+    lines = list(csv.DictReader((whole / "report.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(lines) == 4 * 3
+    for line in lines:
+        for metric, by_label in report["rows"][int(line["row"])]["values"].items():
+            assert float(line[metric]) == by_label[line["model"]]
+    markdown, page = ((whole / name).read_text(encoding="utf-8") for name in ("report.md", "report.html"))
+    for metric in METRICS.values():
+        assert metric.title in markdown and metric.title in page
+    for label in LABELS:
+        assert label in markdown and label in page
+    assert page.count("data:image/") >= 4 * 4 and not re.search(r'(src|href)="(https?:)?//', page)
+    assert all(re.search(r"<img src=\"([^\"]*)\"", line) for line in markdown.splitlines() if "ground truth" in line[40:])
+
+
+def test_random_weights_are_labelled(whole):
+    report = report_of(whole)
+    published = {one["name"]: one["published"] for one in report["weights"]}
+    assert published == {"clip": None, "lpips trunk (AlexNet)": False, "lpips heads": True, "inception": False}
+    assert all(len(one["sha256"]) == 64 for one in report["weights"])
+    for name in ("inception", "lpips trunk", "clip"):
+        assert any(said.startswith(name) and "compare" in said or "comparable" in said for said in report["warnings"])
+    assert "not comparable" in (whole / "report.md").read_text(encoding="utf-8")
+
+
+def test_few_pictures_are_warned_of(whole):
+    warnings = " ".join(report_of(whole)["warnings"])
+    assert "only 4 pictures of each model" in warnings and "FID of 4 pictures is biased" in warnings
+
+
+def test_learned_and_kept_have_intervals_and_prompts(whole):
+    known = report_of(whole)["forgetting"]
+    assert [prompt["caption"] for prompt in known["prompts"]] == PROMPTS
+    assert all([*prompt["pictures"]] == LABELS for prompt in known["prompts"])
+    assert {"drift_clip", "drift_lpips"} <= {*known["summary"]}
+    assert known["summary"]["fit_loss"]["original"]["n"] == 4  # validation, which is what is drawn
+    assert known["summary"]["retain_loss"]["original"]["n"] == 11  # train
+    by_loss = known["all"]["loss"]
+    fit = {label: known["summary"]["fit_loss"][label]["value"] for label in ("original", "tuned")}
+    assert fit["original"] != fit["tuned"]
+    assert by_loss["learned"]["tuned"]["value"] == pytest.approx(1 - fit["tuned"] / fit["original"])
+    for figures in (known["learned"], known["kept"], by_loss["learned"], by_loss["kept"]):
+        assert "tuned" in figures and figures["tuned"]["low"] <= figures["tuned"]["value"] <= figures["tuned"]["high"]
+
+
+def test_what_made_the_report_stands_in_it(whole, tuned):
+    made = report_of(whole)["made"]
+    assert made["command"][0] == "python" and set(evaluate_model.PACKAGES) <= set(made["versions"])
+    assert f"tuned={tuned}" in made["args"]["model"] and made["args"]["dtype"] == "fp32"
+
+
+# -- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_draws_nothing_and_an_interrupted_one_what_is_missing(evaluate, tmp_path, calls):
+    command = [tmp_path, "--metrics", "shapes", "--general_prompts", "none", "--batch_size", 2]
+    assert evaluate(*command) == 0
+    assert len(calls) == 4  # two batches of the reference, two of its second seed
+    first, drawn = report_of(tmp_path), pixels(tmp_path / "pictures/original/dataset")
+    assert evaluate(*command) == 0
+    assert len(calls) == 4
+    assert report_of(tmp_path)["summary"] == first["summary"]
+    (tmp_path / "pictures/original/dataset/00003.png").unlink()
+    assert evaluate(*command) == 0
+    assert len(calls) == 5
+    assert pixels(tmp_path / "pictures/original/dataset") == drawn
+
+
+def test_pictures_of_other_settings_are_refused_or_drawn_again(evaluate, tmp_path, calls, capsys):
+    command = [tmp_path, "--metrics", "shapes", "--general_prompts", "none", "--no-noise_floor"]
+    assert evaluate(*command) == 0
+    assert evaluate(*command, "--seed", 3) == 1
+    assert "seed 0, now 3" in capsys.readouterr().err and len(calls) == 1
+    assert evaluate(*command, "--seed", 3, "--overwrite") == 0
+    assert len(calls) == 2
+
+
+# -- what may be evaluated -------------------------------------------------------------------------------------------
+
+
+def test_pictures_drawn_elsewhere_have_the_figures_of_their_model(evaluate, whole, local_weights, tmp_path, calls):
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(whole / "pictures/tuned/dataset", elsewhere)
+    (elsewhere / "settings.json").unlink()
+    arguments = ["--pictures", f"elsewhere={elsewhere}", "--general_prompts", "none", "--no-noise_floor"]
+    arguments += ["--metrics", "clip_score", "lpips", "--resolutions", 32, 48, *local_weights]
+    assert evaluate(tmp_path / "out", *arguments) == 0
+    report, known = report_of(tmp_path / "out"), report_of(whole)
+    assert [one["label"] for one in report["models"]] == ["original", "elsewhere"] and report["forgetting"] is None
+    assert report["models"][1] == {"label": "elsewhere", "source": str(elsewhere), "noise_floor": False}
+    assert len(calls) == 1
+    for metric in ("clip_score", "lpips"):
+        by_side = report["summary"][metric]
+        assert [*by_side] == ["32", "48"]
+        assert by_side["32"]["elsewhere"] == known["summary"][metric]["32"]["tuned"]
+        assert by_side["32"]["elsewhere"] != by_side["48"]["elsewhere"]
+
+
+def test_pictures_of_the_whole_split_go_with_some_of_its_rows(evaluate, whole, tmp_path):
+    arguments = ["--pictures", f"tuned={whole / 'pictures/tuned/dataset'}", "--general_prompts", "none"]
+    assert evaluate(tmp_path, *arguments, "--no-noise_floor", "--metrics", "shapes", "--max_rows", 2) == 0
+    rows = report_of(tmp_path)["rows"]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["pictures"]["tuned"].endswith(f"tuned/dataset/{row['row']:05d}.png")
+
+
+def test_pictures_that_do_not_fit_are_named_before_anything_is_drawn(evaluate, whole, tmp_path, calls, capsys):
+    shutil.copytree(whole / "pictures/tuned/dataset", tmp_path / "half")
+    (tmp_path / "half/00002.png").unlink()
+    assert evaluate(tmp_path / "out", "--pictures", tmp_path / "half", "--metrics", "shapes") == 1
+    assert "row 2 (" in capsys.readouterr().err and not calls
+
+
+@pytest.fixture(scope="module")
+def lora_run(tiny_model, shapes_folder, tmp_path_factory):
+    """A run of train_lora.py with strong adapters."""
+    run = tmp_path_factory.mktemp("runs") / "style"
+    arguments = f"""--pretrained_model_name_or_path {tiny_model} --train_data_dir {shapes_folder} --resolution 32
+        --train_batch_size 4 --max_train_steps 1 --learning_rate 0.1 --seed 0 --validation_epochs 0
+        --validation_loss_rows 0 --report_to none --output_dir {run}"""
+    assert train_lora.main(arguments.split()) == 0
+    return run
+
+
+@pytest.mark.parametrize("scale", [0, 1])
+def test_a_lora_is_put_on_the_first_model(scale, evaluate, lora_run, shapes_folder, tmp_path):
+    arguments = ["--lora", f"style={lora_run}", "--lora_scale", scale, "--retain_dataset", shapes_folder]
+    assert evaluate(tmp_path, *arguments, "--general_prompts", "none", "--metrics", "shapes") == 0
+    report = report_of(tmp_path)
+    assert [one["label"] for one in report["models"]] == ["original", "style", "original, seed 1"]
+    assert report["models"][1]["source"].endswith(f"with {lora_run}")
+    original, style = (pixels(tmp_path / "pictures" / label / "dataset") for label in ("original", "style"))
+    assert (original == style) == (scale == 0)
+    kept = report["forgetting"]["kept"]
+    assert [*kept] == ["style"] and (kept["style"]["value"] == 1) == (scale == 0)
+
+
+def test_checkpoints_and_ratios_make_curves(evaluate, perturbed, shapes_folder, tmp_path):
+    models = {}
+    for step, ratio in ((20, 1.0), (3, 0.25)):  # named in another order than they are drawn in the curve
+        models[step] = perturbed(f"checkpoint-{step}", 0.1 * ratio)
+        write_json(models[step] / "merge.json", {"ratio": [ratio]})
+    arguments = [word for step, path in models.items() for word in ("--model", f"step {step}={path}")]
+    arguments += ["--retain_dataset", shapes_folder, "--general_prompts", "none", "--metrics", "shapes"]
+    assert evaluate(tmp_path, *arguments) == 0
+    report = report_of(tmp_path)
+    steps, ratios = report["curves"]
+    assert (steps["x_title"], ratios["x_title"]) == ("step", "ratio")
+    for curve, places in ((steps, (0, 3, 20)), (ratios, (0, 0.25, 1.0))):
+        for line, start in zip(curve["lines"], (0, 1), strict=True):
+            known = report["forgetting"][line["label"]]
+            wanted = [start, known["step 3"]["value"], known["step 20"]["value"]]
+            assert [point["x"] for point in line["points"]] == [*places]
+            assert [point["y"] for point in line["points"]] == wanted and len(set(wanted)) == 3
+    assert "over the steps" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_checkpoint_as_reference_is_no_point_of_a_curve(perturbed):
+    known = {"learned": dict.fromkeys(("b", "a, seed 1"), {"value": 1.0, "low": 1.0, "high": 1.0})}
+    known["kept"] = known["learned"]
+    candidates = [
+        evaluate_model.Candidate("a", "run/checkpoint-1"),
+        evaluate_model.Candidate("b", "run/checkpoint-2"),
+        evaluate_model.Candidate("a, seed 1", "run/checkpoint-1", is_noise_floor=True),
+    ]
+    assert evaluate_model.curves(known, candidates) == []
+
+
+# -- what cannot be had, and what is wrong ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_weights(tmp_path, monkeypatch):
+    """As on a machine that has downloaded nothing."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_metric_asked_for_by_name_without_weights_is_refused_first(evaluate, tmp_path, calls, capsys):
+    assert evaluate(tmp_path / "out", "--metrics", "lpips", "fid") == 1
+    said = capsys.readouterr().err
+    assert "--inception_weights" in said and "--lpips_trunk" in said
+    assert not calls and not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_figures_that_were_not_asked_for_are_left_out_and_it_is_said(evaluate, tmp_path):
+    assert evaluate(tmp_path, "--general_prompts", "none", "--no-noise_floor", "--clip_model", tmp_path / "none") == 1
+    assert evaluate(tmp_path, "--general_prompts", "none", "--no-noise_floor") == 0
+    report = report_of(tmp_path)
+    assert [*report["summary"]] == ["shapes", "style"] and report["weights"] == []
+    why = {one["metric"]: one["why"] for one in report["left_out"]}
+    assert [*why] == ["clip_score", "clip_image", "lpips", "kid", "fid"]
+    assert "--inception_weights" in why["fid"] and "--lpips_trunk" in why["lpips"] and "--clip_model" in why["clip_score"]
+    assert "FID was left out" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_what_is_wrong_with_the_flags_is_said_together(evaluate, tiny_model, tmp_path, capsys):
+    bad = ["--model", f"original={tiny_model}", "--max_rows", 1, "--by_order", "--size", 30, "--resolutions", 4]
+    bad += ["--general_prompts", tmp_path / "none.txt", "--retain_split", "train", "--inception_weights", tmp_path]
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path, *bad)
+    said = capsys.readouterr().err
+    for words in (
+        "two models would be called original", "--max_rows 1", "--by_order does nothing", "--size 30",
+        "--resolutions 4", "none.txt: there is no such file", "--retain_split only goes with", "--inception_weights",
+    ):  # fmt: skip
+        assert words in said
+
+
+def test_labels_that_would_share_a_folder_are_refused(evaluate, tiny_model, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path, "--model", f"a b={tiny_model}", f"a-b={tiny_model}")
+    assert "differ in signs only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("label", [".", "..", "?"])
+def test_a_label_that_names_no_folder_is_refused(label, evaluate, tiny_model, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path, "--model", f"{label}={tiny_model}")
+    assert f"--model {label}" in capsys.readouterr().err
+
+
+def test_an_unreadable_picture_and_a_missing_model_are_named(evaluate, shapes_folder, tmp_path, calls, capsys):
+    assert evaluate(tmp_path / "out", "--model", f"none={tmp_path / 'none'}", "--metrics", "shapes") == 1
+    assert f"ModelProblem: {tmp_path / 'none'} cannot be opened" in capsys.readouterr().err
+    dataset = tmp_path / "dataset"
+    shutil.copytree(shapes_folder, dataset)
+    broken = sorted((dataset / "validation").glob("*.png"))[1]
+    broken.write_bytes(b"not a picture")
+    calls.clear()
+    assert evaluate(tmp_path / "out2", "--dataset", dataset) == 1
+    assert broken.name in capsys.readouterr().err and not calls
+
+
+def test_a_user_types_it(run_script, tiny_model, tuned, shapes_folder, tmp_path):
+    done = run_script(
+        "evaluate_model.py", "--dataset", shapes_folder, "--split", "validation", "--model", f"original={tiny_model}",
+        "--model", f"tuned={tuned}", "--general_prompts", "none", "--output_dir", tmp_path, *QUICK,
+    )  # fmt: skip
+    assert f"the whole report: {tmp_path / 'report.html'}" in done.stdout
+    assert [one["label"] for one in report_of(tmp_path)["models"]] == LABELS
