@@ -16,6 +16,7 @@ bench: $(VENV)/.ready
 	PYTHONPATH=. $(PYTHON) benchmarks/convert/run.py
 	PYTHONPATH=. $(PYTHON) benchmarks/million_rows/run.py
 	PYTHONPATH=. $(PYTHON) benchmarks/merge/run.py
+	PYTHONPATH=. $(PYTHON) benchmarks/metrics/run.py
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -20,6 +20,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -66,6 +67,8 @@ class Args(ForgettingArgs, EvalNetworkArgs, DrawArgs):
             yield f"two models would be called {', '.join(twice)}: name them, --model label=PATH"
         if len({one.folder for one in self.drawn}) < len(self.drawn):
             yield f"the labels {', '.join(labels)} differ in signs only: name them by other letters"
+        if nameless := [label for label in labels if not re.search(r"\w", label)]:
+            yield f"the label {' and '.join(map(repr, nameless))} has no letter or number in it: write label=PATH"
         if self.max_rows is not None and self.max_rows < 2:
             yield f"--max_rows {self.max_rows} must be at least 2"
         if self.by_order and not self.pictures:
@@ -94,6 +97,11 @@ class Candidate:
         """Its pictures' folder."""
         return re.sub(r"[^\w.]+", "-", self.label)
 
+    @property
+    def run(self):
+        """The folder that it lies in, with the other steps or ratios."""
+        return Path(self.lora or self.path).parent
+
 
 def main(argv=None):
     """Draw, measure, write the report, and return the exit status."""
@@ -112,25 +120,27 @@ def evaluate(args):
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
     rows = dataset_rows(args.dataset, args.split, args.caption_column, args.max_rows, args.seed)
     general = args.general_rows()
-    networks = open_networks(args, device)  # before anything is drawn: what was asked for and cannot be had is said now
+    # Before anything is drawn: what was asked for and cannot be had is said now
+    networks, ready = open_networks(args, device), ready_pictures(args, rows)
 
     # What is drawn: the dataset's captions, the general prompts; and the losses, while a model is open
     drawn, general_drawn, losses = {}, {}, {"fit": {}, "retain": {}}
     for one in args.drawn:
+        pipeline = open_pipeline(
+            one.path, weights=args.weights, base=args.base, vae=args.vae, scheduler=args.scheduler, device=device,
+            dtype=dtype,
+        )  # fmt: skip
+        place, lora = folder / "pictures" / one.folder, {"lora": one.lora, "weights": args.weights}
         how = replace(args, seed=args.seed + one.is_noise_floor)
-        with _opened(one, args, device, dtype) as pipeline:
-            place = folder / "pictures" / one.folder
-            drawn[one.label] = draw(pipeline, rows, place / "dataset", how, lora=one.lora, weights=args.weights)
-            if general:
-                general_drawn[one.label] = draw(
-                    pipeline, general, place / "general", how, lora=one.lora, weights=args.weights
-                )
-            if args.retain_dataset and not one.is_noise_floor:
-                with _with_lora(pipeline, one, args):
-                    for kind, found in _losses(pipeline, args).items():
-                        losses[kind][one.label] = found
-    for source in map(ModelSource.parse, args.pictures or []):
-        drawn[source.label] = pictures_in(source.path, rows, by_order=args.by_order, caption_column=args.caption_column)
+        drawn[one.label] = draw(pipeline, rows, place / "dataset", how, **lora)
+        if general:
+            general_drawn[one.label] = draw(pipeline, general, place / "general", how, **lora)
+        if args.retain_dataset and not one.is_noise_floor:
+            with _with_lora(pipeline, one, args):
+                for kind, found in _losses(pipeline, args).items():
+                    losses[kind][one.label] = found
+        del pipeline  # or the next is opened beside it
+    drawn |= ready
 
     # What is measured
     measured = measure(rows, drawn, networks, args, device)
@@ -161,13 +171,19 @@ def evaluate(args):
     return 0
 
 
-@contextmanager
-def _opened(one, args, device, dtype):
-    """The model's pipeline; one at a time is in memory."""
-    yield open_pipeline(
-        one.path, weights=args.weights, base=args.base, vae=args.vae, scheduler=args.scheduler, device=device,
-        dtype=dtype,
-    )  # fmt: skip
+def ready_pictures(args, rows):
+    """{label: {row number: path}} of --pictures, of these rows or of the whole split. Raises EvaluationProblem."""
+    how, found = {"by_order": args.by_order, "caption_column": args.caption_column}, {}
+    for source in map(ModelSource.parse, args.pictures or []):
+        try:
+            found[source.label] = pictures_in(source.path, rows, **how)
+        except EvaluationProblem:
+            if args.max_rows is None:
+                raise
+            every = dataset_rows(args.dataset, args.split, args.caption_column, say=lambda _: None)
+            pairs = pictures_in(source.path, every, **how)
+            found[source.label] = {row.number: pairs[row.number] for row in rows}
+    return found
 
 
 @contextmanager
@@ -192,25 +208,24 @@ def _losses(pipeline, args):
 
 
 def curves(known, candidates):
-    """Learned and kept over the steps of checkpoints, and over the ratios of merged models, where there are several."""
+    """Learned and kept over the steps of a run's checkpoints, or the ratios of a merge, where there are several."""
     if not known or not known["learned"]:
         return []
     reference, *others = candidates
-    ends = {"learned": 0.0, "kept": 1.0}  # of the reference, whose step and ratio are 0
-    found = []
-    for x_title, place_of in (("step", _step), ("ratio", _ratio)):
-        places = {one.label: place_of(one) for one in others if one.label in known["learned"]}
-        places = {label: place for label, place in places.items() if place is not None}
+    others = [one for one in others if one.label in known["learned"] and not one.is_noise_floor]
+    found, runs = [], dict.fromkeys(one.run for one in others)
+    for (x_title, place_of), run in product((("step", _step), ("ratio", _ratio)), runs):
+        places = {one.label: place_of(one) for one in others if one.run == run and place_of(one) is not None}
         if len(places) < 2:
             continue
         lines = []
-        for what, start in ends.items():
-            points = [{"x": 0, "y": start, "low": start, "high": start}]
-            for label, place in sorted(places.items(), key=lambda pair: pair[1]):
+        for what, start in (("learned", 0.0), ("kept", 1.0)):  # of the reference
+            points = [{"x": place_of(reference) or 0, "y": start, "low": start, "high": start}]
+            for label, place in places.items():
                 one = known[what][label]
                 points.append({"x": place, "y": one["value"], "low": one["low"], "high": one["high"]})
-            lines.append({"label": what, "points": points})
-        title = f"Learned and kept over the {x_title}s, from {reference.label}"
+            lines.append({"label": what, "points": sorted(points, key=lambda point: point["x"])})
+        title = f"Learned and kept over the {x_title}s of {run}, from {reference.label}"
         found.append({"title": title, "x_title": x_title, "y_title": "share", "lines": lines})
     return found
 

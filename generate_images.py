@@ -134,6 +134,7 @@ def draw(args):
                         pictures[prompt, seed, column] = picture
                         records.append(made)
                     bar.update(len(part))
+            del pipeline  # before the next one opens
     write_json(folder / "images.json", records)
 
     cells = [[pictures[*row, column] for column in columns] for row in rows]

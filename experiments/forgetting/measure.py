@@ -16,7 +16,8 @@ from finetuning.families.pipelines import open_pipeline
 from finetuning.shapes.scenes import SHAPES
 from models.measure_mini_sd import chalk_and_right
 
-STEPS = (100, 200, 300, 400, 500, 700, 1000)
+EARLY = (10, 20, 30, 40, 60, 80)  # checkpoints of the runs that end at step 100
+STEPS = (*EARLY, 100, 200, 300, 400, 500, 700, 1000)
 SHOWN, LEFT_OUT = SHAPES[:4], SHAPES[4:]  # datasets/chalk has no cross and no star
 LABELS = {"full": "full fine-tune", "lora": "LoRA, rank 16 on every layer"}
 HERE = Path(__file__).parent
@@ -41,7 +42,8 @@ def measure_all(folder):
             known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
             for step in STEPS:
                 if str(step) not in known:
-                    checkpoint = run / f"checkpoint-{step}"
+                    place = run.with_name(f"{run.name}-early") if step in EARLY else run
+                    checkpoint = place / f"checkpoint-{step}"
                     if label == "lora":
                         attach(base, read_lora(checkpoint, parts_of(base)))
                         known[str(step)] = measured(base)
@@ -83,6 +85,8 @@ def plot(results, path):
             panel.fill_between(
                 steps, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2
             )
+        panel.set_xscale("symlog", linthresh=10)
+        panel.set_xticks([0, 10, 30, 100, 300, 1000], ["0", "10", "30", "100", "300", "1000"])
         panel.set(title=LABELS[label], xlabel="step", ylim=(-2, 102))
         panel.grid(alpha=0.3)
     axes[0].set(ylabel="per cent of 128 captions")

@@ -19,8 +19,8 @@ class Metric:
 
 # The order of every table: KID before FID, which is biased for few pictures.
 METRICS = {
-    "shapes": Metric("right", "share of pictures with the shape and colour that the caption asks for", "higher", "row"),
-    "style": Metric("in chalk", "share of the things in a picture that are drawn in chalk", "higher", "row"),
+    "shapes": Metric("right shapes", "share of pictures with the shape and colour of their caption", "higher", "row"),
+    "style": Metric("chalk style", "share of the things in a picture that are drawn in chalk", "higher", "row"),
     "clip_score": Metric("CLIP score", "100 x cosine of picture and caption: does it show the text?", "higher", "row"),
     "clip_image": Metric("CLIP image", "100 x cosine of picture and true picture: is it the same?", "higher", "row"),
     "lpips": Metric("LPIPS", "perceptual distance to the true picture of the same caption", "lower", "row"),

@@ -11,23 +11,26 @@ import io
 import json
 import math
 import os
+import re
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
 from finetuning.data.audit import printable
 from finetuning.evaluation.contract import METRICS, EvaluationProblem
-from finetuning.evaluation.report_page import (
+from finetuning.evaluation.report_page import page
+from finetuning.evaluation.words import (
     estimate_at,
     is_beyond_noise,
     is_not_published,
-    page,
+    notes,
     row_metrics,
     row_number,
     standing,
     title_of,
+    value_at,
     verdict,
-    warnings,
+    width_of,
     written,
 )  # fmt: skip
 
@@ -174,7 +177,7 @@ def as_csv(report):
     for row in report["rows"]:
         for model in report["models"]:
             label = model["label"]
-            values = [row["values"].get(metric, {}).get(label) for metric in metrics]
+            values = [value_at(row, metric, label) for metric in metrics]
             if label in row["pictures"] or any(value is not None for value in values):
                 writer.writerow([row["row"], row["caption"], label, row["truth"], row["pictures"].get(label), *values])
     return text.getvalue()
@@ -186,7 +189,7 @@ def as_csv(report):
 def as_markdown(report):
     """The verdict, the warnings, the figures with n and intervals, and the pictures side by side."""
     parts = [f"**{_text(sentence)}**" for sentence in verdict(report)]
-    parts += [f"> **Note:** {_text(line)}" for line in warnings(report)]
+    parts += [f"> **Note:** {_text(line)}" for line in notes(report)]
     parts += [_figures(report), _learned_and_kept(report), _pictures(report)]
     parts.append(f"Protocol `{report['protocol']}`. {_text(report['policy'])}")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -219,12 +222,19 @@ def _learned_and_kept(report):
     names = ("learned", "kept")
     lines = [_line(["model", *names]), "|---|---:|---:|"]
     for label in forgetting["learned"]:
-        cells = [written(forgetting[name][label]) if label in forgetting[name] else "" for name in names]
+        cells = [_counted(forgetting[name].get(label)) for name in names]
         lines.append(_line([_text(label), *cells]))
     words = [
         f"{name.capitalize()}: {_text(forgetting['words'][name])}." for name in names if name in forgetting["words"]
     ]
     return "\n".join(lines) + f"\n\n{' '.join(words)}"
+
+
+def _counted(estimate):
+    """An estimate with its n, where the table has no column for it."""
+    if estimate is None:
+        return ""
+    return f"{written(estimate)}, n {estimate['n']}" if width_of(estimate) != 0 else written(estimate)
 
 
 def _metric_cell(report, metric, side):
@@ -258,9 +268,9 @@ def _pictures(report):
         cells = [_text(row["caption"]), _image(row["truth"], "ground truth")]
         for label in labels:
             values = [
-                f"{_text(title_of(metric))} {write(row['values'][metric][label])}"
+                f"{_text(title_of(metric))} {write(value_at(row, metric, label))}"
                 for metric, write in writers.items()
-                if row["values"].get(metric, {}).get(label) is not None
+                if value_at(row, metric, label) is not None
             ]
             cells.append("<br>".join([_image(row["pictures"].get(label), label), *values]))
         lines.append(_line(cells))
@@ -280,6 +290,5 @@ def _line(cells):
 def _text(text):
     """Text that stays text in a Markdown table."""
     text = escape(" ".join(text.split()), quote=False)
-    for mark in "\\`*_[]|":
-        text = text.replace(mark, f"&#{ord(mark)};")
-    return text
+    # an underscore inside a word, as in --clip_model, means nothing there
+    return re.sub(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)", lambda mark: f"&#{ord(mark[0])};", text)

@@ -224,13 +224,22 @@ def test_the_markdown_shows_pictures_by_relative_path_with_figures_below(written
 
 
 def test_the_markdown_says_the_verdict_the_warnings_and_what_was_left_out(report, written):
-    with_forgetting(report)
+    with_forgetting(report)["forgetting"]["kept"]["tuned"] = estimate(1.0, 0)
+    report["left_out"].append({"metric": "clip_score", "why": "name a folder: --clip_model a_b cannot be had"})
     text = written()
-    assert text.startswith("**Against original, tuned has learned (better: LPIPS; not told apart: KID)")
-    assert "> **Note:** few pictures\n" in text and "> **Note:** FID was left out: needs 2 pictures\n" in text
-    assert table(text, "model")[2:] == [["tuned", "0.900 (0.850 to 0.950)", "0.700 (0.650 to 0.750)"]]
+    assert text.startswith("**Against original, tuned has not measurably learned: it is better in LPIPS (0.40 against")
+    assert "> **Note:** few pictures\n" in text and "> **Note:** FID was not measured: needs 2 pictures\n" in text
+    assert "not on this machine. --clip_model names a local file\n" in text and "cannot be had" not in text
+    assert table(text, "model")[2:] == [["tuned", "0.900 (0.850 to 0.950), n 3", "1 (all of 3)"]]
     assert "Learned: what is new. Kept: what is left." in text
     assert "Protocol `clean`. The centre square, resized once." in text
+
+
+def test_text_stays_text_in_a_table(report, written):
+    report["rows"][0]["caption"] = "_a_ <b> | --flag_name *c* `d` [e]"
+    assert table(written(), "caption")[2][0] == (
+        "&#95;a&#95; &lt;b&gt; &#124; --flag_name &#42;c&#42; &#96;d&#96; &#91;e&#93;"
+    )
 
 
 def test_of_many_rows_the_markdown_shows_an_even_choice_and_says_so(report, written):

@@ -6,29 +6,20 @@ import io
 import json
 import random
 import re
+import shlex
 import shutil
 import subprocess
 from collections import Counter
 from html import unescape
 from html.parser import HTMLParser
-from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
 from finetuning.evaluation.contract import METRICS
-from finetuning.evaluation.report_page import (
-    EMBEDDED,
-    THUMBNAIL,
-    best_and_worst,
-    is_beyond_noise,
-    number,
-    page,
-    standing,
-    verdict,
-    written,
-)  # fmt: skip
+from finetuning.evaluation.report_page import EMBEDDED, THUMBNAIL, page
 from finetuning.evaluation.statistics import mean_of, paired_difference
+from finetuning.evaluation.words import best_and_worst, verdict
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import draw_scene
 
@@ -77,11 +68,6 @@ def around(value, share, n):
     return {"value": value, "low": value - share, "high": value + share, "n": n}
 
 
-def small_caption(rng):
-    scene = draw_scene(rng, pair_share=0.3)
-    return scene, scene.caption
-
-
 def row_values(rng, metrics=ROW_METRICS):
     spread = {"style": 0.1, "clip_score": 1.5, "lpips": 0.08}
     drawn = {
@@ -98,7 +84,7 @@ def example(folder, count=24, drawn=True):
     rng = random.Random(7)
     rows, prompts = [], []
     for number_of in range(count):
-        scene, caption = small_caption(rng)
+        scene = draw_scene(rng, pair_share=0.3)
         names = {label: f"pictures/{label}/{number_of:05}.png" for label in LABELS}
         if drawn:
             styles = zip(LABELS, ("filled", "filled", "chalk", None), strict=True)
@@ -108,12 +94,12 @@ def example(folder, count=24, drawn=True):
             for label, name in {**names, "truth": f"truth/{number_of:05}.png"}.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 pictures[label].save(folder / name)
-        rows.append({"row": number_of, "caption": caption, "truth": f"truth/{number_of:05}.png", "pictures": names,
-                     "values": row_values(rng)})  # fmt: skip
+        rows.append({"row": number_of, "caption": scene.caption, "truth": f"truth/{number_of:05}.png",
+                     "pictures": names, "values": row_values(rng)})  # fmt: skip
         if number_of < 9:
             values = row_values(rng, {"clip_score": (26.0, 26.1, 24.2, 25.3)})
             drift = {"drift_lpips": {label: round(rng.uniform(0.2, 0.6), 3) for label in LABELS[1:]}}
-            prompts.append({"row": number_of, "caption": caption, "category": CATEGORIES[number_of % 3],
+            prompts.append({"row": number_of, "caption": scene.caption, "category": CATEGORIES[number_of % 3],
                             "pictures": names, "values": values | drift})  # fmt: skip
     summary, differences = {}, {}
     for name in ROW_METRICS:
@@ -142,7 +128,7 @@ def example(folder, count=24, drawn=True):
     }
     return {
         "made": {
-            "command": ["python", "evaluate_model.py", "--dataset", "datasets/shapes chalk", "--model", "tuned=b"],
+            "command": ["python", "evaluate_model.py", "--dataset", "datasets/shapes chalk", "--model", "tuned=a --b"],
             "versions": {"torch": "2.9.0", "diffusers": "0.36.0"},
             "args": {"dataset": "datasets/shapes chalk", "seed": 0, "resolutions": [64], "lora": None},
         },
@@ -208,81 +194,6 @@ def cells(text, head):
     return [[plain(cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S)] for row in rows]
 
 
-# -- figures in words ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("value", "width", "expected"),
-    [
-        (0.7123456, 0.04, "0.712"), (0.7123456, 0.4, "0.71"), (105.34, 30.0, "105"), (24.1234, 2.4, "24.1"),
-        (0.00123456, 0.0002, "0.00123"), (0.00123456, None, "0.001235"), (0.0, 0.0, "0"), (-0.0001, 0.1, "0.000"),
-        (-1.5, 1.0, "-1.50"), (12345.0, None, "12345"), (1, None, "1"), (None, 0.1, "-"),
-    ],
-)  # fmt: skip
-def test_a_figure_has_the_digits_that_its_interval_allows(value, width, expected):
-    assert number(value, width) == expected
-
-
-def test_an_estimate_is_written_with_its_interval():
-    assert written({"value": 0.71234, "low": 0.7, "high": 0.74, "n": 9}) == "0.712 (0.700 to 0.740)"
-    assert written({"value": 0.71234, "low": 0.7, "high": 0.74, "n": 9}, sign=True) == "+0.712 (+0.700 to +0.740)"
-    assert written({"value": 0.71234, "low": None, "high": None, "n": 1}) == "0.7123 (no interval)"
-
-
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("value", "told"), [(0.5, True), (-0.5, True), (0.5, False)])
-def test_better_and_worse_are_said_by_the_interval_and_the_direction(report, metric, value, told):
-    report["differences"][metric] = {"64": {"tuned": {**around(value, 0.1, 4), "excludes_zero": told}}}
-    good = (value > 0) == (METRICS[metric].better == "higher")
-    assert standing(report, metric, 64, "tuned") == ("not told apart" if not told else "better" if good else "worse")
-    assert standing(report, metric, 64, "merged") is None
-
-
-@pytest.mark.parametrize(("value", "beyond"), [(0.29, False), (-0.29, False), (0.31, True), (-0.31, True)])
-def test_the_noise_floor_is_the_far_end_of_its_interval(report, value, beyond):
-    report["differences"]["kid"]["64"] = {
-        "original, seed 2": {**around(-0.1, 0.2, 4), "excludes_zero": False},
-        "tuned": {**around(value, 0.1, 4), "excludes_zero": True},
-    }
-    assert is_beyond_noise(report, "kid", 64, "tuned") is beyond
-    del report["differences"]["kid"]["64"]["original, seed 2"]
-    assert is_beyond_noise(report, "kid", 64, "tuned") is None
-
-
-def test_the_verdict_says_learned_noise_and_forgotten(report):
-    told = {"value": -0.1, "low": -0.12, "high": -0.08, "n": 4, "excludes_zero": True}
-    chance = {"value": -0.1, "low": -0.4, "high": 0.2, "n": 4, "excludes_zero": False}
-    report["differences"] = {
-        "style": {"64": {"tuned": {**told, "value": 0.1}, "merged": chance}},
-        "lpips": {"64": {"original, seed 2": {**chance, "low": -0.2}, "tuned": told, "merged": chance}},
-        "clip_score": {"64": {"original, seed 2": {**told, "value": 0.01, "low": 0.0, "high": 0.02}, "tuned": told}},
-    }
-    tuned, merged = verdict(report)
-    assert tuned.startswith(
-        "Against original, tuned has learned, but not in everything (better: in chalk and LPIPS; worse: CLIP score): "
-        "beyond the noise floor: CLIP score. "
-    )
-    assert tuned.endswith("It has forgotten: kept 0.810 (0.740 to 0.880), where 1 is all that original can do.")
-    assert merged.startswith(
-        "Against original, merged has not measurably learned (not told apart: in chalk and LPIPS): no diff"
-    )
-    assert "That it has forgotten anything cannot be told: kept 0.960 (0.900 to 1.020)" in merged
-    report["models"][1]["noise_floor"], report["forgetting"], report["differences"] = False, None, {}
-    assert all(s.endswith("was not compared with original. What it forgot was not measured.") for s in verdict(report))
-
-
-@pytest.mark.parametrize(("metric", "best"), [("lpips", [2, 0]), ("clip_score", [1, 3])])
-def test_best_and_worst_follow_the_metric_of_the_first_tuned_model(report, metric, best):
-    for row, value in zip(report["rows"], (0.2, 0.9, 0.1, 0.5), strict=True):
-        row["values"] = {metric: {"tuned": value, "original": 1 - value}}
-    found, label, first, last = best_and_worst(report, 2)
-    assert (found, label, [row["row"] for row in first]) == (metric, "tuned", best)
-    assert sorted(best + [row["row"] for row in last]) == [0, 1, 2, 3]
-    assert [row["row"] for row in best_and_worst(report, 1)[3]] == [1 if metric == "lpips" else 2]
-    report["rows"][2]["values"] = {}
-    assert len(best_and_worst(report, 9)[2]) == 2 and len(best_and_worst(report, 9)[3]) == 1
-
-
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
@@ -302,7 +213,7 @@ def test_nothing_is_asked_for_from_anywhere_and_only_its_own_script_may_run(show
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quotes\' ALT'
 
 
-@pytest.mark.parametrize("where", ["caption", "label", "warning", "command", "category", "curve"])
+@pytest.mark.parametrize("where", ["caption", "label", "warning", "command", "category", "curve", "reason", "args"])
 def test_what_it_is_given_is_text_not_markup(report, tmp_path, where):
     if where == "label":
         report = json.loads(json.dumps(report).replace('"merged"', json.dumps(EVIL)))
@@ -310,6 +221,10 @@ def test_what_it_is_given_is_text_not_markup(report, tmp_path, where):
         report["rows"][0]["caption"] = report["forgetting"]["prompts"][0]["caption"] = EVIL
     elif where == "category":
         report["forgetting"]["prompts"][0]["category"] = EVIL
+    elif where == "reason":
+        report["left_out"][0]["why"] = EVIL
+    elif where == "args":
+        report["made"]["args"]["lora"] = EVIL
     elif where == "curve":
         report["curves"][0]["title"] = report["curves"][0]["lines"][0]["label"] = EVIL
     else:
@@ -341,6 +256,8 @@ def test_the_figures_stand_in_the_summary_with_interval_n_and_mark(shown):
     ]
     assert lines[kid + 3] == ["tuned", "0.038 0.021 to 0.055", "24", "-0.176 -0.193 to -0.159", "", "✓ better"]
     assert text.count('class="forest"') == 3 * len(report["summary"])
+    ends = re.findall(r'class="bar" x1="([^"]*)" y1="15" x2="([^"]*)"', text)
+    assert all(6 <= float(end) <= 194 for pair in ends for end in pair)  # those of a metric share a scale
 
 
 def test_a_difference_inside_the_noise_floor_is_marked_so(report, tmp_path):
@@ -358,19 +275,32 @@ def test_each_side_has_its_own_figures_and_one_explanation(report, tmp_path):
     assert METRICS["lpips"].means in heads[0] and METRICS["lpips"].means not in heads[1]
 
 
-def test_warnings_come_first_and_each_once(report, tmp_path):
+FEW = "FID of 4 pictures is biased: about +9 of its 12 comes from their number alone, ... (a line in 1/n): look at KID"
+
+
+def test_the_verdict_and_short_notes_come_first_and_the_reasons_last(report, tmp_path):
+    why = "https://a.b/c.pth is not here: name a local file with --lpips_trunk"
+    report["left_out"].append({"metric": "lpips", "why": why})
+    report["warnings"] = [f"{label} at 64 px: {FEW}" for label in LABELS]
     report["forgetting"]["warnings"] = [report["warnings"][0], "only 9 general prompts"]
     text = page(report, tmp_path)
-    assert text.index('class="warnings"') < text.index("<h2>Figures</h2>")
-    listed = re.findall(r"<li>(.*?)</li>", text[text.index('class="warnings"') :])
-    assert listed[:2] == [report["warnings"][0], "only 9 general prompts"]
-    assert listed[2].startswith("CLIP image was left out: the CLIP model is not there")
+    assert text.index(verdict(report)[0]) < text.index('class="warnings"') < text.index("<h2>Figures</h2>")
+    noted = text[text.index('class="warnings"') : text.index("</section>")]
+    assert [" ".join(re.sub("<[^>]*>", "", one).split()[:4]) for one in re.findall(r"<li>(.*?)</li>", noted)] == [
+        "FID of 4 pictures", "only 9 general prompts", "CLIP image and LPIPS", "20 pictures cannot be",
+    ]  # fmt: skip
+    assert "<code>--clip_model</code> and <code>--lpips_trunk</code> name local files" in noted and "a.b" not in noted
+    end = text[text.index("<h2>Make it again</h2>") :]
+    assert [row[0] for row in cells(end, "Not measured, and why")] == ["CLIP image", "LPIPS"]
+    assert why in re.sub("</?code>", "", end)
+    assert re.findall(r"<li>(.*?)</li>", end) == report["warnings"]
 
 
 def test_all_that_makes_it_again_is_on_the_page(shown):
     report, _, text = shown
     read = Reader(text).text
-    assert "python evaluate_model.py --dataset 'datasets/shapes chalk' --model tuned=b" in read
+    command = "python evaluate_model.py \\\n    --dataset 'datasets/shapes chalk' \\\n    --model 'tuned=a --b'"
+    assert command in read and shlex.split(command.replace("\\\n", "")) == report["made"]["command"]
     for word in ("2.9.0", "build/merged", report["policy"], "clean", *(one["sha256"] for one in report["weights"])):
         assert word in read, word
     assert "not the published ones" in read and "not known whether published" in read
@@ -378,48 +308,41 @@ def test_all_that_makes_it_again_is_on_the_page(shown):
 
 def test_learned_kept_and_categories_are_tables(shown):
     report, _, text = shown
-    assert cells(text, "<h2>Learned and kept</h2>")[1] == ["tuned", "0.930 0.880 to 0.980", "0.810 0.740 to 0.880"]
+    assert cells(text, "<h2>Learned and kept</h2>")[1] == [
+        "tuned", "0.930 0.880 to 0.980 n 24", "0.810 0.740 to 0.880 n 9",
+    ]  # fmt: skip
     lines = cells(text, "CLIP score by category</h3>")
     assert lines[0] == ["category", "n", *LABELS] and [line[0] for line in lines[1:]] == list(CATEGORIES)
     own = [one["values"]["clip_score"]["tuned"] for one in report["forgetting"]["prompts"] if one["category"] == "food"]
     assert lines[3][1] == "3" and float(lines[3][4].split()[0]) == pytest.approx(sum(own) / 3, abs=0.06)
-    assert cells(text, "drift lpips by category</h3>")[0] == ["category", "n", *LABELS[1:]]
+    assert cells(text, "LPIPS drift by category</h3>")[0] == ["category", "n", *LABELS[1:]]
 
 
-def test_curves_are_drawings_with_every_point_and_its_interval(shown):
-    report, _, text = shown
-    charts = [ElementTree.fromstring(svg) for svg in re.findall(r'<svg class="chart".*?</svg>', text, re.S)]
-    assert len(charts) == len(report["curves"]) == 2
-    for chart, curve in zip(charts, report["curves"], strict=True):
-        paths = [[tuple(map(float, p.split(","))) for p in one.get("points").split()] for one in chart.iter("polyline")]
-        assert list(map(len, paths)) == [len(line["points"]) for line in curve["lines"]]
-        assert len(list(chart.iter("circle"))) == sum(map(len, paths)) and len(list(chart.iter("polygon"))) == len(
-            paths
-        )
-        places = [xy for path in paths for xy in path]
-        points = [(point["x"], point["y"]) for line in curve["lines"] for point in line["points"]]
-        for axis, sign in ((0, 1), (1, -1)):  # y grows downwards
-            pairs = sorted((point[axis], sign * place[axis]) for point, place in zip(points, places, strict=True))
-            (a, pa), (b, pb) = pairs[0], pairs[-1]
-            assert [p for _, p in pairs] == pytest.approx(
-                [pa + (v - a) / (b - a) * (pb - pa) for v, _ in pairs], abs=0.2
-            )
-        band = [tuple(map(float, p.split(","))) for p in next(chart.iter("polygon")).get("points").split()]
-        half = len(band) // 2
-        assert all(
-            up[1] < at[1] < down[1] for up, at, down in zip(band[:half], paths[0], band[: -half - 1 : -1], strict=True)
-        )
-        words = [one.text for one in chart.iter("text")]
-        assert {curve["x_title"], curve["y_title"], "1000", "2000"} <= set(words)
-
-
-@pytest.mark.parametrize("points", [[], [{"x": 0, "y": 0.5, "low": None, "high": None}]], ids=["none", "one"])
-def test_a_curve_of_few_points_is_drawn_too(report, tmp_path, points):
-    report["curves"] = [
-        {"title": "few", "x_title": "step", "y_title": "share", "lines": [{"label": "a", "points": points}]}
-    ]
+def test_one_category_alone_has_no_table_and_none_has_no_column(report, tmp_path):
+    for prompt in report["forgetting"]["prompts"]:
+        prompt["category"] = None
     text = page(report, tmp_path)
-    assert text.count("<circle cx=") - text.count('class="forest"') == len(points) and "nan" not in Reader(text).text
+    assert "by category" not in text and 'data-key="category"' not in text
+    assert cells(text, "General prompts one by one")[0] == ["row", "caption", *LABELS]
+
+
+def test_a_share_of_all_says_so_and_a_difference_of_nothing_too(report, tmp_path):
+    report["summary"]["shapes"] = {"64": {"original": around(1.0, 0, 4), "tuned": around(0.0, 0, 4)}}
+    report["differences"]["shapes"] = {"64": {"tuned": {**around(0.0, 0, 4), "excludes_zero": False}}}
+    report["forgetting"]["kept"]["merged"] = around(1.0, 0, 9)
+    text = page(report, tmp_path)
+    assert cells(text, "<strong>right shapes")[:2] == [
+        ["original", "1 all of 4", "4", "", "", "reference"],
+        ["tuned", "0 none of 4", "4", "0 none of 4", "", "not told apart"],
+    ]
+    assert cells(text, "<h2>Learned and kept</h2>")[2][2] == "1 all of 9"
+
+
+def test_curves_stand_under_their_titles(shown):
+    report, _, text = shown
+    assert text.count('<svg class="chart"') == len(report["curves"]) == 2
+    for curve in report["curves"]:
+        assert f"<h3>{curve['title']}</h3><ul" in text
 
 
 def test_every_row_stands_in_the_table_with_its_values(shown):

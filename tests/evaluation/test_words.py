@@ -1,0 +1,339 @@
+"""What a report says follows from its figures: digits, better and worse, the verdict, and short notes."""
+
+import numpy as np
+import pytest
+
+from finetuning.evaluation.contract import METRICS
+from finetuning.evaluation.statistics import small_sample_warning
+from finetuning.evaluation.words import (
+    best_and_worst,
+    folded_warnings,
+    is_beyond_noise,
+    is_not_published,
+    listed,
+    notes,
+    number,
+    percent,
+    reasons,
+    row_metrics,
+    row_number,
+    standing,
+    title_of,
+    verdict,
+    written,
+)  # fmt: skip
+
+NOISE = "original, seed 2"
+
+
+def around(value, room, n=26):
+    return {"value": value, "low": value - room, "high": value + room, "n": n}
+
+
+def difference(value, room):
+    return {**around(value, room), "excludes_zero": abs(value) > room}
+
+
+@pytest.fixture
+def report():
+    """A report without figures, of a reference drawn twice and two models."""
+    models = [("original", False), (NOISE, True), ("tuned", False), ("merged", False)]
+    return {
+        "models": [{"label": label, "source": "a", "noise_floor": floor} for label, floor in models],
+        "reference": "original", "sides": [32, 64], "weights": [], "left_out": [], "warnings": [],
+        "summary": {}, "differences": {}, "rows": [], "forgetting": None,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def compare(report):
+    """Puts the figures of the models, and their differences from the original, into the report."""
+
+    def put(metric, original, **others):
+        of = report["summary"].setdefault(metric, {}).setdefault("64", {})
+        against = report["differences"].setdefault(metric, {}).setdefault("64", {})
+        of["original"] = around(original, 0.01)
+        for label, (value, room) in others.items():
+            of[label.replace("noise", NOISE)] = around(value, 0.01)
+            against[label.replace("noise", NOISE)] = difference(value - original, room)
+
+    return put
+
+
+# -- figures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "width", "expected"),
+    [
+        (0.7123456, 0.04, "0.712"), (0.7123456, 0.4, "0.71"), (105.34, 30.0, "105"), (24.1234, 2.4, "24.1"),
+        (0.00123456, 0.0002, "0.00123"), (0.00123456, None, "0.001235"), (0.0, 0.0, "0"), (-0.0001, 0.1, "0.000"),
+        (-1.5, 1.0, "-1.50"), (12345.0, None, "12345"), (1, None, "1"), (None, 0.1, "-"),
+    ],
+)  # fmt: skip
+def test_a_figure_has_the_digits_that_its_interval_allows(value, width, expected):
+    assert number(value, width) == expected
+
+
+def test_a_sign_is_written_before_what_is_not_0():
+    assert [number(value, 0.2, sign=True) for value in (0.5, 0, -0.5)] == ["+0.50", "0.00", "-0.50"]
+
+
+def test_an_estimate_is_written_with_its_interval():
+    estimate = {"value": 0.71234, "low": 0.7, "high": 0.74, "n": 9}
+    assert written(estimate) == "0.712 (0.700 to 0.740)"
+    assert written(estimate, sign=True) == "+0.712 (+0.700 to +0.740)"
+    assert percent(estimate) == "71.2 % (70.0 to 74.0 %)"
+    assert percent({"value": 0.346, "low": 0.154, "high": 0.538, "n": 26}) == "35 % (15 to 54 %)"
+
+
+@pytest.mark.parametrize("missing", ["low", "high"])
+def test_an_estimate_without_an_interval_says_so(missing):
+    estimate = {"value": 0.71234, "low": 0.7, "high": 0.74, "n": 1} | {missing: None}
+    assert written(estimate) == "0.7123 (no interval)" and percent(estimate) == "71.23 % (no interval)"
+
+
+@pytest.mark.parametrize(
+    ("value", "words", "share"),
+    [(1.0, "1 (all of 26)", "100 % (all of 26)"), (0.0, "0 (none of 26)", "0 % (none of 26)"),
+     (0.5, "0.5 (the same in all 26)", "50 % (the same in all 26)")],
+)  # fmt: skip
+def test_an_interval_of_no_width_says_of_how_many(value, words, share):
+    assert written(around(value, 0.0)) == words and percent(around(value, 0.0)) == share
+
+
+def test_values_of_rows_have_as_many_digits_as_their_spread_asks_for():
+    rows = [{"values": {"lpips": {"a": 0.4, "b": None}, "shapes": {"a": 1.0}}}, {"values": {"lpips": {"a": 0.6567}}}]
+    assert row_number(rows, "lpips")(0.61234) == "0.612" and row_number(rows, "lpips")(None) == "-"
+    assert row_number(rows, "shapes")(1.0) == "1"
+    assert row_metrics([{"values": {"drift_clip": {}, "lpips": {}}}, {"values": {"shapes": {}}}]) == [
+        "shapes", "lpips", "drift_clip",
+    ]  # fmt: skip
+
+
+def test_every_figure_has_a_title_for_people():
+    assert [title_of(name) for name in ("kid", "drift_lpips", "drift_clip")] == ["KID", "LPIPS drift", "CLIP drift"]
+    assert title_of("learned and kept by clip") == "learned and kept (by CLIP score)"
+    assert title_of("retain_loss") == "loss on what should be kept" and title_of("something_new") == "something new"
+
+
+def test_words_are_listed():
+    assert [listed(["a", "b", "c"][:count]) for count in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+
+
+# -- what a difference means ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("value", "told"), [(0.5, True), (-0.5, True), (0.5, False)])
+def test_better_and_worse_are_said_by_the_interval_and_the_direction(report, metric, value, told):
+    report["differences"][metric] = {"64": {"tuned": {**around(value, 0.1), "excludes_zero": told}}}
+    good = (value > 0) == (METRICS[metric].better == "higher")
+    assert standing(report, metric, 64, "tuned") == ("not told apart" if not told else "better" if good else "worse")
+    assert standing(report, metric, 64, "merged") is None and standing(report, metric, 32, "tuned") is None
+
+
+@pytest.mark.parametrize(("value", "beyond"), [(0.29, False), (-0.29, False), (0.31, True), (-0.31, True)])
+def test_the_noise_floor_is_the_far_end_of_its_interval(report, value, beyond):
+    report["differences"]["kid"] = {"64": {NOISE: difference(-0.1, 0.2), "tuned": difference(value, 0.1)}}
+    assert is_beyond_noise(report, "kid", 64, "tuned") is beyond
+    del report["differences"]["kid"]["64"][NOISE]
+    assert is_beyond_noise(report, "kid", 64, "tuned") is None
+
+
+def test_only_weights_known_to_be_others_make_a_metric_not_comparable(report):
+    weights = {"inception": False, "lpips trunk": True, "lpips heads": False, "clip": None}
+    report["weights"] = [{"name": name, "published": published} for name, published in weights.items()]
+    assert [name for name in METRICS if is_not_published(report, name)] == ["lpips", "kid", "fid"]
+
+
+# -- the verdict ---------------------------------------------------------------------------------------------------
+
+
+def learned(report, label="tuned"):
+    """The first sentence of the verdict on a model."""
+    number_of = ["tuned", "merged"].index(label)
+    return verdict(report)[number_of].rsplit(" What it forgot", 1)[0]
+
+
+def test_the_verdict_names_the_figures_and_what_two_seeds_differ_by(report, compare):
+    compare("style", 0.0, noise=(0.0, 0.0), tuned=(0.966, 0.04))
+    compare("shapes", 0.953, noise=(0.92, 0.05), tuned=(0.89, 0.1))
+    assert learned(report) == (
+        "Against original, tuned has learned: it is better in chalk style (0.97 against 0.00), beyond what two seeds "
+        "of original differ by; in right shapes any difference may be chance."
+    )
+    assert learned(report, "merged") == "merged was not compared with original."
+
+
+def test_better_and_worse_beyond_the_noise_and_within_it_are_told_apart(report, compare):
+    compare("style", 0.1, noise=(0.1, 0.01), tuned=(0.9, 0.1))
+    compare("clip_score", 24.0, noise=(24.0, 2.0), tuned=(25.0, 0.5))
+    compare("clip_image", 70.0, noise=(70.0, 1.0), tuned=(60.0, 2.0))
+    compare("lpips", 0.4, tuned=(0.5, 0.05))
+    assert learned(report) == (
+        "Against original, tuned has learned, but not in everything: it is better in chalk style (0.90 against 0.10), "
+        "beyond what two seeds of original differ by; better in CLIP score (25.00 against 24.00), but no more than two "
+        "seeds of original may differ by; worse in CLIP image (60.00 against 70.00), beyond what two seeds of original "
+        "differ by; worse in LPIPS (0.50 against 0.40)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ({"style": 0.9}, "has learned:"), ({"style": 0.1}, "has become worse:"),
+        ({"style": 0.9, "shapes": 0.1}, "has learned, but not in everything:"),
+        ({"style": 0.501}, "has not measurably learned: in chalk style any difference may be chance."),
+        ({"style": 0.56}, "has not measurably learned: it is better in chalk style (0.56 against 0.50), but no more"),
+        ({"style": 0.44}, "has not measurably learned: it is worse in chalk style (0.44 against 0.50), but no more"),
+        ({"style": 0.9, "shapes": 0.44}, "has learned: it is better"),
+        ({"kid": 0.1}, "has learned: it is better in KID (0.10 against 0.50)"),
+    ],
+)  # fmt: skip
+def test_what_is_within_the_noise_is_not_learned(report, compare, figures, said):
+    for metric, value in figures.items():
+        compare(metric, 0.5, noise=(0.5, 0.1), tuned=(value, 0.05))
+    assert learned(report).startswith(f"Against original, tuned {said}")
+
+
+def test_without_a_second_seed_the_verdict_says_that_the_noise_is_not_known(report, compare):
+    compare("style", 0.0, tuned=(0.9, 0.1))
+    report["models"].pop(1)
+    assert learned(report) == (
+        "Against original, tuned has learned: it is better in chalk style (0.90 against 0.00). How far two seeds of "
+        "original differ was not measured."
+    )
+    report["summary"] = {}
+    assert "it is better in chalk style. How" in learned(report)
+
+
+@pytest.mark.parametrize(
+    ("by", "words"),
+    [
+        ("shapes", "on the general prompts it is right 35 % (15 to 55 %) as often as original."),
+        ("clip", "on the general prompts its CLIP score is 35 % (15 to 55 %) of original's."),
+        ("loss", "on what should be kept, the loss of original is 35 % (15 to 55 %) of its own."),
+        (None, "it kept 35 % (15 to 55 %) of what original can do."),
+    ],
+)
+def test_what_was_kept_is_a_share_of_the_originals_by_the_yardstick(report, by, words):
+    report["forgetting"] = {"by": by, "kept": {"tuned": around(0.35, 0.2)}}
+    tuned, merged = verdict(report)
+    assert tuned == f"tuned was not compared with original. It has forgotten: {words}"
+    assert merged.endswith("What it forgot was not measured.")
+    del report["forgetting"]["by"]
+    assert "it kept 35 %" in verdict(report)[0]
+
+
+@pytest.mark.parametrize(
+    ("kept", "told"),
+    [
+        (around(0.9, 0.05), "It has forgotten:"),
+        (around(0.9, 0.2), "Whether it has forgotten anything cannot be told:"),
+        (around(1.2, 0.1), "It has forgotten nothing that was measured:"),
+        (around(1.0, 0.0), "It has forgotten nothing that was measured:"),
+        ({"value": 0.5, "low": None, "high": None, "n": 1}, "Whether it has forgotten anything cannot be told:"),
+    ],
+)  # fmt: skip
+def test_that_it_has_forgotten_is_said_by_the_interval(report, kept, told):
+    report["forgetting"] = {"by": "shapes", "kept": {"tuned": kept}}
+    assert f" {told} on the general" in verdict(report)[0]
+
+
+# -- notes ---------------------------------------------------------------------------------------------------------
+
+WHERE = "is not on this machine: name a local file with"
+INCEPTION, TRUNK = f"https://a.b/weights.pth {WHERE} --inception_weights", f"https://a.b/c.pth {WHERE} --lpips_trunk"
+CLIP = "--clip_model openai/clip cannot be had from the Hub, name a folder"
+
+
+def left_out(**why):
+    return [{"metric": metric, "why": words} for metric, words in why.items()]
+
+
+def test_what_needs_networks_that_are_not_there_is_one_note_and_the_reasons_stand_apart(report):
+    report["left_out"] = left_out(clip_score=CLIP, lpips=TRUNK, kid=INCEPTION, fid=INCEPTION)
+    report["forgetting"] = {"left_out": left_out(drift_lpips=TRUNK, kid=INCEPTION)}
+    assert notes(report) == [
+        "CLIP score, LPIPS, LPIPS drift, KID and FID were not measured: their networks' weights are not on this "
+        "machine. --clip_model, --lpips_trunk and --inception_weights name local files"
+    ]
+    assert reasons(report) == [("CLIP score", CLIP), ("LPIPS and LPIPS drift", TRUNK), ("KID and FID", INCEPTION)]
+
+
+def test_one_network_alone_is_said_of_one(report):
+    report["left_out"] = left_out(lpips=TRUNK)
+    assert notes(report) == [
+        "LPIPS was not measured: its network's weights are not on this machine. --lpips_trunk names a local file"
+    ]
+
+
+def test_other_reasons_are_said_as_they_are_each_once(report):
+    no_truth = "2 of 9 rows have no true picture: rows 3, 4"
+    report["left_out"] = left_out(clip_image=no_truth, lpips=no_truth, kid=INCEPTION, fid="needs 2 pictures")
+    report["forgetting"] = {"left_out": left_out(**{"learned and kept by clip": "tuned: the original has 0"})}
+    assert notes(report)[1:] == [
+        f"CLIP image and LPIPS were not measured: {no_truth}", "FID was not measured: needs 2 pictures",
+        "learned and kept (by CLIP score) were not measured: tuned: the original has 0",
+    ]  # fmt: skip
+    assert notes(report)[0].startswith("KID was not measured: its network's weights")
+
+
+@pytest.fixture(scope="module")
+def said_of_fid():
+    """What statistics.py says of 8 pictures, and of 3, too few to measure the bias."""
+    features = np.random.default_rng(0).normal(size=(2, 8, 16))
+    return small_sample_warning(*features), small_sample_warning(*features[:, :3])
+
+
+def test_few_pictures_for_fid_are_one_note_for_all_models(report, said_of_fid):
+    said, _ = said_of_fid
+    report["warnings"] = ["first", f"original at 64 px: {said}", "second", f"a: b at 64 px: {said}", "first"]
+    first, note, second = notes(report)
+    assert (first, second) == ("first", "second") and folded_warnings(report) == report["warnings"][1:4:2]
+    by = said.split("biased: ")[1].split(" comes")[0]
+    assert by.startswith("at least about +") and note == (
+        "FID of 8 pictures is biased: look at KID, and compare FID only between models with as many pictures. "
+        f"From their number alone: original at 64 px: {by}; a: b at 64 px: {by}"
+    )
+
+
+def test_too_few_pictures_to_say_how_biased_fid_is_are_one_note_too(report, said_of_fid):
+    report["warnings"] = [f"{label} at 64 px: {said_of_fid[1]}" for label in ("original", "tuned")]
+    assert notes(report) == [f"{said_of_fid[1]}. Of original at 64 px and tuned at 64 px"]
+
+
+def test_a_single_warning_of_fid_stays_as_it_is(report, said_of_fid):
+    report["warnings"] = [f"tuned at 64 px: {said_of_fid[0]}"]
+    assert notes(report) == report["warnings"] and folded_warnings(report) == []
+
+
+# -- the best and the worst ----------------------------------------------------------------------------------------
+
+
+def rows(metric, *values):
+    return [{"row": n, "values": {metric: {"tuned": value, "original": 1 - value}}} for n, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(("metric", "best"), [("lpips", [2, 0]), ("clip_score", [1, 3])])
+def test_best_and_worst_follow_the_metric_of_the_first_tuned_model(report, metric, best):
+    report["rows"] = rows(metric, 0.2, 0.9, 0.1, 0.5)
+    found, label, first, last = best_and_worst(report, 2)
+    assert (found, label, [row["row"] for row in first]) == (metric, "tuned", best)
+    assert [row["row"] for row in last] == ([1, 3] if metric == "lpips" else [2, 0])
+    assert [row["row"] for row in best_and_worst(report, 1)[3]] == [1 if metric == "lpips" else 2]
+    report["rows"][2]["values"] = {}
+    assert len(best_and_worst(report, 9)[2]) == 2 and len(best_and_worst(report, 9)[3]) == 1
+
+
+def test_other_metrics_decide_where_it_is_even_and_the_best_are_never_the_worst(report):
+    report["rows"] = rows("style", 1.0, 1.0, 1.0, 0.5, 1.0)
+    assert [[row["row"] for row in some] for some in best_and_worst(report, 2)[2:]] == [[0, 1], [3]]
+    for row, value in zip(report["rows"], (0.0, 1.0, None, 1.0, 1.0), strict=True):
+        row["values"]["shapes"] = {"tuned": value}
+    assert [[row["row"] for row in some] for some in best_and_worst(report, 2)[2:]] == [[1, 4], [3, 2]]
+
+
+def test_nothing_is_best_without_values(report):
+    assert best_and_worst(report, 2) is None
