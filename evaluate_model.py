@@ -33,6 +33,7 @@ from finetuning.evaluation.forgetting import ForgettingArgs, forgetting, pipelin
 from finetuning.evaluation.generating import DrawArgs, dataset_rows, draw, pictures_in
 from finetuning.evaluation.measuring import EvalNetworkArgs, measure, open_networks, summarise
 from finetuning.evaluation.report import write_report
+from finetuning.evaluation.words import verdict
 from finetuning.families.contract import ModelProblem
 from finetuning.families.lora_files import attach, detach, parts_of, read_lora, set_scale
 from finetuning.families.pipelines import ModelSource, open_pipeline
@@ -166,7 +167,7 @@ def evaluate(args):
         "args": as_dict(args) | {"device": str(device), "dtype": name},
     }  # fmt: skip
     page = write_report(folder, report)
-    print((folder / "report.md").read_text(encoding="utf-8").split("\n\n", 1)[0])
+    print("\n".join(verdict(report)))
     print(f"the whole report: {page}")
     return 0
 
