@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
 
-# Speed and memory, each beside a limit measured in the same run; half an hour.
+# Speed and memory, each beside a limit measured in the same run; an hour.
 bench: $(VENV)/.ready
 	PYTHONPATH=. $(PYTHON) benchmarks/convert/run.py
 	PYTHONPATH=. $(PYTHON) benchmarks/million_rows/run.py
