@@ -1,4 +1,4 @@
-"""Write captions for a folder of pictures with a model that sees.
+"""Write captions for a folder of images with a model that sees.
 
     python caption_images.py photos/ --captioner blip
     python caption_images.py photos/ --captioner florence2 --prompt "<MORE_DETAILED_CAPTION>" --max_length 200 --add
@@ -6,12 +6,12 @@
     python caption_images.py photos/ --captioner image-text-to-text --model HuggingFaceTB/SmolVLM-500M-Instruct
     python caption_images.py photos/ --captioner clip-interrogator --from_captions --overwrite
 
-Reads   a folder of pictures, flat or in train/, validation/ and test/, with or without metadata.jsonl; a Hub model or
+Reads   a folder of images, flat or in train/, validation/ and test/, with or without metadata.jsonl; a Hub model or
         a local folder, safetensors only.
-Writes  metadata.jsonl beside the pictures: {"file_name": ..., "text": ..., "text_origin": "blip:MODEL"} a line, which
-        training reads as it is. Pictures that have a caption are left alone, unless --add or --overwrite.
+Writes  metadata.jsonl beside the images: {"file_name": ..., "text": ..., "text_origin": "blip:MODEL"} a line, which
+        training reads as it is. Images that have a caption are left alone, unless --add or --overwrite.
 Go on   after an interruption: the same command again; until the end the captions stand in .captions.jsonl.
-A picture's caption is the same whatever else is in its batch.
+An image's caption is the same whatever else is in its batch.
 """
 
 import sys
@@ -28,20 +28,20 @@ from tqdm.auto import tqdm
 
 from finetuning.captioning import CAPTIONERS
 from finetuning.captioning.captioner import Captioner
-from finetuning.captioning.contract import GenerationArgs
 from finetuning.captioning.folder import CaptionedFolder, FolderArgs, Journal
 from finetuning.captioning.interrogator import Interrogator, InterrogatorArgs
+from finetuning.captioning.kinds import GenerationArgs
 from finetuning.cli import REQUIRED, as_dict, flag, parse
-from finetuning.data.pictures import UnreadablePicture, open_rgb
-from finetuning.data.reading import DatasetProblem, Findings
-from finetuning.families.contract import ModelProblem
+from finetuning.data.images import UnreadableImage, open_rgb
+from finetuning.data.reading import DatasetError, Findings
+from finetuning.families.model_args import ModelError
 
 
 @dataclass
 class CaptionerArgs:
-    """Pictures and captioner"""
+    """Images and captioner"""
 
-    dir: str = flag(REQUIRED, "folder of pictures", positional=True)
+    dir: str = flag(REQUIRED, "folder of images", positional=True)
     captioner: str = flag(REQUIRED, "kind of model", choices=tuple(CAPTIONERS))
     model: str | None = flag(None, "folder or Hub name (none: a usual one of its kind, see finetuning/captioning/)")
 
@@ -73,7 +73,7 @@ def main(argv=None):
     args = parse(Args, __doc__, argv)
     try:
         return caption(args)
-    except (DatasetProblem, ModelProblem) as problem:
+    except (DatasetError, ModelError) as problem:
         print(f"{type(problem).__name__}: {problem}", file=sys.stderr)
     except torch.OutOfMemoryError:
         print("the GPU's memory is full: give the same command with a smaller --batch_size to go on", file=sys.stderr)
@@ -86,11 +86,11 @@ def main(argv=None):
 
 
 def caption(args):
-    """Every picture that wants a caption, the folder written at the end."""
+    """Every image that wants a caption, the folder written at the end."""
     findings = Findings()
     entries = CaptionedFolder(args.dir, args, findings).todo()
     if args.from_captions and (bare := [entry.name for entry in entries if not entry.captions]):
-        findings.faults["pictures without a caption to begin with"] = bare
+        findings.faults["images without a caption to begin with"] = bare
         entries = [entry for entry in entries if entry.captions]
     journal = Journal(args.dir, {name: value for name, value in as_dict(args).items() if name not in WITHOUT_EFFECT})
     say_all(entries, journal, args, findings)
@@ -102,7 +102,7 @@ def caption(args):
     journal.remove()
     for entry in new[:3]:
         print(f"  {entry.name}: {journal.done[entry.name]}")
-    print(f"{args.dir}: {len(new)} pictures captioned, {len(folder.entries) - len(new)} others as they were")
+    print(f"{args.dir}: {len(new)} images captioned, {len(folder.entries) - len(new)} others as they were")
     if report := findings.report():
         print(f"left out (x) and noted (-):\n{report}", file=sys.stderr)
     return 1 if findings.faults and args.on_bad_rows == "error" else 0
@@ -114,31 +114,31 @@ def say_all(entries, journal, args, findings):
     if not waiting:
         return
     say_what = open_captioner(args, findings)
-    with tqdm(total=len(entries), initial=len(entries) - len(waiting), desc="captioning", unit="picture") as bar:
+    with tqdm(total=len(entries), initial=len(entries) - len(waiting), desc="captioning", unit="image") as bar:
         for batch in _batches(_decoded(waiting, args, findings, bar), args.batch_size):
-            part, pictures = map(list, zip(*batch, strict=True))
-            for entry, text in zip(part, say_what(pictures, part), strict=True):
+            part, images = map(list, zip(*batch, strict=True))
+            for entry, text in zip(part, say_what(images, part), strict=True):
                 if text:
                     journal.add(entry.name, text)
                 else:
-                    findings.faults["pictures that the model says nothing about (another --prompt?)"].append(entry.name)
+                    findings.faults["images that the model says nothing about (another --prompt?)"].append(entry.name)
             bar.update(len(part))
 
 
 def open_captioner(args, findings):
-    """A function: (RGB pictures, their entries) -> captions."""
+    """A function: (RGB images, their entries) -> captions."""
     device = PartialState().device
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     if args.from_captions:
-        first = lambda pictures, entries: [entry.captions[0][0] for entry in entries]
+        first = lambda images, entries: [entry.captions[0][0] for entry in entries]
     else:
         captioner = Captioner(CAPTIONERS[args.captioner], args, findings, args.model, device, precision)
-        first = lambda pictures, entries: captioner(pictures, [entry.name for entry in entries])
+        first = lambda images, entries: captioner(images, [entry.name for entry in entries])
     if args.captioner != "clip-interrogator":
         return first
     interrogator = Interrogator(args, device, precision)
-    return lambda pictures, entries: interrogator(pictures, first(pictures, entries))
+    return lambda images, entries: interrogator(images, first(images, entries))
 
 
 def origin(args):
@@ -148,26 +148,26 @@ def origin(args):
 
 
 def _decoded(entries, args, findings, bar):
-    """(entry, RGB picture) in order, decoded ahead on other cores; what cannot be read goes into the findings."""
+    """(entry, RGB image) in order, decoded ahead on other cores; what cannot be read goes into the findings."""
     with ThreadPoolExecutor() as pool:
         under_way, left = deque(), iter(entries)
         while True:
             some = islice(left, 2 * args.batch_size - len(under_way))
-            under_way += [(entry, pool.submit(_opened, entry.picture, args.max_side)) for entry in some]
+            under_way += [(entry, pool.submit(_opened, entry.image, args.max_side)) for entry in some]
             if not under_way:
                 return
             entry, future = under_way.popleft()
             try:
                 yield entry, future.result()
-            except UnreadablePicture as error:
-                findings.faults["pictures that cannot be read"].append(f"{entry.name} ({error})")
+            except UnreadableImage as error:
+                findings.faults["images that cannot be read"].append(f"{entry.name} ({error})")
                 bar.update()
 
 
 def _opened(path, max_side):
-    picture = open_rgb(path)
-    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)  # leaves smaller ones as they are
-    return picture
+    image = open_rgb(path)
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)  # leaves smaller ones as they are
+    return image
 
 
 def _batches(items, size):

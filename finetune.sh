@@ -6,7 +6,7 @@
 #     METHOD=lora bash finetune.sh                                              # adapters in place of every weight
 #     OUTPUT_DIR=runs/chalk-full/20261121-101500 RESUME=latest bash finetune.sh      # go on where a run was interrupted
 #
-# As shipped it fine-tunes the embedded miniature Stable Diffusion on pictures in chalk: minutes, on any CPU, offline.
+# As shipped it fine-tunes the embedded miniature Stable Diffusion on images in chalk: minutes, on any CPU, offline.
 set -euo pipefail
 cd "$(dirname "$0")"
 NOW=$(date "+%Y%m%d-%H%M%S")
@@ -16,17 +16,17 @@ TEXT_ADAPTERS="--train_text_encoder --text_encoder_rank 4 --text_encoder_lr 2e-5
 
 # --- Preset: Stable Diffusion 1.5, every weight, on a T4 (16 GB) --------------------------------------------------
 # : "${MODEL_NAME:=stable-diffusion-v1-5/stable-diffusion-v1-5}"   # runwayml/... has left the Hub; this replaces it
-# : "${TRAIN_DIR:=path/to/your/pictures}" "${OUTPUT_DIR:=runs/sd15-t4/$NOW}"
+# : "${TRAIN_DIR:=path/to/your/images}" "${OUTPUT_DIR:=runs/sd15-t4/$NOW}"
 # : "${RESOLUTION:=512}" "${BATCH:=1}" "${ACCUMULATION:=4}" "${STEPS:=4000}" "${LR:=1e-5}" "${USE_EMA:=no}"
 # : "${EXTRA:=--use_8bit_adam --gradient_checkpointing $SD_USUAL}" "${CHECKPOINTING_STEPS:=500}"
 # : "${GUIDANCE:=7.5}" "${VALIDATION_STEPS:=500}" "${PROMPTS:=A modern living room with a brown couch|Yoda}"
 
 # --- Preset: Stable Diffusion 1.4, EMA and non-EMA weights, on an A6000 (48 GB) -----------------------------------
 # The run of 2023-06-16 whose results were good. Its dataset, lambdalabs/pokemon-blip-captions, has left the Hub: use
-# your own pictures in TRAIN_DIR, or a captioned Hub dataset in DATASET_NAME.
+# your own images in TRAIN_DIR, or a captioned Hub dataset in DATASET_NAME.
 # For SD 1.5: MODEL_NAME as above, and NON_EMA_VARIANT:=non_ema in place of NON_EMA_REVISION.
 # : "${MODEL_NAME:=CompVis/stable-diffusion-v1-4}" "${NON_EMA_REVISION:=non-ema}"
-# : "${TRAIN_DIR:=path/to/your/pictures}" "${OUTPUT_DIR:=runs/sd14-a6000/$NOW}"
+# : "${TRAIN_DIR:=path/to/your/images}" "${OUTPUT_DIR:=runs/sd14-a6000/$NOW}"
 # : "${RESOLUTION:=512}" "${BATCH:=8}" "${ACCUMULATION:=1}" "${STEPS:=15000}" "${LR:=1e-4}" "${EMA_DECAY:=0.9999}"
 # : "${EXTRA:=--gradient_checkpointing $SD_USUAL}" "${CHECKPOINTING_STEPS:=500}"
 # : "${GUIDANCE:=7.5}" "${VALIDATION_STEPS:=500}"
@@ -35,7 +35,7 @@ TEXT_ADAPTERS="--train_text_encoder --text_encoder_rank 4 --text_encoder_lr 2e-5
 # --- Preset: Stable Diffusion 1.5, LoRA, on a T4 (16 GB) ----------------------------------------------------------
 # The run of 2023-06-03. For that of 2023-06-04, RANK:=64; a keyword belongs into every caption.
 # : "${METHOD:=lora}" "${MODEL_NAME:=stable-diffusion-v1-5/stable-diffusion-v1-5}"
-# : "${TRAIN_DIR:=path/to/your/pictures}" "${OUTPUT_DIR:=runs/sd15-lora/$NOW}"
+# : "${TRAIN_DIR:=path/to/your/images}" "${OUTPUT_DIR:=runs/sd15-lora/$NOW}"
 # : "${RANK:=4}" "${TARGETS:=attention}" "${LR:=1e-4}" "${STEPS:=15000}"
 # : "${RESOLUTION:=512}" "${BATCH:=1}" "${ACCUMULATION:=4}" "${CHECKPOINTING_STEPS:=500}" "${CHECKPOINTS_KEPT:=30}"
 # : "${EXTRA:=--random_flip --lr_scheduler cosine --lr_warmup_steps 0 --dataloader_num_workers 8 --save_kohya $XFORMERS}"
@@ -43,7 +43,7 @@ TEXT_ADAPTERS="--train_text_encoder --text_encoder_rank 4 --text_encoder_lr 2e-5
 
 # --- Preset: Stable Diffusion 1.5, LoRA on every layer and on the text encoder, on a T4 (16 GB) ---------------------
 # : "${METHOD:=lora}" "${MODEL_NAME:=stable-diffusion-v1-5/stable-diffusion-v1-5}"
-# : "${TRAIN_DIR:=path/to/your/pictures}" "${OUTPUT_DIR:=runs/sd15-locon/$NOW}"
+# : "${TRAIN_DIR:=path/to/your/images}" "${OUTPUT_DIR:=runs/sd15-locon/$NOW}"
 # : "${RANK:=16}" "${TARGETS:=all-linear conv}" "${LR:=1e-4}" "${STEPS:=3000}"
 # : "${RESOLUTION:=512}" "${BATCH:=1}" "${ACCUMULATION:=4}" "${CHECKPOINTING_STEPS:=500}"
 # : "${EXTRA:=$TEXT_ADAPTERS --use_8bit_adam --save_kohya --gradient_checkpointing $SD_USUAL}"
@@ -61,7 +61,7 @@ TEXT_ADAPTERS="--train_text_encoder --text_encoder_rank 4 --text_encoder_lr 2e-5
 : "${MODEL_NAME:=models/mini-sd}"
 : "${NON_EMA_REVISION:=}"         # git revision of the model whose UNet is trained; the EMA starts from the main one
 : "${NON_EMA_VARIANT:=}"          # the same for models that keep both in one place (files named *.non_ema.safetensors)
-: "${TRAIN_DIR:=datasets/chalk}"  # folder of pictures with metadata.jsonl
+: "${TRAIN_DIR:=datasets/chalk}"  # folder of images with metadata.jsonl
 : "${DATASET_NAME:=}"             # or a dataset of the Hugging Face Hub; wins over TRAIN_DIR
 : "${OUTPUT_DIR:=runs/chalk-$METHOD/$NOW}"
 : "${RESUME:=}"                   # latest, with the OUTPUT_DIR of the run to go on with
@@ -151,7 +151,7 @@ cat <<DONE
 Done. Look at
   $OUTPUT_DIR/comparison.png     the same prompts and seeds: the base beside what was trained
   tensorboard --logdir $OUTPUT_DIR/logs
-Next, at the top of finetune.sh: a preset for a real Stable Diffusion, TRAIN_DIR (your pictures), PROMPTS.
+Next, at the top of finetune.sh: a preset for a real Stable Diffusion, TRAIN_DIR (your images), PROMPTS.
 Draw more with:    python generate_images.py $DRAW --prompt "..."
 Did it work?       python evaluate_model.py --model original=$MODEL_NAME $TUNED \\
                      --dataset "$TRAIN_DIR" --split validation --guidance_scale $GUIDANCE --output_dir $OUTPUT_DIR-report

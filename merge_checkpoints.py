@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from finetuning.cli import REQUIRED, as_dict, flag, parse_command
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.merging.methods import METHODS, MethodArgs, bound, ratio_problems
 from finetuning.merging.models import TunedArgs
 from finetuning.merging.ratios import BlockRatios, block_ratios
@@ -78,8 +78,8 @@ def main(argv=None):
     name, args = parse_command({name: flags for name, (flags, _) in known.items()}, __doc__, argv)
     try:
         print("\n".join(known[name][1](args)))
-    except ModelProblem as problem:
-        print(f"ModelProblem: {problem}", file=sys.stderr)
+    except ModelError as problem:
+        print(f"ModelError: {problem}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"{error}: the inputs are as they were", file=sys.stderr)
@@ -139,16 +139,16 @@ def replay(args):
     recipe = read_recipe(args.path)
     known, meant = commands(), recipe["run"]["command"]
     if meant not in known:
-        raise ModelProblem(f"{args.path} is of another version: it was made by {meant}, which is not known here")
+        raise ModelError(f"{args.path} is of another version: it was made by {meant}, which is not known here")
     flags_class, command = known[meant]
     flags = {name: value for name, value in recipe.items() if name != "run"}
     if strange := flags.keys() - {field.name for field in fields(flags_class)}:
-        raise ModelProblem(
+        raise ModelError(
             f"{args.path} is of another version: it has flags that are not known here, {', '.join(strange)}"
         )
     again = flags_class(**flags | {"output_dir": args.output_dir})
     if changed := list(changed_inputs(recipe, again.open_sources())):
-        raise ModelProblem("\n".join(changed))
+        raise ModelError("\n".join(changed))
     return command(again)
 
 

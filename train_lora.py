@@ -1,4 +1,4 @@
-"""Fine-tune low-rank adapters (LoRA) on a frozen Stable Diffusion, on your own captioned pictures.
+"""Fine-tune low-rank adapters (LoRA) on a frozen Stable Diffusion, on your own captioned images.
 
     accelerate launch --config_file accelerate_config.yaml train_lora.py \\
         --pretrained_model_name_or_path models/mini-sd --train_data_dir datasets/chalk \\
@@ -22,19 +22,19 @@ from finetuning.cli import flag, parse
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.latents import LatentArgs, latent_source
-from finetuning.data.reading import DatasetProblem
+from finetuning.data.reading import DatasetError
+from finetuning.data.streams import StreamArgs, load_training, row_order
 from finetuning.data.training_set import DataArgs
-from finetuning.evaluation.contract import EvaluationProblem
-from finetuning.families.contract import ModelArgs, ModelProblem
+from finetuning.diffusion.objective import NoiseArgs, NoiseSchedule, diffusion_loss, draw_noise
+from finetuning.evaluation.metrics import EvaluationError
 from finetuning.families.loading import load_model
 from finetuning.families.lora_files import DIFFUSERS_NAME
-from finetuning.streaming.pictures import StreamArgs, load_training, row_order
-from finetuning.training.checkpoint import CheckpointArgs, Checkpointer, CheckpointProblem, NonFinite
+from finetuning.families.model_args import ModelArgs, ModelError
+from finetuning.files import atomic_result
+from finetuning.training.adapters import add_adapters
+from finetuning.training.checkpoint import CheckpointArgs, Checkpointer, CheckpointError, NonFinite
 from finetuning.training.ema import EMAArgs, build_ema
-from finetuning.training.files import whole_result
-from finetuning.training.lora import add_adapters
 from finetuning.training.lora_layout import LoraArgs
-from finetuning.training.noise import NoiseArgs, NoiseSchedule, diffusion_loss, draw_noise
 from finetuning.training.optim import OptimArgs, build_optimizer, build_schedule, learning_rates
 from finetuning.training.preflight import check_before_start, choose_attention
 from finetuning.training.run import HubUpload, NoUpload, Run, RunArgs
@@ -50,7 +50,7 @@ class Args(
     """Every flag, group by group; here those whose defaults differ, as in diffusers' LoRA script."""
 
     output_dir: str = flag("sd-model-finetuned-lora", "where everything goes: LoRA files, checkpoints, logs, args.json")
-    num_validation_images: int = flag(4, "pictures per prompt")
+    num_validation_images: int = flag(4, "images per prompt")
     validation_epochs: int = flag(1, "validate every N epochs, unless --validation_steps is given; 0: only at the ends")
 
 
@@ -60,7 +60,7 @@ def main(argv=None):
     run = Run(args)
     try:
         return train(args, run)
-    except (ModelProblem, DatasetProblem, CheckpointProblem, EvaluationProblem, NonFinite) as problem:
+    except (ModelError, DatasetError, CheckpointError, EvaluationError, NonFinite) as problem:
         run.say(f"{type(problem).__name__}: {problem}")
         return 1
     except KeyboardInterrupt:
@@ -82,7 +82,7 @@ def train(args, run):
 
     trained = model.trained_parameters()
     ema = build_ema(args, trained, start=None)
-    optimizer = build_optimizer(args, model.parameter_groups(*learning_rates(args, order.group_size)))
+    optimizer = build_optimizer(args, model.parameter_groups(*learning_rates(args, order.total_batch_size)))
     schedule = NoiseSchedule.of(model.scheduler)
 
     # What is saved, and where we left off
@@ -146,10 +146,10 @@ def train(args, run):
     validation.look(step)
     if run.is_main:
         facts = {
-            "steps": step, "pictures": order.rows, "dataset_hash": training.fingerprint(),
+            "steps": step, "images": order.rows, "dataset_hash": training.fingerprint(),
             "dataset": args.train_data_dir or args.dataset_name, "caption_prefix": training.caption_prefix(),
         }  # fmt: skip
-        whole_result(run.output_dir, lambda folder: model.save_lora(folder, ema.shadow, facts), key=DIFFUSERS_NAME)
+        atomic_result(run.output_dir, lambda folder: model.save_lora(folder, ema.shadow, facts), key=DIFFUSERS_NAME)
         run.say(f"LoRA: {run.output_dir / DIFFUSERS_NAME} (loaded back and compared; load_lora_weights loads it)")
         if grid := validation.compare(step):
             run.say(f"base beside fine-tuned: {grid}")

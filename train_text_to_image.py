@@ -1,4 +1,4 @@
-"""Fine-tune every weight of a Stable Diffusion's denoiser on your own captioned pictures.
+"""Fine-tune every weight of a Stable Diffusion's denoiser on your own captioned images.
 
     accelerate launch --config_file accelerate_config.yaml train_text_to_image.py \\
         --pretrained_model_name_or_path models/mini-sd --train_data_dir datasets/chalk \\
@@ -21,16 +21,16 @@ from finetuning.cli import parse
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.latents import LatentArgs, latent_source
-from finetuning.data.reading import DatasetProblem
+from finetuning.data.reading import DatasetError
+from finetuning.data.streams import StreamArgs, load_training, row_order
 from finetuning.data.training_set import DataArgs
-from finetuning.evaluation.contract import EvaluationProblem
-from finetuning.families.contract import ModelArgs, ModelProblem, StartArgs
+from finetuning.diffusion.objective import NoiseArgs, NoiseSchedule, diffusion_loss, draw_noise
+from finetuning.evaluation.metrics import EvaluationError
 from finetuning.families.loading import load_model
-from finetuning.streaming.pictures import StreamArgs, load_training, row_order
-from finetuning.training.checkpoint import CheckpointArgs, Checkpointer, CheckpointProblem, NonFinite
+from finetuning.families.model_args import ModelArgs, ModelError, StartArgs
+from finetuning.files import atomic_result
+from finetuning.training.checkpoint import CheckpointArgs, Checkpointer, CheckpointError, NonFinite
 from finetuning.training.ema import EMAArgs, build_ema
-from finetuning.training.files import whole_result
-from finetuning.training.noise import NoiseArgs, NoiseSchedule, diffusion_loss, draw_noise
 from finetuning.training.optim import OptimArgs, build_optimizer, build_schedule, learning_rates
 from finetuning.training.preflight import check_before_start, choose_attention
 from finetuning.training.run import HubUpload, NoUpload, Run, RunArgs
@@ -52,7 +52,7 @@ def main(argv=None):
     run = Run(args)
     try:
         return train(args, run)
-    except (ModelProblem, DatasetProblem, CheckpointProblem, EvaluationProblem, NonFinite) as problem:
+    except (ModelError, DatasetError, CheckpointError, EvaluationError, NonFinite) as problem:
         run.say(f"{type(problem).__name__}: {problem}")
         return 1
     except KeyboardInterrupt:
@@ -75,7 +75,7 @@ def train(args, run):
 
     trained = model.trained_parameters()
     ema = build_ema(args, trained, model.take_ema_start())
-    optimizer = build_optimizer(args, model.parameter_groups(*learning_rates(args, order.group_size)))
+    optimizer = build_optimizer(args, model.parameter_groups(*learning_rates(args, order.total_batch_size)))
     schedule = NoiseSchedule.of(model.scheduler)
 
     # What is saved, and where we left off
@@ -137,7 +137,7 @@ def train(args, run):
     # What is handed over
     validation.look(step)
     if run.is_main:
-        whole_result(run.output_dir, lambda folder: model.save_pipeline(folder, ema.shadow))
+        atomic_result(run.output_dir, lambda folder: model.save_pipeline(folder, ema.shadow))
         run.say(f"pipeline: {run.output_dir} (StableDiffusionPipeline.from_pretrained loads it)")
         if grid := validation.compare(step):
             run.say(f"base beside fine-tuned: {grid}")

@@ -3,7 +3,7 @@
     @dataclass
     class DataArgs:
         '''Data'''
-        resolution: int = flag(512, "side of the training pictures, in pixels")
+        resolution: int = flag(512, "side of the training images, in pixels")
 
         def problems(self):
             if self.resolution % 8:

@@ -12,7 +12,7 @@ from finetuning.cli import REQUIRED, as_dict, flag, flag_table, groups, parse, r
 class DataFlags:
     """Dataset."""
 
-    folder: str = flag(REQUIRED, "where the pictures are")
+    folder: str = flag(REQUIRED, "where the images are")
     resolution: int = flag(512, "side in pixels")
     columns: list[str] | None = flag(None, "names of columns")
 
@@ -118,7 +118,7 @@ def test_every_problem_is_reported_at_once():
         "--precision fp8: must be one of fp32, fp16",
         "--steps 1 x: must be a whole number",
         "--snr_gamma ?: must be a number",
-        "--folder is required: where the pictures are",
+        "--folder is required: where the images are",
     ]
 
 
@@ -138,7 +138,7 @@ def test_parse_prints_the_problems_and_exits_with_2(capsys):
     assert printed[1:] == [
         "  - unknown flag --bogus",
         "  - --resolution 7.5: must be a whole number",
-        "  - --folder is required: where the pictures are",
+        "  - --folder is required: where the images are",
     ]
 
 
@@ -282,7 +282,7 @@ def test_help_shows_groups_defaults_and_choices(capsys):
     assert "What it does.\n    as written" in shown
     words = " ".join(shown.split())
     for text in (
-        "Dataset:", "Optimizer:", "where the pictures are (default: required)", "side in pixels (default: 512)",
+        "Dataset:", "Optimizer:", "where the images are (default: required)", "side in pixels (default: 512)",
         "in 95 % of runs (default: none)", "--precision {fp32,fp16}", "sampling steps (default: 25 50)",
         "--use_ema, --no-use_ema average the weights (default: off)", "every epoch (default: on)",
         "kept with the run (default: empty)", "--config FILE",
@@ -298,7 +298,7 @@ def test_flag_table():
 
 | flag | default | meaning |
 |---|---|---|
-| `--folder` | required | where the pictures are |
+| `--folder` | required | where the images are |
 | `--resolution` | 512 | side in pixels |
 | `--columns` | none | names of columns |
 

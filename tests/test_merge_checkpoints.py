@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import merge_checkpoints
 from finetuning.cli import write_json
+from finetuning.files import check_manifest
 from finetuning.merging.methods import METHODS, Method
-from finetuning.training.files import check_whole
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT_ENCODER = "text_encoder/model.safetensors"
@@ -140,7 +140,7 @@ def test_result_loads_and_is_the_mixture(tiny_model, tuned, merged, tensors):
     assert same(loaded, result[TEXT_ENCODER])
     assert (out / VAE).read_bytes() == (tiny_model / VAE).read_bytes()
     assert pipeline.scheduler.config.beta_end == 0.012
-    check_whole(out)
+    check_manifest(out)
 
 
 @pytest.mark.parametrize("method", ["weighted_sum", "slerp"])
@@ -594,7 +594,7 @@ def test_failure_leaves_nothing_or_what_was_there(
     assert listing(tmp_path) == before
     monkeypatch.undo()
     merged(*models)
-    check_whole(tmp_path / "out")
+    check_manifest(tmp_path / "out")
     assert json.loads((tmp_path / "out/merge.json").read_text())["ratio"] == [0.5]
 
 
@@ -637,7 +637,7 @@ def test_kill_in_the_middle_leaves_no_model_and_the_same_command_succeeds(tiny_m
     merged(*words)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ratio-0.3", "ratio-0.6"]  # no leftovers
     for name in ("ratio-0.3", "ratio-0.6"):
-        check_whole(tmp_path / "out" / name)
+        check_manifest(tmp_path / "out" / name)
 
 
 # -- the recipe ------------------------------------------------------------------------------------------------------

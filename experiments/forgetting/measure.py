@@ -1,4 +1,4 @@
-"""Draw with the checkpoints of every run, read the pictures' pixels, write the table and the plot of README.md.
+"""Draw with the checkpoints of every run, read the images' pixels, write the table and the plot of README.md.
 
 python experiments/forgetting/measure.py runs/forgetting
 """

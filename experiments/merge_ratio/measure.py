@@ -1,4 +1,4 @@
-"""Draw with every mixture of base and fine-tuned weights, read the pictures' pixels, write the table and the plot.
+"""Draw with every mixture of base and fine-tuned weights, read the images' pixels, write the table and the plot.
 
 python experiments/merge_ratio/measure.py runs/merge_ratio
 """

@@ -1,17 +1,17 @@
-"""A captioner at work: pictures in, captions out."""
+"""A captioner at work: images in, captions out."""
 
 import torch
 from transformers import AutoConfig, AutoProcessor, LogitsProcessor, TopPLogitsWarper
 
-from finetuning.captioning.contract import GenerationArgs, Kind
+from finetuning.captioning.kinds import GenerationArgs, Kind
 from finetuning.data.reading import Findings
-from finetuning.draws import torch_generator
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.families.quiet import errors_only
+from finetuning.rng import torch_generator
 
 
 class Captioner:
-    """A model with its processor. Opening it raises ModelProblem. Captions that may be cut short go into `findings`."""
+    """A model with its processor. Opening it raises ModelError. Captions that may be cut short go into `findings`."""
 
     def __init__(self, kind: Kind, args: GenerationArgs, findings: Findings, model, device, dtype):
         self.kind, self.args, self.findings, self.device, self.dtype = kind, args, findings, device, dtype
@@ -22,9 +22,9 @@ class Captioner:
         self.processor.tokenizer.padding_side = "left"
 
     @torch.inference_mode()
-    def __call__(self, pictures, names):
-        """[caption] of RGB pictures; the names, of the pictures in their dataset, are what nucleus draws depend on."""
-        inputs, before = self.kind.encode(self.model, self.processor, pictures, self.prompt)
+    def __call__(self, images, names):
+        """[caption] of RGB images; the names, of the images in their dataset, are what nucleus draws depend on."""
+        inputs, before = self.kind.encode(self.model, self.processor, images, self.prompt)
         with errors_only():  # of limits in the checkpoint's own settings, which those here replace
             tokens = self.model.generate(**inputs.to(self.device, self.dtype), **self._settings(names))
         tokens = tokens[:, before:]
@@ -51,7 +51,7 @@ class Captioner:
 
 
 class SeededNucleus(LogitsProcessor):
-    """Nucleus sampling that greedy search carries out, with draws of each picture's own.
+    """Nucleus sampling that greedy search carries out, with draws of each image's own.
 
     The largest of log p + Gumbel noise is a draw from p (the Gumbel-max trick), so that the noise alone decides, and it
     comes from a generator for each row of the batch: what else is in the batch does not matter.
@@ -68,22 +68,22 @@ class SeededNucleus(LogitsProcessor):
 
 
 def open_model(model_class, name, device, dtype):
-    """(processor, model) of a folder or a Hub name, never from a pickle. Raises ModelProblem."""
+    """(processor, model) of a folder or a Hub name, never from a pickle. Raises ModelError."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         _check_kind(model_class, name, config)
         with errors_only():
             processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
             model, told = model_class.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except ModelProblem:
+    except ModelError:
         raise
     except Exception as error:  # on broken folders the libraries also raise AttributeError, TypeError, ...
-        raise ModelProblem(
+        raise ModelError(
             f"{name} cannot be opened: {error}\n  name a folder or a Hub model in safetensors with --model"
         ) from error
     if told["missing_keys"]:
         some = ", ".join(sorted(told["missing_keys"])[:3])
-        raise ModelProblem(
+        raise ModelError(
             f"{name} lacks {len(told['missing_keys'])} of its weights ({some} ...): it is not whole, or kept for other "
             "code than transformers' own; name another with --model"
         )
@@ -100,7 +100,7 @@ def without_prompt(text, prompt):
 def _check_kind(model_class, name, config):
     wanted = getattr(model_class, "config_class", None)  # an Auto class takes what it knows, and says so
     if wanted is not None and config.model_type != wanted.model_type:
-        raise ModelProblem(
+        raise ModelError(
             f"{name} is a {config.model_type} model, not {wanted.model_type}: give the --captioner that goes with it "
             "(image-text-to-text takes every kind that has a chat template)"
         )

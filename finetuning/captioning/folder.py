@@ -14,9 +14,9 @@ from finetuning.data.captions import origin_column
 from finetuning.data.reading import (
     METADATA_NAMES,
     SPLIT_NAMES,
-    DatasetProblem,
+    DatasetError,
     Findings,
-    named_picture,
+    named_image,
     read_folder,
     read_records,
 )
@@ -30,14 +30,14 @@ class FolderArgs:
     """What becomes of the folder"""
 
     caption_column: str = flag("text", "metadata key of the caption or list of captions; origins go into KEY_origin")
-    add: bool = flag(False, "caption every picture, and keep the captions that it has")
-    overwrite: bool = flag(False, "caption every picture, and drop the captions that it has, also those of people")
-    limit: int | None = flag(None, "caption only this many pictures, the first by name, to have a look")
+    add: bool = flag(False, "caption every image, and keep the captions that it has")
+    overwrite: bool = flag(False, "caption every image, and drop the captions that it has, also those of people")
+    limit: int | None = flag(None, "caption only this many images, the first by name, to have a look")
     on_bad_rows: str = flag(
-        "error", "pictures that cannot be read: all others are captioned, and the exit status is 1, or 0 with skip",
+        "error", "images that cannot be read: all others are captioned, and the exit status is 1, or 0 with skip",
         choices=("error", "skip"),
     )  # fmt: skip
-    allow_outside_paths: bool = flag(False, "let links reach pictures outside the folder")
+    allow_outside_paths: bool = flag(False, "let links reach images outside the folder")
 
     def problems(self):
         if self.add and self.overwrite:
@@ -50,32 +50,32 @@ class FolderArgs:
 
 @dataclass
 class Entry:
-    """One picture of the folder."""
+    """One image of the folder."""
 
     name: str  # below the folder, with slashes
-    picture: Path
+    image: Path
     home: Path  # the metadata file that gets a row for it, where none has one
     rows: list = field(default_factory=list)  # records that name it
     captions: list = field(default_factory=list)  # of (text, origin)
 
 
 class CaptionedFolder:
-    """The pictures of every split with their captions.
+    """The images of every split with their captions.
 
-    Raises DatasetProblem, with all that is in the way, where captions that are there cannot be kept safe.
+    Raises DatasetError, with all that is in the way, where captions that are there cannot be kept safe.
     """
 
     def __init__(self, root, args: FolderArgs, findings: Findings):
         self.root, self.args, self.origin_column = Path(root), args, origin_column(args.caption_column)
         self.documents = {}  # {metadata file: its records}
-        self.entries = sorted(self._pictures(findings), key=lambda entry: entry.name)
+        self.entries = sorted(self._images(findings), key=lambda entry: entry.name)
         self.bases = sorted({entry.home.parent for entry in self.entries})
         unsafe = Findings()
         self._read_metadata(findings, unsafe)
         if not args.overwrite:
             self._find_sidecars(unsafe)
         if unsafe.faults:
-            raise DatasetProblem(f"{root} holds captions that could be lost; mend this first (x):\n{unsafe.report()}")
+            raise DatasetError(f"{root} holds captions that could be lost; mend this first (x):\n{unsafe.report()}")
 
     def todo(self):
         """Entries that want a caption."""
@@ -89,10 +89,10 @@ class CaptionedFolder:
             return False
         entry.captions = [*kept, (text, origin)]
         if not entry.rows:
-            record = {"file_name": entry.picture.relative_to(entry.home.parent).as_posix()}
+            record = {"file_name": entry.image.relative_to(entry.home.parent).as_posix()}
             self.documents.setdefault(entry.home, []).append(record)
             entry.rows.append(record)
-        first, *others = entry.rows  # several rows of one picture: what is added goes into the first
+        first, *others = entry.rows  # several rows of one image: what is added goes into the first
         if self.args.overwrite:
             self._set(first, entry.captions)
             for other in others:
@@ -124,20 +124,20 @@ class CaptionedFolder:
         record[self.args.caption_column] = texts if len(texts) > 1 else texts[0]
         record[self.origin_column] = origins if len(origins) > 1 else origins[0]
 
-    def _pictures(self, findings):
+    def _images(self, findings):
         for split, names in SPLIT_NAMES.items():
             base = next((self.root / name for name in names if (self.root / name).is_dir()), self.root)
             rows = read_folder(self.root, split, "image", "none", self.args.allow_outside_paths, findings) or []
             for row in rows:
-                name = row.picture.relative_to(self.root).as_posix()
+                name = row.image.relative_to(self.root).as_posix()
                 if any("\ud800" <= letter <= "\udfff" for letter in name):  # bytes that are no text, so no JSON either
-                    findings.faults["pictures whose name is not UTF-8 (rename them)"].append(ascii(name))
+                    findings.faults["images whose name is not UTF-8 (rename them)"].append(ascii(name))
                 else:
-                    yield Entry(name, row.picture, base / "metadata.jsonl")
+                    yield Entry(name, row.image, base / "metadata.jsonl")
 
     def _read_metadata(self, findings, unsafe):
-        """The records of each metadata file, and to each picture those that name it."""
-        by_path = {entry.picture: entry for entry in self.entries}
+        """The records of each metadata file, and to each image those that name it."""
+        by_path = {entry.image: entry for entry in self.entries}
         folders = {self.root, *(folder for path in by_path for folder in path.parents if self.root in folder.parents)}
         files = [folder / name for folder in sorted(folders) for name in METADATA_NAMES]
         make_jsonl = f"first `prepare_dataset.py convert imagefolder {self.root} --output NEW`"
@@ -150,7 +150,7 @@ class CaptionedFolder:
             self.documents[path] = []
             for where, record in read_records(path, self.root, unsafe):
                 self.documents[path].append(record)
-                name = named_picture(record, "image") or ""
+                name = named_image(record, "image") or ""
                 captions = self._told(record)
                 if Path(name).is_absolute() or PureWindowsPath(name).is_absolute():
                     unsafe.faults[f"rows with an absolute file name ({make_jsonl})"].append(where)
@@ -161,7 +161,7 @@ class CaptionedFolder:
                     entry.rows.append(record)
                     entry.captions += captions
                 else:
-                    findings.notes["metadata rows that name no picture of this folder (kept as they are)"].append(where)
+                    findings.notes["metadata rows that name no image of this folder (kept as they are)"].append(where)
 
     def _entry_of(self, name, path, by_path):
         """Names count from the metadata's folder, or from a split's; as in training."""
@@ -182,31 +182,31 @@ class CaptionedFolder:
 
     def _find_sidecars(self, unsafe):
         waiting = [entry for entry in self.entries if not entry.captions]
-        found = [e.name for e in waiting if any(e.picture.with_suffix(end).is_file() for end in (".txt", ".caption"))]
+        found = [e.name for e in waiting if any(e.image.with_suffix(end).is_file() for end in (".txt", ".caption"))]
         if found:
             gather = f"`prepare_dataset.py convert sidecar {self.root} --output NEW`"
-            kind = f"pictures with a caption file beside them (gather these: {gather}, or leave them out: --overwrite)"
+            kind = f"images with a caption file beside them (gather these: {gather}, or leave them out: --overwrite)"
             unsafe.faults[kind] = found
 
 
 class Journal:
-    """What an interrupted captioning has done: its settings, then a line for each picture."""
+    """What an interrupted captioning has done: its settings, then a line for each image."""
 
     def __init__(self, root, settings):
-        """Raises DatasetProblem where the folder holds an interrupted captioning with other settings."""
+        """Raises DatasetError where the folder holds an interrupted captioning with other settings."""
         self.path, self.settings, self.file = Path(root) / JOURNAL, settings, None
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
         started, *lines = [told for line in text.split("\n") if (told := _parsed(line))] or [settings]
         self.done = {told["name"]: told["text"] for told in lines}
         changed = [key for key, value in settings.items() if started.get(key) != value]
         if self.done and changed:
-            raise DatasetProblem(
+            raise DatasetError(
                 f"{root} holds an interrupted captioning with other settings ({', '.join(changed)}): give the same "
                 f"ones to go on, or remove {self.path} and with it {len(self.done)} captions"
             )
 
     def add(self, name, text):
-        """Take a picture's caption, at once on the disk."""
+        """Take an image's caption, at once on the disk."""
         if self.file is None:
             self.file = open(self.path, "a" if self.done else "w", encoding="utf-8")  # noqa: SIM115 (until the end)
             self.file.write("\n" if self.done else json.dumps(self.settings) + "\n")  # it may end in half a line

@@ -1,6 +1,6 @@
 """What every changed copy of a dataset has in common: read and accepted as training does, written whole or not at all.
 
-Pictures that need no change are hard-linked. Columns of the metadata besides the caption are taken along, other files
+Images that need no change are hard-linked. Columns of the metadata besides the caption are taken along, other files
 are not.
 """
 
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.cli import REQUIRED, flag
-from finetuning.conversion.writing import take_over
+from finetuning.conversion.writer import take_over
 from finetuning.data.captions import origin_column
-from finetuning.data.reading import METADATA_NAMES, SPLIT_NAMES, DatasetProblem, Findings, read_folder, read_records
+from finetuning.data.reading import METADATA_NAMES, SPLIT_NAMES, DatasetError, Findings, read_folder, read_records
 
 
 @dataclass
@@ -23,11 +23,11 @@ class CopyArgs:
 
     path: str = flag(REQUIRED, "folder of a dataset that training reads; it is never changed", positional=True)
     output: str = flag(REQUIRED, "folder of the new dataset; it appears when all of it is written")
-    image_column: str = flag("image", "metadata key of the picture, besides file_name")
+    image_column: str = flag("image", "metadata key of the image, besides file_name")
     caption_column: str = flag("text", "metadata key of the caption or list of captions")
-    allow_outside_paths: bool = flag(False, "let metadata and links reach pictures outside PATH")
+    allow_outside_paths: bool = flag(False, "let metadata and links reach images outside PATH")
     on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
-    link: bool = flag(True, "hard-link pictures that need no change; copy them where that cannot be or with --no-link")
+    link: bool = flag(True, "hard-link images that need no change; copy them where that cannot be or with --no-link")
 
     def problems(self):
         if not Path(self.path).is_dir():
@@ -49,24 +49,24 @@ def read_splits(args: CopyArgs, findings):
 
 
 def accept(splits, args: CopyArgs, findings, say):
-    """Say what is left out and noted. Raises DatasetProblem with all faults, as training does."""
+    """Say what is left out and noted. Raises DatasetError with all faults, as training does."""
     report = findings.report()
     if findings.faults and args.on_bad_rows == "error":
-        raise DatasetProblem(
+        raise DatasetError(
             f"{args.path} has {findings.count()} faults (x):\n{report}\n"
             "  mend them, or leave those rows out with --on_bad_rows skip"
         )
     if report:
         say(f"{args.path}, left out (x) and noted (-):\n{report}")
     if not splits["train"]:
-        raise DatasetProblem(f"{args.path}: no row is left to train on")
+        raise DatasetError(f"{args.path}: no row is left to train on")
 
 
 @contextmanager
 def new_folder(path):
     """A folder to fill: it gets the name `path` when the block ends well, and is removed when it does not.
 
-    Raises DatasetProblem where the disk refuses.
+    Raises DatasetError where the disk refuses.
     """
     path = Path(path).resolve()
     aside = path.with_name(f".{path.name}.part")
@@ -78,38 +78,38 @@ def new_folder(path):
             path.rmdir()  # only an empty one can be
         os.rename(aside, path)
     except OSError as error:
-        raise DatasetProblem(f"{path} is not written: {error}") from error
+        raise DatasetError(f"{path} is not written: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def new_names(rows, split, args: CopyArgs):
-    """{picture: its name in the copy's split}: with the source's subfolders, and no two that differ in case alone."""
+    """{image: its name in the copy's split}: with the source's subfolders, and no two that differ in case alone."""
     root, names, taken = Path(args.path), {}, set()
-    for picture in dict.fromkeys(row.picture for row in rows):
-        plain = name = _inside(picture, root, split)
+    for image in dict.fromkeys(row.image for row in rows):
+        plain = name = _inside(image, root, split)
         number = 1
         while str(name).lower() in taken:  # some disks take such names for equal
             number += 1
             name = plain.with_stem(f"{plain.stem}~{number}")
         taken.add(str(name).lower())
-        names[picture] = name.as_posix()
+        names[image] = name.as_posix()
     return names
 
 
-def _inside(picture, root, split):
-    """The picture's path in its split; its bare name where it stands outside the dataset."""
-    if root not in picture.parents:
-        return Path(picture.name)
-    parts = picture.relative_to(root).parts
+def _inside(image, root, split):
+    """The image's path in its split; its bare name where it stands outside the dataset."""
+    if root not in image.parents:
+        return Path(image.name)
+    parts = image.relative_to(root).parts
     return Path(*(parts[1:] if parts[0] in SPLIT_NAMES[split] else parts))
 
 
-def take_pictures(folder, names, args: CopyArgs):
-    """Link or copy the pictures to their names in `folder`."""
-    for picture, name in names.items():
+def take_images(folder, names, args: CopyArgs):
+    """Link or copy the images to their names in `folder`."""
+    for image, name in names.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        take_over(picture, folder / name, args.link)
+        take_over(image, folder / name, args.link)
 
 
 def write_metadata(folder, entries, args: CopyArgs):

@@ -1,7 +1,7 @@
-"""Pictures that a source names by address: taken from a folder of the user's, or fetched into it, each once.
+"""Images that a source names by address: taken from a folder of the user's, or fetched into it, each once.
 
-What stands in the folder is whole: a picture is written aside, decoded and renamed. So the same command goes on after
-an interruption. gone.jsonl in the folder keeps the addresses that hold no picture any more; delete it to ask anew.
+What stands in the folder is whole: an image is written aside, decoded and renamed. So the same command goes on after
+an interruption. gone.jsonl in the folder keeps the addresses that hold no image any more; delete it to ask anew.
 """
 
 import json
@@ -20,9 +20,9 @@ import httpx2
 from tqdm.auto import tqdm
 
 from finetuning.cli import flag
-from finetuning.conversion.writing import in_order
-from finetuning.data.pictures import UnreadablePicture, open_rgb
-from finetuning.data.reading import DatasetProblem
+from finetuning.conversion.writer import in_order
+from finetuning.data.images import UnreadableImage, open_rgb
+from finetuning.data.reading import DatasetError
 
 HEADERS = {"User-Agent": "prepare_dataset.py (diffusers fine-tuning)", "Accept": "image/*"}
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
@@ -32,19 +32,19 @@ LONGEST_PAUSE = 120  # seconds; a site that asks for more is left in peace
 
 @dataclass
 class DownloadArgs:
-    """Pictures by address (unsplash, sbu)"""
+    """Images by address (unsplash, sbu)"""
 
-    images: str | None = flag(None, "folder of the pictures, by the names that the source gives them", metavar="DIR")
+    images: str | None = flag(None, "folder of the images, by the names that the source gives them", metavar="DIR")
     download: bool = flag(False, "fetch what is not in --images into it; it stays there for the next time")
-    download_rate: float = flag(10.0, "pictures asked for in a second, at most")
+    download_rate: float = flag(10.0, "images asked for in a second, at most")
     download_workers: int = flag(8, "threads that fetch")
-    download_tries: int = flag(4, "how often a picture is asked for where the site or the network fails")
+    download_tries: int = flag(4, "how often an image is asked for where the site or the network fails")
     download_timeout: float = flag(60.0, "seconds that one try may take")
     download_max_mb: float = flag(100.0, "larger files are not taken, in millions of bytes")
 
     def problems(self):
         if self.download and not self.images:
-            yield "--download needs --images DIR, the folder that keeps the pictures"
+            yield "--download needs --images DIR, the folder that keeps the images"
         if self.images and not self.download and not Path(self.images).is_dir():
             yield f"--images {self.images}: there is no such folder (--download makes it)"
         output = getattr(self, "output", None)
@@ -59,10 +59,10 @@ class DownloadArgs:
 
 
 def arrived(items, args, findings):
-    """Yield the sample of each (sample, url or None), in order, once its picture stands at `sample.picture`.
+    """Yield the sample of each (sample, url or None), in order, once its image stands at `sample.image`.
 
     With --download those that do not stand are fetched. What cannot be had is a fault with its reason. Ends after
-    --limit samples. Raises DatasetProblem where the folder cannot be written or the site sends us away.
+    --limit samples. Raises DatasetError where the folder cannot be written or the site sends us away.
     """
     count = 0
     with closing(_fetched(items, args) if args.download else _standing(items)) as results:
@@ -86,32 +86,32 @@ def place(folder, name):
 
 
 def _standing(items):
-    kind = "rows whose picture is not there (--images DIR says where to look, --download fetches)"
+    kind = "rows whose image is not there (--images DIR says where to look, --download fetches)"
     for sample, _ in items:
-        yield sample, None if sample.picture.is_file() else (kind, sample.picture.name)
+        yield sample, None if sample.image.is_file() else (kind, sample.image.name)
 
 
 def _fetched(items, args):
-    """(sample, trouble) in order; few pictures are under way at once."""
-    kind = "pictures that could not be fetched (the same command tries again)"
+    """(sample, trouble) in order; few images are under way at once."""
+    kind = "images that could not be fetched (the same command tries again)"
     journal = Path(args.images) / "gone.jsonl"
     fetcher, gone = Fetcher(args), _gone(journal)
 
     def work(sample, url):
-        if sample.picture.is_file():
+        if sample.image.is_file():
             return None
         try:
             if url in gone:
                 raise Unfetched(f"{gone[url]}, as {journal} says")
-            sample.picture.parent.mkdir(parents=True, exist_ok=True)
-            fetcher.fetch(url, sample.picture)
+            sample.image.parent.mkdir(parents=True, exist_ok=True)
+            fetcher.fetch(url, sample.image)
         except Unfetched as trouble:
             return trouble
         except OSError as error:
-            raise DatasetProblem(f"{sample.picture} cannot be written: {error}") from error
+            raise DatasetError(f"{sample.image} cannot be written: {error}") from error
 
     pool = ThreadPoolExecutor(args.download_workers)
-    shown = tqdm(items, "fetching", unit="picture")
+    shown = tqdm(items, "fetching", unit="image")
     try:
         for (sample, url), trouble in in_order(pool, work, shown, 4 * args.download_workers):
             if trouble and trouble.gone:
@@ -139,7 +139,7 @@ def _gone(journal):
 
 
 class Unfetched(Exception):
-    """Why a picture could not be had: `gone` for good, or worth `another_try` after `pause` seconds (none: a few)."""
+    """Why an image could not be had: `gone` for good, or worth `another_try` after `pause` seconds (none: a few)."""
 
     def __init__(self, reason, gone=False, another_try=False, pause=None):
         super().__init__(reason)
@@ -167,7 +167,7 @@ class Turns:
 
 
 class Fetcher:
-    """Fetches pictures, for many threads at once. `stop` is an event that ends all of its waiting."""
+    """Fetches images, for many threads at once. `stop` is an event that ends all of its waiting."""
 
     def __init__(self, args, clock=time.monotonic, sleep=None):
         self.args, self.clock, self.stop = args, clock, threading.Event()
@@ -176,7 +176,7 @@ class Fetcher:
         self.client = httpx2.Client(headers=HEADERS, timeout=args.download_timeout, follow_redirects=True)
 
     def fetch(self, url, target):
-        """Put the picture of `url` at `target`. Raises Unfetched; OSError where the disk fails."""
+        """Put the image of `url` at `target`. Raises Unfetched; OSError where the disk fails."""
         if not re.match(r"https?://", url or "", re.IGNORECASE):
             raise Unfetched("not an address of the web (http, https)")
         for left in reversed(range(self.args.download_tries)):
@@ -203,10 +203,10 @@ class Fetcher:
             os.replace(aside, target)
         except (httpx2.UnsupportedProtocol, httpx2.TooManyRedirects, httpx2.InvalidURL) as error:
             raise Unfetched(str(error)) from error
-        except httpx2.RequestError as error:  # no answer, a broken connection, half a picture
+        except httpx2.RequestError as error:  # no answer, a broken connection, half an image
             raise Unfetched(f"{type(error).__name__}: {error}".rstrip(": "), another_try=True) from error
-        except UnreadablePicture as error:
-            raise Unfetched("what came is not a whole picture") from error
+        except UnreadableImage as error:
+            raise Unfetched("what came is not a whole image") from error
         finally:
             aside.unlink(missing_ok=True)
 
@@ -214,7 +214,7 @@ class Fetcher:
         status, pause = response.status_code, _retry_after(response)
         said = f"HTTP {status} {response.reason_phrase}".rstrip()
         if status in TRY_AGAIN and pause is not None and pause > LONGEST_PAUSE:
-            raise DatasetProblem(
+            raise DatasetError(
                 f"{response.url.host} asks to be left in peace for {pause:.0f} s ({said}): give the same command again "
                 "then; what has been fetched is kept"
             )
@@ -223,10 +223,10 @@ class Fetcher:
         if status != 200:
             raise Unfetched(said, gone=status in GONE)
         if Path(response.url.path).name.startswith("photo_unavailable"):
-            raise Unfetched("Flickr shows its picture for deleted photos", gone=True)
+            raise Unfetched("Flickr shows its image for deleted photos", gone=True)
         kind = response.headers.get("Content-Type", "").split(";")[0]
         if kind.startswith("text/") or kind == "application/json":
-            raise Unfetched(f"{kind} instead of a picture")
+            raise Unfetched(f"{kind} instead of an image")
 
     def _store(self, response, aside):
         limit, end, size = self.args.download_max_mb * 1e6, self.clock() + self.args.download_timeout, 0

@@ -14,8 +14,8 @@ from finetuning.conversion import (
     unsplash,
     webdataset,
 )
-from finetuning.conversion.contract import ColumnArgs
 from finetuning.conversion.download import DownloadArgs
+from finetuning.data.samples import ColumnArgs
 
 
 @dataclass(frozen=True)

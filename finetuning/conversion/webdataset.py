@@ -1,6 +1,6 @@
 """WebDataset shards: uncompressed tars in which files of one key are a sample, 000012.jpg and 000012.txt or .json.
 
-PATH is a shard, a folder of shards, or a pattern in quotes: "laion/{00000..00012}.tar", "laion/*.tar". Pictures stay
+PATH is a shard, a folder of shards, or a pattern in quotes: "laion/{00000..00012}.tar", "laion/*.tar". Images stay
 where they are in the tars until they are written. Where one of the shards has train in its name or folder, such names
 are the splits.
 """
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from finetuning.cli import flag
-from finetuning.conversion.contract import SPLIT_OF, CaptionFileArgs, Sample, caption_lines, members, walk
-from finetuning.data.pictures import EXTENSIONS
-from finetuning.data.reading import DatasetProblem
+from finetuning.data.images import EXTENSIONS
+from finetuning.data.reading import DatasetError
+from finetuning.data.samples import SPLIT_OF, CaptionFileArgs, Sample, caption_lines, members, walk
 
 CAPTION_FIELDS = ("txt", "caption", "json")
 SHARD_ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")  # the compressed ones to be refused
@@ -26,8 +26,8 @@ SHARD_ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")  
 class WebDatasetArgs(CaptionFileArgs):
     """WebDataset"""
 
-    picture_field: str | None = flag(
-        None, "take the picture of this name after the key, where samples have several (jpg, left.png)"
+    image_field: str | None = flag(
+        None, "take the image of this name after the key, where samples have several (jpg, left.png)"
     )
     caption_field: str | None = flag(
         None, f"take the caption from the file of this name after the key (none: {', '.join(CAPTION_FIELDS)} in turn)"
@@ -47,7 +47,7 @@ def read(path, args, findings):
     for shard in shards:
         label = shard.relative_to(top).with_suffix("")
         for key, fields in _groups(shard, findings).items():
-            for field in _picture_fields(f"{shard}/{key}", fields, args, findings):
+            for field in _image_fields(f"{shard}/{key}", fields, args, findings):
                 captions = _captions(f"{shard}/{key}", field, fields, args, findings)
                 if captions:
                     name = f"{key}.{field}"
@@ -55,7 +55,7 @@ def read(path, args, findings):
 
 
 def find_shards(path, args, findings):
-    """The shards that PATH means, sorted. Raises DatasetProblem."""
+    """The shards that PATH means, sorted. Raises DatasetError."""
     if Path(path).is_dir():
         files = walk(Path(path), args.allow_outside_paths, findings)
         shards = [folder / name for folder, names in files for name in names if name.endswith(SHARD_ENDINGS)]
@@ -65,10 +65,10 @@ def find_shards(path, args, findings):
         found = {name: list(filter(os.path.isfile, glob.glob(name, recursive=True))) for name in _expanded(str(path))}
         if missing := [name for name, files in found.items() if not files]:
             more = f", and {len(missing) - 5} more" if len(missing) > 5 else ""
-            raise DatasetProblem(f"there is no {', '.join(missing[:5])}{more}")
+            raise DatasetError(f"there is no {', '.join(missing[:5])}{more}")
         shards = {Path(file) for files in found.values() for file in files}
     if not shards and not findings.faults:
-        raise DatasetProblem(f"there are no shards (.tar) in {path}")
+        raise DatasetError(f"there are no shards (.tar) in {path}")
     return sorted(shards)
 
 
@@ -110,34 +110,34 @@ def _groups(shard, findings):
     return groups
 
 
-def _picture_fields(where, fields, args, findings):
-    """Which fields of a sample are its pictures. Several only where each has a caption of its own: keys with dots."""
-    pictures = [field for field in fields if f".{field}".endswith(tuple(EXTENSIONS))]
-    if args.picture_field:
-        pictures = [field for field in pictures if field.lower() == args.picture_field.lower()]
-    if not pictures:
-        findings.faults["samples without a picture"].append(f"{where} has {', '.join(fields)}")
-    own = [_own_caption(field, fields, args) for field in pictures]
-    if len(pictures) > 1 and (None in own or len(set(own)) < len(own)):
-        kind = "samples with several pictures (say which with --picture_field)"
-        findings.faults[kind].append(f"{where} has {', '.join(pictures)}")
+def _image_fields(where, fields, args, findings):
+    """Which fields of a sample are its images. Several only where each has a caption of its own: keys with dots."""
+    images = [field for field in fields if f".{field}".endswith(tuple(EXTENSIONS))]
+    if args.image_field:
+        images = [field for field in images if field.lower() == args.image_field.lower()]
+    if not images:
+        findings.faults["samples without an image"].append(f"{where} has {', '.join(fields)}")
+    own = [_own_caption(field, fields, args) for field in images]
+    if len(images) > 1 and (None in own or len(set(own)) < len(own)):
+        kind = "samples with several images (say which with --image_field)"
+        findings.faults[kind].append(f"{where} has {', '.join(images)}")
         return []
-    return pictures
+    return images
 
 
 def _caption_fields(args):
     return (args.caption_field,) if args.caption_field else CAPTION_FIELDS
 
 
-def _own_caption(picture, fields, args):
-    """The field of the caption that has the picture's very name: 1.txt of 1.jpg, and txt of jpg."""
-    stem = picture.rpartition(".")[0]
+def _own_caption(image, fields, args):
+    """The field of the caption that has the image's very name: 1.txt of 1.jpg, and txt of jpg."""
+    stem = image.rpartition(".")[0]
     return next((one for end in _caption_fields(args) if (one := f"{stem}.{end}".strip(".")) in fields), None)
 
 
-def _captions(where, picture, fields, args, findings):
-    """The captions of a picture; none, and a fault, where there are none to be had."""
-    field = _own_caption(picture, fields, args) or next((end for end in _caption_fields(args) if end in fields), None)
+def _captions(where, image, fields, args, findings):
+    """The captions of an image; none, and a fault, where there are none to be had."""
+    field = _own_caption(image, fields, args) or next((end for end in _caption_fields(args) if end in fields), None)
     if field is None:
         findings.faults["samples without a caption (--caption_field)"].append(f"{where} has {', '.join(fields)}")
         return ()

@@ -1,10 +1,10 @@
-"""Caption text: words of direction in mirrored pictures, tags, prefixes, and which caption a row is trained with.
+"""Caption text: words of direction in mirrored images, tags, prefixes, and which caption a row is trained with.
 
 Which words are sides is decided by a small rule, for English alone. "left" and "right" are, by themselves, joined by a
 hyphen or an underscore (left-hand, upper_right) or with an ending (rightmost, leftwards); not inside other words
 (bright, upright, cleft, leftovers). Phrases that can hardly mean a side are set aside: all right, right now, right
 angle, right side up, left over from, "was left behind", "has left the room". Whatever is in doubt ("the right answer")
-counts as a side: at worst a picture is then not mirrored that might have been.
+counts as a side: at worst an image is then not mirrored that might have been.
 """
 
 import re
@@ -30,10 +30,10 @@ _DIRECTIONS = re.compile(
 
 @dataclass
 class MirrorArgs:
-    """Mirrored pictures"""
+    """Mirrored images"""
 
     flip_captions: str = flag(
-        "skip", "where a picture would be mirrored and its caption says left or right: swap the two words, skip the "
+        "skip", "where an image would be mirrored and its caption says left or right: swap the two words, skip the "
         "mirroring, or ignore what it says", choices=("swap", "skip", "ignore"),
     )  # fmt: skip
 
@@ -44,7 +44,7 @@ class CaptionArgs(MirrorArgs):
 
     caption_prefix: str = flag("", 'words put before every caption that is not dropped, as "interior design,"')
     caption_choice: str = flag(
-        "random", "of a picture with several captions, train on a random one each epoch or on the first",
+        "random", "of an image with several captions, train on a random one each epoch or on the first",
         choices=("random", "first"),
     )  # fmt: skip
     shuffle_tags: bool = flag(False, "put the parts of a caption between commas in a new order each epoch")
@@ -63,7 +63,7 @@ def origin_column(caption_column):
 
 
 def chosen_caption(captions, flipped, args: CaptionArgs, rng):
-    """The text that a row with these captions is trained with; `flipped`: its picture is mirrored this time.
+    """The text that a row with these captions is trained with; `flipped`: its image is mirrored this time.
 
     Takes from `rng` (random.Random) first the choice, which is drawn under every setting, then the order of the tags.
     """
@@ -77,7 +77,7 @@ def chosen_caption(captions, flipped, args: CaptionArgs, rng):
 
 
 def may_mirror(captions, flip_captions):
-    """Whether a picture with these captions can be mirrored under --flip_captions, whichever of them is chosen."""
+    """Whether an image with these captions can be mirrored under --flip_captions, whichever of them is chosen."""
     return flip_captions != "skip" or not any(map(names_a_side, captions))
 
 

@@ -4,7 +4,7 @@ The order of an epoch is a permutation drawn from (seed, epoch). It is cut into 
 batch x accumulation x processes rows, the last group of an epoch being whatever is left. A group is cut into
 micro-batches in one way only, so 1 x 8, 2 x 4 and 4 accumulated x 2 train on the same rows with the same weights.
 
-All rows of a group are of one bucket, so that their pictures have one size: each bucket is cut into groups by itself
+All rows of a group are of one bucket, so that their images have one size: each bucket is cut into groups by itself
 (the last of each may be short), and the groups stand where their first row stands in the permutation.
 """
 
@@ -15,7 +15,7 @@ from functools import cached_property
 
 import torch
 
-from finetuning.draws import torch_generator
+from finetuning.rng import torch_generator
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Order:
     buckets: Sequence = ()  # [rows] what each row's bucket is called; empty: all are of one
 
     @property
-    def group_size(self):
+    def total_batch_size(self):
         return self.micro_batch * self.accumulation * self.processes
 
     @cached_property
@@ -52,12 +52,12 @@ class Order:
 
     @property
     def steps_per_epoch(self):
-        return sum(-(-count // self.group_size) for count in self.rows_in_bucket.values())
+        return sum(-(-count // self.total_batch_size) for count in self.rows_in_bucket.values())
 
     @property
     def short_steps(self):
         """How many steps of an epoch have fewer rows than the others: at most one for each bucket."""
-        return sum(count % self.group_size > 0 for count in self.rows_in_bucket.values())
+        return sum(count % self.total_batch_size > 0 for count in self.rows_in_bucket.values())
 
     def permutation(self, epoch):
         return torch.randperm(self.rows, generator=torch_generator(self.seed, "order", epoch)).tolist()
@@ -67,7 +67,7 @@ class Order:
         groups, unfinished = [], {}
         for row in self.permutation(epoch):
             bucket = self.buckets[row] if self.buckets else None
-            if len(unfinished.get(bucket, ())) in (0, self.group_size):
+            if len(unfinished.get(bucket, ())) in (0, self.total_batch_size):
                 unfinished[bucket] = []
                 groups.append(unfinished[bucket])
             unfinished[bucket].append(row)

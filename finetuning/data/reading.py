@@ -1,4 +1,4 @@
-"""Read a folder of pictures with metadata, or a Hub dataset, into rows that are known to exist.
+"""Read a folder of images with metadata, or a Hub dataset, into rows that are known to exist.
 
 Hugging Face `datasets` refuses some layouts that people really have (absolute file names) and silently empties others
 (metadata above train/), so local folders are read here; every doubt is counted and named instead of dropped.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 
-from finetuning.data.pictures import EXTENSIONS
+from finetuning.data.images import EXTENSIONS
 from finetuning.data.rows import Row, Rows
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -44,7 +44,7 @@ class Findings:
         return "\n".join(lines)
 
 
-class DatasetProblem(ValueError):
+class DatasetError(ValueError):
     """A dataset that cannot be read as it stands; the message says what to do."""
 
 
@@ -53,24 +53,24 @@ def read_split(folder, split, usual, caption_column, findings):
 
     split  "train", "validation" or "test"; none: `usual`, or the folder itself where it has no splits
 
-    Raises DatasetProblem where the split is not there.
+    Raises DatasetError where the split is not there.
     """
     there = [name for name, spelled in SPLIT_NAMES.items() if any((Path(folder) / one).is_dir() for one in spelled)]
     wanted = split or (usual if there else "train")  # a folder without splits is read as its own train
     rows = read_folder(folder, wanted, "image", caption_column, False, findings)
     if rows is None:
-        raise DatasetProblem(f"{folder} has no split {wanted}, only {', '.join(there) or 'the folder itself'}")
+        raise DatasetError(f"{folder} has no split {wanted}, only {', '.join(there) or 'the folder itself'}")
     return rows
 
 
 def read_folder(root, split, image_column, caption_column, allow_outside_paths, findings):
     """The rows of one split of a local folder, sorted by path; None where the folder has no such split.
 
-    caption_column "none" reads pictures alone, each with an empty caption (unconditional training).
+    caption_column "none" reads images alone, each with an empty caption (unconditional training).
     """
     root = Path(root)
     if not root.is_dir():
-        raise DatasetProblem(f"there is no folder {root}")
+        raise DatasetError(f"there is no folder {root}")
     split_dirs = [root / name for name in SPLIT_NAMES[split] if (root / name).is_dir()]
     if not split_dirs and split != "train":
         return None
@@ -78,13 +78,13 @@ def read_folder(root, split, image_column, caption_column, allow_outside_paths, 
     every = [root / name for names in SPLIT_NAMES.values() for name in names]
     others = [folder for folder in every if folder.is_dir() and folder != base]
     tree = _Tree(base, others)
-    if not tree.pictures:
-        raise DatasetProblem(f"there are no pictures in {base} ({', '.join(sorted(EXTENSIONS))})")
+    if not tree.images:
+        raise DatasetError(f"there are no images in {base} ({', '.join(sorted(EXTENSIONS))})")
     _refuse_nested_splits(base, tree)
     if split == "train" and base != root:
         inside = {os.path.realpath(path) for path in tree.linked}
-        kind = f"pictures beside {base.name}/ (only what is inside is trained on)"
-        for path in _Tree(root, [base, *others]).pictures:
+        kind = f"images beside {base.name}/ (only what is inside is trained on)"
+        for path in _Tree(root, [base, *others]).images:
             if os.path.realpath(path) not in inside:
                 findings.notes[kind].append(_shown(path, root))
     resolver = _Resolver(root, base, others, tree, allow_outside_paths)
@@ -95,8 +95,8 @@ def read_folder(root, split, image_column, caption_column, allow_outside_paths, 
         tree.metadata + [root / name for name in METADATA_NAMES if base != root and (root / name).is_file()]
     )
     if not metadata:
-        raise DatasetProblem(_no_metadata_message(base, tree.pictures))
-    seen = tree.pictures  # {picture: how many rows name it}
+        raise DatasetError(_no_metadata_message(base, tree.images))
+    seen = tree.images  # {image: how many rows name it}
     rows = Rows.of(
         row
         for path in metadata
@@ -104,45 +104,45 @@ def read_folder(root, split, image_column, caption_column, allow_outside_paths, 
     )
     for path, count in seen.items():
         if count == 0:
-            findings.faults["pictures that no metadata row names"].append(_shown(path, root))
+            findings.faults["images that no metadata row names"].append(_shown(path, root))
         elif count > 1:
-            findings.notes["pictures named by more than one row (all are kept)"].append(_shown(path, root))
+            findings.notes["images named by more than one row (all are kept)"].append(_shown(path, root))
     if resolver.moved:
-        note = "absolute file names of another machine, read as the picture of that name in this folder"
+        note = "absolute file names of another machine, read as the image of that name in this folder"
         findings.notes[note] += resolver.moved
-    return rows.by_picture()
+    return rows.by_image()
 
 
 def _rows_of(path, resolver, image_column, caption_column, is_train, seen, findings):
-    """The rows of one metadata file; `seen` counts how often each picture is named."""
+    """The rows of one metadata file; `seen` counts how often each image is named."""
     # Metadata above the splits is read for each of them; what is wrong with it is said once, for train.
     said = findings if is_train or resolver.base in path.parents else Findings()
     folder, columns = str(path.parent), {}
     for where, record in read_records(path, resolver.root, said):
         columns.update(dict.fromkeys(record))
-        name = named_picture(record, image_column)
+        name = named_image(record, image_column)
         if name is None:
-            said.faults["rows that name no picture"].append(where)
+            said.faults["rows that name no image"].append(where)
             continue
         captions = as_captions(record.get(caption_column), where, caption_column)
-        picture, trouble = resolver.find(name, folder)
+        image, trouble = resolver.find(name, folder)
         if trouble == "another split":
             continue
         if trouble:
             said.faults[trouble].append(f"{where} ({_printable(name)})")
             continue
-        seen[picture] = seen.get(picture, 0) + 1  # one outside of the folder may be new
+        seen[image] = seen.get(image, 0) + 1  # one outside of the folder may be new
         if not captions:
             findings.faults["rows with an empty caption"].append(f"{where} ({_printable(name)})")
         elif _printable("".join(captions)) != "".join(captions):
             findings.faults["captions that are not valid text (half a character)"].append(f"{where} ({name})")
         else:
-            yield Row(picture, captions, where)
+            yield Row(image, captions, where)
     _check_columns(columns, image_column, caption_column, _shown(path, resolver.root))
 
 
 def _uncaptioned(resolver, findings):
-    for path in resolver.tree.pictures:
+    for path in resolver.tree.images:
         _, trouble = resolver.permit(path)
         where = _shown(path, resolver.root)
         if trouble:
@@ -152,17 +152,17 @@ def _uncaptioned(resolver, findings):
 
 
 def read_hub(dataset, image_column, caption_column, findings):
-    """The rows of a loaded Hugging Face dataset split; pictures stay in the dataset and are decoded when needed."""
+    """The rows of a loaded Hugging Face dataset split; images stay in the dataset and are decoded when needed."""
     needed = [image_column] if caption_column == "none" else [image_column, caption_column]
     missing = [name for name in needed if name not in dataset.column_names]
     if missing:
-        raise DatasetProblem(
+        raise DatasetError(
             f"the dataset has no column {' or '.join(missing)}, only {', '.join(dataset.column_names)}: "
             "name them with --image_column and --caption_column"
         )
     kind = type(dataset.features[image_column]).__name__
     if kind != "Image":  # text would be opened as a path on this machine, wherever the dataset comes from
-        raise DatasetProblem(f"the column {image_column} holds {kind}, not pictures: name another with --image_column")
+        raise DatasetError(f"the column {image_column} holds {kind}, not images: name another with --image_column")
     captions = [""] * len(dataset) if caption_column == "none" else dataset[caption_column]
     rows = []
     for index, value in enumerate(captions):
@@ -178,8 +178,8 @@ class _Tree:
     """What lies below a split's folder, hidden files and folders and the other splits left out. Paths are text."""
 
     def __init__(self, base, others):
-        self.metadata, self.linked = [], set()  # linked: pictures that a link leads to, which may lie anywhere
-        pictures = []
+        self.metadata, self.linked = [], set()  # linked: images that a link leads to, which may lie anywhere
+        images = []
         left = [(str(base), os.path.islink(base), ())]
         while left:
             folder, through_link, above = left.pop()
@@ -194,23 +194,23 @@ class _Tree:
                 elif entry.name in METADATA_NAMES:
                     self.metadata.append(Path(path))
                 elif os.path.splitext(path)[1].lower() in EXTENSIONS and entry.is_file():
-                    pictures.append(path)
+                    images.append(path)
                     if is_linked:
                         self.linked.add(path)
-        self.pictures = dict.fromkeys(sorted(pictures), 0)  # in the order of their paths
+        self.images = dict.fromkeys(sorted(images), 0)  # in the order of their paths
 
     @staticmethod
     def _entries(folder):
-        """What lies in a folder, without what is hidden. Raises DatasetProblem where it cannot be read."""
+        """What lies in a folder, without what is hidden. Raises DatasetError where it cannot be read."""
         try:
             with os.scandir(folder) as entries:
                 yield from (entry for entry in entries if not entry.name.startswith("."))
         except OSError as error:
-            raise DatasetProblem(f"{folder} cannot be read: {error}") from error
+            raise DatasetError(f"{folder} cannot be read: {error}") from error
 
 
 class _Resolver:
-    """Finds the picture that a metadata row means, or says in words why not."""
+    """Finds the image that a metadata row means, or says in words why not."""
 
     def __init__(self, root, base, others, tree, allow_outside_paths):
         self.root, self.base, self.others, self.tree = root, base, others, tree
@@ -219,88 +219,88 @@ class _Resolver:
         self.moved = []
 
     def find(self, name, folder):
-        """(path of the picture, None) or (None, why not)."""
+        """(path of the image, None) or (None, why not)."""
         plain = os.path.normpath(f"{folder}{os.sep}{name}" if folder != "." else name)
-        if plain in self.tree.pictures and plain not in self.tree.linked and not os.path.isabs(name):
+        if plain in self.tree.images and plain not in self.tree.linked and not os.path.isabs(name):
             return plain, None  # nearly all names are such, and a dataset may have a million
         is_absolute = os.path.isabs(name) or PureWindowsPath(name).is_absolute()
-        is_above = self.base not in (Path(folder), *Path(folder).parents)  # it may mean the pictures of any split
+        is_above = self.base not in (Path(folder), *Path(folder).parents)  # it may mean the images of any split
         places = [folder, str(self.base), *(map(str, self.others) if is_above else [])]
         for candidate in [name] if is_absolute else [os.path.join(place, name) for place in places]:
             candidate = os.path.normpath(candidate)
-            if candidate in self.tree.pictures or os.path.isfile(candidate):
+            if candidate in self.tree.images or os.path.isfile(candidate):
                 return self.permit(candidate)
         if is_absolute:
             same_name = self.by_name[PureWindowsPath(name).name if "\\" in name else os.path.basename(name)]
             here = [path for path in same_name if path.startswith(folder + os.sep)]
-            here = here or [path for path in same_name if path in self.tree.pictures]
+            here = here or [path for path in same_name if path in self.tree.images]
             if len(here) == 1:
                 (path,) = here
-                if path not in self.tree.pictures:
+                if path not in self.tree.images:
                     return None, "another split"
                 self.moved.append(name)
                 return path, None
             if here:
-                return None, "absolute file names that fit several pictures of this folder (use relative names)"
-        return None, "rows whose picture is not there"
+                return None, "absolute file names that fit several images of this folder (use relative names)"
+        return None, "rows whose image is not there"
 
     @cached_property
     def by_name(self):
         """{file name: paths} of all splits, for absolute names of another machine."""
         found = defaultdict(list)
         trees = [self.tree, *(_Tree(other, ()) for other in self.others)]
-        for path in dict.fromkeys(path for tree in trees for path in tree.pictures):
+        for path in dict.fromkeys(path for tree in trees for path in tree.images):
             found[os.path.basename(path)].append(path)
         return found
 
     def permit(self, path):
-        """(picture, None) for a file that is there, or (None, why not)."""
-        if path in self.tree.pictures and path not in self.tree.linked:
+        """(image, None) for a file that is there, or (None, why not)."""
+        if path in self.tree.images and path not in self.tree.linked:
             return path, None
         real = Path(path).resolve()
         if self.real_root not in real.parents:
             if self.allow_outside_paths:
                 return path, None
             return None, "rows that reach outside the dataset's folder (--allow_outside_paths permits it)"
-        if path in self.tree.pictures:
+        if path in self.tree.images:
             return path, None
-        # The same file by another spelling (an absolute name through a link, say), or a picture of another split.
+        # The same file by another spelling (an absolute name through a link, say), or an image of another split.
         relative = self.root / real.relative_to(self.real_root)
-        if str(relative) in self.tree.pictures:
+        if str(relative) in self.tree.images:
             return str(relative), None
         if os.path.splitext(path)[1].lower() not in EXTENSIONS:
-            return None, "rows that name a file that is not a picture"
+            return None, "rows that name a file that is not an image"
         if any(other in relative.parents for other in self.others):
             return None, "another split"
-        return None, "rows whose picture is hidden or outside the splits' folders"
+        return None, "rows whose image is hidden or outside the splits' folders"
 
 
 def _refuse_nested_splits(base, tree):
-    """Train on images/train beside images/test would be training on both. Raises DatasetProblem."""
+    """Train on images/train beside images/test would be training on both. Raises DatasetError."""
     kept_apart = {*SPLIT_NAMES["validation"], *SPLIT_NAMES["test"]}
-    with_pictures = {os.path.dirname(path) for path in tree.pictures}
-    for folder in (Path(name) for name in sorted(with_pictures)):
+    with_images = {os.path.dirname(path) for path in tree.images}
+    for folder in (Path(name) for name in sorted(with_images)):
         for above in (folder, *folder.parents):
             if base in above.parents and above.name in kept_apart:
-                raise DatasetProblem(
+                raise DatasetError(
                     f"{above} looks like a split that must not be trained on: name the folder that holds the splits, "
                     f"{above.parent}, or give {above.name} another name"
                 )
 
 
-def _no_metadata_message(base, pictures):
-    sidecars = sum(Path(path).with_suffix(suffix).is_file() for path in pictures for suffix in (".txt", ".caption"))
-    message = f"{base} has {len(pictures)} pictures but no {' or '.join(METADATA_NAMES)}"
+def _no_metadata_message(base, images):
+    sidecars = sum(Path(path).with_suffix(suffix).is_file() for path in images for suffix in (".txt", ".caption"))
+    message = f"{base} has {len(images)} images but no {' or '.join(METADATA_NAMES)}"
     if sidecars:
         message += f"; {sidecars} captions stand in .txt/.caption files beside them, which have to be gathered first"
     return message + (
-        '. Write one line {"file_name": "picture.png", "text": "its caption"} per picture into '
+        '. Write one line {"file_name": "image.png", "text": "its caption"} per image into '
         f"{base / METADATA_NAMES[0]}, or train without captions with --caption_column none"
     )
 
 
 def read_records(path, root, findings):
-    """Yield (where, record) of a metadata file. Raises DatasetProblem naming the file where it cannot be read."""
+    """Yield (where, record) of a metadata file. Raises DatasetError naming the file where it cannot be read."""
     shown = _shown(path, root)
     if path.suffix == ".parquet":
         yield from _parquet_records(path, shown)
@@ -320,11 +320,11 @@ def read_records(path, root, findings):
                 if line.strip() and (record := _json_record(line, f"{shown} line {number}", findings)) is not None:
                     yield f"{shown} line {number}", record
     except UnicodeDecodeError as error:
-        raise DatasetProblem(
+        raise DatasetError(
             f"{shown} is not UTF-8 (after line {number}: {error.reason}): save it again as UTF-8"
         ) from error
     except csv.Error as error:
-        raise DatasetProblem(f"{shown} cannot be read after row {number}: {error}") from error
+        raise DatasetError(f"{shown} cannot be read after row {number}: {error}") from error
 
 
 def _json_record(line, where, findings):
@@ -350,19 +350,19 @@ def _parquet_records(path, shown):
                 number += 1
                 yield f"{shown} row {number}", record
     except pyarrow.ArrowException as error:
-        raise DatasetProblem(f"{shown} cannot be read: {error}") from error
+        raise DatasetError(f"{shown} cannot be read: {error}") from error
 
 
 def _check_columns(columns, image_column, caption_column, shown):
-    """A column that no record has is a problem of the whole file. Raises DatasetProblem listing those there are."""
+    """A column that no record has is a problem of the whole file. Raises DatasetError listing those there are."""
     there = ", ".join(columns) or "nothing"
     if columns and not any(name in columns for name in _file_name_columns(image_column)):
-        raise DatasetProblem(
-            f'{shown} names no pictures: it has {there}, and "file_name" is needed '
+        raise DatasetError(
+            f'{shown} names no images: it has {there}, and "file_name" is needed '
             "(or name the column with --image_column)"
         )
     if columns and caption_column not in columns:
-        raise DatasetProblem(
+        raise DatasetError(
             f"{shown} has no column {caption_column!r}, only {there}: "
             "name the captions' column with --caption_column, or add it"
         )
@@ -372,17 +372,17 @@ def _file_name_columns(image_column):
     return ("file_name", f"{image_column}_file_name", image_column)
 
 
-def named_picture(record, image_column):
+def named_image(record, image_column):
     """The file name that a metadata record gives, or None."""
     names = (record.get(key) for key in _file_name_columns(image_column))
     return next((name for name in names if isinstance(name, str) and name), None)
 
 
 def as_captions(value, where, column):
-    """The captions of a text or a list of texts, without empty ones. Raises DatasetProblem for anything else."""
+    """The captions of a text or a list of texts, without empty ones. Raises DatasetError for anything else."""
     values = value if isinstance(value, list | tuple) else [value]
     if not all(text is None or isinstance(text, str) for text in values):
-        raise DatasetProblem(f"{where}: {column!r} must be text or a list of texts, not {value!r}")
+        raise DatasetError(f"{where}: {column!r} must be text or a list of texts, not {value!r}")
     return tuple(text.strip() for text in values if text and text.strip())
 
 

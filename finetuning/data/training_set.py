@@ -1,4 +1,4 @@
-"""The dataset flags, the pictures and captions that are trained on, and their batches."""
+"""The dataset flags, the images and captions that are trained on, and their batches."""
 
 import hashlib
 import itertools
@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from finetuning.cli import flag
 from finetuning.data.captions import chosen_caption, may_mirror, with_prefix
 from finetuning.data.checking import read_checked
+from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.data.order import Order
-from finetuning.data.pictures import UnreadablePicture, open_rgb
-from finetuning.data.reading import DatasetProblem
+from finetuning.data.reading import DatasetError
 from finetuning.data.transforms import INTERPOLATIONS, Transform
-from finetuning.draws import python_random
+from finetuning.rng import python_random
 
 
 @dataclass
@@ -29,28 +29,28 @@ class DataArgs:
     )
     dataset_name: str | None = flag(None, "dataset on the Hugging Face Hub, or a local folder as for --train_data_dir")
     dataset_config_name: str | None = flag(None, "configuration of the Hub dataset")
-    image_column: str = flag("image", "column of a Hub dataset that holds the picture; in a folder, file_name")
+    image_column: str = flag("image", "column of a Hub dataset that holds the image; in a folder, file_name")
     caption_column: str = flag("text", 'column or metadata key of the caption or list of captions; "none": no captions')
     max_train_samples: int | None = flag(None, "train on this many rows, drawn with the seed")
     on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
-    check_pictures: str = flag(
-        "full", "before the first step decode pictures to their end; or, in folders, read only headers (misses cuts); "
-        "or none: a million rows start at once, and a broken picture stops the run when its turn comes",
+    check_images: str = flag(
+        "full", "before the first step decode images to their end; or, in folders, read only headers (misses cuts); "
+        "or none: a million rows start at once, and a broken image stops the run when its turn comes",
         choices=("full", "header", "none"),
     )  # fmt: skip
-    allow_outside_paths: bool = flag(False, "let metadata and links reach pictures outside the dataset's folder")
-    resolution: str = flag("512", "side of the training pictures in pixels, or HEIGHTxWIDTH")
+    allow_outside_paths: bool = flag(False, "let metadata and links reach images outside the dataset's folder")
+    resolution: str = flag("512", "side of the training images in pixels, or HEIGHTxWIDTH")
     center_crop: bool = flag(False, "crop the centre (default: a random place)")
-    random_flip: bool = flag(False, "mirror half of the pictures")
+    random_flip: bool = flag(False, "mirror half of the images")
     random_resized_crop_scale: float | None = flag(
-        None, "crop a random area of at least this share of the picture, 0 to 1 (GLIDE's resize_ratio)"
+        None, "crop a random area of at least this share of the image, 0 to 1 (GLIDE's resize_ratio)"
     )
-    image_interpolation_mode: str = flag("lanczos", "how pictures are resized", choices=INTERPOLATIONS)
+    image_interpolation_mode: str = flag("lanczos", "how images are resized", choices=INTERPOLATIONS)
     proportion_empty_prompts: float = flag(
         0.0, "share of captions dropped for classifier-free guidance; 0.1 as SD 1.x was trained (GLIDE's uncond_p)"
     )
     train_batch_size: int = flag(16, "rows per process and forward pass")
-    dataloader_num_workers: int = flag(0, "processes that decode pictures; 0 decodes in the training process")
+    dataloader_num_workers: int = flag(0, "processes that decode images; 0 decodes in the training process")
 
     @property
     def size(self):
@@ -104,26 +104,26 @@ class Batch:
         return self
 
 
-class PictureSet(torch.utils.data.Dataset):
-    """Rows with their pictures and tokens. Indexed by Place, so that every draw has its place in the run."""
+class ImageSet(torch.utils.data.Dataset):
+    """Rows with their images and tokens. Indexed by Place, so that every draw has its place in the run."""
 
-    def __init__(self, rows, pictures, sizes, transform, tokenize, args, seed):
-        self.rows, self.pictures, self.transform, self.tokenize = rows, pictures, transform, tokenize
+    def __init__(self, rows, images, sizes, transform, tokenize, args, seed):
+        self.rows, self.images, self.transform, self.tokenize = rows, images, transform, tokenize
         self.sizes = sizes  # [rows] (height, width): each row's bucket
         self.args, self.seed = args, seed
-        self.skip_pixels = False  # set where cached latents stand in for the pictures
+        self.skip_pixels = False  # set where cached latents stand in for the images
 
     def __len__(self):
         return len(self.rows)
 
-    def picture(self, index):
-        """The RGB picture of a row. Raises DatasetProblem where it cannot be read."""
+    def image(self, index):
+        """The RGB image of a row. Raises DatasetError where it cannot be read."""
         row = self.rows[index]
         try:
-            return open_rgb(row.picture if isinstance(row.picture, Path) else self.pictures[row.picture])
-        except UnreadablePicture as error:  # one that --check_pictures did not look at, or that has changed since
-            found_earlier = "--check_pictures full names all such before the start"
-            raise DatasetProblem(f"{row.origin}: {error}; {found_earlier}") from error
+            return open_rgb(row.image if isinstance(row.image, Path) else self.images[row.image])
+        except UnreadableImage as error:  # one that --check_images did not look at, or that has changed since
+            found_earlier = "--check_images full names all such before the start"
+            raise DatasetError(f"{row.origin}: {error}; {found_earlier}") from error
 
     def transform_of(self, index):
         """The transform to the size of the row's bucket."""
@@ -148,7 +148,7 @@ class PictureSet(torch.utils.data.Dataset):
         pixels = torch.empty(3, 0, 0)
         if not self.skip_pixels:
             may_mirror = self.transform.random_flip and self.may_mirror(place.row)
-            pixels = self.transform_of(place.row)(self.picture(place.row), place.epoch, place.row, may_mirror)
+            pixels = self.transform_of(place.row)(self.image(place.row), place.epoch, place.row, may_mirror)
         return place, pixels, self.caption(place.row, place.epoch)
 
     def collate(self, items):
@@ -164,10 +164,10 @@ class PictureSet(torch.utils.data.Dataset):
         )
 
     def fingerprint(self):
-        """A hash of which rows there are, in which order, with which captions and buckets; pictures count by name."""
+        """A hash of which rows there are, in which order, with which captions and buckets; images count by name."""
         digest, base_size = hashlib.sha256(), (self.transform.height, self.transform.width)
         for row, size in zip(self.rows, self.sizes, strict=True):
-            name = row.picture if isinstance(row.picture, int) else row.picture.name
+            name = row.image if isinstance(row.image, int) else row.image.name
             digest.update(repr((name, row.captions, *(() if size == base_size else size))).encode())
         return digest.hexdigest()
 
@@ -183,12 +183,10 @@ class PictureSet(torch.utils.data.Dataset):
 
     def describe(self, indices):
         """The named rows for a message: where they stand and their first caption."""
-        return "\n".join(
-            f"  {self.rows[i].origin}: {self.rows[i].picture} {self.rows[i].captions[0]!r}" for i in indices
-        )
+        return "\n".join(f"  {self.rows[i].origin}: {self.rows[i].image} {self.rows[i].captions[0]!r}" for i in indices)
 
     def of_one_size(self, rows, count):
-        """Yield the rows in lists of at most `count`, the pictures of a list all of one size."""
+        """Yield the rows in lists of at most `count`, the images of a list all of one size."""
         same = defaultdict(list)
         for row in rows:
             same[self.sizes[row]].append(row)
@@ -223,33 +221,33 @@ def _leave_signals_to_the_run(_worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def load_pictures(args, tokenizer, seed, validation_fraction=0.0, say=print, cache_dir=None):
+def load_images(args, tokenizer, seed, validation_fraction=0.0, say=print, cache_dir=None):
     """(training set, validation set or None): read, checked, every problem named at once.
 
-    args: DataArgs, CaptionArgs and BucketArgs. Raises DatasetProblem with the whole list where rows cannot be trained
+    args: DataArgs, CaptionArgs and BucketArgs. Raises DatasetError with the whole list where rows cannot be trained
     on and --on_bad_rows is error.
     """
     found = read_checked(args, tokenizer, seed, validation_fraction, cache_dir)
     report = found.findings.report()
     if found.findings.faults and args.on_bad_rows == "error":
-        raise DatasetProblem(
+        raise DatasetError(
             f"the dataset has {found.findings.count()} faults (x):\n{report}\n"
             "  mend them, or leave those rows out with --on_bad_rows skip"
         )
     if report:
         say(f"dataset, left out (x) and noted (-):\n{report}")
     if not found.rows:
-        raise DatasetProblem("no row is left to train on")
+        raise DatasetError("no row is left to train on")
 
     tokenize = lambda captions: tokens(tokenizer, captions)
     transform = Transform.of(args, seed)
-    training = PictureSet(found.rows, found.pictures, found.sizes, transform, tokenize, args, seed)
+    training = ImageSet(found.rows, found.images, found.sizes, transform, tokenize, args, seed)
     if not found.held_out:
         return training, None
     plain = replace(transform, center_crop=True, random_flip=False, random_resized_crop_scale=None)
     as_they_are = replace(args, proportion_empty_prompts=0.0, shuffle_tags=False, keep_tokens=0)
-    return training, PictureSet(
-        found.held_out, found.held_out_pictures, found.held_out_sizes, plain, tokenize, as_they_are, seed
+    return training, ImageSet(
+        found.held_out, found.held_out_images, found.held_out_sizes, plain, tokenize, as_they_are, seed
     )
 
 

@@ -1,6 +1,6 @@
 """Whether a fine-tune forgot: general prompts, and losses on what should be kept, against the original model.
 
-The general prompts have no true pictures: there the original's own pictures are what drift is measured from.
+The general prompts have no true images: there the original's own images are what drift is measured from.
 """
 
 from dataclasses import dataclass, replace
@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from finetuning.cli import flag
-from finetuning.data.reading import SPLIT_NAMES, DatasetProblem
-from finetuning.evaluation import generating, measuring, statistics
-from finetuning.evaluation.contract import EvaluationProblem
+from finetuning.data.reading import SPLIT_NAMES, DatasetError
+from finetuning.diffusion.objective import NoiseSchedule
+from finetuning.evaluation import generation as generating
+from finetuning.evaluation import measuring, statistics
 from finetuning.evaluation.denoising import load_rows, row_losses
-from finetuning.evaluation.yardsticks import YARDSTICKS, learned_and_kept
+from finetuning.evaluation.metrics import EvaluationError
+from finetuning.evaluation.retention import RETENTION_MEASURES, learned_and_kept
 from finetuning.families.sd import StableDiffusion
-from finetuning.training.noise import NoiseSchedule
 
 OFFERED = ("shapes", "clip_score", "clip_image", "lpips")  # the metrics that mean something on general prompts
 DRIFTS = {"clip_image": "drift_clip", "lpips": "drift_lpips"}
@@ -24,8 +25,8 @@ UNKNOWN = "cannot be said: too little was measured"
 WORDS = {
     "shapes": "share of general prompts whose shape and colour are right",
     "clip_score": "CLIP score on the general prompts",
-    "drift_clip": "100 - 100 x cosine of a picture and the original's of the same general prompt and seed",
-    "drift_lpips": "LPIPS of a picture and the original's of the same general prompt and seed",
+    "drift_clip": "100 - 100 x cosine of an image and the original's of the same general prompt and seed",
+    "drift_lpips": "LPIPS of an image and the original's of the same general prompt and seed",
     "fit_loss": "denoising loss on the dataset",
     "retain_loss": "denoising loss on the dataset that should be kept",
 }
@@ -49,7 +50,7 @@ class ForgettingArgs:
     loss_rows: int = flag(256, "rows of each dataset that the loss is taken over at most")
 
     def general_rows(self):
-        """The general prompts as rows; none of them with `none`. Raises EvaluationProblem."""
+        """The general prompts as rows; none of them with `none`. Raises EvaluationError."""
         if self.general_prompts == "none":
             return []
         return generating.general_rows(None if self.general_prompts == "shipped" else Path(self.general_prompts))
@@ -76,35 +77,35 @@ def pipeline_losses(
 
     size  (height, width) in pixels; none: the model's own
 
-    The same rows, timesteps and noise for every model that is asked with the same seed. Raises EvaluationProblem.
+    The same rows, timesteps and noise for every model that is asked with the same seed. Raises EvaluationError.
     """
     own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     try:
-        pictures, rows = load_rows(
+        images, rows = load_rows(
             folder, pipeline.tokenizer, size or (own, own), split=split, most=most, seed=seed,
             caption_column=caption_column, say=say,
         )  # fmt: skip
-    except DatasetProblem as problem:
-        raise EvaluationProblem(str(problem)) from problem
+    except DatasetError as problem:
+        raise EvaluationError(str(problem)) from problem
     if len(rows) < 2:
-        raise EvaluationProblem(f"{folder} has {len(rows)} row(s): the loss needs at least 2 for an interval")
+        raise EvaluationError(f"{folder} has {len(rows)} row(s): the loss needs at least 2 for an interval")
     model = StableDiffusion.of_pipeline(pipeline)
     device, dtype = pipeline.device, pipeline.unet.dtype
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     schedule = NoiseSchedule.of(pipeline.scheduler)
     return row_losses(
-        model, pictures, rows, schedule, seed=seed, batch_size=batch_size, device=device, autocast=autocast
+        model, images, rows, schedule, seed=seed, batch_size=batch_size, device=device, autocast=autocast
     ).numpy()
 
 
 # -- the report's part -----------------------------------------------------------------------------------------------
 
 
-def forgetting(rows, pictures, opened, args, device="cpu", *, dataset=None, losses=None, folder="."):
+def forgetting(rows, images, opened, args, device="cpu", *, dataset=None, losses=None, folder="."):
     """The "forgetting" of report.json: {"prompts", "summary", "by", "learned", "kept", "words", "all", ...}.
 
     rows      the general prompts as generating.Row; may be empty
-    pictures  {label: {row number: path}}: what each model drew of them; the first label is the reference
+    images  {label: {row number: path}}: what each model drew of them; the first label is the reference
     opened    measuring.Networks
     args      measuring.EvalNetworkArgs
     dataset   Measured of the dataset's captions with the same reference, or None
@@ -113,7 +114,7 @@ def forgetting(rows, pictures, opened, args, device="cpu", *, dataset=None, loss
 
     "all" has learned and kept by every yardstick that can be had, the rest of them by the one that "by" names.
     """
-    measured = _measured(rows, pictures, opened, args, device)
+    measured = _measured(rows, images, opened, args, device)
     figures = _figures(measured)
     for name in ("fit", "retain") if losses else ():
         figures[f"{name}_loss"] = losses[name]
@@ -144,15 +145,15 @@ def forgetting(rows, pictures, opened, args, device="cpu", *, dataset=None, loss
     }
 
 
-def _measured(rows, pictures, opened, args, device):
-    """Measured of the general prompts, the reference's pictures in place of the true ones; None without prompts."""
+def _measured(rows, images, opened, args, device):
+    """Measured of the general prompts, the reference's images in place of the true ones; None without prompts."""
     if not rows:
         return None
-    reference = next(iter(pictures.values()))
-    rows = [replace(row, picture=reference.get(row.number)) for row in rows]
+    reference = next(iter(images.values()))
+    rows = [replace(row, image=reference.get(row.number)) for row in rows]
     offered = tuple(name for name in OFFERED if not args.metrics or name in args.metrics)
     # What cannot be had on these prompts is left out with its reason, even where it was named for the dataset.
-    return measuring.measure(rows, pictures, opened, replace(args, metrics=None, resolutions=None), device, offered)
+    return measuring.measure(rows, images, opened, replace(args, metrics=None, resolutions=None), device, offered)
 
 
 def _figures(measured):
@@ -180,12 +181,12 @@ def _pairs(figures, dataset):
 
 def _judge(by, fit, retain, reference):
     """({"learned": {label: ...}, "kept": ..., "words": ...}, what has no share) of every model but the reference."""
-    results = {"learned": {}, "kept": {}, "words": vars(YARDSTICKS[by]).copy()}
+    results = {"learned": {}, "kept": {}, "words": vars(RETENTION_MEASURES[by]).copy()}
     failed = []
     for label in (label for label in fit if label != reference and label in retain):
         try:
             learned, kept = learned_and_kept(by, (fit[label], fit[reference]), (retain[label], retain[reference]))
-        except EvaluationProblem as problem:
+        except EvaluationError as problem:
             failed.append({"metric": f"learned and kept by {by}", "why": f"{label}: {problem}"})
             continue
         results["learned"][label], results["kept"][label] = learned.as_dict(), kept.as_dict()
@@ -193,14 +194,14 @@ def _judge(by, fit, retain, reference):
 
 
 def _records(measured, figures, folder):
-    """A line for each general prompt: {"row", "caption", "category", "pictures", "values"}."""
+    """A line for each general prompt: {"row", "caption", "category", "images", "values"}."""
     of_prompts = {name: by_label for name, by_label in figures.items() if not name.endswith("_loss")}
     return [
         {
             "row": record["row"],
             "caption": record["caption"],
             "category": row.category,
-            "pictures": record["pictures"],
+            "images": record["images"],
             "values": {
                 name: {label: float(values[index]) for label, values in by_label.items()}
                 for name, by_label in of_prompts.items()

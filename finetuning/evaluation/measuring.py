@@ -1,4 +1,4 @@
-"""The figures of one or more models' pictures: row by row, and as sets beside the true pictures.
+"""The figures of one or more models' images: row by row, and as sets beside the true images.
 
     opened = open_networks(args, device)
     measured = measure(rows, {"original": {0: Path(...), ...}, "tuned": {...}}, opened, args, device)
@@ -18,8 +18,8 @@ from PIL import Image
 
 from finetuning.cli import flag
 from finetuning.evaluation import features, networks, statistics
-from finetuning.evaluation.contract import METRICS, EvaluationProblem
-from finetuning.evaluation.pictures import POLICY, read_pictures
+from finetuning.evaluation.metrics import METRICS, EvaluationError
+from finetuning.evaluation.preprocessing import POLICY, read_images
 from finetuning.shapes.checker import right, share_in_chalk
 from finetuning.shapes.scenes import parse
 
@@ -28,7 +28,7 @@ NETWORK_OF = {
 }  # fmt: skip
 NEEDS_TRUTH = ("clip_image", "lpips", "kid", "fid")
 OF_SHAPES = ("shapes", "style")
-FEW = 50  # pictures; with fewer no figure is worth believing
+FEW = 50  # images; with fewer no figure is worth believing
 
 
 @dataclass
@@ -39,19 +39,19 @@ class EvalNetworkArgs:
         None, "which figures (none: all that can be had; the others are named with the reason)", choices=tuple(METRICS)
     )
     protocol: str = flag(
-        "clean", "how Inception is given its pictures: clean as clean-fid does, legacy as pytorch-fid does (the older "
+        "clean", "how Inception is given its images: clean as clean-fid does, legacy as pytorch-fid does (the older "
         "papers); figures of the two are not comparable", choices=("clean", "legacy"),
     )  # fmt: skip
     resolutions: list[int] | None = flag(
-        None, "sides in pixels that all pictures are brought to first, each with its own figures (none: the side of "
-        "the first model's pictures)",
+        None, "sides in pixels that all images are brought to first, each with its own figures (none: the side of "
+        "the first model's images)",
     )  # fmt: skip
     inception_weights: str | None = flag(None, "file of FID's Inception weights (none: torch-fidelity's download)")
     lpips_trunk: str | None = flag(None, "file of AlexNet's weights for LPIPS (none: torchvision's download)")
     clip_model: str = flag(networks.CLIP, "CLIP: a folder, or a name on the Hub")
     feature_cache: str | None = flag(None, "folder where Inception's features are kept by content (none: nowhere)")
-    num_workers: int = flag(0, "processes that read pictures; 0: none beside the main one")
-    eval_batch_size: int = flag(16, "pictures that a network is given together")
+    num_workers: int = flag(0, "processes that read images; 0: none beside the main one")
+    eval_batch_size: int = flag(16, "images that a network is given together")
 
     def problems(self):
         for side in self.resolutions or []:
@@ -87,7 +87,7 @@ class Measured:
     """
 
     rows: list
-    pictures: dict  # {label: [path of each row]}
+    images: dict  # {label: [path of each row]}
     protocol: str
     sides: list
     metrics: list
@@ -100,7 +100,7 @@ class Measured:
 
     @property
     def models(self):
-        return list(self.pictures)
+        return list(self.images)
 
 
 # -- networks --------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class Measured:
 def open_networks(args, device="cpu", offered=tuple(METRICS)):
     """The Networks that the metrics need: those of --metrics, or of all that are `offered`.
 
-    Raises EvaluationProblem where the weights of a metric that was asked for by name are not to be had.
+    Raises EvaluationError where the weights of a metric that was asked for by name are not to be had.
     """
     openers = {
         "inception": partial(networks.inception, args.inception_weights, args.protocol, device),
@@ -124,27 +124,27 @@ def open_networks(args, device="cpu", offered=tuple(METRICS)):
         except networks.Unavailable as problem:
             missing[name] = str(problem)
     if args.metrics and missing:
-        raise EvaluationProblem("\n".join(missing.values()))
+        raise EvaluationError("\n".join(missing.values()))
     return Networks(found, missing)
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(rows, pictures, opened, args, device="cpu", offered=tuple(METRICS)):
+def measure(rows, images, opened, args, device="cpu", offered=tuple(METRICS)):
     """All figures of all models, a Measured.
 
-    rows      generating.Row: number, caption, and the true picture or None
-    pictures  {label: {row number: path}}; the first label is the reference
+    rows      generating.Row: number, caption, and the true image or None
+    images  {label: {row number: path}}; the first label is the reference
     opened    Networks
     offered   metrics that make sense here; with --metrics those of them that are named
 
-    Raises EvaluationProblem: rows without a picture, fewer than two rows, pictures that cannot be read, a metric asked
+    Raises EvaluationError: rows without an image, fewer than two rows, images that cannot be read, a metric asked
     for by name that cannot be had.
     """
-    _check(rows, pictures)
-    paths = {label: [Path(own[row.number]) for row in rows] for label, own in pictures.items()}
-    sizes = _sizes([*(path for own in paths.values() for path in own), *(row.picture for row in rows if row.picture)])
+    _check(rows, images)
+    paths = {label: [Path(own[row.number]) for row in rows] for label, own in images.items()}
+    sizes = _sizes([*(path for own in paths.values() for path in own), *(row.image for row in rows if row.image)])
     sides = args.resolutions or [min(min(sizes[path]) for path in next(iter(paths.values())))]
     metrics, left_out = _choose(rows, sides, opened, args, offered)
     measured = Measured(rows, paths, args.protocol, list(sides), metrics, left_out=left_out)
@@ -171,31 +171,31 @@ def scenes_of(captions):
     return scenes, strange
 
 
-def _check(rows, pictures):
-    """Raises EvaluationProblem with all that does not fit together."""
+def _check(rows, images):
+    """Raises EvaluationError with all that does not fit together."""
     problems = []
     if len(rows) < 2:
-        problems.append(f"{len(rows)} row(s): an interval needs at least 2 captions with their pictures")
+        problems.append(f"{len(rows)} row(s): an interval needs at least 2 captions with their images")
     numbers = [row.number for row in rows]
     if len(set(numbers)) < len(numbers):
         problems.append("two rows have the same number")
-    if not pictures:
+    if not images:
         problems.append("there is no model to measure: name one with --model")
-    for label, own in pictures.items():
+    for label, own in images.items():
         missing = [number for number in numbers if number not in own]
         stray = sorted(own.keys() - set(numbers))
         if missing:
-            problems.append(f"{label}: no picture for {len(missing)} of {len(rows)} captions: rows {_few(missing)}")
+            problems.append(f"{label}: no image for {len(missing)} of {len(rows)} captions: rows {_few(missing)}")
         if stray:
-            problems.append(f"{label}: {len(stray)} pictures belong to no caption: rows {_few(stray)}")
+            problems.append(f"{label}: {len(stray)} images belong to no caption: rows {_few(stray)}")
     if problems:
-        raise EvaluationProblem("\n".join(problems))
+        raise EvaluationError("\n".join(problems))
 
 
 def _choose(rows, sides, opened, args, offered):
-    """(metrics in the order of METRICS, [{"metric", "why"}]). Raises EvaluationProblem for those asked for by name."""
+    """(metrics in the order of METRICS, [{"metric", "why"}]). Raises EvaluationError for those asked for by name."""
     strange = scenes_of(row.caption for row in rows)[1]
-    without_truth = [row.number for row in rows if row.picture is None]
+    without_truth = [row.number for row in rows if row.image is None]
     chosen, left_out = [], []
     for name in (name for name in METRICS if name in offered and (not args.metrics or name in args.metrics)):
         why = None
@@ -204,10 +204,10 @@ def _choose(rows, sides, opened, args, offered):
                 continue  # another world: there is nothing to say
             why = f"{len(strange)} of {len(rows)} captions are not of the shapes world: {_few(strange)}"
         elif name in NEEDS_TRUTH and without_truth:
-            why = f"{len(without_truth)} of {len(rows)} rows have no true picture: rows {_few(without_truth)}"
+            why = f"{len(without_truth)} of {len(rows)} rows have no true image: rows {_few(without_truth)}"
         elif name == "lpips" and min(sides) < networks.SMALLEST_LPIPS:
             smallest = networks.SMALLEST_LPIPS
-            why = f"LPIPS needs pictures of at least {smallest} pixels, not {min(sides)}: raise --resolutions"
+            why = f"LPIPS needs images of at least {smallest} pixels, not {min(sides)}: raise --resolutions"
         elif (network := NETWORK_OF.get(name)) and network not in opened.found:
             why = opened.missing.get(network, f"its network {network} was not opened")
         if why:
@@ -215,12 +215,12 @@ def _choose(rows, sides, opened, args, offered):
         else:
             chosen.append(name)
     if args.metrics and left_out:
-        raise EvaluationProblem("\n".join(f"--metrics {one['metric']}: {one['why']}" for one in left_out))
+        raise EvaluationError("\n".join(f"--metrics {one['metric']}: {one['why']}" for one in left_out))
     return chosen, left_out
 
 
 def _row_values(measured, side, found, args):
-    """{metric: {label: float64 [rows]}} at one side: every picture is read once, and all metrics are taken of it."""
+    """{metric: {label: float64 [rows]}} at one side: every image is read once, and all metrics are taken of it."""
     metrics = [name for name in measured.metrics if METRICS[name].per == "row"]
     if not metrics:
         return {}
@@ -239,7 +239,7 @@ def _row_values(measured, side, found, args):
                     case "shapes":
                         one = [right(*pair) for pair in zip(scenes[rows], drawn, strict=True)]
                     case "style":
-                        one = [share_in_chalk(picture) for picture in drawn]
+                        one = [share_in_chalk(image) for image in drawn]
                     case "clip_score":
                         one = 100 * np.maximum((images * texts[rows]).sum(1), 0)
                     case "clip_image":
@@ -251,27 +251,27 @@ def _row_values(measured, side, found, args):
 
 
 def _batches(measured, side, args, with_truth):
-    """(first row, [PIL pictures of each model, and of the truth]) after another, read by one loader."""
-    sets = [*measured.pictures.values(), *([[row.picture for row in measured.rows]] if with_truth else [])]
+    """(first row, [PIL images of each model, and of the truth]) after another, read by one loader."""
+    sets = [*measured.images.values(), *([[row.image for row in measured.rows]] if with_truth else [])]
     paths = [path for row in zip(*sets, strict=True) for path in row]
     size, title = args.eval_batch_size * len(sets), f"figures at {side} px"
     start = 0
-    for batch in read_pictures(paths, side, size, args.num_workers, title=title):
-        pictures = [Image.fromarray(pixels) for pixels in batch]
-        yield start, [pictures[index :: len(sets)] for index in range(len(sets))]
-        start += len(pictures) // len(sets)
+    for batch in read_images(paths, side, size, args.num_workers, title=title):
+        images = [Image.fromarray(pixels) for pixels in batch]
+        yield start, [images[index :: len(sets)] for index in range(len(sets))]
+        start += len(images) // len(sets)
 
 
 def _set_features(measured, side, network, weights, args, device):
     of = lambda paths: features.features_of(
         paths, side, network, args.protocol, weights, args.feature_cache, args.eval_batch_size, args.num_workers, device
     )
-    measured.truth[side] = of([row.picture for row in measured.rows])
-    measured.features[side] = {label: of(paths) for label, paths in measured.pictures.items()}
+    measured.truth[side] = of([row.image for row in measured.rows])
+    measured.features[side] = {label: of(paths) for label, paths in measured.images.items()}
 
 
 def _check_values(measured):
-    """Raises EvaluationProblem where a value is not a finite number."""
+    """Raises EvaluationError where a value is not a finite number."""
     problems = []
     for metric, by_side in measured.values.items():
         for side, by_label in by_side.items():
@@ -280,7 +280,7 @@ def _check_values(measured):
                 if bad:
                     problems.append(f"{metric} of {label} at {side} px is not a finite number: rows {_few(bad)}")
     if problems:
-        raise EvaluationProblem("\n".join(problems))
+        raise EvaluationError("\n".join(problems))
 
 
 # -- warnings --------------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def _warnings(measured, found, sizes):
     count = len(measured.rows)
     if count < FEW:
         yield (
-            f"only {count} pictures of each model: every figure here is unreliable. Its interval shows how far chance "
+            f"only {count} images of each model: every figure here is unreliable. Its interval shows how far chance "
             f"alone may move it; take at least {FEW}, better some hundreds"
         )
     if "fid" in measured.metrics:
@@ -312,12 +312,12 @@ def _warnings(measured, found, sizes):
 
 
 def _size_warnings(measured, sizes):
-    true = _span([sizes[row.picture] for row in measured.rows])
-    for label, paths in measured.pictures.items():
+    true = _span([sizes[row.image] for row in measured.rows])
+    for label, paths in measured.images.items():
         own = _span([sizes[path] for path in paths])
         if own != true:
             yield (
-                f"{label}'s pictures are {own}, the true ones {true}: figures of unlike sizes mean little, so all were "
+                f"{label}'s images are {own}, the true ones {true}: figures of unlike sizes mean little, so all were "
                 f"brought to {' and '.join(map(str, measured.sides))} px first"
             )
 
@@ -329,16 +329,16 @@ def _span(sizes):
 
 
 def _sizes(paths):
-    """{path: (width, height)} from the headers alone. Raises EvaluationProblem with all that cannot be opened."""
+    """{path: (width, height)} from the headers alone. Raises EvaluationError with all that cannot be opened."""
     sizes, problems = {}, []
     for path in dict.fromkeys(paths):
         try:
-            with Image.open(path) as picture:
-                sizes[path] = picture.size
+            with Image.open(path) as image:
+                sizes[path] = image.size
         except Exception as error:  # on broken files the decoders also raise IndexError, TypeError, struct.error, ...
             problems.append(f"{path} cannot be read: {error}")
     if problems:
-        raise EvaluationProblem("\n".join(problems))
+        raise EvaluationError("\n".join(problems))
     return sizes
 
 
@@ -377,14 +377,14 @@ def summarise(measured, folder="."):
 
 
 def row_records(measured, folder="."):
-    """[{"row", "caption", "truth", "pictures", "values"}] at the last side; paths relative to `folder`."""
+    """[{"row", "caption", "truth", "images", "values"}] at the last side; paths relative to `folder`."""
     relative = lambda path: Path(os.path.relpath(path, folder)).as_posix()
     return [
         {
             "row": row.number,
             "caption": row.caption,
-            "truth": row.picture and relative(row.picture),
-            "pictures": {label: relative(paths[index]) for label, paths in measured.pictures.items()},
+            "truth": row.image and relative(row.image),
+            "images": {label: relative(paths[index]) for label, paths in measured.images.items()},
             "values": {
                 metric: {label: float(values[index]) for label, values in by_side[measured.sides[-1]].items()}
                 for metric, by_side in measured.values.items()

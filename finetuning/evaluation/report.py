@@ -2,8 +2,8 @@
 
     write_report("build/evaluation", report)
 
-`report` is what report.json holds: REQUIRED names its keys. Paths of pictures are relative to the folder. The CSV has a
-line for each row and model; the Markdown has the figures with their intervals, and a table of pictures.
+`report` is what report.json holds: REQUIRED names its keys. Paths of images are relative to the folder. The CSV has a
+line for each row and model; the Markdown has the figures with their intervals, and a table of images.
 """
 
 import csv
@@ -16,8 +16,8 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from finetuning.data.audit import printable
-from finetuning.evaluation.contract import METRICS, EvaluationProblem
+from finetuning.conversion.audit import printable
+from finetuning.evaluation.metrics import METRICS, EvaluationError
 from finetuning.evaluation.report_page import page
 from finetuning.evaluation.words import (
     estimate_at,
@@ -34,7 +34,7 @@ from finetuning.evaluation.words import (
     written,
 )  # fmt: skip
 
-IN_MARKDOWN, MARKDOWN_SIDE = 24, 128  # rows that the Markdown shows, and how wide its pictures are, pixels
+IN_MARKDOWN, MARKDOWN_SIDE = 24, 128  # rows that the Markdown shows, and how wide its images are, pixels
 
 ESTIMATE = ("value", "low", "high", "n")
 REQUIRED = {
@@ -47,9 +47,9 @@ REQUIRED_WITHIN = {
     "weights": ("name", "origin", "sha256", "published"),
     "left_out": ("metric", "why"),
     "models": ("label", "source", "noise_floor"),
-    "rows": ("row", "caption", "truth", "pictures", "values"),
+    "rows": ("row", "caption", "truth", "images", "values"),
     "forgetting": ("prompts", "summary", "learned", "kept", "words"),
-    "prompts": ("row", "caption", "category", "pictures", "values"),
+    "prompts": ("row", "caption", "category", "images", "values"),
     "curves": ("title", "x_title", "y_title", "lines"),
     "lines": ("label", "points"),
     "points": ("x", "y", "low", "high"),
@@ -59,11 +59,11 @@ REQUIRED_WITHIN = {
 def write_report(folder, report):
     """Write report.json, report.csv, report.md and report.html; returns the path of the last.
 
-    Raises EvaluationProblem with all that the report lacks; then nothing is written.
+    Raises EvaluationError with all that the report lacks; then nothing is written.
     """
     found = list(faults(report))
     if found:
-        raise EvaluationProblem("this report cannot be written:\n" + "\n".join(f"  - {fault}" for fault in found))
+        raise EvaluationError("this report cannot be written:\n" + "\n".join(f"  - {fault}" for fault in found))
     report = json.loads(json.dumps(report))  # sides become text, tuples become lists, as they are in the file
     folder = Path(folder)
     texts = {
@@ -103,7 +103,7 @@ def faults(report):
     prompts = (report["forgetting"] or {}).get("prompts", [])
     for where, rows in (("rows", report["rows"]), ("forgetting.prompts", prompts)):
         for row in rows:
-            used = {*row["pictures"], *(label for by_label in row["values"].values() for label in by_label)}
+            used = {*row["images"], *(label for by_label in row["values"].values() for label in by_label)}
             for label in sorted(used - set(labels)):
                 yield f"{where}, row {row['row']} names {label!r}, which is none of the models"
     for metric in row_metrics(report["rows"]):
@@ -169,17 +169,17 @@ def _wrong_estimates(report, name, keys, labels):
 
 
 def as_csv(report):
-    """A line for each row and model: row, caption, model, picture, and each metric that rows have, in full digits."""
+    """A line for each row and model: row, caption, model, image, and each metric that rows have, in full digits."""
     metrics = row_metrics(report["rows"])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", "caption", "model", "truth", "picture", *metrics])
+    writer.writerow(["row", "caption", "model", "truth", "image", *metrics])
     for row in report["rows"]:
         for model in report["models"]:
             label = model["label"]
             values = [value_at(row, metric, label) for metric in metrics]
-            if label in row["pictures"] or any(value is not None for value in values):
-                writer.writerow([row["row"], row["caption"], label, row["truth"], row["pictures"].get(label), *values])
+            if label in row["images"] or any(value is not None for value in values):
+                writer.writerow([row["row"], row["caption"], label, row["truth"], row["images"].get(label), *values])
     return text.getvalue()
 
 
@@ -187,10 +187,10 @@ def as_csv(report):
 
 
 def as_markdown(report):
-    """The verdict, the warnings, the figures with n and intervals, and the pictures side by side."""
+    """The verdict, the warnings, the figures with n and intervals, and the images side by side."""
     parts = [f"**{_text(sentence)}**" for sentence in verdict(report)]
     parts += [f"> **Note:** {_text(line)}" for line in notes(report)]
-    parts += [_figures(report), _learned_and_kept(report), _pictures(report)]
+    parts += [_figures(report), _learned_and_kept(report), _images(report)]
     parts.append(f"Protocol `{report['protocol']}`. {_text(report['policy'])}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -255,13 +255,13 @@ def _estimate_cell(report, metric, side, label, estimate):
     return f"{written(estimate)} **{word}**{within}"
 
 
-def _pictures(report):
-    """The pictures of an even choice of rows: truth, then each model with its figures below."""
+def _images(report):
+    """The images of an even choice of rows: truth, then each model with its figures below."""
     rows = report["rows"]
     if not rows:
         return ""
     shown = rows[:: -(-len(rows) // IN_MARKDOWN)]
-    labels = [model["label"] for model in report["models"] if any(model["label"] in row["pictures"] for row in rows)]
+    labels = [model["label"] for model in report["models"] if any(model["label"] in row["images"] for row in rows)]
     writers = {metric: row_number(rows, metric) for metric in row_metrics(rows)}
     lines = [_line(["caption", "ground truth", *map(_text, labels)]), "|---|" + "---|" * (len(labels) + 1)]
     for row in shown:
@@ -272,7 +272,7 @@ def _pictures(report):
                 for metric, write in writers.items()
                 if value_at(row, metric, label) is not None
             ]
-            cells.append("<br>".join([_image(row["pictures"].get(label), label), *values]))
+            cells.append("<br>".join([_image(row["images"].get(label), label), *values]))
         lines.append(_line(cells))
     more = f"{len(shown)} of {len(rows)} rows; report.csv has the figures of all." if len(shown) < len(rows) else ""
     return "\n".join(lines) + (f"\n\n{more}" if more else "")

@@ -1,6 +1,6 @@
-"""The report of an evaluation as one HTML page: pictures, style and script are inside it, and it asks for nothing.
+"""The report of an evaluation as one HTML page: images, style and script are inside it, and it asks for nothing.
 
-The fragment of its address is its state: report.html#sort=-lpips:tuned&filter=cat opens with the pictures of cats
+The fragment of its address is its state: report.html#sort=-lpips:tuned&filter=cat opens with the images of cats
 sorted by the LPIPS of the model "tuned", largest first. Style and script lie beside this module, as report_page.css
 and report_page.js.
 """
@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
 
-from finetuning.data.audit import printable
-from finetuning.data.pictures import UnreadablePicture, open_rgb
+from finetuning.conversion.audit import printable
+from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.evaluation.charts import chart, forest
-from finetuning.evaluation.contract import METRICS
+from finetuning.evaluation.metrics import METRICS
 from finetuning.evaluation.statistics import mean_of
 from finetuning.evaluation.words import (
     best_and_worst,
@@ -43,9 +43,9 @@ from finetuning.evaluation.words import (
     width_of,
 )  # fmt: skip
 
-EMBEDDED = 200  # rows whose pictures are inside the page
-EXTREMES, SHOWN = 40, 4  # how many best and worst rows keep their pictures; how many stand in front
-THUMBNAIL, TINY = 256, 128  # longest side of a picture inside the page; up to TINY it is shown without smoothing
+EMBEDDED = 200  # rows whose images are inside the page
+EXTREMES, SHOWN = 40, 4  # how many best and worst rows keep their images; how many stand in front
+THUMBNAIL, TINY = 256, 128  # longest side of an image inside the page; up to TINY it is shown without smoothing
 STYLE, SCRIPT = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
 
 
@@ -53,11 +53,11 @@ STYLE, SCRIPT = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") 
 
 
 def page(report, folder):
-    """The page as text. `report` is what report.json holds; its pictures are looked for in `folder`."""
+    """The page as text. `report` is what report.json holds; its images are looked for in `folder`."""
     rows, prompts = report["rows"], (report["forgetting"] or {}).get("prompts", [])
     embedded = _embedded(rows, best_and_worst(report, EXTREMES)), _embedded(prompts, None)
-    pictures = [path for part in embedded for row in part for path in _pictures_of(row).values()]
-    thumbnails = _thumbnails(Path(folder), pictures)
+    images = [path for part in embedded for row in part for path in _images_of(row).values()]
+    thumbnails = _thumbnails(Path(folder), images)
     content = [
         _head(report),
         _notes(report, thumbnails, [len(rows) + len(prompts), sum(map(len, embedded))]),
@@ -65,7 +65,7 @@ def page(report, folder):
         _forgetting(report),
         _curves(report["curves"]),
         _front(report, thumbnails),
-        _table("Picture by picture", "", rows, report["models"], thumbnails),
+        _table("Image by image", "", rows, report["models"], thumbnails),
         _table("General prompts one by one", "prompts-", prompts, report["models"], thumbnails),
         _made(report),
     ]
@@ -91,8 +91,8 @@ def _head(report):
     said = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(report))
     return (
         f"<h1>{escape(_title(report))}</h1>"
-        f'<p class="soft">Every model drew a picture of each of {len(report["rows"])} captions, from seeds fixed by '
-        f"row. They are compared with the captions and with the true pictures, at {sides}.</p>"
+        f'<p class="soft">Every model drew an image of each of {len(report["rows"])} captions, from seeds fixed by '
+        f"row. They are compared with the captions and with the true images, at {sides}.</p>"
         + (f'<div class="verdict">{said}</div>' if said else "")
     )
 
@@ -102,13 +102,13 @@ def _notes(report, thumbnails, counts):
     unread = [f"{path} ({error})" for path, (_, error) in thumbnails.items() if error]
     if unread:
         few = "; ".join(unread[:8]) + " …" * (len(unread) > 8)
-        lines.append(f"{len(unread)} picture{'s' * (len(unread) > 1)} cannot be shown: {few}")
+        lines.append(f"{len(unread)} image{'s' * (len(unread) > 1)} cannot be shown: {few}")
     loud = "".join(f"<li>{_with_flags(line)}</li>" for line in lines)
     found = [f'<section class="warnings"><h2>Before you read on</h2><ul>{loud}</ul></section>'] if loud else []
     total, shown = counts
     if shown < total:
         found.append(
-            f'<p class="soft">Of {total} rows, {shown} have their pictures inside this page: the best, the worst and '
+            f'<p class="soft">Of {total} rows, {shown} have their images inside this page: the best, the worst and '
             "an even sample. The others name the files, which lie beside report.html.</p>"
         )
     return "".join(found)
@@ -274,20 +274,20 @@ def _front(report, thumbnails):
 
 
 def _card(row, models, metrics, writers, thumbnails):
-    cells = [f"<div><strong>truth</strong>{_picture(row['truth'], 'truth', thumbnails)}</div>"] if row["truth"] else []
+    cells = [f"<div><strong>truth</strong>{_image(row['truth'], 'truth', thumbnails)}</div>"] if row["truth"] else []
     for model in models:
         label = model["label"]
-        if label in row["pictures"] and not model["noise_floor"]:
+        if label in row["images"] and not model["noise_floor"]:
             values = "".join(
                 f"{escape(title_of(one))} {writers[one](value_at(row, one, label))}<br>"
                 for one in metrics
                 if value_at(row, one, label) is not None
             )
-            picture = _picture(row["pictures"][label], label, thumbnails)
-            cells.append(f"<div><strong>{escape(label)}</strong>{picture}{values}</div>")
+            image = _image(row["images"][label], label, thumbnails)
+            cells.append(f"<div><strong>{escape(label)}</strong>{image}{values}</div>")
     return (
         f"<figure><figcaption>{escape(str(row['row']))}. {escape(row['caption'])}</figcaption>"
-        f'<div class="strip" style="--pictures:{len(cells)}">{"".join(cells)}</div></figure>'
+        f'<div class="strip" style="--images:{len(cells)}">{"".join(cells)}</div></figure>'
     )
 
 
@@ -297,7 +297,7 @@ def _table(title, name, rows, models, thumbnails):
         return ""
     metrics = row_metrics(rows)
     writers = {metric: row_number(rows, metric) for metric in metrics}
-    labels = [one["label"] for one in models if any(one["label"] in row["pictures"] for row in rows)]
+    labels = [one["label"] for one in models if any(one["label"] in row["images"] for row in rows)]
     plain = [("row", "row"), ("caption", "caption")] + [("category", "category")] * any(
         row.get("category") for row in rows
     )
@@ -310,7 +310,7 @@ def _table(title, name, rows, models, thumbnails):
     options = "".join(f'<option value="{key}">{word}</option>' for key, word in plain)
     for label in labels:
         heads += f'<th colspan="{1 + len(own[label])}" scope="colgroup" class="of">{escape(label)}</th>'
-        below += '<th scope="col" class="first left">picture</th>'
+        below += '<th scope="col" class="first left">image</th>'
         for offset, metric in enumerate(own[label], 1):
             key, word = escape(f"{metric}:{label}"), escape(title_of(metric))
             below += _sortable_head(key, word, column + offset, 1)
@@ -323,7 +323,7 @@ def _table(title, name, rows, models, thumbnails):
         f'<input type="search" placeholder="filter by text" aria-label="filter: {title}">'
         f'<select class="narrow" aria-label="sort by: {title}">{options}</select>'
         '<button type="button" class="narrow"></button><output class="soft"></output></div>'
-        f'<div class="wide"><table class="rows" style="--pictures:{len(labels) + has_truth}">'
+        f'<div class="wide"><table class="rows" style="--images:{len(labels) + has_truth}">'
         f"<thead><tr>{heads}</tr><tr>{below}</tr></thead><tbody>{body}</tbody></table></div></div>"
     )
 
@@ -341,13 +341,13 @@ def _table_row(row, plain, has_truth, own, writers, thumbnails):
     cells += [f'<td class="caption">{escape(row[key] or "")}</td>' for key, _ in plain[1:]]
     if has_truth:
         cells.append(
-            f'<td class="picture" data-label="truth" style="--at:1;--down:5">'
-            f"{_picture(row.get('truth'), 'truth', thumbnails)}</td>"
+            f'<td class="image" data-label="truth" style="--at:1;--down:5">'
+            f"{_image(row.get('truth'), 'truth', thumbnails)}</td>"
         )
     for at, label in enumerate(own, 1 + has_truth):
         cells.append(
-            f'<td class="picture first" data-label="{escape(label)}" style="--at:{at};--down:5">'
-            f"{_picture(row['pictures'].get(label), label, thumbnails)}</td>"
+            f'<td class="image first" data-label="{escape(label)}" style="--at:{at};--down:5">'
+            f"{_image(row['images'].get(label), label, thumbnails)}</td>"
         )
         for down, metric in enumerate(own[label], 6):
             value = value_at(row, metric, label)
@@ -360,8 +360,8 @@ def _table_row(row, plain, has_truth, own, writers, thumbnails):
     return f'<tr data-text="{escape(text)}">{"".join(cells)}</tr>\n'
 
 
-def _picture(path, label, thumbnails):
-    """The picture itself, or the name of its file where it is not inside the page."""
+def _image(path, label, thumbnails):
+    """The image itself, or the name of its file where it is not inside the page."""
     if not path:
         return '<span class="soft">none</span>'
     image, _ = thumbnails.get(path, (None, None))
@@ -369,7 +369,7 @@ def _picture(path, label, thumbnails):
 
 
 def _embedded(rows, extremes):
-    """The rows whose pictures go inside the page: all, or the best, the worst and an even sample of the others."""
+    """The rows whose images go inside the page: all, or the best, the worst and an even sample of the others."""
     if len(rows) <= EMBEDDED:
         return rows
     _, _, best, worst = extremes or (None, None, [], [])
@@ -380,8 +380,8 @@ def _embedded(rows, extremes):
     return [row for row in rows if id(row) in chosen]
 
 
-def _pictures_of(row):
-    return ({"truth": row["truth"]} if row.get("truth") else {}) | row["pictures"]
+def _images_of(row):
+    return ({"truth": row["truth"]} if row.get("truth") else {}) | row["images"]
 
 
 def _thumbnails(folder, paths):
@@ -393,15 +393,15 @@ def _thumbnails(folder, paths):
 
 def _thumbnail(folder, path):
     try:
-        picture = open_rgb(folder / path)
-    except UnreadablePicture as error:
+        image = open_rgb(folder / path)
+    except UnreadableImage as error:
         return None, str(error.__cause__).replace(str(folder / path), path)
-    is_tiny = max(picture.size) <= TINY
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    is_tiny = max(image.size) <= TINY
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
-    picture.save(file, "PNG" if is_tiny else "JPEG", quality=85, optimize=True)
+    image.save(file, "PNG" if is_tiny else "JPEG", quality=85, optimize=True)
     kind, data = "png" if is_tiny else "jpeg", base64.b64encode(file.getvalue()).decode("ascii")
-    width, height = picture.size
+    width, height = image.size
     tiny = 'class="tiny" ' * is_tiny
     return f'{tiny}width="{width}" height="{height}" src="data:image/{kind};base64,{data}"', None
 

@@ -6,7 +6,7 @@ All functions read report.json as it is in the file, where sides are text; every
 import math
 import re
 
-from finetuning.evaluation.contract import METRICS
+from finetuning.evaluation.metrics import METRICS
 
 TITLES = {  # of figures that are no metric of the dataset
     "drift_lpips": "LPIPS drift", "drift_clip": "CLIP drift", "fit_loss": "loss on the dataset",
@@ -29,7 +29,7 @@ NETWORKS = {
 FLAGS = {"inception": "--inception_weights", "lpips": "--lpips_trunk", "clip": "--clip_model"}
 # statistics.small_sample_warning on one model at one side; "by" is missing where the bias could not be measured.
 SMALL_SAMPLE = re.compile(
-    r"(?P<who>.+ at \d+ px): (?P<what>FID of \d+ pictures is biased[^:]*)"
+    r"(?P<who>.+ at \d+ px): (?P<what>FID of \d+ images is biased[^:]*)"
     r"(: (?P<by>.+) comes from .+)?: (?P<advice>look .+)"
 )
 

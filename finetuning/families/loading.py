@@ -6,13 +6,13 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from finetuning.families import sd
-from finetuning.families.contract import ModelArgs, ModelProblem, StartArgs
+from finetuning.families.model_args import ModelArgs, ModelError, StartArgs
 
 FAMILIES = {"StableDiffusionPipeline": sd}
 
 
 def load_model(args: ModelArgs, prediction_type, seed, start: StartArgs | None = None):
-    """The model that the flags name, its parts in fp32 on the CPU. Raises ModelProblem.
+    """The model that the flags name, its parts in fp32 on the CPU. Raises ModelError.
 
     `prediction_type` None keeps the base's; `seed` makes the weights of --from_scratch; without `start` the weights
     are the base's own.
@@ -21,7 +21,7 @@ def load_model(args: ModelArgs, prediction_type, seed, start: StartArgs | None =
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     kind = index.get("_class_name")
     if kind not in FAMILIES:
-        raise ModelProblem(f"{folder} is a {kind}; what can be trained is {', '.join(FAMILIES)}")
+        raise ModelError(f"{folder} is a {kind}; what can be trained is {', '.join(FAMILIES)}")
     return FAMILIES[kind].load(folder, index, args, prediction_type, seed, start or StartArgs())
 
 
@@ -30,12 +30,12 @@ def local_folder(args):
     name = args.pretrained_model_name_or_path
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").is_file():
-            raise ModelProblem(
+            raise ModelError(
                 f"--pretrained_model_name_or_path {name} has no model_index.json: it is not a diffusers pipeline. "
                 "(A checkpoint folder is resumed with --resume_from_checkpoint)"
             )
         if args.revision:
-            raise ModelProblem(f"--revision {args.revision}: {name} is a folder and has no revisions: leave it out")
+            raise ModelError(f"--revision {args.revision}: {name} is a folder and has no revisions: leave it out")
         return Path(name)
     try:
         return Path(
@@ -43,6 +43,6 @@ def local_folder(args):
         )
     except (OSError, ValueError) as error:
         where = f"{name} at revision {args.revision}" if args.revision else name
-        raise ModelProblem(
+        raise ModelError(
             f"--pretrained_model_name_or_path {where} is neither a folder nor to be had: {error}"
         ) from error

@@ -24,7 +24,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 
 DIFFUSERS_NAME = LORA_WEIGHT_NAME_SAFE  # pytorch_lora_weights.safetensors, which load_lora_weights(folder) looks for
 RAW_NAME = "pytorch_lora_weights.non_ema.safetensors"
@@ -136,7 +136,7 @@ def weights_hash(model):
 
 
 def read_lora(source, parts, weights="ema", cache_dir=None):
-    """A LoRA from wherever it lies, checked against the models in `parts`. Raises ModelProblem.
+    """A LoRA from wherever it lies, checked against the models in `parts`. Raises ModelError.
 
     source   .safetensors file (diffusers, kohya or PEFT), output folder or checkpoint-N of a run, PEFT folder, or a Hub
              name: owner/repository, or owner/repository/file.safetensors
@@ -159,7 +159,7 @@ def read_lora(source, parts, weights="ema", cache_dir=None):
         reason = "has no such layer in this model: it was made for another kind of base"
         if foreign:
             reason = "is of LyCORIS's Tucker form" if ".lora_mid." in foreign[0] else "is no LoRA layer"
-        raise ModelProblem(
+        raise ModelError(
             f"{path}: {len(strange)} of its {len(tensors)} tensors do not fit, {(foreign or strange)[0]} {reason} "
             f"({_origin(metadata)}); LoRA, LoCon and DoRA for Stable Diffusion 1.x and 2.x can be read"
         )
@@ -173,7 +173,7 @@ def read_lora(source, parts, weights="ema", cache_dir=None):
             layers[name] = layer
     if wrong or not layers:
         listed = "\n  ".join(wrong[:5]) or "it has no layers"
-        raise ModelProblem(
+        raise ModelError(
             f"{path} does not fit this model, {len(wrong)} layers differ ({_origin(metadata)}):\n  {listed}"
         )
     return Lora(path, layers, metadata)
@@ -195,7 +195,7 @@ def find_lora(source, weights="ema", cache_dir=None):
         if len(single) == 1:
             return single[0]
         there = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-        raise ModelProblem(f"{path} holds no {DIFFUSERS_NAME}, only {there}: name the LoRA's file")
+        raise ModelError(f"{path} holds no {DIFFUSERS_NAME}, only {there}: name the LoRA's file")
     repository, name = str(source), DIFFUSERS_NAME
     if str(source).count("/") > 1 and str(source).endswith(".safetensors"):
         *owner, name = str(source).split("/", 2)
@@ -203,7 +203,7 @@ def find_lora(source, weights="ema", cache_dir=None):
     try:
         return Path(hf_hub_download(repository, name, cache_dir=cache_dir))
     except (OSError, ValueError, HFValidationError, HfHubHTTPError) as error:
-        raise ModelProblem(
+        raise ModelError(
             f"{source} is neither a LoRA file or folder, nor one to be had from the Hub: {error}"
         ) from error
 
@@ -211,7 +211,7 @@ def find_lora(source, weights="ema", cache_dir=None):
 def _load(path):
     """(tensors, metadata). Nothing but safetensors is opened: a pickle can run code."""
     if path.suffix != ".safetensors":
-        raise ModelProblem(
+        raise ModelError(
             f"{path} is not a .safetensors file. A .pt, .bin or .ckpt is a pickle, which can run code when it is "
             "loaded: have it converted by whoever made it, or look for its .safetensors"
         )
@@ -219,7 +219,7 @@ def _load(path):
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ModelProblem(f"{path} is broken or cut ({error}): copy or download it again") from error
+        raise ModelError(f"{path} is broken or cut ({error}): copy or download it again") from error
 
 
 def _split(key):
@@ -311,7 +311,7 @@ def attach(pipeline, lora: Lora, name="lora"):
 
 
 def set_scale(pipeline, scale, name="lora"):
-    """How strongly the adapter acts. At 0 it is switched off, so the pictures are the base's to the last bit."""
+    """How strongly the adapter acts. At 0 it is switched off, so the images are the base's to the last bit."""
     if scale == 0:
         pipeline.disable_lora()
     else:

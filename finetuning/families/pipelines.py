@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from finetuning.families.contract import ModelProblem
 from finetuning.families.lora_files import DIFFUSERS_NAME, RAW_NAME
+from finetuning.families.model_args import ModelError
 
 SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
@@ -46,7 +46,7 @@ class ModelSource:
 def open_pipeline(
     source, *, weights="ema", variant=None, base=None, vae=None, scheduler=None, device="cpu", dtype=torch.float32
 ):
-    """A diffusers pipeline with its progress bar off. Raises ModelProblem.
+    """A diffusers pipeline with its progress bar off. Raises ModelError.
 
     source     folder of a pipeline, Hub name, or checkpoint-N folder of a run, whose other parts come from `base`
                (none: the model that the run started from)
@@ -57,7 +57,7 @@ def open_pipeline(
     """
     path = Path(source)
     if (path / "lora").is_dir() or (path / DIFFUSERS_NAME).is_file():
-        raise ModelProblem(f"{source} holds a LoRA, not a whole model: name its base with --model, and it with --lora")
+        raise ModelError(f"{source} holds a LoRA, not a whole model: name its base with --model, and it with --lora")
     whole, prediction_type = {"variant": variant} if variant else {}, None
     try:
         if (path / "training_state.json").is_file():
@@ -76,7 +76,7 @@ def open_pipeline(
         )
     except (OSError, ValueError) as error:
         hint = "; name the model that the run started from with --base" if prediction_type is not None or whole else ""
-        raise ModelProblem(f"{source} cannot be opened as a diffusers pipeline: {error}{hint}") from error
+        raise ModelError(f"{source} cannot be opened as a diffusers pipeline: {error}{hint}") from error
     if prediction_type:  # of the run, which may have changed it
         config = {**pipeline.scheduler.config, "prediction_type": prediction_type}
         pipeline.scheduler = type(pipeline.scheduler).from_config(config)

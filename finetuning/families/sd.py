@@ -18,8 +18,8 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from finetuning.families.contract import ModelArgs, ModelProblem, StartArgs
 from finetuning.families.folders import copy_part, parts_of_index, pipeline_index, weights_name, write_scheduler
+from finetuning.families.model_args import ModelArgs, ModelError, StartArgs
 from finetuning.families.quiet import errors_only
 
 
@@ -65,7 +65,7 @@ class StableDiffusion:
 
     @property
     def pixels_per_latent(self):
-        """8 for every Stable Diffusion: pictures have to be a multiple of it."""
+        """8 for every Stable Diffusion: images have to be a multiple of it."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
@@ -106,7 +106,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def posterior(self, pixels):
-        """(mean, standard deviation), fp32 [batch, 4, H/8, W/8], of the latents of pictures [batch, 3, H, W]."""
+        """(mean, standard deviation), fp32 [batch, 4, H/8, W/8], of the latents of images [batch, 3, H, W]."""
         distribution = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return distribution.mean.float(), distribution.std.float()
 
@@ -154,7 +154,7 @@ class StableDiffusion:
         for part, module in self.trained_modules.items():
             path = Path(folder) / part
             if not path.is_dir():
-                raise ModelProblem(f"{folder} holds no trained {part}: it was made without --train_text_encoder")
+                raise ModelError(f"{folder} holds no trained {part}: it was made without --train_text_encoder")
             module.load_state_dict(_read_part(path))
         if not ema:
             return None
@@ -208,12 +208,12 @@ def load(folder, index, args: ModelArgs, prediction_type, seed, start: StartArgs
     """The model in `folder`, whose model_index.json is `index`, as the flags ask for it (see families.load_model)."""
     missing = [part for part in parts_of_index(index) if not (folder / part).is_dir()]
     if missing:
-        raise ModelProblem(
+        raise ModelError(
             f"{folder} lacks {', '.join(missing)}, which its model_index.json names: fetch what is missing, or set the "
             "entry of a part that is not needed (safety_checker) to [null, null]"
         )
     if args.variant and not any(any((folder / part).glob(f"*.{args.variant}.*")) for part in parts_of_index(index)):
-        raise ModelProblem(f"--variant {args.variant}: no part of {folder} has files of that name (*.{args.variant}.*)")
+        raise ModelError(f"--variant {args.variant}: no part of {folder} has files of that name (*.{args.variant}.*)")
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", **_how(folder, "text_encoder", args.variant))
     vae = AutoencoderKL.from_pretrained(folder / "vae", **_how(folder, "vae", args.variant))
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -254,13 +254,13 @@ def _separate_unet(args, start, folder):
     """The UNet to train, when it is not the one that the average starts from."""
     if Path(args.pretrained_model_name_or_path).is_dir():
         if start.non_ema_revision:
-            raise ModelProblem(
+            raise ModelError(
                 f"--non_ema_revision {start.non_ema_revision}: {args.pretrained_model_name_or_path} is a folder and "
                 "has no revisions; name the files with --non_ema_variant "
                 "(unet/diffusion_pytorch_model.VARIANT.safetensors)"
             )
         if not any((folder / "unet").glob(f"*.{start.non_ema_variant}.*")):
-            raise ModelProblem(f"--non_ema_variant {start.non_ema_variant}: no such weights in {folder / 'unet'}")
+            raise ModelError(f"--non_ema_variant {start.non_ema_variant}: no such weights in {folder / 'unet'}")
     try:
         return UNet2DConditionModel.from_pretrained(
             args.pretrained_model_name_or_path, subfolder="unet", revision=start.non_ema_revision or args.revision,
@@ -268,7 +268,7 @@ def _separate_unet(args, start, folder):
         )  # fmt: skip
     except (OSError, ValueError) as error:
         flags = f"--non_ema_revision {start.non_ema_revision} --non_ema_variant {start.non_ema_variant}"
-        raise ModelProblem(f"{flags}: no UNet to be had there: {error}") from error
+        raise ModelError(f"{flags}: no UNet to be had there: {error}") from error
 
 
 def _new_unet(folder, overrides, seed):
@@ -281,31 +281,31 @@ def _new_unet(folder, overrides, seed):
         try:
             changes = yaml.safe_load(text)  # JSON is YAML too
         except yaml.YAMLError as error:
-            raise ModelProblem(f"--unet_config {overrides}: {error}") from error
+            raise ModelError(f"--unet_config {overrides}: {error}") from error
         if not isinstance(changes, dict):
-            raise ModelProblem(f"--unet_config {overrides} is neither a file nor {{key: value, ...}}")
+            raise ModelError(f"--unet_config {overrides} is neither a file nor {{key: value, ...}}")
         if changes.get("dropout"):
-            raise ModelProblem("--unet_config: dropout draws from a generator that no checkpoint keeps: leave it at 0")
+            raise ModelError("--unet_config: dropout draws from a generator that no checkpoint keeps: leave it at 0")
         unknown = changes.keys() - inspect.signature(UNet2DConditionModel.__init__).parameters.keys()
         if unknown:
-            raise ModelProblem(f"--unet_config: a UNet has no setting named {', '.join(sorted(unknown))}")
+            raise ModelError(f"--unet_config: a UNet has no setting named {', '.join(sorted(unknown))}")
         config |= changes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             return UNet2DConditionModel.from_config(config)
         except (TypeError, ValueError) as error:
-            raise ModelProblem(f"--unet_config {overrides}: {error}") from error
+            raise ModelError(f"--unet_config {overrides}: {error}") from error
 
 
 def _check_fit(unet, text_encoder, vae):
     if unet.config.in_channels != vae.config.latent_channels:
-        raise ModelProblem(
+        raise ModelError(
             f"the UNet takes {unet.config.in_channels} channels and the autoencoder gives "
             f"{vae.config.latent_channels}: an inpainting or upscaling model is not trained by this script"
         )
     if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
-        raise ModelProblem(
+        raise ModelError(
             f"the UNet expects text of width {unet.config.cross_attention_dim} and the text encoder gives "
             f"{text_encoder.config.hidden_size}: set cross_attention_dim in --unet_config"
         )

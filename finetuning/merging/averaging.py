@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from finetuning.cli import as_dict
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.merging.matching import match
 from finetuning.merging.methods import linear_combination
 from finetuning.merging.models import opened
@@ -30,11 +30,11 @@ class AveragingArgs(OutputArgs, PostHocArgs):
 
 
 def average(args):
-    """Write the average of each --sigma_rel, in one pass over the checkpoints. Returns lines. Raises ModelProblem."""
+    """Write the average of each --sigma_rel, in one pass over the checkpoints. Returns lines. Raises ModelError."""
     found, sources, used = args._planned()
     if "text_encoder" not in sources[0].parts:
         told = "; ".join(sources[0].notes)
-        raise ModelProblem(f"{args.run_dir}: the model that the run started from is not to be had: {told}")
+        raise ModelError(f"{args.run_dir}: the model that the run started from is not to be had: {told}")
     matches, _ = match(sources)
 
     def made(one):

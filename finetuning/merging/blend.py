@@ -2,7 +2,7 @@
 
 import torch
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import open_pipeline
 from finetuning.merging.matching import SHOWN, is_copied
 from finetuning.merging.methods import bound
@@ -12,7 +12,7 @@ from finetuning.merging.ratios import block_ratios
 class Blend:
     """The tensors in which the models differ, each in its own precision, and the pipeline that they are mixed into.
 
-    `notes` are sentences for a person. Raises ModelProblem where the models do not fit together or are not finite.
+    `notes` are sentences for a person. Raises ModelError where the models do not fit together or are not finite.
     """
 
     def __init__(self, args, sources, scheduler=None, device="cpu", dtype=torch.float32):
@@ -43,7 +43,7 @@ class Blend:
                 broken.append(one.name)
         if broken:
             self.ratio = None
-            raise ModelProblem(f"ratio {ratio:g} is too much for {self.pipeline.dtype}: {_told(broken)} overflow")
+            raise ModelError(f"ratio {ratio:g} is too much for {self.pipeline.dtype}: {_told(broken)} overflow")
 
     @torch.no_grad()
     def _take(self, matches):
@@ -61,7 +61,7 @@ class Blend:
             else:
                 mixed.append((one, tensors))
         if broken:
-            raise ModelProblem(
+            raise ModelError(
                 f"{_told(broken)} are not finite in one of the models; --on_mismatch base or tuned says whose to take"
             )
         return mixed
@@ -70,7 +70,7 @@ class Blend:
 def _base_pipeline(base, variant, scheduler, device, dtype):
     """A pipeline of the base's layout; its weights are still to be put in."""
     if base.folder is None:
-        raise ModelProblem(
+        raise ModelError(
             f"{base.given} has no configuration and no tokenizer beside it: add --layout_from with the pipeline "
             "(folder or Hub name) whose configuration and tokenizer go with it"
         )
@@ -91,12 +91,12 @@ def _parameters(pipeline, parts):
 
 
 def _check_places(matches, targets):
-    """Raises ModelProblem unless every weight has its place in the pipeline, and every place its weight."""
+    """Raises ModelError unless every weight has its place in the pipeline, and every place its weight."""
     weights = [one for one in matches if not is_copied(one.key, one.inputs[0])]
     odd = [one.name for one in weights if one.name not in targets or targets[one.name].shape != one.inputs[0].shape]
     odd += sorted(targets.keys() - {one.name for one in matches})
     if odd:
-        raise ModelProblem(f"{_told(odd)} do not fit the configuration of the base")
+        raise ModelError(f"{_told(odd)} do not fit the configuration of the base")
 
 
 def _all_finite(tensors):

@@ -3,7 +3,7 @@
 `learned` and `kept` are results row by row, higher is better: [ratios, rows] each, the same rows at every ratio. The
 two may have different rows (prompts of the new style, prompts of unrelated concepts). Ratio 0 is the base, ratio 1 the
 tuned model, and both must be among the ratios: all is measured between them. Rows are resampled as if they were
-independent: where there are several pictures of one prompt, make one row of them, their mean.
+independent: where there are several images of one prompt, make one row of them, their mean.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from finetuning.draws import python_random
+from finetuning.rng import python_random
 
 NOTHING = 1e-9  # a gain this small is rounding
 

@@ -14,10 +14,9 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 
 from finetuning.cli import REQUIRED, flag
-from finetuning.draws import torch_generator
-from finetuning.families.contract import ModelProblem
 from finetuning.families.lora_files import Layer
-from finetuning.merging.lora import (
+from finetuning.families.model_args import ModelError
+from finetuning.merging.lora_tools import (
     LoraModelArgs,
     LoraOutputArgs,
     origin,
@@ -28,6 +27,7 @@ from finetuning.merging.lora import (
     skeletons,
     write_result,
 )
+from finetuning.rng import torch_generator
 
 EXACT = 1e-6  # how far `cat` may be from the sum, by the sum of the norms
 PRUNING = ("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
@@ -62,7 +62,7 @@ class CombineArgs(LoraModelArgs, LoraOutputArgs):
 
 
 def combine(args: CombineArgs):
-    """Write the LoRAs of --lora as one. Returns lines. Raises ModelProblem.
+    """Write the LoRAs of --lora as one. Returns lines. Raises ModelError.
 
     The report tells how far each layer is from the weighted sum, by its norm; with cat that must be nothing.
     """
@@ -79,7 +79,7 @@ def combine(args: CombineArgs):
         told[name] = {"rank": layers[name].rank, "distance": relative_distance(found, meant)}
         off = (found.double() - meant.double()).norm().item()
         if args.method == "cat" and not off <= EXACT * sum(term.norm().item() for term in terms):
-            raise ModelProblem(f"{name}: PEFT's sum is off by {off:.1e}: another version of it is needed")
+            raise ModelError(f"{name}: PEFT's sum is off by {off:.1e}: another version of it is needed")
         squares.update({"off": off**2, "all": meant.double().square().sum().item()})
     distance = (squares["off"] / squares["all"]) ** 0.5 if squares["all"] else 0.0
     report = {"ranks": told, "distance": distance}

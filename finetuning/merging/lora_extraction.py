@@ -12,9 +12,9 @@ import torch
 from tqdm.auto import tqdm
 
 from finetuning.cli import REQUIRED, flag
-from finetuning.families.contract import ModelProblem
 from finetuning.families.lora_files import Layer, adaptable
-from finetuning.merging.lora import (
+from finetuning.families.model_args import ModelError
+from finetuning.merging.lora_tools import (
     ADAPTED,
     LoraModelArgs,
     LoraOutputArgs,
@@ -58,7 +58,7 @@ class ExtractArgs(LoraOutputArgs, BaseArgs):
             yield f"--parts {' '.join(strange)}: a LoRA can hold {' and '.join(ADAPTED)}"
 
     def open_sources(self):
-        """[base, tuned]: the Sources. Raises ModelProblem."""
+        """[base, tuned]: the Sources. Raises ModelError."""
         return opened([self.open_base, self._open_tuned])
 
     def _open_tuned(self):
@@ -153,7 +153,7 @@ def _balanced(up, values, down, shape):
 
 
 def extract(args: ExtractArgs):
-    """Write a LoRA of what --tuned has and --base has not. Returns lines. Raises ModelProblem.
+    """Write a LoRA of what --tuned has and --base has not. Returns lines. Raises ModelError.
 
     A tensor at a time is read. A weight that is the same in both, at the precision of the coarser file, is left out.
     """
@@ -169,7 +169,7 @@ def extracted(args: ExtractArgs, base, tuned, models):
     """({layer name: Layer}, report) of two Sources; `models` are the base's layers (lora.stand_ins)."""
     compared = [part for part in args.parts if part in base.parts and part in tuned.parts]
     if problems := [*_differing_keys(base, tuned, compared), *([] if compared else ["--parts: none is in both"])]:
-        raise ModelProblem("\n".join(problems))
+        raise ModelError("\n".join(problems))
     targets, known = _targets(args, {part: models[part] for part in compared}), adaptable(models)
 
     layers, ranks, energies, outside, unchanged, broken = {}, {}, Counter(), Counter(), [], []
@@ -195,9 +195,9 @@ def extracted(args: ExtractArgs, base, tuned, models):
             bar.update(stored.nbytes)
     bar.close()
     if broken:
-        raise ModelProblem(f"NaN or infinity in {len(broken)} tensors of {base.given} or {tuned.given}: {_few(broken)}")
+        raise ModelError(f"NaN or infinity in {len(broken)} tensors of {base.given} or {tuned.given}: {_few(broken)}")
     if not layers:
-        raise ModelProblem(
+        raise ModelError(
             f"{base.given} and {tuned.given} have the same weights in all {len(targets)} layers that may get an "
             "adapter (--lora_target_modules): there is nothing to extract"
         )
@@ -212,10 +212,10 @@ def extracted(args: ExtractArgs, base, tuned, models):
 
 
 def _targets(args, models):
-    """Names of the layers that may get an adapter, by train_lora.py's words. Raises ModelProblem for strange ones."""
+    """Names of the layers that may get an adapter, by train_lora.py's words. Raises ModelError for strange ones."""
     layout = Layout(LoraArgs(lora_target_modules=args.lora_target_modules), models)
     if nothing := [word for word, names in layout.chosen.get("unet", {}).items() if not names]:
-        raise ModelProblem(
+        raise ModelError(
             f"--lora_target_modules {' '.join(nothing)} matches no layer of the UNet: there are attention, "
             "all-linear, conv, and ends of module names such as to_q or ff.net.2"
         )
@@ -274,7 +274,7 @@ def _few(names):
 
 
 def resize(args: ResizeArgs):
-    """Write --lora at another rank, as strong as before (alpha = rank). Returns lines. Raises ModelProblem.
+    """Write --lora at another rank, as strong as before (alpha = rank). Returns lines. Raises ModelError.
 
     A layer that adds nothing is left out.
     """
@@ -291,7 +291,7 @@ def resize(args: ResizeArgs):
         energies.update({"all": energy, "kept": kept * energy})
         ranks[name] = {"rank": layers[name].rank, "of_rank": layer.rank, "kept_energy": kept}
     if not layers:
-        raise ModelProblem(f"--lora {lora.path} adds nothing to any layer: there is nothing to resize")
+        raise ModelError(f"--lora {lora.path} adds nothing to any layer: there is nothing to resize")
     report = {"ranks": ranks, "kept_energy": energies["kept"] / energies["all"], "nothing": nothing}
     written = write_result("resize", args, args.open_sources(), layers, parts, origin([lora]), report)
     before, after = (sorted({one[what] for one in ranks.values()}) for what in ("of_rank", "rank"))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.merging.tensors import Stored
 
 MERGED_PARTS = ("unet", "text_encoder")  # where --parts says nothing: those of these that all models have
@@ -30,7 +30,7 @@ def match(sources, parts=None, on_mismatch=None):
     parts        which are merged, the others are the base's (none: the UNet and the text encoder, where all have them)
     on_mismatch  "base" or "tuned" (the first of the others): whose tensor is taken where names or shapes differ, or
                  only one of them has weights there; the base's where tuned has none. None refuses, listing all that
-                 differs in one ModelProblem
+                 differs in one ModelError
     Models that predict different things are refused in any case. Integers and position ids are the base's: an average
     of them is none. They are never a mismatch.
     """
@@ -55,7 +55,7 @@ def match(sources, parts=None, on_mismatch=None):
         matches += _matched(part, own, of_others, on_mismatch)
     if hopeless or (found and on_mismatch is None):
         way_out = "" if hopeless else "\n--on_mismatch base or tuned says whose tensors to take there"
-        raise ModelProblem("the models do not fit together:\n  " + "\n  ".join(found) + way_out)
+        raise ModelError("the models do not fit together:\n  " + "\n  ".join(found) + way_out)
     return matches, [f"--on_mismatch {on_mismatch}: {text}" for text in found]
 
 
@@ -64,7 +64,7 @@ def _merged_parts(sources, parts):
         return [part for part in MERGED_PARTS if all(part in source.parts for source in sources)]
     lacking = [f"{source.given} has no {part}" for part in parts for source in sources if part not in source.parts]
     if lacking:
-        raise ModelProblem(f"--parts {' '.join(parts)}: {'; '.join(lacking)}")
+        raise ModelError(f"--parts {' '.join(parts)}: {'; '.join(lacking)}")
     return list(parts)
 
 

@@ -11,24 +11,24 @@ from functools import partial
 import torch
 from tqdm.auto import tqdm
 
-from finetuning.data.reading import DatasetProblem
+from finetuning.data.reading import DatasetError
+from finetuning.diffusion.objective import NoiseSchedule
 from finetuning.evaluation.denoising import load_rows, row_losses
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.families.sd import StableDiffusion
+from finetuning.files import sha256
 from finetuning.shapes.checker import right, share_in_chalk
 from finetuning.shapes.scenes import parse
-from finetuning.training.files import sha256
-from finetuning.training.noise import NoiseSchedule
 
 
 @dataclass(frozen=True)
 class Metric:
     """A line of the table.
 
-    prepare(args, blend, prompts_in, prompts_out) gives (measure, facts). measure(ratio, pictures_in, pictures_out)
-    gives learned [rows] and kept [rows], float64, higher is better, the same rows at every ratio; the pictures stand by
+    prepare(args, blend, prompts_in, prompts_out) gives (measure, facts). measure(ratio, images_in, images_out)
+    gives learned [rows] and kept [rows], float64, higher is better, the same rows at every ratio; the images stand by
     prompt and then by seed. Where it needs the weights it calls blend.set(ratio). `facts`, ready for JSON, are what the
-    results depend on besides the pictures.
+    results depend on besides the images.
     """
 
     prepare: Callable
@@ -37,16 +37,16 @@ class Metric:
 
 
 def measure_shapes(args, blend, prompts_in, prompts_out):
-    """learned: share of a picture's things in chalk; kept: shape and colour right. A row is a prompt, over all seeds.
+    """learned: share of an image's things in chalk; kept: shape and colour right. A row is a prompt, over all seeds.
 
-    The prompts are captions of the shapes world, and the pictures are read by its checker.
+    The prompts are captions of the shapes world, and the images are read by its checker.
     """
     scenes = [parse(prompt) for prompt in prompts_out for _ in args.seed]
     by_prompt = lambda values: torch.tensor(values, dtype=torch.float64).view(-1, len(args.seed)).mean(1)
 
-    def measure(ratio, pictures_in, pictures_out):
-        kept = [right(scene, picture) for scene, picture in zip(scenes, pictures_out, strict=True)]
-        return by_prompt([share_in_chalk(picture) for picture in pictures_in]), by_prompt(kept)
+    def measure(ratio, images_in, images_out):
+        kept = [right(scene, image) for scene, image in zip(scenes, images_out, strict=True)]
+        return by_prompt([share_in_chalk(image) for image in images_in]), by_prompt(kept)
 
     return measure, {"style": "chalk"}
 
@@ -59,28 +59,28 @@ def measure_loss(args, blend, prompts_in, prompts_out):
     for folder in (args.fit_dataset, args.retain_dataset):
         try:
             datasets.append(load_rows(folder, pipeline.tokenizer, size, most=args.loss_rows, seed=seed, say=tqdm.write))
-        except DatasetProblem as problem:
+        except DatasetError as problem:
             problems.append(str(problem))
     if problems:
-        raise ModelProblem("\n".join(problems))
+        raise ModelError("\n".join(problems))
     model = StableDiffusion.of_pipeline(pipeline)
     schedule, dtype, device = NoiseSchedule.of(pipeline.scheduler), pipeline.unet.dtype, pipeline.device
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    def measure(ratio, pictures_in, pictures_out):
+    def measure(ratio, images_in, images_out):
         blend.set(ratio)
         how = {"seed": seed, "batch_size": args.batch_size, "device": device, "autocast": autocast}
-        return [-row_losses(model, pictures, rows, schedule, **how) for pictures, rows in datasets]
+        return [-row_losses(model, images, rows, schedule, **how) for images, rows in datasets]
 
     contents = [_content(*one) for one in datasets]
     return measure, {"size": list(size), "datasets": contents}
 
 
-def _content(pictures, chosen):
-    """{"rows": ..., "sha256": ...} of the rows that are measured: their pictures and captions."""
+def _content(images, chosen):
+    """{"rows": ..., "sha256": ...} of the rows that are measured: their images and captions."""
     digest = hashlib.sha256()
-    for row in (pictures.rows[number] for number in chosen):
-        digest.update(repr((sha256(row.picture), row.captions)).encode())
+    for row in (images.rows[number] for number in chosen):
+        digest.update(repr((sha256(row.image), row.captions)).encode())
     return {"rows": chosen, "sha256": digest.hexdigest()}
 
 

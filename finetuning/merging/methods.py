@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from finetuning.cli import flag
-from finetuning.draws import torch_generator
 from finetuning.merging.ratios import CURVES
+from finetuning.rng import torch_generator
 
 BLOCK = 65536  # elements that are float64 at a time
 PARALLEL = 1e-4  # radians; here slerp and weighted sum differ by 1e-9 of the tensor, below the rounding of fp32

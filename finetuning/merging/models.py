@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from finetuning.cli import REQUIRED, flag
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.merging.matching import match
 from finetuning.merging.sources import open_source
 
@@ -21,7 +21,7 @@ class BaseArgs:
     cache_dir: str | None = flag(None, "where models of the Hub are kept")
 
     def open_base(self):
-        """Its Source. Raises ModelProblem."""
+        """Its Source. Raises ModelError."""
         return open_source(
             self.base, revision=self.revision, variant=self.variant, cache_dir=self.cache_dir,
             layout_from=self.layout_from,
@@ -54,7 +54,7 @@ class TunedArgs(BaseArgs):
                 yield "--parts names none: the parts are unet, text_encoder and vae"
 
     def open_models(self, origin=None):
-        """[base, tuned ..., origin]: the Sources of all. Raises ModelProblem with all that cannot be opened."""
+        """[base, tuned ..., origin]: the Sources of all. Raises ModelError with all that cannot be opened."""
         return opened([self.open_base, *(lambda name=name: self._open_tuned(name) for name in self.tuned),
                        *([lambda: self._open_tuned(origin)] if origin else [])])  # fmt: skip
 
@@ -80,8 +80,8 @@ def opened(openers):
     for opener in openers:
         try:
             found.append(opener())
-        except ModelProblem as problem:
+        except ModelError as problem:
             problems.append(str(problem))
     if problems:
-        raise ModelProblem("\n".join(problems))
+        raise ModelError("\n".join(problems))
     return found

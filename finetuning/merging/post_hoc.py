@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from finetuning.cli import REQUIRED, flag
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.training.checkpoint import WITHOUT_EFFECT, checkpoints_in
 from finetuning.training.ema import AveragedWeights
 
@@ -194,20 +194,20 @@ def _differences(profiles):
 def snapshots(run_folder, weights="both"):
     """The weights that the checkpoints of a run hold, [Snapshot, ...] in step order, raw before averaged.
 
-    weights: "raw", "ema" or "both". Raises ModelProblem where there are fewer than two checkpoints, where they are of
+    weights: "raw", "ema" or "both". Raises ModelError where there are fewer than two checkpoints, where they are of
     several runs or of a LoRA run, or where none holds these weights.
     """
     run_folder = Path(run_folder)
     folders = [path for _, path in checkpoints_in(run_folder)]
     if len(folders) < 2:
         there = f"only {folders[0].name}" if folders else "none"
-        raise ModelProblem(
+        raise ModelError(
             f"{run_folder} must hold two or more checkpoint-N folders, and there is {there}: train with "
             "--checkpointing_steps, and without --checkpoints_total_limit"
         )
     adapters = [path.name for path in folders if (path / "lora").is_dir()]
     if adapters:
-        raise ModelProblem(
+        raise ModelError(
             f"{run_folder} is a LoRA run ({', '.join(adapters)}): the mean of two adapters' factors is not the mean of "
             "what they do. merge_checkpoints.py combine puts LoRAs together"
         )
@@ -218,20 +218,20 @@ def snapshots(run_folder, weights="both"):
     if missing:
         why = ": the run was made without --use_ema" if weights == "ema" else ", which holds no whole model"
         folder = "unet_ema/" if weights == "ema" else "unet/"
-        raise ModelProblem(f"there is no {folder} in {', '.join(map(str, missing))}{why}")
+        raise ModelError(f"there is no {folder} in {', '.join(map(str, missing))}{why}")
     return found
 
 
 def plan(args: PostHocArgs):
-    """[Reconstruction, ...], one for each --sigma_rel. Raises ModelProblem."""
+    """[Reconstruction, ...], one for each --sigma_rel. Raises ModelError."""
     found = snapshots(args.run_dir, args.weights)
     steps = sorted({snapshot.step for snapshot in found})
     end = args.at or steps[-1]
     if end not in steps:
-        raise ModelProblem(f"--at {end}: {args.run_dir} has no checkpoint of that step, but of {_listed(steps)}")
+        raise ModelError(f"--at {end}: {args.run_dir} has no checkpoint of that step, but of {_listed(steps)}")
     found = [snapshot for snapshot in found if snapshot.step <= end]
     if end == steps[0]:
-        raise ModelProblem(f"--at {end} is the first checkpoint of {args.run_dir}: an average needs two or more")
+        raise ModelError(f"--at {end} is the first checkpoint of {args.run_dir}: an average needs two or more")
     profiles = np.zeros((len(found), end + 1))
     for row, snapshot in zip(profiles, found, strict=True):
         row[: snapshot.step + 1] = snapshot.profile()
@@ -250,9 +250,9 @@ def _state(folder):
         state = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
         step = state["step"], state["ema_updates"], state["dataset"], state["args"]["use_ema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelProblem(f"{folder} has no readable training_state.json: {error!r}") from error
+        raise ModelError(f"{folder} has no readable training_state.json: {error!r}") from error
     if folder.name != f"checkpoint-{step[0]}":
-        raise ModelProblem(f"{folder} was written after step {step[0]}: give it back its name, checkpoint-{step[0]}")
+        raise ModelError(f"{folder} was written after step {step[0]}: give it back its name, checkpoint-{step[0]}")
     return state
 
 
@@ -271,7 +271,7 @@ def _check_one_run(folders, states):
         if (names := sorted(name for name in own.keys() | last.keys() if own.get(name) != last.get(name)))
     ]
     if different:
-        raise ModelProblem(
+        raise ModelError(
             f"the checkpoints of {folders[-1].parent} are not of one run: other settings than {folders[-1].name} in "
             f"{', '.join(different)}. Move those away"
         )
@@ -283,7 +283,7 @@ def _held(folder, state, weights):
         yield Snapshot(folder, "raw", step)
     if weights != "raw" and (folder / "unet_ema").is_dir():
         if state["ema_updates"] != step:
-            raise ModelProblem(
+            raise ModelError(
                 f"{folder}: its average has {state['ema_updates']} updates after {step} steps, so what it is made of "
                 "is not known: take --weights raw"
             )

@@ -9,7 +9,7 @@ import re
 from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 
 MOST = 1000  # ratios of one range: each is a whole model
 
@@ -91,13 +91,13 @@ CURVES = {"linear": linear, "smoothstep": smoothstep, "inverse_smoothstep": inve
 def block_ratios(words, matches):
     """BlockRatios of the words, settled for the tensors among `matches` that are merged.
 
-    Raises ModelProblem where a word fits none of them.
+    Raises ModelError where a word fits none of them.
     """
     merged = [one for one in matches if not one.is_copy]
     found = BlockRatios(words)
     found.resolve({part: [one.key for one in merged if one.part == part] for part in {one.part for one in merged}})
     if unused := found.unused():
-        raise ModelProblem(f"--block_ratios: {', '.join(unused)} matches none of the tensors that are merged")
+        raise ModelError(f"--block_ratios: {', '.join(unused)} matches none of the tensors that are merged")
     return found
 
 
@@ -140,7 +140,7 @@ class BlockRatios:
     def resolve(self, parts):
         """Settle the ratios of {part: canonical names of its tensors}.
 
-        Raises ModelProblem where the number of ratios is not the number of the UNet's blocks.
+        Raises ModelError where the number of ratios is not the number of the UNet's blocks.
         """
         blocks = unet_blocks(parts.get("unet", ()))
         order = sorted(set(blocks.values()) - {"BASE"})  # IN.., M00, OUT..: as the alphabet has them
@@ -199,10 +199,10 @@ def unet_blocks(keys) -> dict[str, str]:
 
 def _one_for_each(order, given):
     if not order:
-        raise ModelProblem("--block_ratios: numbers are for the UNet's blocks, and no UNet is merged: see --parts")
+        raise ModelError("--block_ratios: numbers are for the UNet's blocks, and no UNet is merged: see --parts")
     if len(given) != len(order):
         base = "; the first of 26 numbers (BASE) is --ratio here" if len(given) == len(order) + 1 == 26 else ""
-        raise ModelProblem(
+        raise ModelError(
             f"--block_ratios: {len(given)} numbers, but this UNet has {len(order)} blocks "
             f"({order[0]} to {order[-1]}): give a number for each, or pattern=ratio{base}"
         )

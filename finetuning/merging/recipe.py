@@ -10,9 +10,9 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
+from finetuning.files import sha256
 from finetuning.merging.tensors import stored_tensors
-from finetuning.training.files import sha256
 
 RECIPE = "merge.json"
 METADATA_KEY = "merge"
@@ -36,7 +36,7 @@ def metadata_of(recipe):
 
 
 def read_recipe(place):
-    """The recipe of a folder, of its merge.json or of a .safetensors file. Raises ModelProblem."""
+    """The recipe of a folder, of its merge.json or of a .safetensors file. Raises ModelError."""
     path = Path(place)
     if path.is_dir():
         path = path / RECIPE
@@ -48,7 +48,7 @@ def read_recipe(place):
         if not all(content["run"][key] for key in ("command", "inputs", "code")):
             raise ValueError("nothing was read")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelProblem(f"{place} holds no recipe of a merge ({RECIPE}, or metadata of a .safetensors)") from error
+        raise ModelError(f"{place} holds no recipe of a merge ({RECIPE}, or metadata of a .safetensors)") from error
     return content
 
 

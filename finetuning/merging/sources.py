@@ -10,8 +10,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from finetuning.families.contract import ModelProblem
 from finetuning.families.folders import PICKLES, parts_of_index, pipeline_index, weights_name
+from finetuning.families.model_args import ModelError
 from finetuning.families.original import OLD_VAE_ATTENTION, canonical_parts, is_original
 from finetuning.merging.tensors import Stored, stored_tensors
 
@@ -53,7 +53,7 @@ class Source:
 
 
 def open_source(name, *, weights="ema", revision=None, variant=None, cache_dir=None, layout_from=None):
-    """The Source that `name` names. Raises ModelProblem, which says `name`.
+    """The Source that `name` names. Raises ModelError, which says `name`.
 
     name         folder of a diffusers pipeline or its name on the Hub (with `revision`); checkpoint-N folder of a run,
                  whose untrained parts are those of the model it started from; .safetensors file in the original layout
@@ -67,14 +67,14 @@ def open_source(name, *, weights="ema", revision=None, variant=None, cache_dir=N
     _refuse_what_is_no_model(name, path)
     local = path.exists()
     if local and revision:
-        raise ModelProblem(f"{name} is on this machine and has no revisions: leave the revision {revision} out")
+        raise ModelError(f"{name} is on this machine and has no revisions: leave the revision {revision} out")
     variants = [variant, None] if variant else [RAW, None] if weights == "raw" else [None]
     if not local or (path / "model_index.json").is_file():
         folder = path if local else _hub_folder(name, revision, variants, cache_dir)
         return _pipeline(name, folder, variants, variant)
     is_checkpoint = (path / "training_state.json").is_file()
     if variant and (is_checkpoint or path.is_file()):
-        raise ModelProblem(f"{name} is no pipeline and has no variants: leave the variant {variant} out")
+        raise ModelError(f"{name} is no pipeline and has no variants: leave the variant {variant} out")
     layout = _layout(layout_from, cache_dir)
     if is_checkpoint:
         return _checkpoint(name, path, weights, cache_dir, layout)
@@ -105,7 +105,7 @@ def _checkpoint(name, path, weights, cache_dir, layout):
     suffix = "_ema" if weights == "ema" and (path / "unet_ema").is_dir() else ""
     own = {part: path / f"{part}{suffix}" for part in PARTS if (path / f"{part}{suffix}").is_dir()}
     if "unet" not in own:
-        raise ModelProblem(f"{name} holds no trained UNet (unet/): it is not a whole checkpoint of a run")
+        raise ModelError(f"{name} holds no trained UNet (unet/): it is not a whole checkpoint of a run")
     chosen = {part: _weights_files(name, folder, part, [None])[0] for part, folder in own.items()}
     parts = {part: _diffusers_part(name, part, files) for part, files in chosen.items()}
     files = [path for of_part in chosen.values() for path in of_part]
@@ -117,7 +117,7 @@ def _checkpoint(name, path, weights, cache_dir, layout):
             variant=args.get("variant"),
             cache_dir=cache_dir or args.get("cache_dir"),
         )
-    except (ModelProblem, KeyError) as problem:
+    except (ModelError, KeyError) as problem:
         without = "its other parts are not there" + ("" if layout else "; name a pipeline with --layout_from")
         notes = (f"{name}: the model that the run started from cannot be opened, so {without}: {problem}",)
     untrained = {part: tensors for part, tensors in base.parts.items() if part not in parts}
@@ -135,16 +135,16 @@ def _single_file(name, path, weights, layout):
         return Source(str(name), {"unet": dict(tensors)}, layout, (path,), "unet", _prediction_type(name, layout))
     if not is_original(tensors):
         some = ", ".join(sorted(tensors)[:3]) or "none"
-        raise ModelProblem(
+        raise ModelError(
             f"{name} is neither a single file of SD 1.x or 2.x (model.diffusion_model.*) nor a UNet of diffusers "
             f"(conv_in.weight); its tensors are named {some}"
         )
     try:
         parts, strange = canonical_parts(tensors, weights)
-    except ModelProblem as problem:
-        raise ModelProblem(f"{name}: {problem}") from problem
+    except ModelError as problem:
+        raise ModelError(f"{name}: {problem}") from problem
     if "unet" not in parts:
-        raise ModelProblem(f"{name} holds no UNet of SD 1.x or 2.x (model.diffusion_model.*)")
+        raise ModelError(f"{name} holds no UNet of SD 1.x or 2.x (model.diffusion_model.*)")
     notes = ()
     if strange:
         shown = ", ".join(strange[:3]) + (", ..." if len(strange) > 3 else "")
@@ -155,13 +155,13 @@ def _single_file(name, path, weights, layout):
 
 def _bare_unet(name, path, variants, asked, layout):
     if not (path / "config.json").is_file() or not _found_weights(path, "unet"):
-        raise ModelProblem(_not_a_model(name, path))
+        raise ModelError(_not_a_model(name, path))
     files, variant = _weights_files(name, path, "unet", variants)
     if asked and variant != asked:
         raise _no_variant(name, asked)
     tensors = _diffusers_part(name, "unet", files)
     if not _is_unet(tensors):
-        raise ModelProblem(f"{name} is a part of a model, but not a UNet: name the folder of its pipeline")
+        raise ModelError(f"{name} is a part of a model, but not a UNet: name the folder of its pipeline")
     config = {"unet": path}
     return Source(str(name), {"unet": tensors}, layout, tuple(files), "unet", _prediction_type(name, layout), config)
 
@@ -182,10 +182,10 @@ def _weights_files(name, folder, part, variants):
     if variant in found:
         return _with_shards(name, found[variant]), variant
     if found:
-        raise ModelProblem(f"{name}: its {part} has only variants: name {' or '.join(sorted(found))} as the variant")
+        raise ModelError(f"{name}: its {part} has only variants: name {' or '.join(sorted(found))} as the variant")
     if folder.is_dir() and (pickles := sorted(path for path in folder.iterdir() if path.suffix in PICKLES)):
-        raise ModelProblem(_how_to_convert(pickles[0], pickles[0].with_name(weights_name(part))))
-    raise ModelProblem(f"{name} lacks the weights of its {part} ({weights_name(part)}, or a variant that is named)")
+        raise ModelError(_how_to_convert(pickles[0], pickles[0].with_name(weights_name(part))))
+    raise ModelError(f"{name} lacks the weights of its {part} ({weights_name(part)}, or a variant that is named)")
 
 
 def _found_weights(folder, part):
@@ -204,7 +204,7 @@ def _with_shards(name, path):
         return [path]
     files = [path.parent / file for file in sorted(set(_json(name, path).get("weight_map", {}).values()))]
     if missing := [file.name for file in files if not file.is_file()] or (["any file"] if not files else []):
-        raise ModelProblem(f"{name} is not whole: {path.name} lists {', '.join(missing)}, which is not there")
+        raise ModelError(f"{name} is not whole: {path.name} lists {', '.join(missing)}, which is not there")
     return files
 
 
@@ -215,7 +215,7 @@ def _diffusers_part(name, part, files):
         for key, stored in stored_tensors(path)[0].items():
             canonical, stored = _canonical(part, key, stored)
             if canonical in tensors:
-                raise ModelProblem(
+                raise ModelError(
                     f"{name}: {part} has one tensor twice, as {came_from[canonical]} and as {key}: remove one of them"
                 )
             tensors[canonical], came_from[canonical] = stored, key
@@ -232,13 +232,13 @@ def _canonical(part, key, stored):
 def _hub_folder(name, revision, variants, cache_dir):
     """The Hub's files in the cache: configurations, tokenizer, and of every part the first variant that it has."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or Path(name).suffix == ".safetensors":
-        raise ModelProblem(f"{name}: there is no such file or folder")
+        raise ModelError(f"{name}: there is no such file or folder")
     try:
         folder = snapshot_download(
             name, revision=revision, cache_dir=cache_dir, allow_patterns=["model_index.json", "*/*.json", "*/*.txt"]
         )
         if not (Path(folder) / "model_index.json").is_file():
-            raise ModelProblem(f"{name} on the Hub has no model_index.json: it is not a diffusers pipeline")
+            raise ModelError(f"{name} on the Hub has no model_index.json: it is not a diffusers pipeline")
         lacking = parts_of_index(_pipeline_index(name, Path(folder)))
         for variant in variants:
             ending = f".{variant}" if variant else ""
@@ -247,10 +247,10 @@ def _hub_folder(name, revision, variants, cache_dir):
             snapshot_download(name, revision=Path(folder).name, cache_dir=cache_dir, allow_patterns=wanted)
             lacking = [part for part in lacking if variant not in _found_weights(Path(folder) / part, part)]
     except (OSError, ValueError) as error:
-        if isinstance(error, ModelProblem):
+        if isinstance(error, ModelError):
             raise
         where = f"{name} at revision {revision}" if revision else name
-        raise ModelProblem(f"{where} is neither a file nor a folder, nor to be had from the Hub: {error}") from error
+        raise ModelError(f"{where} is neither a file nor a folder, nor to be had from the Hub: {error}") from error
     return Path(folder)
 
 
@@ -259,7 +259,7 @@ def _layout(name, cache_dir):
     if name is None:
         return None
     if Path(name).exists() and not (Path(name) / "model_index.json").is_file():
-        raise ModelProblem(f"--layout_from {name} has no model_index.json: it is not a diffusers pipeline")
+        raise ModelError(f"--layout_from {name} has no model_index.json: it is not a diffusers pipeline")
     folder = Path(name) if Path(name).exists() else _hub_folder(name, None, [None], cache_dir)
     _pipeline_index(name, folder)
     return folder
@@ -270,7 +270,7 @@ def _pipeline_index(name, folder):
     _json(name, folder / "model_index.json")
     index = pipeline_index(folder)
     if index.get("_class_name") not in PIPELINES:
-        raise ModelProblem(
+        raise ModelError(
             f"{name} is a {index.get('_class_name')}; what can be merged is {', '.join(sorted(PIPELINES))}"
         )
     return index
@@ -286,9 +286,9 @@ def _json(name, path):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelProblem(f"{name}: {path} cannot be read: {error}") from error
+        raise ModelError(f"{name}: {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ModelProblem(f"{name}: {path} does not hold what its name says")
+        raise ModelError(f"{name}: {path} does not hold what its name says")
     return content
 
 
@@ -297,17 +297,17 @@ def _json(name, path):
 
 def _refuse_what_is_no_model(name, path):
     if path.suffix in PICKLES and not path.is_dir():
-        raise ModelProblem(_how_to_convert(path, path.with_suffix(".safetensors")))
+        raise ModelError(_how_to_convert(path, path.with_suffix(".safetensors")))
     if path.name in LORA_FILES or (path / "lora").is_dir() or any((path / file).is_file() for file in LORA_FILES):
         raise _is_lora(name)
 
 
 def _no_variant(name, asked):
-    return ModelProblem(f"{name} has no weights of the variant {asked} (*.{asked}.safetensors)")
+    return ModelError(f"{name} has no weights of the variant {asked} (*.{asked}.safetensors)")
 
 
 def _is_lora(name):
-    return ModelProblem(
+    return ModelError(
         f"{name} is a LoRA, not a whole model: make one of it with `merge_checkpoints.py fold`, or merge the LoRAs "
         "themselves with `merge_checkpoints.py combine`"
     )

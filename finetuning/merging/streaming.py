@@ -19,7 +19,7 @@ from threading import Event, Lock
 
 import torch
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.merging.tensors import DTYPES, Stored, cut
 
 CHUNK = 1 << 20  # elements; at most this many of a tensor are in a worker's memory at once
@@ -71,7 +71,7 @@ class Report:
     replaced: tuple[str, ...]
 
 
-class NotFinite(ModelProblem):
+class NotFinite(ModelError):
     """Tensors with NaN or infinity, or too large for the output's dtype; the message names all of them."""
 
     def __init__(self, reasons):
@@ -90,7 +90,7 @@ def write_files(pieces, metadata, hashed=(), advance=None):
 
     Arithmetic is fp32 and is rounded once; a copy in the input's dtype is its bytes. Integers are only copied. Outputs
     must not be there yet and are synced at the end; after an exception the caller removes what there is of them. Raises
-    NotFinite, OSError with the path (a full disk: before the work starts), ModelProblem for an input that has become
+    NotFinite, OSError with the path (a full disk: before the work starts), ModelError for an input that has become
     shorter.
     """
     _check(pieces)

@@ -22,10 +22,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from finetuning.cli import REQUIRED, as_dict, flag, write_json
-from finetuning.draws import torch_generator
 from finetuning.evaluation.grid import labelled_grid
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import SCHEDULERS
+from finetuning.files import sha256
 from finetuning.merging import frontier
 from finetuning.merging.blend import Blend
 from finetuning.merging.measures import METRICS
@@ -33,11 +33,11 @@ from finetuning.merging.methods import MethodArgs, bound, ratio_problems
 from finetuning.merging.models import TunedArgs
 from finetuning.merging.ratios import BlockRatios, parse_ratios
 from finetuning.merging.recipe import recipe_of
+from finetuning.rng import torch_generator
 from finetuning.shapes.scenes import parse
-from finetuning.training.files import sha256
 
 SETTINGS = "settings.json"
-MAY_CHANGE = (  # flags that no picture depends on
+MAY_CHANGE = (  # flags that no image depends on
     "output_dir", "ratios", "batch_size", "grid_side", "metric", "fit_dataset", "retain_dataset", "loss_rows",
     "cache_dir",
 )  # fmt: skip
@@ -47,7 +47,7 @@ MAY_CHANGE = (  # flags that no picture depends on
 class SweepArgs(MethodArgs, TunedArgs):
     """Sweep"""
 
-    output_dir: str = flag(REQUIRED, "where pictures, grid.png and sweep.json go; one that is there is gone on with")
+    output_dir: str = flag(REQUIRED, "where images, grid.png and sweep.json go; one that is there is gone on with")
     ratios: list[str] = flag(["0:1:0.1"], "ratios to try: numbers, or FROM:TO:STEP")
     block_ratios: list[str] | None = flag(None, "ratios of single blocks at every ratio of the sweep, as for a merge")
     prompts_in: list[str] | None = flag(
@@ -55,14 +55,14 @@ class SweepArgs(MethodArgs, TunedArgs):
         "read)",
     )  # fmt: skip
     prompts_out: list[str] | None = flag(None, "prompts of what was not, which the base can draw; as --prompts_in")
-    seed: list[int] = flag([0], "seeds of the pictures; each gives every prompt one")
+    seed: list[int] = flag([0], "seeds of the images; each gives every prompt one")
     guidance_scale: float = flag(7.5, "classifier-free guidance scale; 1 is none")
     num_inference_steps: int = flag(25, "sampling steps")
     scheduler: str | None = flag("dpm++", "sampler", choices=tuple(SCHEDULERS))
     size: str | None = flag(None, "side in pixels, or HEIGHTxWIDTH (none: the model's own)")
-    batch_size: int = flag(4, "pictures drawn, or rows measured, together")
+    batch_size: int = flag(4, "images drawn, or rows measured, together")
     metric: str | None = flag(
-        None, "what is measured: loss on two datasets; shapes, read off pictures of the shapes world; or none (without "
+        None, "what is measured: loss on two datasets; shapes, read off images of the shapes world; or none (without "
         "the flag: loss where both datasets are given)",
         choices=(*METRICS, "none"),
     )  # fmt: skip
@@ -71,7 +71,7 @@ class SweepArgs(MethodArgs, TunedArgs):
     )
     retain_dataset: str | None = flag(None, "for loss: the same of what should be kept")
     loss_rows: int = flag(256, "for loss: rows of each dataset at most")
-    grid_side: int = flag(160, "about how large a picture of the grid is, in pixels")
+    grid_side: int = flag(160, "about how large an image of the grid is, in pixels")
 
     @property
     def ratio(self):
@@ -137,7 +137,7 @@ class SweepArgs(MethodArgs, TunedArgs):
 
 
 def sweep(args, device="cpu", dtype=torch.float32):
-    """Draw and measure at every ratio; returns lines for a person. Raises ModelProblem.
+    """Draw and measure at every ratio; returns lines for a person. Raises ModelError.
 
     device, dtype   of the pipeline; merging itself is fp32 on the CPU
     """
@@ -154,12 +154,12 @@ def sweep(args, device="cpu", dtype=torch.float32):
     known = _known(measured, {"metric": args.measured_by, **facts})
 
     asked = [list(product(prompts, args.seed)) for prompts in (prompts_in, prompts_out)]
-    columns = []  # [ratios] of the pictures, as small as the grid shows them
+    columns = []  # [ratios] of the images, as small as the grid shows them
     with tqdm(total=len(args.ratio) * (1 + sum(map(len, asked))), desc="sweep") as bar:
         for ratio in args.ratio:
             place = folder / f"ratio-{ratio:g}"
             drawn = [_draw(args, blend, ratio, place, *kind, bar) for kind in zip(("in", "out"), asked, strict=True)]
-            columns.append([_reduced(picture, args.grid_side) for pictures in drawn for picture in pictures])
+            columns.append([_reduced(image, args.grid_side) for images in drawn for image in images])
             if metric and f"{ratio:g}" not in known["ratios"]:
                 learned, kept = measure(ratio, *drawn)
                 known["ratios"][f"{ratio:g}"] = {"learned": learned.tolist(), "kept": kept.tolist()}
@@ -169,7 +169,7 @@ def sweep(args, device="cpu", dtype=torch.float32):
     lines = [note for source in sources for note in source.notes] + blend.notes
     if any(asked):
         _grid(args, asked, columns).save(folder / "grid.png")
-        lines.append(f"{sum(map(len, asked))} pictures at each of {len(args.ratio)} ratios: {folder / 'grid.png'}")
+        lines.append(f"{sum(map(len, asked))} images at each of {len(args.ratio)} ratios: {folder / 'grid.png'}")
     if metric:
         results = [known["ratios"][f"{ratio:g}"] for ratio in args.ratio]
         summary, told = _judge(args, metric, results, folder)
@@ -179,17 +179,17 @@ def sweep(args, device="cpu", dtype=torch.float32):
     return lines
 
 
-# -- pictures ------------------------------------------------------------------------------------------------------
+# -- images ------------------------------------------------------------------------------------------------------
 
 
 def _draw(args, blend, ratio, folder, kind, rows, bar):
-    """The PIL pictures of `rows` [(prompt, seed)]; those that are in the folder are read, the others drawn and written.
+    """The PIL images of `rows` [(prompt, seed)]; those that are in the folder are read, the others drawn and written.
 
     What is drawn together is drawn together again if any of it is missing: another number of rows may round otherwise.
     """
     names = [f"{kind}-{index // len(args.seed):03d}-seed{seed}.png" for index, (_, seed) in enumerate(rows)]
     size = dict(zip(("height", "width"), args.height_and_width or (), strict=False))
-    pictures = []
+    images = []
     for start in range(0, len(rows), args.batch_size):
         part = rows[start : start + args.batch_size]
         paths = [folder / name for name in names[start : start + args.batch_size]]
@@ -203,11 +203,11 @@ def _draw(args, blend, ratio, folder, kind, rows, bar):
                 **size,
             ).images
             folder.mkdir(parents=True, exist_ok=True)
-            for path, picture in zip(paths, drawn, strict=True):
-                _write_whole(path, partial(picture.save, format="PNG"))
-        pictures += [Image.open(path).convert("RGB") for path in paths]
+            for path, image in zip(paths, drawn, strict=True):
+                _write_whole(path, partial(image.save, format="PNG"))
+        images += [Image.open(path).convert("RGB") for path in paths]
         bar.update(len(part))
-    return pictures
+    return images
 
 
 def _grid(args, asked, columns):
@@ -229,9 +229,9 @@ def _headings(args):
     return [f"{ratio:g} {names.get(ratio, '')}".strip() for ratio in args.ratio]
 
 
-def _reduced(picture, side):
-    """The picture, at most `side` pixels high and wide."""
-    small = picture.copy()
+def _reduced(image, side):
+    """The image, at most `side` pixels high and wide."""
+    small = image.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     return small
 
@@ -302,19 +302,19 @@ def _merge_command(args, ratio):
 
 
 def _settings(recipe):
-    """All that the pictures depend on, ready for JSON."""
+    """All that the images depend on, ready for JSON."""
     flags = {name: value for name, value in recipe.items() if name not in (*MAY_CHANGE, "run")}
     return flags | {name: recipe["run"][name] for name in ("prompts_in", "prompts_out", "dtype", "inputs")}
 
 
 def _claim(folder, settings):
-    """Take the folder for these settings. Raises ModelProblem where it holds a sweep of others."""
+    """Take the folder for these settings. Raises ModelError where it holds a sweep of others."""
     path = folder / SETTINGS
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in settings | known if settings.get(name) != known.get(name)]
         if changed:
-            raise ModelProblem(
+            raise ModelError(
                 f"--output_dir {folder} holds a sweep with other settings ({', '.join(changed)}): name another folder, "
                 "or remove it"
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -68,7 +68,7 @@ class Stored:
         return replace(self, shape=(last - first, *self.shape[1:]), start=self.start + first * row_bytes)
 
     def read(self):
-        """The tensor, in its own dtype and shape. Raises ModelProblem where the file has become shorter."""
+        """The tensor, in its own dtype and shape. Raises ModelError where the file has become shorter."""
         content = torch.empty(self.nbytes, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start)
@@ -82,10 +82,10 @@ class Stored:
 
 
 def stored_tensors(path):
-    """({key: Stored}, metadata) of a .safetensors file. Raises ModelProblem: broken, cut, or something else."""
+    """({key: Stored}, metadata) of a .safetensors file. Raises ModelError: broken, cut, or something else."""
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ModelProblem(f"{path}: {PICKLE}")
+        raise ModelError(f"{path}: {PICKLE}")
     try:
         with open(path, "rb") as file:
             size = path.stat().st_size
@@ -94,14 +94,14 @@ def stored_tensors(path):
                 raise _broken(path, "its header is cut, or it is not a safetensors file at all")
             header = json.loads(file.read(length))
     except OSError as error:
-        raise ModelProblem(f"{path} cannot be read: {error.strerror}") from error
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise error if isinstance(error, ModelProblem) else _broken(path, "its header is not JSON") from error
+        raise error if isinstance(error, ModelError) else _broken(path, "its header is not JSON") from error
     try:
         metadata = header.pop("__metadata__", None) or {}
         tensors = {key: _stored(path, key, entry, 8 + length) for key, entry in header.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise error if isinstance(error, ModelProblem) else _broken(path, f"its header is wrong ({error!r})") from error
+        raise error if isinstance(error, ModelError) else _broken(path, f"its header is wrong ({error!r})") from error
     _check_places(path, tensors, 8 + length, size)
     return tensors, metadata
 
@@ -112,12 +112,12 @@ def cut(path):
 
 
 def _broken(path, why):
-    return ModelProblem(f"{path} is broken: {why}. Copy or download it again")
+    return ModelError(f"{path} is broken: {why}. Copy or download it again")
 
 
 def _stored(path, key, entry, data):
     if entry["dtype"] not in DTYPES:
-        raise ModelProblem(f"{path}: {key} is {entry['dtype']}, which is not read; what is: {', '.join(DTYPES)}")
+        raise ModelError(f"{path}: {key} is {entry['dtype']}, which is not read; what is: {', '.join(DTYPES)}")
     first, last = entry["data_offsets"]
     stored = Stored(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), data + first)
     if any(type(side) is not int or side < 0 for side in (first, *stored.shape)) or last - first != stored.nbytes:

@@ -13,12 +13,12 @@ import torch
 from tqdm.auto import tqdm
 
 from finetuning.cli import REQUIRED, flag, write_json
-from finetuning.families.contract import ModelProblem
 from finetuning.families.folders import copy_part, parts_of_index, pipeline_index, weights_name, write_scheduler
+from finetuning.families.model_args import ModelError
 from finetuning.families.original import original_names, original_shape
+from finetuning.files import MANIFEST, atomic_folder, remove_leftovers
 from finetuning.merging.recipe import RECIPE, metadata_of, recipe_of
 from finetuning.merging.streaming import Piece, Written, write_files
-from finetuning.training.files import MANIFEST, remove_leftovers, whole_folder
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SINGLE_FILE = "merged.safetensors"
@@ -49,7 +49,7 @@ def place(output_dir, name, all_of_them):
 
 
 def write_models(command, products, sources, matches, args: OutputArgs, whole=False, fallback=None):
-    """Write every product in one pass over the sources' files. Returns lines for a person. Raises ModelProblem.
+    """Write every product in one pass over the sources' files. Returns lines for a person. Raises ModelError.
 
     matches           the result's tensors, of matching.match; the first source is what the rest is copied from
     whole, fallback   of streaming.Piece, for the tensors that are not copies
@@ -71,7 +71,7 @@ def write_models(command, products, sources, matches, args: OutputArgs, whole=Fa
     inputs = tuple(dict.fromkeys(path for source in sources for path in source.files))
     hashes_written = {}
     with ExitStack() as stack:
-        folders = [stack.enter_context(whole_folder(product.target.resolve(), hashes_written)) for product in products]
+        folders = [stack.enter_context(atomic_folder(product.target.resolve(), hashes_written)) for product in products]
         pieces = [_piece(one, *names[one.name], folders, products, args.dtype, whole, fallback) for one in matches]
         if not args.single_file:
             for folder in folders:
@@ -160,7 +160,7 @@ def _copy_rest(sources, matches, configs, folder):
 
 
 def _config_folders(sources, matches):
-    """{part: folder with the config.json that describes it} of what is written. Raises ModelProblem."""
+    """{part: folder with the config.json that describes it} of what is written. Raises ModelError."""
     base, *others = sources
     found, lacking = {}, []
     for part in dict.fromkeys(one.part for one in matches):
@@ -170,7 +170,7 @@ def _config_folders(sources, matches):
         if not (found[part] / "config.json").is_file():
             lacking.append(f"{source.given} has no configuration of its {part} (config.json)")
     if lacking:
-        raise ModelProblem("\n".join(lacking) + "\n--layout_from names a pipeline whose configurations are taken")
+        raise ModelError("\n".join(lacking) + "\n--layout_from names a pipeline whose configurations are taken")
     return found
 
 
@@ -185,12 +185,12 @@ def _has_foreign(matches, part, base):
 def _check_layout(base, matches, args):
     parts = {one.part for one in matches}
     if args.single_file and (lacking := {"unet", "text_encoder", "vae"} - parts):
-        raise ModelProblem(
+        raise ModelError(
             f"--single_file: the file holds a whole model, and {base.given} has no {', '.join(sorted(lacking))}: "
             "name a whole pipeline with --base"
         )
     if not args.single_file and base.folder is None and base.kind != "unet":
-        raise ModelProblem(
+        raise ModelError(
             f"{base.given} has no configuration and no tokenizer beside it: add --single_file, or --layout_from with "
             "the pipeline (folder or Hub name) whose configuration and tokenizer go with it"
         )
@@ -212,7 +212,7 @@ def _check_targets(products, sources):
                 f"--output_dir {product.target} is there already and no earlier result of this script ({foreign[0]})"
             )
     if wrong:
-        raise ModelProblem("\n".join(wrong))
+        raise ModelError("\n".join(wrong))
 
 
 def _foreign(target):
@@ -238,7 +238,7 @@ def _check_room(matches, base, products, args):
     where = next(path for path in products[0].target.resolve().parents if path.exists())
     free = shutil.disk_usage(where).free
     if needed > free:
-        raise ModelProblem(
+        raise ModelError(
             f"the results take {needed / 1e9:.1f} GB and {where} has {free / 1e9:.1f} GB left: free some, choose "
             "another --output_dir, fewer ratios, or --dtype fp16"
         )

@@ -1,4 +1,4 @@
-"""Read a picture of the shapes world pixel by pixel: which shapes, colours, sizes, places, background and style.
+"""Read an image of the shapes world pixel by pixel: which shapes, colours, sizes, places, background and style.
 
 No network is asked. The background is the commonest colour of the border; what differs from it is cut into connected
 things; a thing's colour is the nearest of the palette to the median of its own pixels; its shape is the one whose
@@ -24,7 +24,7 @@ TEMPLATE = 48
 
 @dataclass(frozen=True)
 class Seen:
-    """One thing as it was read off a picture."""
+    """One thing as it was read off an image."""
 
     thing: Thing
     x: float
@@ -37,11 +37,11 @@ class Seen:
         return "filled" if self.painted >= FILLED_FROM else "chalk"
 
 
-def read(picture):
-    """(background, [Seen, ...] from the largest to the smallest) of a PIL picture."""
-    if picture.size != (SIDE, SIDE):
-        picture = picture.resize((SIDE, SIDE), Image.Resampling.BOX)
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+def read(image):
+    """(background, [Seen, ...] from the largest to the smallest) of a PIL image."""
+    if image.size != (SIDE, SIDE):
+        image = image.resize((SIDE, SIDE), Image.Resampling.BOX)
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     plain = np.median(border, axis=0)
     painted = np.linalg.norm(pixels - plain, axis=-1) > DIFFERS
@@ -56,13 +56,13 @@ def read(picture):
     return _nearest(plain, BACKGROUNDS), [one for _, one in seen]
 
 
-def agrees(scene: Scene, picture):
-    """{"shape", "color", "size", "background", "count", "axis", "relation", "all"}: whether the picture shows it.
+def agrees(scene: Scene, image):
+    """{"shape", "color", "size", "background", "count", "axis", "relation", "all"}: whether the image shows it.
 
     shape and color look at the asked things alone, matched in the way that is best for them. axis: two things stand
     over or beside each other as asked, in either order; relation: in the order asked. "all" wants everything.
     """
-    background, seen = read(picture)
+    background, seen = read(image)
     wanted = scene.things
     right = {"background": background == scene.background, "count": len(seen) == len(wanted)}
     found = _match(scene, seen)
@@ -78,15 +78,15 @@ def agrees(scene: Scene, picture):
     return right
 
 
-def right(scene: Scene, picture):
-    """1.0 where a picture shows the asked shapes in the asked colours, else 0.0."""
-    seen = agrees(scene, picture)
+def right(scene: Scene, image):
+    """1.0 where an image shows the asked shapes in the asked colours, else 0.0."""
+    seen = agrees(scene, image)
     return float(seen["shape"] and seen["color"])
 
 
-def share_in_chalk(picture):
-    """The share of a picture's things that are not filled; 0.0 where it shows nothing."""
-    things = read(picture)[1]
+def share_in_chalk(image):
+    """The share of an image's things that are not filled; 0.0 where it shows nothing."""
+    things = read(image)[1]
     return sum(one.style == "chalk" for one in things) / max(1, len(things))
 
 

@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 
 from finetuning.cli import as_dict, flag, write_json
-from finetuning.training.files import BrokenFolder, check_whole, remove_leftovers, whole_folder
+from finetuning.files import BrokenFolder, atomic_folder, check_manifest, remove_leftovers
 from finetuning.training.optim import load_optimizer
 
 # Flags that cannot change what a run computes: where it writes, how often it looks, how it is watched.
 WITHOUT_EFFECT = frozenset(
     {
         "cache_dir",
-        "check_pictures",
+        "check_images",
         "checkpointing_epochs",
         "checkpointing_minutes",
         "checkpointing_steps",
@@ -110,7 +110,7 @@ def seed_of_resumed_run(args):
     return None
 
 
-class CheckpointProblem(ValueError):
+class CheckpointError(ValueError):
     """A checkpoint that was asked for cannot be used; the message says why and what to do."""
 
 
@@ -164,7 +164,7 @@ class Checkpointer:
 
     def _write(self, step):
         scaler = self.run.scaler
-        with whole_folder(self.folder / f"checkpoint-{step}") as folder:
+        with atomic_folder(self.folder / f"checkpoint-{step}") as folder:
             self.family.save_trained(folder)
             if self.ema.shadow is not None:
                 self.family.save_trained(folder, "_ema", self.ema.shadow)
@@ -175,7 +175,7 @@ class Checkpointer:
     def resume(self, total_steps):
         """Load what --resume_from_checkpoint asks for; the number of optimizer steps that are done.
 
-        Raises CheckpointProblem where it cannot be used, or where the run is already longer than it should become.
+        Raises CheckpointError where it cannot be used, or where the run is already longer than it should become.
         """
         wanted = self.args.resume_from_checkpoint
         if wanted is None:
@@ -187,7 +187,7 @@ class Checkpointer:
             return 0
         state = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
         if state["step"] > total_steps:
-            raise CheckpointProblem(
+            raise CheckpointError(
                 f"{folder} has {state['step']} steps done and this run would end at {total_steps}: raise "
                 "--max_train_steps, or name an older checkpoint"
             )
@@ -237,7 +237,7 @@ class Checkpointer:
     def _latest(self):
         for _, path in reversed(self._all()):
             try:
-                check_whole(path)
+                check_manifest(path)
                 return path
             except BrokenFolder as problem:
                 self.say(f"{problem}; looking for an older one")
@@ -248,19 +248,19 @@ class Checkpointer:
         folder = next((path for path in candidates if path.is_dir()), None)
         if folder is None:
             there = ", ".join(path.name for _, path in self._all()) or "none"
-            raise CheckpointProblem(
+            raise CheckpointError(
                 f"--resume_from_checkpoint {wanted}: there is no such folder; {self.folder} has {there}"
             )
         try:
-            check_whole(folder)
+            check_manifest(folder)
         except BrokenFolder as problem:
-            raise CheckpointProblem(f"--resume_from_checkpoint: {problem}; name another, or take latest") from problem
+            raise CheckpointError(f"--resume_from_checkpoint: {problem}; name another, or take latest") from problem
         return folder
 
     def _refuse_older_checkpoints(self):
         found = self._all()
         if found:
-            raise CheckpointProblem(
+            raise CheckpointError(
                 f"--output_dir {self.folder} holds checkpoints of an earlier run (newest: {found[-1][1].name}): go on "
                 "with --resume_from_checkpoint latest, or name another --output_dir"
             )
@@ -269,12 +269,12 @@ class Checkpointer:
         before, now = state["args"], as_dict(self.args)
         for name in ("optimizer", "use_8bit_adam"):
             if before.get(name) != now.get(name):
-                raise CheckpointProblem(
+                raise CheckpointError(
                     f"{folder} holds the state of another optimizer (--{name} {before.get(name)}): ask for the same, "
                     "or start a new run"
                 )
         if before.get("use_ema") != now.get("use_ema") and now.get("use_ema"):
-            raise CheckpointProblem(
+            raise CheckpointError(
                 f"{folder} was trained without --use_ema, so there is no average to go on with: leave --use_ema out, "
                 "or start a new run from the checkpoint's weights"
             )

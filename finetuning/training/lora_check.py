@@ -5,10 +5,10 @@ from contextlib import contextmanager
 import torch
 from peft.tuners.lora import LoraLayer
 
-from finetuning.draws import torch_generator
-from finetuning.families.contract import ModelProblem
 from finetuning.families.lora_files import adaptable, parts_of
+from finetuning.families.model_args import ModelError
 from finetuning.families.quiet import errors_only
+from finetuning.rng import torch_generator
 
 
 def check_files(folder, written, fresh):
@@ -16,7 +16,7 @@ def check_files(folder, written, fresh):
 
     diffusers' own loader reads the file, and what it added to each weight is compared with the layers; then the
     denoiser's prediction for two captions with the one of the layers folded into the weights by the formula itself, as
-    A1111 and ComfyUI fold a LoRA. Raises ModelProblem where a file acts otherwise.
+    A1111 and ComfyUI fold a LoRA. Raises ModelError where a file acts otherwise.
     """
     with fresh.pipeline() as pipeline, errors_only():
         for name, layers in written.items():
@@ -28,7 +28,7 @@ def check_files(folder, written, fresh):
             with _folded(pipeline, layers):
                 off = _distance(loaded, _prediction(pipeline))
             if count != len(layers) or not max(added, off) < 1e-4:
-                raise ModelProblem(
+                raise ModelError(
                     f"{name} does not do in a fresh pipeline what the adapters do here ({count} of {len(layers)} "
                     f"layers loaded, their weights differ by {added:.1e}, the prediction by {off:.1e}): nothing is "
                     "handed over. The last checkpoint holds the adapters"

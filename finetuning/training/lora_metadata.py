@@ -49,7 +49,7 @@ def kohya_facts(args, layout, facts, prediction_type):
         "ss_optimizer": args.optimizer,
         "ss_lr_scheduler": args.lr_scheduler,
         "ss_steps": facts["steps"],
-        "ss_num_train_images": facts["pictures"],
+        "ss_num_train_images": facts["images"],
         "ss_batch_size_per_device": args.train_batch_size,
         "ss_gradient_accumulation_steps": args.gradient_accumulation_steps,
         "ss_resolution": str(tuple(reversed(args.size))),

@@ -68,9 +68,9 @@ def build_optimizer(args: OptimArgs, groups):
     return torch.optim.AdamW(groups, **adam)
 
 
-def learning_rates(args: OptimArgs, group_size):
-    """(denoiser's, text encoder's) peak learning rate; `group_size` rows make one optimizer step."""
-    factor = group_size if args.scale_lr else 1
+def learning_rates(args: OptimArgs, total_batch_size):
+    """(denoiser's, text encoder's) peak learning rate; `total_batch_size` rows make one optimizer step."""
+    factor = total_batch_size if args.scale_lr else 1
     text = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
     return args.learning_rate * factor, text * factor
 

@@ -6,14 +6,14 @@ import shutil
 import torch
 from diffusers.models.attention_processor import Attention
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 
 # Bytes of optimizer state for each trained parameter, which has four itself.
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 2, "prodigy": 16}
 
 
 def check_before_start(args, run, model, training, held_out, order, total_steps):
-    """Print what is about to happen; raises ModelProblem listing everything that cannot work."""
+    """Print what is about to happen; raises ModelError listing everything that cannot work."""
     problems = []
     factor = model.pixels_per_latent
     for side in sorted(set(args.size)):
@@ -47,14 +47,14 @@ def check_before_start(args, run, model, training, held_out, order, total_steps)
             "some, name another folder, or lower --checkpoints_total_limit"
         )
     if problems:
-        raise ModelProblem("\n".join(problems))
+        raise ModelError("\n".join(problems))
 
     rows = f"{len(training)} rows" if order.rows else f"a stream of {len(training.shards)} shards"
     epochs = f", {total_steps / order.steps_per_epoch:.1f} epochs" if order.steps_per_epoch else ""
     run.say(
         f"{model.summary()}\n"
         f"dataset: {rows}" + (f", {len(held_out)} held out" if held_out else "") + "\n"
-        f"schedule: {total_steps} steps of {order.group_size} rows ({args.train_batch_size} x "
+        f"schedule: {total_steps} steps of {order.total_batch_size} rows ({args.train_batch_size} x "
         f"{args.gradient_accumulation_steps} accumulated x {order.processes} processes){epochs}\n"
         f"device: {run.device}, activations {run.accelerator.mixed_precision.replace('no', 'fp32')}; "
         f"a checkpoint takes about {needed / 1e6:.1f} MB"
@@ -62,7 +62,7 @@ def check_before_start(args, run, model, training, held_out, order, total_steps)
     if len(order.rows_in_bucket) > 1:
         run.say(
             f"buckets: {len(order.rows_in_bucket)}, and every step is of one: {order.short_steps} of the "
-            f"{order.steps_per_epoch} steps of an epoch have fewer than {order.group_size} rows"
+            f"{order.steps_per_epoch} steps of an epoch have fewer than {order.total_batch_size} rows"
         )
     kept = total_steps // args.checkpointing_steps if args.checkpointing_steps and limit is None else 0
     if kept * needed + exported > free:
@@ -88,22 +88,22 @@ def _probe_xformers(run, unet):
     """Attention at the UNet's own head sizes, forward and backward, beside PyTorch's; over pixels and over 77 tokens.
 
     Each size has a kernel of its own, and users report backward passes that fail or give NaN for some of them only.
-    Raises ModelProblem where one fails or disagrees.
+    Raises ModelError where one fails or disagrees.
     """
     advice = "leave --enable_xformers_memory_efficient_attention out: PyTorch's own attention is used then"
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
-        raise ModelProblem(f"xformers cannot be imported ({error}); {advice}") from error
+        raise ModelError(f"xformers cannot be imported ({error}); {advice}") from error
     sizes = sorted({m.inner_dim // m.heads for m in unet.modules() if isinstance(m, Attention)})
     for head_size, keys in itertools.product(sizes, (64, 77)):
         case = f"xformers' attention with heads of {head_size} and {keys} keys"
         try:
             worst = _disagreement(memory_efficient_attention, head_size, keys, run.device, run.weights_dtype)
         except (RuntimeError, NotImplementedError, ValueError) as error:
-            raise ModelProblem(f"{case} fails on this GPU ({error}); {advice}") from error
+            raise ModelError(f"{case} fails on this GPU ({error}); {advice}") from error
         if not worst < 0.02:
-            raise ModelProblem(f"{case} differs from PyTorch's by {worst:.1%} on this GPU; {advice}")
+            raise ModelError(f"{case} differs from PyTorch's by {worst:.1%} on this GPU; {advice}")
 
 
 def _disagreement(attention, head_size, keys, device, dtype):

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
 from finetuning.cli import as_dict, flag, write_json
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.training.checkpoint import NonFinite, seed_of_resumed_run
 
 TRACKERS = ("tensorboard", "wandb", "all", "none")
@@ -176,7 +176,7 @@ class Run:
         raise NonFinite(
             f"{what}; the rows of this step were\n{training_set.describe(gather_object(rows))}\n"
             "Usual causes: too high a --learning_rate, fp16 without --mixed_precision bf16 where the GPU has it, or a "
-            "broken picture. The last checkpoint is whole: go on from it with --resume_from_checkpoint latest"
+            "broken image. The last checkpoint is whole: go on from it with --resume_from_checkpoint latest"
         )
 
     def log(self, values, step):
@@ -186,18 +186,18 @@ class Run:
             with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def log_pictures(self, name, pictures, step):
-        """PIL pictures of one size, to the trackers that show them."""
+    def log_images(self, name, images, step):
+        """PIL images of one size, to the trackers that show them."""
         from torchvision.transforms.v2.functional import pil_to_tensor
 
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                for number, picture in enumerate(pictures):
-                    tracker.writer.add_image(f"{name}/{number}", pil_to_tensor(picture), step)
+                for number, image in enumerate(images):
+                    tracker.writer.add_image(f"{name}/{number}", pil_to_tensor(image), step)
             elif tracker.name == "wandb":
                 import wandb
 
-                tracker.log({name: [wandb.Image(picture) for picture in pictures]}, step=step)
+                tracker.log({name: [wandb.Image(image) for image in images]}, step=step)
 
     def tick(self, **shown):
         """One step further on the bar."""
@@ -260,7 +260,7 @@ class HubUpload:
             self.repo = self.api.create_repo(name, exist_ok=True)
         except (HfHubHTTPError, OSError, ValueError) as error:
             message = f"--push_to_hub: no repository {name} to be had: {error}; log in with `hf auth login`"
-            raise ModelProblem(message) from error
+            raise ModelError(message) from error
 
     def push(self):
         """Upload the finished result with a model card; checkpoints and logs stay here. Whether it went well."""
@@ -270,7 +270,7 @@ class HubUpload:
         tags = f"tags: [{', '.join(self.tags)}]\n" if self.tags else ""
         (self.run.output_dir / "README.md").write_text(
             f"---\n{known_base}library_name: diffusers\npipeline_tag: text-to-image\n{tags}---\n\n"
-            f"{base}, fine-tuned on {args.dataset_name or 'own pictures'}. "
+            f"{base}, fine-tuned on {args.dataset_name or 'own images'}. "
             "All arguments stand in args.json.\n",
             encoding="utf-8",
         )

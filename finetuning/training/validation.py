@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from finetuning.cli import flag, write_json
-from finetuning.draws import torch_generator
+from finetuning.diffusion.objective import NoiseArgs
 from finetuning.evaluation.denoising import chosen_rows, row_losses
 from finetuning.evaluation.grid import labelled_grid
-from finetuning.training.noise import NoiseArgs
+from finetuning.rng import torch_generator
 
 
 @dataclass
@@ -21,11 +21,11 @@ class ValidationArgs:
 
     validation_prompts: list[str] | None = flag(None, "prompts to draw with fixed seeds, the base first (step 0)")
     validation_prompt: str | None = flag(None, "one prompt more, as diffusers' LoRA script has it")
-    num_validation_images: int = flag(1, "pictures per prompt")
+    num_validation_images: int = flag(1, "images per prompt")
     validation_epochs: int = flag(5, "validate every N epochs, unless --validation_steps is given; 0: only at the ends")
     validation_steps: int | None = flag(None, "validate every N optimizer steps")
-    validation_guidance_scale: float = flag(7.5, "guidance scale of the validation pictures")
-    validation_inference_steps: int = flag(25, "sampling steps of the validation pictures (DPM-Solver++)")
+    validation_guidance_scale: float = flag(7.5, "guidance scale of the validation images")
+    validation_inference_steps: int = flag(25, "sampling steps of the validation images (DPM-Solver++)")
     validation_fraction: float = flag(0.0, "hold out this share of the rows for the validation loss, where the dataset "
                                       "has no validation split")  # fmt: skip
     validation_loss_rows: int = flag(256, "rows that the validation loss is taken over at most; 0: no validation loss")
@@ -49,7 +49,7 @@ class ValidationArgs:
 
 
 class Validation:
-    """Pictures and loss of the averaged weights (of the raw ones without EMA), at step 0, every so often, at the end.
+    """Images and loss of the averaged weights (of the raw ones without EMA), at step 0, every so often, at the end.
 
     Written below output_dir/validation: step-N/*.png and grid.png, losses.json of the base, and comparison.png.
     """
@@ -98,25 +98,25 @@ class Validation:
         folder.mkdir(parents=True, exist_ok=True)
         count, prompts = self.args.num_validation_images, self.args.prompts
         asked = [prompt for prompt in prompts for _ in range(count)]
-        pictures = []
+        images = []
         with self.model.pipeline() as pipeline, self.run.accelerator.autocast():
             for start in range(0, len(asked), self.batch_size):
                 part = asked[start : start + self.batch_size]
                 seed = self.run.args.seed
-                pictures += pipeline(
+                images += pipeline(
                     part,
                     num_inference_steps=self.args.validation_inference_steps,
                     guidance_scale=self.args.validation_guidance_scale,
                     generator=[torch_generator(seed, "validation picture", start + i) for i in range(len(part))],
                     **self._size(),
                 ).images
-        for name, picture in zip(self._names(), pictures, strict=True):
-            picture.save(folder / name)
-        rows = [pictures[start : start + count] for start in range(0, len(pictures), count)]
+        for name, image in zip(self._names(), images, strict=True):
+            image.save(folder / name)
+        rows = [images[start : start + count] for start in range(0, len(images), count)]
         grid = labelled_grid(rows, prompts, [f"step {step}"] + [""] * (count - 1), scale_to=192)
         grid.save(folder / "grid.png")
-        self.run.log_pictures("validation", pictures, step)
-        self.run.log_pictures("validation grid", [grid], step)
+        self.run.log_images("validation", images, step)
+        self.run.log_images("validation grid", [grid], step)
 
     def _size(self):
         height, width = self.run.args.size

@@ -2,7 +2,7 @@
 
 Measured on the same rows, timesteps, noise, prompts and seeds every time, and compared row by row with step 0, whose
 values stay in output_dir/validation/base_evaluation.json: a resumed run compares with the same base. Looking changes
-nothing of what is trained. The figures are those of finetuning/evaluation/yardsticks.py.
+nothing of what is trained. The figures are those of finetuning/evaluation/retention.py.
 
 MEASURES is the table: a line there, and one function.
 """
@@ -19,12 +19,12 @@ import torch
 
 from finetuning.cli import flag, write_json
 from finetuning.data.reading import SPLIT_NAMES
-from finetuning.draws import torch_generator
-from finetuning.evaluation.contract import EvaluationProblem
 from finetuning.evaluation.denoising import chosen_rows, load_rows, row_losses
-from finetuning.evaluation.generating import general_rows
+from finetuning.evaluation.generation import general_rows
+from finetuning.evaluation.metrics import EvaluationError
+from finetuning.evaluation.retention import RETENTION_MEASURES, learned_and_kept
 from finetuning.evaluation.statistics import mean_of
-from finetuning.evaluation.yardsticks import YARDSTICKS, learned_and_kept
+from finetuning.rng import torch_generator
 from finetuning.shapes.checker import right, share_in_chalk
 from finetuning.shapes.scenes import parse
 
@@ -40,7 +40,7 @@ class WatchArgs:
     )
     evaluate_with: str = flag(
         "loss", "what learned and kept are taken from. loss: held-out rows, and --retain_dataset; clip: CLIP scores of "
-        "pictures of the validation prompts, and of --general_prompts; shapes: the same for the shapes world, read off "
+        "images of the validation prompts, and of --general_prompts; shapes: the same for the shapes world, read off "
         "the pixels", choices=("loss", "shapes", "clip"),
     )  # fmt: skip
     retain_dataset: str | None = flag(None, "for loss: folder with metadata.jsonl of what should not be forgotten")
@@ -92,7 +92,7 @@ class WatchArgs:
             return
         try:
             asked = [row.caption for row in general_rows(self.general_prompts)]
-        except EvaluationProblem as problem:
+        except EvaluationError as problem:
             yield str(problem)
             return
         if len(asked) < 2:
@@ -105,7 +105,7 @@ class WatchArgs:
 
 
 def build_watch(args, run, model, ema, schedule, held_out, first_step, total_steps):
-    """What --evaluate_every asks for, ready for `first_step`. Raises DatasetProblem or EvaluationProblem.
+    """What --evaluate_every asks for, ready for `first_step`. Raises DatasetError or EvaluationError.
 
     args  all of the script's: WatchArgs, and those of the validation, the dataset and the noise
     """
@@ -132,7 +132,7 @@ class Watch:
         self.held_out = (held_out, chosen_rows(len(held_out), most, args.seed)) if most > 1 else None
         self.measure = MEASURES[args.evaluate_with](args, run, model, self.losses_of, self.held_out)
         self.base = None  # the values of step 0
-        words = YARDSTICKS[args.evaluate_with]
+        words = RETENTION_MEASURES[args.evaluate_with]
         run.say(
             f"evaluation every {args.evaluate_every} steps: learned is {self.measure.no_fit or words.learned}; kept is "
             f"{words.kept} (the original is step 0)"
@@ -145,7 +145,7 @@ class Watch:
     def look(self, step):
         """Measure and log where `step` asks for it. Whether the run should end because too much is forgotten.
 
-        The main process measures, the others wait and get the same answer. Raises EvaluationProblem where the base has
+        The main process measures, the others wait and get the same answer. Raises EvaluationError where the base has
         nothing that could be forgotten.
         """
         if not self.due(step):
@@ -153,18 +153,18 @@ class Watch:
         return self.run.any(self.run.is_main and self._look(step))
 
     def take_base(self):
-        """Read what a run that is resumed compares with. Raises EvaluationProblem where it cannot be had."""
+        """Read what a run that is resumed compares with. Raises EvaluationError where it cannot be had."""
         advice = "leave --evaluate_every out, which changes nothing of what is trained, or start a new run"
         try:
             known = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise EvaluationProblem(
+            raise EvaluationError(
                 f"--evaluate_every compares with step 0, and {self.path} cannot be read ({error}): copy it from the "
                 f"run that the checkpoint is of, {advice}"
             ) from error
         facts = self.measure.facts
         if changed := [name for name in facts | known["facts"] if facts.get(name) != known["facts"].get(name)]:
-            raise EvaluationProblem(
+            raise EvaluationError(
                 f"--evaluate_every compares with step 0, and {self.path} is of another measurement "
                 f"({', '.join(changed)}): ask for the same, {advice}"
             )
@@ -196,7 +196,7 @@ class Watch:
         try:
             learned, kept = learned_and_kept(kind, (fit, base_fit) if fit else pair, pair)
         except ValueError as problem:  # the base has nothing to keep, or not all is finite
-            raise EvaluationProblem(f"--evaluate_with {kind}: {problem}") from problem
+            raise EvaluationError(f"--evaluate_with {kind}: {problem}") from problem
         figures = ({"learned": learned} if fit else {}) | {"kept": kept}
         return figures | ({"validation_loss": mean_of(losses)} if losses else {})
 
@@ -236,20 +236,20 @@ class Measure:
 
 
 def _by_loss(args, run, model, losses_of, held_out):
-    pictures, rows = load_rows(
+    images, rows = load_rows(
         args.retain_dataset, model.tokenizer, args.size, split=args.retain_split, most=args.retain_rows,
         seed=args.seed, say=run.say,
     )  # fmt: skip
     if len(rows) < 2:
-        raise EvaluationProblem(f"--retain_dataset {args.retain_dataset} must have at least 2 rows, it has {len(rows)}")
+        raise EvaluationError(f"--retain_dataset {args.retain_dataset} must have at least 2 rows, it has {len(rows)}")
     facts = {
         "with": "loss", "seed": args.seed, "size": list(args.size),
         "loss": [args.prediction_type, args.loss_type, args.huber_c],
         "held-out rows": held_out and [held_out[0].fingerprint(), len(held_out[1])],
-        "rows to retain": [pictures.fingerprint(), len(rows)],
+        "rows to retain": [images.fingerprint(), len(rows)],
     }  # fmt: skip
     none = "" if held_out else "not measured, no rows are held out (--validation_fraction 0.1 keeps some back)"
-    return Measure(lambda losses: (losses, losses_of(pictures, rows).tolist()), facts, none)
+    return Measure(lambda losses: (losses, losses_of(images, rows).tolist()), facts, none)
 
 
 def _by_shapes(args, run, model, losses_of, held_out):
@@ -259,7 +259,7 @@ def _by_shapes(args, run, model, losses_of, held_out):
     def values(losses):
         drawn = _draw(args, run, model, fit + retain)
         kept = [right(*pair) for pair in zip(scenes, drawn[len(fit) :], strict=True)]
-        return [share_in_chalk(picture) for picture in drawn[: len(fit)]] or None, kept
+        return [share_in_chalk(image) for image in drawn[: len(fit)]] or None, kept
 
     return Measure(values, _drawing_facts(args, fit, retain), "" if fit else NO_PROMPTS)
 
@@ -291,7 +291,7 @@ def _prompts(args):
 
 
 def _drawing_facts(args, fit, retain):
-    """All that the pictures depend on."""
+    """All that the images depend on."""
     return {
         "with": args.evaluate_with, "seed": args.seed, "size": list(args.size), "validation prompts": fit,
         "general prompts": retain, "guidance scale": args.validation_guidance_scale,
@@ -300,12 +300,12 @@ def _drawing_facts(args, fit, retain):
 
 
 def _draw(args, run, model, prompts):
-    """A PIL picture of each prompt; the same number always starts from the same noise."""
-    pictures, (height, width) = [], args.size
+    """A PIL image of each prompt; the same number always starts from the same noise."""
+    images, (height, width) = [], args.size
     with model.pipeline() as pipeline, run.accelerator.autocast():
         for start in range(0, len(prompts), args.train_batch_size):
             part = prompts[start : start + args.train_batch_size]
-            pictures += pipeline(
+            images += pipeline(
                 part,
                 num_inference_steps=args.validation_inference_steps,
                 guidance_scale=args.validation_guidance_scale,
@@ -313,4 +313,4 @@ def _draw(args, run, model, prompts):
                 height=height,
                 width=width,
             ).images
-    return pictures
+    return images

@@ -1,4 +1,4 @@
-"""Pictures with a caption file beside each, as kohya's scripts and other tools leave them."""
+"""Images with a caption file beside each, as kohya's scripts and other tools leave them."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from finetuning.conversion.sidecar import read
-from finetuning.data.reading import DatasetProblem, Findings
+from finetuning.data.reading import DatasetError, Findings
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Args:
     allow_outside_paths: bool = False
 
 
-def picture(path):
+def image(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (2, 2)).save(path)
 
@@ -30,7 +30,7 @@ def text(path, content):
 
 
 def pair(path, content):
-    picture(path)
+    image(path)
     text(path.with_suffix(".txt"), content)
 
 
@@ -48,28 +48,28 @@ def clean(root, **settings):
     return found
 
 
-WITHOUT = "pictures without a caption file, or with an empty one"
-ORPHANS = "caption files without a picture"
+WITHOUT = "images without a caption file, or with an empty one"
+ORPHANS = "caption files without an image"
 
 
 @pytest.mark.parametrize("ending", [".txt", ".caption", ".TXT", ".Caption"])
-def test_a_text_file_beside_each_picture(tmp_path, ending):
+def test_a_text_file_beside_each_image(tmp_path, ending):
     for name in ("b.JPG", "a.png", "below/c.webp"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
         text((tmp_path / name).with_suffix(ending), f" {name}\n")
     assert list(clean(tmp_path).items()) == [(name, (name,)) for name in ("a.png", "b.JPG", "below/c.webp")]
 
 
-def test_the_picture_s_whole_name_may_stand_before_the_ending(tmp_path):
+def test_the_image_s_whole_name_may_stand_before_the_ending(tmp_path):
     for name in ("a.jpg", "a.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
         text(tmp_path / f"{name}.txt", name)
     assert clean(tmp_path) == {"a.jpg": ("a.jpg",), "a.png": ("a.png",)}
 
 
-def test_a_caption_file_that_two_pictures_share_is_noted(tmp_path):
+def test_a_caption_file_that_two_images_share_is_noted(tmp_path):
     pair(tmp_path / "a.jpg", "a cat")
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     found, faults, notes = reading(tmp_path)
     assert (found, faults) == ({"a.jpg": ("a cat",), "a.png": ("a cat",)}, {})
     assert list(notes.values()) == [["a.png"]]
@@ -101,7 +101,7 @@ def test_kohya_folders_keep_apart_and_repeats_are_noted(tmp_path):
 
 
 def test_the_class_of_the_folder_where_there_is_no_caption_file(tmp_path):
-    picture(tmp_path / "1_sks dog/1.png")
+    image(tmp_path / "1_sks dog/1.png")
     pair(tmp_path / "1_sks dog/2.png", "a dog asleep")
     assert clean(tmp_path, class_captions=True) == {
         "1_sks dog/1.png": ("sks dog",),
@@ -112,7 +112,7 @@ def test_the_class_of_the_folder_where_there_is_no_caption_file(tmp_path):
 
 def test_each_half_alone_is_a_fault_and_named(tmp_path):
     pair(tmp_path / "a.png", "a cat")
-    picture(tmp_path / "alone.png")
+    image(tmp_path / "alone.png")
     pair(tmp_path / "blank.png", " \n\n")
     text(tmp_path / "below/orphan.caption", "nobody")
     found, faults, _ = reading(tmp_path)
@@ -133,7 +133,7 @@ def test_of_two_caption_files_kohya_s_counts(tmp_path):
     text(tmp_path / "a.caption", "from .caption")
     found, faults, notes = reading(tmp_path)
     assert (found, faults) == ({"a.png": ("from .caption",)}, {})
-    assert notes == {"second caption files of a picture, which are not read": ["a.txt"]}
+    assert notes == {"second caption files of an image, which are not read": ["a.txt"]}
 
 
 def test_split_folders_are_splits(tmp_path):
@@ -141,7 +141,7 @@ def test_split_folders_are_splits(tmp_path):
     pair(tmp_path / "val/1.png", "second")
     pair(tmp_path / "loose.png", "third")
     assert splits(tmp_path)[0] == {"train/10_dog/1.png", "validation/1.png"}
-    assert splits(tmp_path)[1] == {"pictures beside the folders of splits (move them into one)": ["loose.png"]}
+    assert splits(tmp_path)[1] == {"images beside the folders of splits (move them into one)": ["loose.png"]}
 
 
 def splits(root):
@@ -151,7 +151,7 @@ def splits(root):
     return found, dict(findings.faults)
 
 
-def test_pictures_beside_a_validation_folder_are_for_training(tmp_path):
+def test_images_beside_a_validation_folder_are_for_training(tmp_path):
     pair(tmp_path / "val/1.png", "first")
     pair(tmp_path / "1.png", "second")
     assert splits(tmp_path) == ({"train/1.png", "validation/1.png"}, {})
@@ -160,7 +160,7 @@ def test_pictures_beside_a_validation_folder_are_for_training(tmp_path):
 def test_two_folders_for_one_split_are_refused(tmp_path):
     pair(tmp_path / "val/1.png", "first")
     pair(tmp_path / "valid/1.png", "second")
-    with pytest.raises(DatasetProblem, match=r"valid and val \(validation\): put them into one"):
+    with pytest.raises(DatasetError, match=r"valid and val \(validation\): put them into one"):
         splits(tmp_path)
 
 
@@ -177,7 +177,7 @@ def test_links_that_lead_out_are_followed_only_by_leave(tmp_path):
     pair(root / "a.png", "inside")
     (root / "folder").symlink_to(outside)
     (root / "again").symlink_to(root)  # a circle
-    picture(root / "d.png")
+    image(root / "d.png")
     (root / "d.txt").symlink_to(outside / "c.txt")
     found, faults, _ = reading(root)
     assert found == {"a.png": ("inside",)}
@@ -224,10 +224,10 @@ def test_hidden_files_and_folders_are_no_data(tmp_path):
     assert clean(tmp_path) == {"a.png": ("a cat",)}
 
 
-@pytest.mark.parametrize(("make", "message"), [(False, "there is no folder"), (True, "there are no pictures")])
+@pytest.mark.parametrize(("make", "message"), [(False, "there is no folder"), (True, "there are no images")])
 def test_nothing_there(tmp_path, make, message):
     root = tmp_path / "data"
     if make:
         root.mkdir()
-    with pytest.raises(DatasetProblem, match=message):
+    with pytest.raises(DatasetError, match=message):
         reading(root)

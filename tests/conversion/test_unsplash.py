@@ -1,4 +1,4 @@
-"""The tables of the Unsplash Lite dataset, and a scraper's manifest, become captioned pictures."""
+"""The tables of the Unsplash Lite dataset, and a scraper's manifest, become captioned images."""
 
 import csv
 import json
@@ -11,8 +11,8 @@ from PIL import Image
 from finetuning import cli
 from finetuning.conversion.download import DownloadArgs, Fetcher
 from finetuning.conversion.unsplash import UnsplashArgs, read
-from finetuning.conversion.writing import WritingArgs, write_dataset
-from finetuning.data.reading import DatasetProblem, Findings, read_folder
+from finetuning.conversion.writer import WritingArgs, write_dataset
+from finetuning.data.reading import DatasetError, Findings, read_folder
 
 PHOTOS = [
     "photo_id", "photo_url", "photo_image_url", "photo_submitted_at", "photo_featured", "photo_width",
@@ -54,7 +54,7 @@ def keyword(photo_id, word, first="", second="", by_user="f"):
     return {"photo_id": photo_id, "keyword": word, "suggested_by_user": by_user} | confidences
 
 
-def picture(path, color="red"):
+def image(path, color="red"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (4, 4), color).save(path)
     return path
@@ -62,7 +62,7 @@ def picture(path, color="red"):
 
 @pytest.fixture
 def root(tmp_path):
-    """An unpacked dataset of three photos, and their pictures."""
+    """An unpacked dataset of three photos, and their images."""
     root = tmp_path / "lite"
     root.mkdir()
     table(
@@ -73,7 +73,7 @@ def root(tmp_path):
         photo(WOOD, "", "green trees"),
     )
     for name in (DUNE, LAKE, WOOD):
-        picture(tmp_path / "images" / f"{name}.jpg")
+        image(tmp_path / "images" / f"{name}.jpg")
     return root
 
 
@@ -174,7 +174,7 @@ def test_every_release_is_read_by_column_name(root, args, suffix, delimiter, enc
 
 def test_all_shards_are_read_in_order_and_a_photo_once(root, args, tmp_path):
     table(root / "photos.tsv001", PHOTOS, photo(CITY, "", "tall houses"), photo(DUNE, "", "another text"))
-    picture(tmp_path / "images" / f"{CITY}.jpg")
+    image(tmp_path / "images" / f"{CITY}.jpg")
     captions, findings = taken(root, args())
     assert list(captions) == [DUNE, LAKE, WOOD, CITY]
     assert captions[DUNE] == ("brown sand dunes",)
@@ -184,16 +184,16 @@ def test_all_shards_are_read_in_order_and_a_photo_once(root, args, tmp_path):
 @pytest.mark.parametrize(
     "name", [f"{WOOD}.jpg", f"{WOOD}.PNG", f"deep/er/{WOOD}.webp", f"jane-doe-{WOOD}-unsplash.jpg"]
 )
-def test_pictures_are_found_by_photo_id(root, args, tmp_path, name):
+def test_images_are_found_by_photo_id(root, args, tmp_path, name):
     (tmp_path / "images" / f"{WOOD}.jpg").unlink()
-    found = picture(tmp_path / "images" / name)
-    picture(tmp_path / "images" / f"._jane-doe-{WOOD}-unsplash.jpg")  # what macOS puts beside pictures
-    samples = {sample.name: sample.picture for sample in read(root, args(), Findings())}
+    found = image(tmp_path / "images" / name)
+    image(tmp_path / "images" / f"._jane-doe-{WOOD}-unsplash.jpg")  # what macOS puts beside images
+    samples = {sample.name: sample.image for sample in read(root, args(), Findings())}
     assert samples[f"{WOOD}{found.suffix}"] == found
     assert len(samples) == 3
 
 
-def test_a_photo_without_a_picture_is_named_with_the_way_out(root, args, tmp_path):
+def test_a_photo_without_an_image_is_named_with_the_way_out(root, args, tmp_path):
     (tmp_path / "images" / f"{LAKE}.jpg").unlink()
     captions, findings = taken(root, args())
     assert list(captions) == [DUNE, WOOD]
@@ -203,12 +203,12 @@ def test_a_photo_without_a_picture_is_named_with_the_way_out(root, args, tmp_pat
 
 @pytest.fixture
 def fetched(monkeypatch):
-    """What is asked of the network; each address answers with a picture."""
+    """What is asked of the network; each address answers with an image."""
     asked = []
 
     def fetch(self, url, target):
         asked.append(url)
-        picture(target)
+        image(target)
 
     monkeypatch.setattr(Fetcher, "fetch", fetch)
     return asked
@@ -283,13 +283,13 @@ def spoil(root, how):
     ],
 )
 def test_a_dataset_that_cannot_be_read_says_why(root, args, how, flags, told):
-    with pytest.raises(DatasetProblem, match=told):
+    with pytest.raises(DatasetError, match=told):
         taken(spoil(root, how), args(*flags))
 
 
-def test_the_tables_need_a_folder_of_pictures(root, tmp_path):
+def test_the_tables_need_a_folder_of_images(root, tmp_path):
     args, _ = cli.read(Args, "", ["--output", f"{tmp_path}/out"])
-    with pytest.raises(DatasetProblem, match="--images and --download"):
+    with pytest.raises(DatasetError, match="--images and --download"):
         taken(root, args)
 
 
@@ -330,13 +330,13 @@ def alone(tmp_path, *flags):
     ("choice", "caption"),
     [(["ai_description"], "a dune"), (["query"], "desert"), (["description", "query"], "desert"), (["none"], "")],
 )
-def test_a_manifest_has_its_pictures_beside_it(manifest, tmp_path, choice, caption):
+def test_a_manifest_has_its_images_beside_it(manifest, tmp_path, choice, caption):
     folder = manifest(RECORD)
-    beside = picture(folder / "dune.jpg")
+    beside = image(folder / "dune.jpg")
     args = alone(tmp_path, "--caption_from", *choice)
     for path in (folder, folder / "manifest.json"):
         (sample,) = read(path, args, Findings())
-        assert (sample.name, sample.picture, sample.captions) == ("dune.jpg", beside, (caption,))
+        assert (sample.name, sample.image, sample.captions) == ("dune.jpg", beside, (caption,))
         assert sample.origin == "manifest.json record 1"
 
 
@@ -349,7 +349,7 @@ def test_records_that_cannot_be_taken_are_named(manifest, tmp_path):
         RECORD | {"alt_description": "the same again"},
         RECORD | {"id": CITY, "alt_description": "tall houses"},
     )
-    picture(folder / "dune.jpg")
+    image(folder / "dune.jpg")
     captions, findings = taken(folder, alone(tmp_path))
     assert captions == {"dune": ("a dune",)}
     assert [examples for examples in findings.faults.values()] == [
@@ -366,11 +366,11 @@ def test_a_manifest_without_descriptions_says_so(manifest, tmp_path):
     assert "photos without ai_description" in findings.report()
 
 
-def test_a_manifests_pictures_are_fetched_as_it_names_them(manifest, tmp_path, args, fetched):
+def test_a_manifests_images_are_fetched_as_it_names_them(manifest, tmp_path, args, fetched):
     (tmp_path / "images").mkdir()
     folder = manifest(RECORD | {"file_name": "sub/dune.jpg"})
     (sample,) = read(folder, args("--download"), Findings())
-    assert sample.picture == tmp_path / "images/sub/dune.jpg"
+    assert sample.image == tmp_path / "images/sub/dune.jpg"
     assert sample.name == "sub/dune.jpg"
     assert fetched == [RECORD["url"]]
 
@@ -380,10 +380,10 @@ def test_a_manifests_pictures_are_fetched_as_it_names_them(manifest, tmp_path, a
 )
 def test_a_manifest_that_cannot_be_read_says_why(tmp_path, content, told):
     (tmp_path / "manifest.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(DatasetProblem, match=told):
+    with pytest.raises(DatasetError, match=told):
         taken(tmp_path, alone(tmp_path))
 
 
 def test_a_manifest_has_no_keywords(manifest, tmp_path):
-    with pytest.raises(DatasetProblem, match="no keywords"):
+    with pytest.raises(DatasetError, match="no keywords"):
         taken(manifest(RECORD), alone(tmp_path, "--caption_from", "keywords"))

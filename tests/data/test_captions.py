@@ -1,4 +1,4 @@
-"""Caption text: which words are sides, what a mirrored picture is called, which caption a row is trained with."""
+"""Caption text: which words are sides, what a mirrored image is called, which caption a row is trained with."""
 
 import random
 
@@ -85,7 +85,7 @@ def test_in_one_text_each_place_is_judged_for_itself():
         ("ignore", ["a dog at the left"], True),
     ],
 )
-def test_skip_forbids_the_mirror_image_of_a_picture_with_any_side(flip_captions, captions, expected):
+def test_skip_forbids_the_mirror_image_of_an_image_with_any_side(flip_captions, captions, expected):
     assert may_mirror(captions, flip_captions) is expected
 
 
@@ -154,7 +154,7 @@ def test_order_of_the_tags_does_not_hang_on_how_the_caption_is_chosen():
         ("skip", True, "a dog on the left"),  # may_mirror keeps it from happening
     ],
 )
-def test_caption_of_a_mirrored_picture(flip_captions, flipped, expected):
+def test_caption_of_a_mirrored_image(flip_captions, flipped, expected):
     args = CaptionArgs(flip_captions=flip_captions)
     assert chosen_caption(["a dog on the left"], flipped, args, random.Random(0)) == expected
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetuning.evaluation.contract import EvaluationProblem
+from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.report import ESTIMATE, IN_MARKDOWN, REQUIRED, as_csv, as_markdown, faults, write_report
 
 FILES = ["report.csv", "report.html", "report.json", "report.md"]
@@ -26,7 +26,7 @@ def report():
         "made": {"command": ["python", "evaluate_model.py"], "versions": {"torch": "2.9"}, "args": {"seed": 0}},
         "protocol": "clean", "policy": "The centre square, resized once.", "sides": [64], "reference": "original",
         "weights": [{"name": "inception", "origin": "a.safetensors", "sha256": "ab", "published": False}],
-        "left_out": [{"metric": "fid", "why": "needs 2 pictures"}], "warnings": ["few pictures"],
+        "left_out": [{"metric": "fid", "why": "needs 2 images"}], "warnings": ["few images"],
         "models": [
             {"label": "original", "source": "models/mini-sd", "noise_floor": False},
             {"label": "tuned", "source": "build/a", "noise_floor": False},
@@ -47,7 +47,7 @@ def report():
         "rows": [
             {
                 "row": number, "caption": f"a circle, no. {number} | \"red\"", "truth": f"../set/{number}.png",
-                "pictures": {"original": f"pictures/the original/{number}.png", "tuned": f"pictures/b/{number}.png"},
+                "images": {"original": f"images/the original/{number}.png", "tuned": f"images/b/{number}.png"},
                 "values": {metric: dict(of) for metric, of in values.items()},
             }
             for number in range(3)
@@ -58,7 +58,7 @@ def report():
 
 
 def with_forgetting(report):
-    prompt = {"row": 0, "caption": "a cat", "category": "animals", "pictures": {}, "values": {}}
+    prompt = {"row": 0, "caption": "a cat", "category": "animals", "images": {}, "values": {}}
     report["forgetting"] = {
         "prompts": [prompt], "summary": {}, "learned": {"tuned": estimate(0.9, 0.05)},
         "kept": {"tuned": estimate(0.7, 0.05)}, "words": {"learned": "what is new", "kept": "what is left"},
@@ -80,10 +80,10 @@ def test_four_files_are_written_and_the_page_is_told(report, tmp_path):
 
 
 def test_names_that_are_no_characters_do_not_stop_it(report, tmp_path):
-    report["rows"][0]["pictures"]["tuned"] = "pictures/\udce9.png"
+    report["rows"][0]["images"]["tuned"] = "images/\udce9.png"
     write_report(tmp_path, report)
-    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["rows"][0]["pictures"]["tuned"]
-    assert "pictures/%E9.png" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["rows"][0]["images"]["tuned"]
+    assert "images/%E9.png" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 # -- what is missing -----------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_a_key_that_is_missing_within_is_named_with_its_place(report, path, wher
         (lambda r: r["summary"]["kid"].update({256: {}}), "summary.kid.256 is none of the sides 64"),
         (lambda r: r["summary"].update(ssim={}), "summary.ssim is none of the metrics shapes, style"),
         (lambda r: r["summary"]["kid"][64].update(other=estimate(1, 1)), "summary.kid.64 names 'other'"),
-        (lambda r: r["rows"][0]["pictures"].update(other="a.png"), "rows, row 0 names 'other'"),
+        (lambda r: r["rows"][0]["images"].update(other="a.png"), "rows, row 0 names 'other'"),
         (lambda r: r["rows"][0].update(values={"ssim": {"tuned": 1.0}}), "rows have values of 'ssim'"),
     ],
 )  # fmt: skip
@@ -147,7 +147,7 @@ def test_what_cannot_be_shown_is_named(report, change, said):
 def test_all_faults_are_told_at_once_and_nothing_is_written(report, tmp_path):
     del report["made"], report["rows"][1]["caption"]
     report["summary"]["kid"][64]["tuned"]["value"] = float("nan")
-    with pytest.raises(EvaluationProblem) as caught:
+    with pytest.raises(EvaluationError) as caught:
         write_report(tmp_path / "out", report)
     for words in ("made is missing", "rows[1].caption is missing", "kid.64.tuned.value is nan: write null"):
         assert words in str(caught.value)
@@ -168,11 +168,11 @@ def test_the_csv_has_a_line_for_each_row_and_model_in_full_digits(report):
     report["rows"][1]["values"] = {"lpips": {"original": 1 / 3, "tuned": None}}
     report["rows"][2]["caption"] = 'two\nlines, "quoted"'
     lines = list(csv.DictReader(io.StringIO(as_csv(report), newline="")))
-    assert list(lines[0]) == ["row", "caption", "model", "truth", "picture", "clip_score", "lpips"]
+    assert list(lines[0]) == ["row", "caption", "model", "truth", "image", "clip_score", "lpips"]
     assert [(line["row"], line["model"]) for line in lines] == [
         (str(number), label) for number in range(3) for label in ("original", "tuned")
     ]
-    assert lines[0]["picture"] == "pictures/the original/0.png" and lines[0]["truth"] == "../set/0.png"
+    assert lines[0]["image"] == "images/the original/0.png" and lines[0]["truth"] == "../set/0.png"
     assert float(lines[2]["lpips"]) == 1 / 3 and lines[2]["clip_score"] == lines[3]["lpips"] == ""
     assert lines[4]["caption"] == 'two\nlines, "quoted"'
 
@@ -211,13 +211,13 @@ def test_the_markdown_has_the_figures_with_n_and_intervals_kid_before_fid(writte
     ]  # fmt: skip
 
 
-def test_the_markdown_shows_pictures_by_relative_path_with_figures_below(written):
+def test_the_markdown_shows_images_by_relative_path_with_figures_below(written):
     rows = table(written(), "caption")
     assert rows[0] == ["caption", "ground truth", "original", "tuned"] and len(rows) == 5
     caption, truth, original, tuned = rows[2]
     assert caption == 'a circle, no. 0 &#124; "red"'
     assert truth == '<img src="../set/0.png" width="128" alt="ground truth">'
-    assert original.startswith('<img src="pictures/the%20original/0.png" width="128" alt="original"><br>')
+    assert original.startswith('<img src="images/the%20original/0.png" width="128" alt="original"><br>')
     assert original.endswith("<br>CLIP score 24.00<br>LPIPS 0.600") and tuned.endswith(
         "<br>CLIP score 27.25<br>LPIPS 0.400"
     )
@@ -228,7 +228,7 @@ def test_the_markdown_says_the_verdict_the_warnings_and_what_was_left_out(report
     report["left_out"].append({"metric": "clip_score", "why": "name a folder: --clip_model a_b cannot be had"})
     text = written()
     assert text.startswith("**Against original, tuned has not measurably learned: it is better in LPIPS (0.40 against")
-    assert "> **Note:** few pictures\n" in text and "> **Note:** FID was not measured: needs 2 pictures\n" in text
+    assert "> **Note:** few images\n" in text and "> **Note:** FID was not measured: needs 2 images\n" in text
     assert "not on this machine. --clip_model names a local file\n" in text and "cannot be had" not in text
     assert table(text, "model")[2:] == [["tuned", "0.900 (0.850 to 0.950), n 3", "1 (all of 3)"]]
     assert "Learned: what is new. Kept: what is left." in text

@@ -16,7 +16,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from finetuning.evaluation.contract import METRICS
+from finetuning.evaluation.metrics import METRICS
 from finetuning.evaluation.report_page import EMBEDDED, THUMBNAIL, page
 from finetuning.evaluation.statistics import mean_of, paired_difference
 from finetuning.evaluation.words import best_and_worst, verdict
@@ -80,27 +80,27 @@ def row_values(rng, metrics=ROW_METRICS):
 
 
 def example(folder, count=24, drawn=True):
-    """A report as evaluate_model.py makes it, on scenes of the shapes world, with its pictures in `folder`."""
+    """A report as evaluate_model.py makes it, on scenes of the shapes world, with its images in `folder`."""
     rng = random.Random(7)
     rows, prompts = [], []
     for number_of in range(count):
         scene = draw_scene(rng, pair_share=0.3)
-        names = {label: f"pictures/{label}/{number_of:05}.png" for label in LABELS}
+        names = {label: f"images/{label}/{number_of:05}.png" for label in LABELS}
         if drawn:
             styles = zip(LABELS, ("filled", "filled", "chalk", None), strict=True)
-            pictures = {label: draw(scene, 100 + 9 * number_of + len(label), style) for label, style in styles if style}
-            pictures["merged"] = Image.blend(pictures["original"], pictures["tuned"], 0.6)
-            pictures["truth"] = draw(scene, number_of, "chalk")
+            images = {label: draw(scene, 100 + 9 * number_of + len(label), style) for label, style in styles if style}
+            images["merged"] = Image.blend(images["original"], images["tuned"], 0.6)
+            images["truth"] = draw(scene, number_of, "chalk")
             for label, name in {**names, "truth": f"truth/{number_of:05}.png"}.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                pictures[label].save(folder / name)
+                images[label].save(folder / name)
         rows.append({"row": number_of, "caption": scene.caption, "truth": f"truth/{number_of:05}.png",
-                     "pictures": names, "values": row_values(rng)})  # fmt: skip
+                     "images": names, "values": row_values(rng)})  # fmt: skip
         if number_of < 9:
             values = row_values(rng, {"clip_score": (26.0, 26.1, 24.2, 25.3)})
             drift = {"drift_lpips": {label: round(rng.uniform(0.2, 0.6), 3) for label in LABELS[1:]}}
             prompts.append({"row": number_of, "caption": scene.caption, "category": CATEGORIES[number_of % 3],
-                            "pictures": names, "values": values | drift})  # fmt: skip
+                            "images": names, "values": values | drift})  # fmt: skip
     summary, differences = {}, {}
     for name in ROW_METRICS:
         of = {label: [row["values"][name][label] for row in rows] for label in LABELS}
@@ -133,7 +133,7 @@ def example(folder, count=24, drawn=True):
             "args": {"dataset": "datasets/shapes chalk", "seed": 0, "resolutions": [64], "lora": None},
         },
         "protocol": "clean",
-        "policy": "The centre square of each picture is resized with PIL's antialiased bicubic filter.",
+        "policy": "The centre square of each image is resized with PIL's antialiased bicubic filter.",
         "sides": [64],
         "reference": "original",
         "weights": [
@@ -142,7 +142,7 @@ def example(folder, count=24, drawn=True):
             {"name": "clip", "origin": "models/clip", "sha256": "ef" * 32, "published": None},
         ],
         "left_out": [{"metric": "clip_image", "why": "the CLIP model is not there; name one by --clip_model"}],
-        "warnings": [f"FID of {count} pictures is too large by about 61, for their number alone; look at KID"],
+        "warnings": [f"FID of {count} images is too large by about 61, for their number alone; look at KID"],
         "models": [
             {"label": "original", "source": "models/mini-sd", "noise_floor": False},
             {"label": "original, seed 2", "source": "models/mini-sd", "noise_floor": True},
@@ -182,7 +182,7 @@ def shown(tmp_path_factory):
 
 @pytest.fixture
 def report(tmp_path):
-    """A report of few rows without pictures, to be changed."""
+    """A report of few rows without images, to be changed."""
     return example(tmp_path, 4, drawn=False)
 
 
@@ -275,7 +275,7 @@ def test_each_side_has_its_own_figures_and_one_explanation(report, tmp_path):
     assert METRICS["lpips"].means in heads[0] and METRICS["lpips"].means not in heads[1]
 
 
-FEW = "FID of 4 pictures is biased: about +9 of its 12 comes from their number alone, ... (a line in 1/n): look at KID"
+FEW = "FID of 4 images is biased: about +9 of its 12 comes from their number alone, ... (a line in 1/n): look at KID"
 
 
 def test_the_verdict_and_short_notes_come_first_and_the_reasons_last(report, tmp_path):
@@ -287,7 +287,7 @@ def test_the_verdict_and_short_notes_come_first_and_the_reasons_last(report, tmp
     assert text.index(verdict(report)[0]) < text.index('class="warnings"') < text.index("<h2>Figures</h2>")
     noted = text[text.index('class="warnings"') : text.index("</section>")]
     assert [" ".join(re.sub("<[^>]*>", "", one).split()[:4]) for one in re.findall(r"<li>(.*?)</li>", noted)] == [
-        "FID of 4 pictures", "only 9 general prompts", "CLIP image and LPIPS", "20 pictures cannot be",
+        "FID of 4 images", "only 9 general prompts", "CLIP image and LPIPS", "20 images cannot be",
     ]  # fmt: skip
     assert "<code>--clip_model</code> and <code>--lpips_trunk</code> name local files" in noted and "a.b" not in noted
     end = text[text.index("<h2>Make it again</h2>") :]
@@ -347,7 +347,7 @@ def test_curves_stand_under_their_titles(shown):
 
 def test_every_row_stands_in_the_table_with_its_values(shown):
     report, _, text = shown
-    table = text[text.index("<h2>Picture by picture</h2>") : text.index("<h2>General prompts")]
+    table = text[text.index("<h2>Image by image</h2>") : text.index("<h2>General prompts")]
     lines = re.findall(r"<tr data-text=.*?</tr>", table, re.S)
     assert len(lines) == len(report["rows"])
     for line, row in zip(lines, report["rows"], strict=True):
@@ -359,7 +359,7 @@ def test_every_row_stands_in_the_table_with_its_values(shown):
         assert row["caption"] in line and line.count("<img") == 1 + len(LABELS)
 
 
-def test_pictures_are_small_copies_sharp_where_they_are_tiny(tmp_path):
+def test_images_are_small_copies_sharp_where_they_are_tiny(tmp_path):
     report = example(tmp_path, 4)
     Image.new("RGB", (800, 400), (200, 30, 30)).save(tmp_path / report["rows"][0]["truth"])
     attributes = Reader(page(report, tmp_path)).attributes
@@ -368,39 +368,39 @@ def test_pictures_are_small_copies_sharp_where_they_are_tiny(tmp_path):
     large = [one for one in opened if one.size != (64, 64)]
     assert {(one.size, one.format) for one in large} == {((THUMBNAIL, THUMBNAIL // 2), "JPEG")}
     assert {one.format for one in opened if one.size == (64, 64)} == {"PNG"}
-    first = Image.open(tmp_path / report["rows"][0]["pictures"]["tuned"]).convert("RGB")
+    first = Image.open(tmp_path / report["rows"][0]["images"]["tuned"]).convert("RGB")
     assert any(one.size == first.size and one.convert("RGB").tobytes() == first.tobytes() for one in opened)
 
 
-def test_of_many_rows_only_some_have_their_pictures_inside(tmp_path):
+def test_of_many_rows_only_some_have_their_images_inside(tmp_path):
     count = EMBEDDED + 130
     report = example(tmp_path, count, drawn=False)
     report["forgetting"] = None
-    picture = tmp_path / "one.png"
-    Image.new("RGB", (8, 8)).save(picture)
+    image = tmp_path / "one.png"
+    Image.new("RGB", (8, 8)).save(image)
     for row in report["rows"]:
         row["truth"] = None
-        row["pictures"] = {"tuned": f"here/{row['row']}.png"}
+        row["images"] = {"tuned": f"here/{row['row']}.png"}
         (tmp_path / "here").mkdir(exist_ok=True)
-        (tmp_path / row["pictures"]["tuned"]).symlink_to(picture)
+        (tmp_path / row["images"]["tuned"]).symlink_to(image)
     text = page(report, tmp_path)
-    table = text[text.index("<h2>Picture by picture</h2>") :]
+    table = text[text.index("<h2>Image by image</h2>") :]
     embedded = re.findall(r'<tr data-text="(\d+) [^>]*>(?:(?!</tr>).)*<img', table, re.S)
     assert EMBEDDED / 2 < len(embedded) <= EMBEDDED and table.count("<tr data-text") == count
-    assert f"Of {count} rows, {len(embedded)} have their pictures inside this page" in text
+    assert f"Of {count} rows, {len(embedded)} have their images inside this page" in text
     for row in best_and_worst(report, 40)[2] + best_and_worst(report, 40)[3]:
         assert str(row["row"]) in embedded
     without = next(row for row in report["rows"] if str(row["row"]) not in embedded)
-    assert f'<span class="file">{without["pictures"]["tuned"]}</span>' in table
+    assert f'<span class="file">{without["images"]["tuned"]}</span>' in table
 
 
-def test_a_picture_that_cannot_be_shown_is_named(tmp_path):
+def test_an_image_that_cannot_be_shown_is_named(tmp_path):
     report = example(tmp_path, 4)
-    (tmp_path / report["rows"][1]["pictures"]["tuned"]).write_bytes(b"no picture")
+    (tmp_path / report["rows"][1]["images"]["tuned"]).write_bytes(b"no image")
     (tmp_path / report["rows"][2]["truth"]).unlink()
     text = Reader(page(report, tmp_path)).text
-    assert "2 pictures cannot be shown" in text
-    assert "pictures/tuned/00001.png (cannot identify" in text and "truth/00002.png ([Errno 2] No such file" in text
+    assert "2 images cannot be shown" in text
+    assert "images/tuned/00001.png (cannot identify" in text and "truth/00002.png ([Errno 2] No such file" in text
     assert str(tmp_path) not in text
 
 
@@ -408,7 +408,7 @@ def test_a_report_of_one_model_without_extras_has_a_page(report, tmp_path):
     report |= {"models": report["models"][:1], "differences": {}, "forgetting": None, "curves": [], "left_out": []}
     report |= {"warnings": [], "summary": {"kid": {"64": {"original": around(0.1, 0.02, 4)}}}}
     for row in report["rows"]:
-        row["pictures"], row["values"], row["truth"] = {"original": "a.png"}, {"lpips": {"original": None}}, None
+        row["images"], row["values"], row["truth"] = {"original": "a.png"}, {"lpips": {"original": None}}, None
     text = page(report, tmp_path)
     read = Reader(text)
     assert "Evaluation of original" in read.text and "<h2>Best and worst</h2>" not in text
@@ -479,7 +479,7 @@ def test_a_browser_sorts_and_filters_by_the_fragment(shown, browsed):
     assert 'data-ready="yes"' in dom and "data-error" not in dom and browsed["error"] is None
     hidden = {row["row"] for row in rows if "circle" not in row["caption"]}
     assert 0 < len(hidden) < len(rows)
-    assert order(dom, "Picture by picture") == (by(rows, "lpips", -1), hidden)
+    assert order(dom, "Image by image") == (by(rows, "lpips", -1), hidden)
     assert re.findall(r'data-key="([^"]*)"[^>]*aria-sort="(\w+)"', dom) == [
         ("lpips:tuned", "descending"), ("category", "ascending"),
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from finetuning.evaluation.contract import METRICS
+from finetuning.evaluation.metrics import METRICS
 from finetuning.evaluation.statistics import small_sample_warning
 from finetuning.evaluation.words import (
     best_and_worst,
@@ -270,11 +270,11 @@ def test_one_network_alone_is_said_of_one(report):
 
 
 def test_other_reasons_are_said_as_they_are_each_once(report):
-    no_truth = "2 of 9 rows have no true picture: rows 3, 4"
-    report["left_out"] = left_out(clip_image=no_truth, lpips=no_truth, kid=INCEPTION, fid="needs 2 pictures")
+    no_truth = "2 of 9 rows have no true image: rows 3, 4"
+    report["left_out"] = left_out(clip_image=no_truth, lpips=no_truth, kid=INCEPTION, fid="needs 2 images")
     report["forgetting"] = {"left_out": left_out(**{"learned and kept by clip": "tuned: the original has 0"})}
     assert notes(report)[1:] == [
-        f"CLIP image and LPIPS were not measured: {no_truth}", "FID was not measured: needs 2 pictures",
+        f"CLIP image and LPIPS were not measured: {no_truth}", "FID was not measured: needs 2 images",
         "learned and kept (by CLIP score) were not measured: tuned: the original has 0",
     ]  # fmt: skip
     assert notes(report)[0].startswith("KID was not measured: its network's weights")
@@ -282,24 +282,24 @@ def test_other_reasons_are_said_as_they_are_each_once(report):
 
 @pytest.fixture(scope="module")
 def said_of_fid():
-    """What statistics.py says of 8 pictures, and of 3, too few to measure the bias."""
+    """What statistics.py says of 8 images, and of 3, too few to measure the bias."""
     features = np.random.default_rng(0).normal(size=(2, 8, 16))
     return small_sample_warning(*features), small_sample_warning(*features[:, :3])
 
 
-def test_few_pictures_for_fid_are_one_note_for_all_models(report, said_of_fid):
+def test_few_images_for_fid_are_one_note_for_all_models(report, said_of_fid):
     said, _ = said_of_fid
     report["warnings"] = ["first", f"original at 64 px: {said}", "second", f"a: b at 64 px: {said}", "first"]
     first, note, second = notes(report)
     assert (first, second) == ("first", "second") and folded_warnings(report) == report["warnings"][1:4:2]
     by = said.split("biased: ")[1].split(" comes")[0]
     assert by.startswith("at least about +") and note == (
-        "FID of 8 pictures is biased: look at KID, and compare FID only between models with as many pictures. "
+        "FID of 8 images is biased: look at KID, and compare FID only between models with as many images. "
         f"From their number alone: original at 64 px: {by}; a: b at 64 px: {by}"
     )
 
 
-def test_too_few_pictures_to_say_how_biased_fid_is_are_one_note_too(report, said_of_fid):
+def test_too_few_images_to_say_how_biased_fid_is_are_one_note_too(report, said_of_fid):
     report["warnings"] = [f"{label} at 64 px: {said_of_fid[1]}" for label in ("original", "tuned")]
     assert notes(report) == [f"{said_of_fid[1]}. Of original at 64 px and tuned at 64 px"]
 

@@ -16,8 +16,6 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from finetuning.draws import torch_generator
-from finetuning.families.contract import ModelProblem
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
     KOHYA_NAME,
@@ -38,7 +36,9 @@ from finetuning.families.lora_files import (
     write_diffusers_for_all,
     write_kohya,
 )
+from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import open_pipeline
+from finetuning.rng import torch_generator
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 MLP = "encoder.layers.0.mlp"
@@ -640,7 +640,7 @@ class Trap:
 
 
 def problem(source, parts, **options):
-    with pytest.raises(ModelProblem) as caught:
+    with pytest.raises(ModelError) as caught:
         read_lora(source, parts, **options)
     return str(caught.value)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import open_pipeline
 from finetuning.merging.blend import Blend
 from finetuning.merging.methods import weighted_sum
@@ -123,7 +123,7 @@ def test_the_raw_weights_can_be_meant(blend, tiny_model):
 
 
 def test_a_bare_unet_needs_a_pipeline_around_it(blend, tiny_model, tuned):
-    with pytest.raises(ModelProblem, match="--layout_from"):
+    with pytest.raises(ModelError, match="--layout_from"):
         blend(base=tuned / UNET, others=[tiny_model / UNET])
     mixed = blend(base=tuned / UNET, others=[tiny_model / UNET], layout_from=str(tiny_model))
     for ratio, folder in ((0.0, tuned), (1.0, tiny_model)):
@@ -135,14 +135,14 @@ def test_a_bare_unet_needs_a_pipeline_around_it(blend, tiny_model, tuned):
 def test_all_tensors_that_are_not_finite_are_named_or_taken_from_one_side(blend, tiny_model, tuned):
     broken = ("conv_in.bias", "conv_out.bias")
     rewrite(tuned / UNET, lambda value: torch.full_like(value, torch.nan), broken)
-    with pytest.raises(ModelProblem, match=r"unet\.conv_in\.bias, unet\.conv_out\.bias.*--on_mismatch"):
+    with pytest.raises(ModelError, match=r"unet\.conv_in\.bias, unet\.conv_out\.bias.*--on_mismatch"):
         blend()
     mixed = blend(on_mismatch="base")
     mixed.set(1.0)
     base = load_file(tiny_model / UNET)
     assert all(torch.equal(mixed.targets[f"unet.{name}"], base[name]) for name in broken)
     assert [note for note in mixed.notes if "unet.conv_out.bias" in note]
-    with pytest.raises(ModelProblem, match=r"unet\.conv_in\.bias"):
+    with pytest.raises(ModelError, match=r"unet\.conv_in\.bias"):
         blend(on_mismatch="tuned")
 
 
@@ -150,7 +150,7 @@ def test_what_overflows_is_named_with_its_ratio(blend, tuned):
     rewrite(tuned / UNET, lambda value: value + 1e5, ["conv_in.bias"])
     mixed = blend(dtype=torch.float16)
     mixed.set(0.0)
-    with pytest.raises(ModelProblem, match=r"ratio 0.9 .*float16.*unet.conv_in.bias"):
+    with pytest.raises(ModelError, match=r"ratio 0.9 .*float16.*unet.conv_in.bias"):
         mixed.set(0.9)
     blend().set(0.9)
 
@@ -159,7 +159,7 @@ def test_what_overflows_is_named_with_its_ratio(blend, tuned):
     (["unet.nothing.*=0.5"], r"unet.nothing.\* matches none"), (["0.5"] * 25, "25 numbers, but this UNet has"),
 ])  # fmt: skip
 def test_block_ratios_that_fit_nothing_are_refused(words, said, blend):
-    with pytest.raises(ModelProblem, match=said):
+    with pytest.raises(ModelError, match=said):
         blend(block_ratios=words)
 
 
@@ -168,5 +168,5 @@ def test_weights_that_have_no_place_in_the_pipeline_are_named(blend, tiny_model,
     odd = tmp_path / "odd.safetensors"
     shutil.copyfile(tiny_model / UNET, odd)
     rewrite(odd, lambda value: torch.cat([value, value]), ["conv_out.bias"])
-    with pytest.raises(ModelProblem, match=r"1 tensor\(s\) \(unet.conv_out.bias\)"):
+    with pytest.raises(ModelError, match=r"1 tensor\(s\) \(unet.conv_out.bias\)"):
         blend(base=odd, others=[odd], layout_from=str(tiny_model))

@@ -185,15 +185,15 @@ def test_table_has_a_line_for_each_ratio_and_names_the_knee():
 
 
 @pytest.mark.parametrize("count", [1, 6])
-def test_plot_writes_a_picture_of_all_curves(tmp_path, count):
+def test_plot_writes_an_image_of_all_curves(tmp_path, count):
     frontiers = [ROUND, STRAIGHT, HOLLOW]
     curves = {
         f"run {index}": summary(RATIOS, *rows_of(*frontiers[index % 3], noise=0.1), resamples=50)
         for index in range(count)
     }
     plot(curves, tmp_path / "frontier.png", "in chalk (%)", "right (%)")
-    picture = np.asarray(Image.open(tmp_path / "frontier.png").convert("RGB"))
-    assert picture.shape == (605, 880, 3)
-    colours = {tuple(pixel) for pixel in np.unique(picture.reshape(-1, 3), axis=0).tolist()}
+    image = np.asarray(Image.open(tmp_path / "frontier.png").convert("RGB"))
+    assert image.shape == (605, 880, 3)
+    colours = {tuple(pixel) for pixel in np.unique(image.reshape(-1, 3), axis=0).tolist()}
     matplotlibs = [(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75)]
     assert [colour in colours for colour in matplotlibs] == [index < count for index in range(6)]

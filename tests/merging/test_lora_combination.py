@@ -8,13 +8,13 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 
-from finetuning.draws import torch_generator
-from finetuning.families.contract import ModelProblem
 from finetuning.families.lora_files import KOHYA_NAME, Layer, adaptable, read_lora, write_diffusers
+from finetuning.families.model_args import ModelError
 from finetuning.merging import lora_combination
-from finetuning.merging.lora import skeletons
 from finetuning.merging.lora_combination import METHODS, CombineArgs, combine, combined
+from finetuning.merging.lora_tools import skeletons
 from finetuning.merging.recipe import read_recipe
+from finetuning.rng import torch_generator
 
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"  # [8, 8]
 PROJ_IN = "unet.down_blocks.0.attentions.0.proj_in"  # [8, 8, 1, 1]
@@ -207,13 +207,13 @@ def test_a_sum_that_is_none_is_refused(monkeypatch, combining, tmp_path):
         return replace(layer, up=1.001 * layer.up)
 
     monkeypatch.setattr(lora_combination, "combined", wrong)
-    with pytest.raises(ModelProblem, match="PEFT's sum is off"):
+    with pytest.raises(ModelError, match="PEFT's sum is off"):
         combining()
     assert not list(tmp_path.glob("combined*"))
 
 
 def test_a_dora_is_refused_by_name(combining):
-    with pytest.raises(ModelProblem, match=r"^--lora .*1\.safetensors: DoRA gives outputs another length"):
+    with pytest.raises(ModelError, match=r"^--lora .*1\.safetensors: DoRA gives outputs another length"):
         combining(dora=True)
 
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetuning.draws import torch_generator
-from finetuning.families.contract import ModelProblem
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
     KOHYA_NAME,
@@ -18,7 +16,7 @@ from finetuning.families.lora_files import (
     read_lora,
     write_diffusers,
 )
-from finetuning.merging.lora import FoldArgs, fold, skeletons
+from finetuning.families.model_args import ModelError
 from finetuning.merging.lora_extraction import (
     ExtractArgs,
     ResizeArgs,
@@ -28,8 +26,10 @@ from finetuning.merging.lora_extraction import (
     truncated,
     truncated_layer,
 )
+from finetuning.merging.lora_tools import FoldArgs, fold, skeletons
 from finetuning.merging.recipe import read_recipe
 from finetuning.merging.sources import open_source
+from finetuning.rng import torch_generator
 
 BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
 TO_Q, TO_K, PROJ_IN = f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_k", "unet.down_blocks.0.attentions.0.proj_in"
@@ -255,7 +255,7 @@ def test_weights_that_only_the_files_precision_tells_apart_are_unchanged(changed
 
 def test_equal_models_have_nothing_to_extract(tiny_model, tmp_path):
     args = ExtractArgs(base=str(tiny_model), tuned=str(tiny_model), rank=2, output_dir=str(tmp_path / "new"))
-    with pytest.raises(ModelProblem, match="the same weights in all"):
+    with pytest.raises(ModelError, match="the same weights in all"):
         extract(args)
 
 
@@ -269,12 +269,12 @@ def test_equal_models_have_nothing_to_extract(tiny_model, tmp_path):
     ids=["missing", "other shape", "not finite"],
 )  # fmt: skip
 def test_models_that_do_not_fit_are_refused_by_name(tiny_model, changed, extracting, changes, told):
-    with pytest.raises(ModelProblem, match=told):
+    with pytest.raises(ModelError, match=told):
         extracting(changed(changes), rank=2)
 
 
 def test_a_target_that_matches_nothing_is_named(tiny_model, changed, extracting):
-    with pytest.raises(ModelProblem, match="--lora_target_modules to_nothing matches no layer"):
+    with pytest.raises(ModelError, match="--lora_target_modules to_nothing matches no layer"):
         extracting(changed(LOW), rank=2, lora_target_modules=["attention", "to_nothing"])
 
 
@@ -326,7 +326,7 @@ def test_a_layer_that_adds_nothing_is_left_out_and_counted(tiny_model, large, re
 
 
 def test_a_dora_is_refused(large, resized):
-    with pytest.raises(ModelProblem, match="DoRA has magnitudes"):
+    with pytest.raises(ModelError, match="DoRA has magnitudes"):
         resized({TO_Q: Layer(large[TO_Q].down, large[TO_Q].up, 3.0, torch.ones(8))}, rank=2)
 
 

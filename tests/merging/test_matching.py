@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.merging.matching import is_copied, match
 from finetuning.merging.sources import Source
 from finetuning.merging.tensors import Stored
@@ -54,7 +54,7 @@ def test_part_that_one_model_lacks_is_not_merged_unless_it_is_asked_for():
         matches, _ = match(sources)
         assert [one.name for one in matches if not one.is_copy] == ["unet.a", "unet.b"]
         assert ("text_encoder.c" in taken(matches)) == lone
-        with pytest.raises(ModelProblem, match="bare has no text_encoder; bare has no vae"):
+        with pytest.raises(ModelError, match="bare has no text_encoder; bare has no vae"):
             match(sources, ["text_encoder", "vae"])
 
 
@@ -92,7 +92,7 @@ DIFFERENT = model(
 
 
 def test_all_that_differs_is_refused_in_one_message():
-    with pytest.raises(ModelProblem) as refusal:
+    with pytest.raises(ModelError) as refusal:
         match([BASE, DIFFERENT])
     lines = [line.strip() for line in str(refusal.value).splitlines()]
     assert lines == [
@@ -136,14 +136,14 @@ def test_part_that_is_not_merged_may_differ():
 
 def test_long_lists_are_cut_and_counted():
     base = model("base", unet={f"layer{number}": (1,) for number in range(9)} | {"a": (1,)})
-    with pytest.raises(ModelProblem, match=r"lacks 9 tensor\(s\) of the unet: layer0, .*, layer4 and 4 more\n"):
+    with pytest.raises(ModelError, match=r"lacks 9 tensor\(s\) of the unet: layer0, .*, layer4 and 4 more\n"):
         match([base, model("tuned", unet={"a": (1,)})])
 
 
 @pytest.mark.parametrize("on_mismatch", [None, "base", "tuned"])
 def test_models_that_predict_different_things_are_always_refused(on_mismatch):
     sources = [model(kind or "unknown", kind, unet={"a": (1,)}) for kind in ("epsilon", None, "v_prediction")]
-    with pytest.raises(ModelProblem, match=r"\(epsilon: epsilon, v_prediction: v_prediction\)") as refusal:
+    with pytest.raises(ModelError, match=r"\(epsilon: epsilon, v_prediction: v_prediction\)") as refusal:
         match(sources, None, on_mismatch)
     assert "--on_mismatch" not in str(refusal.value)
     assert match(sources[:2])[1] == match(sources[1:])[1] == []  # a single file does not say what it predicts

@@ -1,18 +1,18 @@
-"""What a sweep measures, on pictures whose truth is known and on models whose loss is."""
+"""What a sweep measures, on images whose truth is known and on models whose loss is."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from finetuning.diffusion.objective import NoiseSchedule
 from finetuning.evaluation.denoising import load_rows, row_losses
-from finetuning.families.contract import ModelArgs, ModelProblem
 from finetuning.families.loading import load_model
+from finetuning.families.model_args import ModelArgs, ModelError
 from finetuning.families.pipelines import open_pipeline
 from finetuning.merging.measures import METRICS, measure_loss, measure_shapes
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import parse
-from finetuning.training.noise import NoiseSchedule
 
 CIRCLE = "a large red circle on a white background"
 STAR = "a large blue star on a gray background"
@@ -35,18 +35,18 @@ def test_learned_is_the_share_of_things_in_chalk():
 
 def test_kept_is_shape_and_colour_whatever_the_style():
     measure, _ = measure_shapes(SimpleNamespace(seed=[0]), None, [], [CIRCLE, CIRCLE, CIRCLE, STAR])
-    pictures = [drawn(caption, "filled")[0] for caption in (CIRCLE, CIRCLE.replace("red", "blue"), STAR)]
-    assert measure(0.5, [], pictures + drawn(STAR, "chalk"))[1].tolist() == [1.0, 0.0, 0.0, 1.0]
+    images = [drawn(caption, "filled")[0] for caption in (CIRCLE, CIRCLE.replace("red", "blue"), STAR)]
+    assert measure(0.5, [], images + drawn(STAR, "chalk"))[1].tolist() == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_the_seeds_of_a_prompt_are_one_row():
     measure, _ = measure_shapes(SimpleNamespace(seed=[0, 1]), None, [CIRCLE, STAR], [STAR])
-    pictures = drawn(CIRCLE, "chalk") + drawn(CIRCLE, "filled") + drawn(STAR, "filled", 2)
-    learned, kept = measure(0.5, pictures, drawn(STAR, "filled") + drawn(CIRCLE, "filled"))
+    images = drawn(CIRCLE, "chalk") + drawn(CIRCLE, "filled") + drawn(STAR, "filled", 2)
+    learned, kept = measure(0.5, images, drawn(STAR, "filled") + drawn(CIRCLE, "filled"))
     assert learned.tolist() == [0.5, 0.0] and kept.tolist() == [0.5]
 
 
-def test_an_empty_picture_has_learned_nothing():
+def test_an_empty_image_has_learned_nothing():
     measure, _ = measure_shapes(SimpleNamespace(seed=[0]), None, [CIRCLE], [CIRCLE])
     blank = drawn(CIRCLE, "filled")[0].copy()
     blank.paste((255, 255, 255), (0, 0, 64, 64))
@@ -77,8 +77,8 @@ def test_loss_is_minus_that_of_each_row(loss, tiny_model, shapes_folder):
     learned, kept = measure(0.5, [], [])
     assert ratios == [0.5]
     for values, folder, one in zip((learned, kept), ("validation", "train"), facts["datasets"], strict=True):
-        pictures, rows = load_rows(shapes_folder / folder, model.tokenizer, (32, 32), most=5)
-        expected = row_losses(model, pictures, rows, NoiseSchedule.of(model.scheduler))
+        images, rows = load_rows(shapes_folder / folder, model.tokenizer, (32, 32), most=5)
+        expected = row_losses(model, images, rows, NoiseSchedule.of(model.scheduler))
         # the same weights elsewhere in memory may round differently
         torch.testing.assert_close(values, -expected, rtol=1e-6, atol=0)
         assert one["rows"] == rows
@@ -97,7 +97,7 @@ def test_loss_runs_in_the_precision_of_the_pipeline(loss):
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
 
 
-def test_other_pictures_under_the_same_names_are_other_facts(loss, tmp_path):
+def test_other_images_under_the_same_names_are_other_facts(loss, tmp_path):
     facts = []
     for style in ("filled", "chalk"):
         drawn(CIRCLE, style)[0].save(tmp_path / "a.png")
@@ -107,7 +107,7 @@ def test_other_pictures_under_the_same_names_are_other_facts(loss, tmp_path):
 
 
 def test_what_is_wrong_with_both_datasets_is_said_at_once(loss, tmp_path):
-    with pytest.raises(ModelProblem, match=r"(?s)no folder .*first.*no folder .*second"):
+    with pytest.raises(ModelError, match=r"(?s)no folder .*first.*no folder .*second"):
         loss(fit=tmp_path / "first", retain=tmp_path / "second")
 
 

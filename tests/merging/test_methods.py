@@ -8,7 +8,6 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation, Slerp
 
-from finetuning.draws import torch_generator
 from finetuning.merging import methods
 from finetuning.merging.methods import (
     METHODS,
@@ -24,6 +23,7 @@ from finetuning.merging.methods import (
     train_difference,
     weighted_sum,
 )
+from finetuning.rng import torch_generator
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 1.0, 1.2, -0.2)
 PRECISIONS = {torch.float32: (23, -126), torch.float16: (10, -14), torch.bfloat16: (7, -126)}  # bits, least exponent

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from finetuning.cli import read
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.merging import models
 from finetuning.merging.models import TunedArgs, opened
 
@@ -41,7 +41,7 @@ def test_base_is_its_average_also_where_raw_tuned_weights_are_asked_for(tiny_mod
 
 def test_problems_of_all_models_come_in_one_message(tiny_model, tmp_path):
     args = TunedArgs(base=str(tmp_path / "one"), tuned=[str(tiny_model), str(tmp_path / "two")])
-    with pytest.raises(ModelProblem) as refusal:
+    with pytest.raises(ModelError) as refusal:
         args.open_models(str(tmp_path / "three"))
     lines = str(refusal.value).splitlines()
     assert len(lines) == 3 and all(name in line for name, line in zip(("one", "two", "three"), lines, strict=True))
@@ -74,5 +74,5 @@ def test_match_follows_parts_and_on_mismatch(tiny_model, tmp_path):
         load_file(next((other / "vae").glob("*.safetensors")))
     )
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
-    with pytest.raises(ModelProblem, match="predict different things"):
+    with pytest.raises(ModelError, match="predict different things"):
         args.match(args.open_models())

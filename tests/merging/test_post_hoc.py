@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetuning.cli import parse, write_json
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.merging.post_hoc import (
     WIDEST,
     PostHocArgs,
@@ -260,7 +260,7 @@ def test_a_run_that_was_resumed_to_go_on_for_longer_is_one_run(run):
 )
 def test_checkpoints_that_are_not_of_one_run_are_named(run, changes, said):
     change(run / "checkpoint-200", **changes)
-    with pytest.raises(ModelProblem, match=said):
+    with pytest.raises(ModelError, match=said):
         snapshots(run)
 
 
@@ -273,31 +273,31 @@ def test_an_average_of_unknown_making_does_not_stop_the_raw_weights(run):
 def test_fewer_than_two_checkpoints_are_refused(run, left):
     for folder in sorted(run.iterdir())[left:]:
         shutil.rmtree(folder)
-    with pytest.raises(ModelProblem, match=r"two or more checkpoint-N.*--checkpointing_steps"):
+    with pytest.raises(ModelError, match=r"two or more checkpoint-N.*--checkpointing_steps"):
         snapshots(run)
 
 
 def test_lora_runs_are_told_what_to_do(tmp_path):
     for step in (1, 2):
         add_checkpoint(tmp_path, state_of(step), parts=("lora", "lora_ema"))
-    with pytest.raises(ModelProblem, match=r"LoRA run \(checkpoint-1, checkpoint-2\).*combine"):
+    with pytest.raises(ModelError, match=r"LoRA run \(checkpoint-1, checkpoint-2\).*combine"):
         snapshots(tmp_path)
 
 
 def test_weights_that_are_not_there_are_named(run):
     shutil.rmtree(run / "checkpoint-300/unet_ema")
-    with pytest.raises(ModelProblem, match=r"no unet_ema/ in .*checkpoint-300: .*without --use_ema"):
+    with pytest.raises(ModelError, match=r"no unet_ema/ in .*checkpoint-300: .*without --use_ema"):
         snapshots(run, "ema")
     assert len(snapshots(run)) == 9
     shutil.rmtree(run / "checkpoint-300/unet")
-    with pytest.raises(ModelProblem, match=r"no unet/ in .*checkpoint-300"):
+    with pytest.raises(ModelError, match=r"no unet/ in .*checkpoint-300"):
         snapshots(run)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"step": 200}'])
 def test_unreadable_state_is_named(run, content):
     (run / "checkpoint-200/training_state.json").write_text(content)
-    with pytest.raises(ModelProblem, match=r"checkpoint-200 has no readable training_state\.json"):
+    with pytest.raises(ModelError, match=r"checkpoint-200 has no readable training_state\.json"):
         snapshots(run)
 
 
@@ -335,7 +335,7 @@ def test_an_average_at_an_earlier_step_is_that_of_the_run_until_then(run, at):
     [(150, "no checkpoint of that step, but of 50, 100, 200, 300, 400"), (50, "is the first checkpoint")],
 )
 def test_an_average_cannot_end_where_there_are_not_two_checkpoints(run, at, said):
-    with pytest.raises(ModelProblem, match=said):
+    with pytest.raises(ModelError, match=said):
         plan(PostHocArgs(run_dir=str(run), at=at))
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from finetuning.cli import write_json
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.merging.recipe import CHECKOUT, changed_inputs, code_version, metadata_of, read_recipe, recipe_of, told
 from finetuning.merging.sources import Source
 
@@ -78,7 +78,7 @@ def test_what_holds_no_recipe_is_refused(made, tmp_path):
         (tmp_path / f"{number}.json").write_text(content)
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     for path in (*sorted(tmp_path.glob("*.*")), tmp_path, tmp_path / "absent", tmp_path / "absent.safetensors"):
-        with pytest.raises(ModelProblem, match="holds no recipe") as refusal:
+        with pytest.raises(ModelError, match="holds no recipe") as refusal:
             read_recipe(path)
         assert str(path) in str(refusal.value)
 

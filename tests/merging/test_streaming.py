@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.merging import streaming
 from finetuning.merging.streaming import NotFinite, Piece, Written, write_files
 from finetuning.merging.tensors import stored_tensors
@@ -261,7 +261,7 @@ def test_a_file_that_was_cut_meanwhile_is_named(tmp_path, model):
     file = model("a")
     pieces = pieces_of([file], {tmp_path / "out.safetensors": (0, None)})
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ModelProblem, match=r"a\.safetensors is broken: it ends"):
+    with pytest.raises(ModelError, match=r"a\.safetensors is broken: it ends"):
         write_files(pieces, lambda hashes: {})
 
 

@@ -1,4 +1,4 @@
-"""The sweep as a person runs it: pictures, grid, resuming, figures and the command that writes the best ratio."""
+"""The sweep as a person runs it: images, grid, resuming, figures and the command that writes the best ratio."""
 
 import json
 import shlex
@@ -10,14 +10,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from finetuning.cli import read
-from finetuning.draws import torch_generator
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import open_pipeline
 from finetuning.merging import sweep as sweep_module
 from finetuning.merging.measures import METRICS, Metric
 from finetuning.merging.methods import MethodArgs
 from finetuning.merging.models import TunedArgs
 from finetuning.merging.sweep import SweepArgs, sweep
+from finetuning.rng import torch_generator
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 PROMPTS_IN = ["a large red circle on a white background", "a small blue square on a gray background"]
@@ -69,8 +69,8 @@ def known_frontier(monkeypatch):
     asked, table = [], {0.0: (0, 1), 0.25: (0.3, 0.9), 0.5: (0.8, 0.8), 0.75: (0.9, 0.3), 1.0: (1, 0)}
 
     def prepare(args, blend, prompts_in, prompts_out):
-        def measure(ratio, pictures_in, pictures_out):
-            asked.append((ratio, len(pictures_in), len(pictures_out)))
+        def measure(ratio, images_in, images_out):
+            asked.append((ratio, len(images_in), len(images_out)))
             return [torch.tensor([value, value], dtype=torch.float64) for value in table[ratio]]
 
         return measure, {"kind": "known"}
@@ -79,10 +79,10 @@ def known_frontier(monkeypatch):
     return asked
 
 
-# -- pictures --------------------------------------------------------------------------------------------------------
+# -- images --------------------------------------------------------------------------------------------------------
 
 
-def test_the_ends_are_the_pictures_of_the_models_themselves(swept, tiny_model, tuned, tmp_path):
+def test_the_ends_are_the_images_of_the_models_themselves(swept, tiny_model, tuned, tmp_path):
     swept()
     for ratio, folder in ((0, tiny_model), (1, tuned)):
         pipeline = open_pipeline(str(folder), scheduler="dpm++")
@@ -91,21 +91,21 @@ def test_the_ends_are_the_pictures_of_the_models_themselves(swept, tiny_model, t
             generator = [torch_generator(0, "picture") for _ in prompts]
             expected += pipeline(prompts, num_inference_steps=2, height=32, width=32, generator=generator).images
         names = ("in-000-seed0", "in-001-seed0", "out-000-seed0")
-        for name, picture in zip(names, expected, strict=True):
+        for name, image in zip(names, expected, strict=True):
             found = Image.open(tmp_path / f"sweep/ratio-{ratio}/{name}.png")
-            assert found.tobytes() == picture.tobytes(), (ratio, name)
+            assert found.tobytes() == image.tobytes(), (ratio, name)
 
 
 def test_the_grid_has_a_row_for_each_prompt_and_a_column_for_each_ratio(swept, tmp_path):
     lines = swept()
-    assert f"3 pictures at each of 3 ratios: {tmp_path}/sweep/grid.png" in lines
+    assert f"3 images at each of 3 ratios: {tmp_path}/sweep/grid.png" in lines
     sheet = Image.open(tmp_path / "sweep/grid.png")
     names = ("in-000-seed0", "in-001-seed0", "out-000-seed0")
     for row, name in enumerate(names):
         for column, ratio in enumerate(("0", "0.5", "1")):
             left, top = sheet.width - (3 - column) * 166, sheet.height - (3 - row) * 166
-            picture = Image.open(tmp_path / f"sweep/ratio-{ratio}/{name}.png").resize((160, 160), Image.NEAREST)
-            assert sheet.crop((left, top, left + 160, top + 160)).tobytes() == picture.tobytes(), (name, ratio)
+            image = Image.open(tmp_path / f"sweep/ratio-{ratio}/{name}.png").resize((160, 160), Image.NEAREST)
+            assert sheet.crop((left, top, left + 160, top + 160)).tobytes() == image.tobytes(), (name, ratio)
     drawn = {Image.open(tmp_path / f"sweep/ratio-{ratio}/{names[0]}.png").tobytes() for ratio in ("0", "0.5", "1")}
     assert len(drawn) == 3
 
@@ -130,13 +130,13 @@ def test_a_column_has_the_name_of_a_model_only_where_it_is_that_model(method, he
     assert sweep_module._headings(SweepArgs(**flags | method)) == headings
 
 
-def test_large_pictures_are_reduced_in_the_grid_alone(swept, tmp_path):
+def test_large_images_are_reduced_in_the_grid_alone(swept, tmp_path):
     swept(grid_side=24, ratios=["0"], prompts_in=["a"], prompts_out=None)
-    picture, sheet = (Image.open(tmp_path / f"sweep/{name}.png") for name in ("ratio-0/in-000-seed0", "grid"))
-    assert picture.size == (32, 32)
-    picture.thumbnail((24, 24), Image.LANCZOS)
+    image, sheet = (Image.open(tmp_path / f"sweep/{name}.png") for name in ("ratio-0/in-000-seed0", "grid"))
+    assert image.size == (32, 32)
+    image.thumbnail((24, 24), Image.LANCZOS)
     right, bottom = sheet.width - 6, sheet.height - 6
-    assert sheet.crop((right - 24, bottom - 24, right, bottom)).tobytes() == picture.tobytes()
+    assert sheet.crop((right - 24, bottom - 24, right, bottom)).tobytes() == image.tobytes()
 
 
 def test_prompts_are_texts_or_lines_of_files(swept, tmp_path):
@@ -163,11 +163,11 @@ def test_nothing_is_drawn_twice(swept, calls, tmp_path):
     assert kept.read_bytes() == before
 
 
-def test_a_picture_that_a_kill_left_half_is_not_taken(swept, calls, tmp_path, monkeypatch):
+def test_an_image_that_a_kill_left_half_is_not_taken(swept, calls, tmp_path, monkeypatch):
     real = Image.Image.save
 
-    def cut(picture, path, *args, **kwargs):
-        real(picture, path, *args, **kwargs)
+    def cut(image, path, *args, **kwargs):
+        real(image, path, *args, **kwargs)
         path.write_bytes(path.read_bytes()[:50])
         raise KeyboardInterrupt
 
@@ -186,14 +186,14 @@ def test_a_picture_that_a_kill_left_half_is_not_taken(swept, calls, tmp_path, mo
 ])  # fmt: skip
 def test_a_folder_of_other_settings_is_refused(changes, named, swept):
     swept(ratios=["0"])
-    with pytest.raises(ModelProblem, match=f"other settings \\({named}\\)"):
+    with pytest.raises(ModelError, match=f"other settings \\({named}\\)"):
         swept(ratios=["0"], **changes)
 
 
 def test_a_model_that_has_changed_is_other_settings(swept, tuned):
     swept(ratios=["0"])
     save_file({k: v + 1 for k, v in load_file(tuned / UNET).items()}, tuned / UNET, metadata={"format": "pt"})
-    with pytest.raises(ModelProblem, match=r"other settings \(inputs\)"):
+    with pytest.raises(ModelError, match=r"other settings \(inputs\)"):
         swept(ratios=["0"])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.merging.tensors import stored_tensors
 
 
@@ -55,36 +55,36 @@ def test_rows_and_views_are_the_same_bytes(file, some_tensors):
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.bin"])
 def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x80\x02")
-    with pytest.raises(ModelProblem, match=rf"{name}.*weights_only=True"):
+    with pytest.raises(ModelError, match=rf"{name}.*weights_only=True"):
         stored_tensors(tmp_path / name)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ModelProblem, match=r"none\.safetensors cannot be read"):
+    with pytest.raises(ModelError, match=r"none\.safetensors cannot be read"):
         stored_tensors(tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 30])
 def test_a_cut_header_is_named(file, kept):
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ModelProblem, match=r"some\.safetensors is broken: its header is cut"):
+    with pytest.raises(ModelError, match=r"some\.safetensors is broken: its header is cut"):
         stored_tensors(file)
 
 
 def test_cut_and_overlong_files_are_named(file):
     content = file.read_bytes()
     file.write_bytes(content[:-1])
-    with pytest.raises(ModelProblem, match="ends before its last tensor"):
+    with pytest.raises(ModelError, match="ends before its last tensor"):
         stored_tensors(file)
     file.write_bytes(content + b"x")
-    with pytest.raises(ModelProblem, match="1 bytes after its last tensor"):
+    with pytest.raises(ModelError, match="1 bytes after its last tensor"):
         stored_tensors(file)
 
 
 def test_a_file_that_becomes_shorter_is_named_when_it_is_read(file):
     last = max(stored_tensors(file)[0].values(), key=lambda stored: (stored.start, stored.numel))
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ModelProblem, match="ends before its last tensor"):
+    with pytest.raises(ModelError, match="ends before its last tensor"):
         last.read()
 
 
@@ -110,6 +110,6 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     ],
 )
 def test_a_header_that_is_wrong_is_named(tmp_path, header, told):
-    with pytest.raises(ModelProblem, match=told) as problem:
+    with pytest.raises(ModelError, match=told) as problem:
         stored_tensors(written(tmp_path / "wrong.safetensors", header, bytes(8)))
     assert "wrong.safetensors" in str(problem.value)

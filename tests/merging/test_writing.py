@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetuning import files
 from finetuning.cli import write_json
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
+from finetuning.files import check_manifest
 from finetuning.merging.matching import match
 from finetuning.merging.methods import weighted_sum
 from finetuning.merging.sources import open_source
 from finetuning.merging.writing import SPARE_BYTES, OutputArgs, Product, place, write_models
-from finetuning.training import files
-from finetuning.training.files import check_whole
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -69,7 +69,7 @@ def test_several_results_each_have_their_own_weights_and_recipe(unet, write, tmp
         recipe = json.loads((folder / "merge.json").read_text())
         assert recipe["ratio"] == [ratio] and recipe["run"]["command"] == "merge" and "output_dir" not in recipe
         assert json.loads((folder / "config.json").read_text()) == {"name": "base"}
-        check_whole(folder)
+        check_manifest(folder)
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["0.25", "0.75"]
 
 
@@ -160,7 +160,7 @@ def test_tensors_that_no_configuration_describes_are_refused(unet, write, tmp_pa
     save_file(tensors, tmp_path / "wide" / WEIGHTS)
     (tmp_path / "wide/config.json").unlink()
     wide = open_source(str(tmp_path / "wide" / WEIGHTS))
-    with pytest.raises(ModelProblem, match=r"wide.* has no configuration of its unet .*\n--layout_from"):
+    with pytest.raises(ModelError, match=r"wide.* has no configuration of its unet .*\n--layout_from"):
         write([base, wide], on_mismatch="tuned")
     write([base, wide], on_mismatch="base")
     assert load_file(tmp_path / "out" / WEIGHTS)["conv_in.weight"].shape == (2, 3)
@@ -178,7 +178,7 @@ def test_room_is_asked_for_what_is_written_and_copied_and_no_more(
     free, usage = {}, shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[str(path)]))
     free[str(tmp_path)] = 2 * SPARE_BYTES
-    with pytest.raises(ModelProblem, match="free some"):
+    with pytest.raises(ModelError, match="free some"):
         write(sources, *pair, **options)
     assert not (tmp_path / "new").exists()
     free[str(tmp_path)] += 1 << 20  # what lies in checkpoint-1 alone; the results take less
@@ -186,7 +186,7 @@ def test_room_is_asked_for_what_is_written_and_copied_and_no_more(
     size = sum(path.stat().st_size for path in (tmp_path / "new").rglob("*.safetensors"))
     shutil.rmtree(tmp_path / "new")
     free[str(tmp_path)] = 2 * SPARE_BYTES + size // 2
-    with pytest.raises(ModelProblem, match="free some"):
+    with pytest.raises(ModelError, match="free some"):
         write(sources, *pair, **options)
 
 
@@ -196,7 +196,7 @@ def test_room_is_asked_for_what_is_written_and_copied_and_no_more(
 def test_result_whose_folder_cannot_be_finished_is_not_there(unet, write, tmp_path, monkeypatch):
     sources = [unet("base"), unet("tuned")]
     before = names(tmp_path)
-    monkeypatch.setattr(files, "seal", lambda folder, known: 1 / 0)
+    monkeypatch.setattr(files, "write_manifest", lambda folder, known: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write(sources, product(tmp_path / "one"), product(tmp_path / "two"))
     assert names(tmp_path) == before and not list(tmp_path.glob(".*"))
@@ -210,7 +210,7 @@ def test_all_places_that_are_taken_are_named_before_anything_is_read(unet, write
     for source in sources:
         source.files[0].write_bytes(b"")
     places = [product(tmp_path / name) for name in ("taken", "tuned", "empty", "base/new")]
-    with pytest.raises(ModelProblem) as refusal:
+    with pytest.raises(ModelError) as refusal:
         write(sources, *places)
     lines = str(refusal.value).splitlines()
     assert len(lines) == 3
@@ -225,7 +225,7 @@ def test_folder_with_a_recipe_but_not_of_an_earlier_result_stays(unet, write, tm
     (out / "merge.json").write_text("{}")
     if manifest is not None:
         (out / "manifest.json").write_text(manifest)
-    with pytest.raises(ModelProblem, match=r"no earlier result of this script \(m"):
+    with pytest.raises(ModelError, match=r"no earlier result of this script \(m"):
         write([unet("base"), unet("tuned")])
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from finetuning.cli import read
-from finetuning.families.contract import ModelArgs, ModelProblem
 from finetuning.families.loading import load_model
 from finetuning.families.lora_files import Layer, Lora, adaptable
-from finetuning.training.lora import add_adapters
+from finetuning.families.model_args import ModelArgs, ModelError
+from finetuning.training.adapters import add_adapters
 from finetuning.training.lora_layout import Layout, LoraArgs
 
 MID = "mid_block.attentions.0.transformer_blocks.0"
@@ -227,7 +227,7 @@ def test_the_inputs_of_a_convolution_are_all_its_kernels_entries(layout):
 
 
 def test_every_problem_is_named_at_once(adapt):
-    with pytest.raises(ModelProblem) as problem:
+    with pytest.raises(ModelError) as problem:
         adapt(
             lora_target_modules=["attention", "q_proj"], rank=9, lora_rank_pattern=["ff.net.2=3"],
             lora_alpha_pattern=["no.*=1"], base_precision="bf16",

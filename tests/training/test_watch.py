@@ -14,19 +14,19 @@ from PIL import Image
 
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
-from finetuning.data.reading import DatasetProblem
-from finetuning.data.training_set import DataArgs, load_pictures
+from finetuning.data.reading import DatasetError
+from finetuning.data.training_set import DataArgs, load_images
+from finetuning.diffusion.objective import NoiseArgs, NoiseSchedule
 from finetuning.evaluation import networks
-from finetuning.evaluation.contract import EvaluationProblem
 from finetuning.evaluation.denoising import load_rows, row_losses
-from finetuning.evaluation.yardsticks import learned_and_kept
-from finetuning.families.contract import ModelArgs
+from finetuning.evaluation.metrics import EvaluationError
+from finetuning.evaluation.retention import learned_and_kept
 from finetuning.families.loading import load_model
+from finetuning.families.model_args import ModelArgs
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import single_scenes
 from finetuning.training.checkpoint import checkpoints_in
 from finetuning.training.ema import AveragedWeights, NoAverage
-from finetuning.training.noise import NoiseArgs, NoiseSchedule
 from finetuning.training.validation import ValidationArgs
 from finetuning.training.watch import NoWatch, WatchArgs, build_watch
 
@@ -69,7 +69,7 @@ def model(tiny_model):
 @pytest.fixture(scope="module")
 def held_out(tiny_model, shapes_folder):
     tokenizer = load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0).tokenizer
-    return load_pictures(Args(train_data_dir=str(shapes_folder), resolution="32"), tokenizer, seed=0)[1]
+    return load_images(Args(train_data_dir=str(shapes_folder), resolution="32"), tokenizer, seed=0)[1]
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_a_resumed_run_compares_with_the_same_base(build, model):
 )
 def test_a_base_of_another_measurement_is_refused(build, flags, named):
     build().look(0)
-    with pytest.raises(EvaluationProblem, match=rf"base_evaluation.json is of another measurement \({named}\)"):
+    with pytest.raises(EvaluationError, match=rf"base_evaluation.json is of another measurement \({named}\)"):
         build(first_step=2, **flags)
 
 
@@ -220,15 +220,15 @@ def test_a_base_that_is_not_there_is_named_with_what_to_do(build, tmp_path):
         if content:
             (tmp_path / "validation").mkdir()
             (tmp_path / "validation/base_evaluation.json").write_text(content)
-        with pytest.raises(EvaluationProblem, match=r"base_evaluation.json cannot be read .* copy it from the run"):
+        with pytest.raises(EvaluationError, match=r"base_evaluation.json cannot be read .* copy it from the run"):
             build(first_step=2)
 
 
-# -- pictures --------------------------------------------------------------------------------------------------------
+# -- images --------------------------------------------------------------------------------------------------------
 
 
 class Painter:
-    """A model whose pipeline shows what a caption asks for, in `style`; the last `wrong` pictures show a square."""
+    """A model whose pipeline shows what a caption asks for, in `style`; the last `wrong` images show a square."""
 
     def __init__(self, model, scenes):
         self.tokenizer, self.scheduler = model.tokenizer, model.scheduler
@@ -241,9 +241,9 @@ class Painter:
     def paint(self, prompts, generator, height, width, **how):
         self.calls.append((list(prompts), [one.initial_seed() for one in generator], how))
         assert (height, width) == (64, 64)
-        pictures = [draw(self.scenes[prompt], 0, self.style) for prompt in prompts]
+        images = [draw(self.scenes[prompt], 0, self.style) for prompt in prompts]
         square = draw(next(s for s in single_scenes() if s.things[0].shape == "square"), 0, self.style)
-        return SimpleNamespace(images=pictures[: len(pictures) - self.wrong] + [square] * self.wrong)
+        return SimpleNamespace(images=images[: len(images) - self.wrong] + [square] * self.wrong)
 
 
 CIRCLES = [scene for scene in single_scenes() if scene.things[0].shape == "circle"][:6]
@@ -255,7 +255,7 @@ def painter(model):
 
 
 @pytest.fixture
-def by_pictures(build, painter, tmp_path):
+def by_images(build, painter, tmp_path):
     """A Watch of the painter: two prompts of what is learned, four of what should be kept, in batches of six."""
 
     def make(kind, **flags):
@@ -267,8 +267,8 @@ def by_pictures(build, painter, tmp_path):
     return make
 
 
-def test_shapes_are_read_off_the_pixels(by_pictures, painter):
-    watch = by_pictures("shapes", validation_inference_steps=3, validation_guidance_scale=2.0)
+def test_shapes_are_read_off_the_pixels(by_images, painter):
+    watch = by_images("shapes", validation_inference_steps=3, validation_guidance_scale=2.0)
     watch.look(0)
     painter.style, painter.wrong = "chalk", 1
     watch.look(2)
@@ -281,39 +281,39 @@ def test_shapes_are_read_off_the_pixels(by_pictures, painter):
     assert len(prompts) == len(set(seeds)) == 6 and how == {"num_inference_steps": 3, "guidance_scale": 2.0}
 
 
-def test_a_picture_starts_from_the_same_noise_in_whatever_batch(by_pictures, painter):
+def test_an_image_starts_from_the_same_noise_in_whatever_batch(by_images, painter):
     for together in (6, 4):
-        by_pictures("shapes", train_batch_size=together).look(0)
+        by_images("shapes", train_batch_size=together).look(0)
     whole, first, second = (seeds for _, seeds, _ in painter.calls)
     assert whole == first + second
 
 
-def test_a_base_that_draws_nothing_right_has_nothing_to_forget(by_pictures, painter):
+def test_a_base_that_draws_nothing_right_has_nothing_to_forget(by_images, painter):
     painter.wrong = 6
-    with pytest.raises(EvaluationProblem, match=r"--evaluate_with shapes: .* average over 4 rows"):
-        by_pictures("shapes").look(0)
+    with pytest.raises(EvaluationError, match=r"--evaluate_with shapes: .* average over 4 rows"):
+        by_images("shapes").look(0)
 
 
-def test_one_validation_prompt_has_no_interval(by_pictures, painter):
-    watch = by_pictures("shapes", validation_prompts=[CIRCLES[0].caption])
+def test_one_validation_prompt_has_no_interval(by_images, painter):
+    watch = by_images("shapes", validation_prompts=[CIRCLES[0].caption])
     watch.look(0)
     assert list(watch.run.logged[0]) == ["kept", "kept_low", "kept_high"]
     assert "two --validation_prompts" in watch.run.said[0] and len(painter.calls[0][0]) == 4
 
 
-def test_clip_scores_are_taken_of_picture_and_prompt(by_pictures, painter, monkeypatch):
-    """A CLIP that finds 0.5 in every filled picture, and 0.25 in chalk."""
+def test_clip_scores_are_taken_of_image_and_prompt(by_images, painter, monkeypatch):
+    """A CLIP that finds 0.5 in every filled image, and 0.25 in chalk."""
     opened = []
 
     def clip(name, device):
         texts = lambda captions: np.tile([1.0, 0.0], (len(captions), 1))
         angle = lambda: np.arccos(0.5 if painter.style == "filled" else 0.25)
-        images = lambda pictures: np.tile([np.cos(angle()), np.sin(angle())], (len(pictures), 1))
+        images = lambda images: np.tile([np.cos(angle()), np.sin(angle())], (len(images), 1))
         opened.append((name, str(device)))
         return SimpleNamespace(texts=texts, images=images), SimpleNamespace(sha256="00")
 
     monkeypatch.setattr(networks, "clip", clip)
-    watch = by_pictures("clip", clip_model="here")
+    watch = by_images("clip", clip_model="here")
     watch.look(0)
     painter.style = "chalk"
     watch.look(2)
@@ -355,7 +355,7 @@ def test_flags_that_cannot_work_are_named_together(flags, said):
     assert all(text in problem for text, problem in zip(said, problems, strict=True))
 
 
-def test_general_prompts_that_cannot_be_read_off_pictures_are_named(tmp_path):
+def test_general_prompts_that_cannot_be_read_off_images_are_named(tmp_path):
     path = tmp_path / "some.txt"
     path.write_text(f"{CIRCLES[0].caption}\na cat\na dog\n")
     flags = {"evaluate_every": 2, "general_prompts": str(path)}
@@ -369,13 +369,13 @@ def test_general_prompts_that_cannot_be_read_off_pictures_are_named(tmp_path):
 def test_faults_of_the_retain_dataset_are_named_before_the_first_step(build, shapes_folder, tmp_path):
     bad = shutil.copytree(shapes_folder, tmp_path / "bad")
     (bad / "train/00003.png").unlink()
-    with pytest.raises(DatasetProblem, match="1 faults"):
+    with pytest.raises(DatasetError, match="1 faults"):
         build(retain_dataset=str(bad))
     one = tmp_path / "one"
     one.mkdir()
     Image.new("RGB", (32, 32)).save(one / "0.png")
     (one / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n')
-    with pytest.raises(EvaluationProblem, match="at least 2 rows, it has 1"):
+    with pytest.raises(EvaluationError, match="at least 2 rows, it has 1"):
         build(retain_dataset=str(one), retain_split="train")
 
 
@@ -438,7 +438,7 @@ def test_a_run_that_forgets_ends_at_a_whole_checkpoint_and_goes_on_when_it_may(
 
     (stopped / "validation/base_evaluation.json").unlink()
     assert train(script, arguments, stopped, *again) == 1
-    assert "EvaluationProblem: --evaluate_every compares with step 0" in capfd.readouterr().err
+    assert "EvaluationError: --evaluate_every compares with step 0" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

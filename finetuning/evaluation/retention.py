@@ -1,0 +1,72 @@
+"""What a fine-tune learned and what it forgot, as two numbers with their intervals.
+
+    learned, kept = learned_and_kept("loss", (fit_tuned, fit_original), (retain_tuned, retain_original))
+
+All is against the original model at the same rows, prompts and seeds: learned 0 and kept 1 are the original itself.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from finetuning.evaluation import statistics
+from finetuning.evaluation.metrics import EvaluationError
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """The words for what learned and kept are taken from."""
+
+    learned: str
+    kept: str
+
+
+# In the order of trust: the first that can be had is the one that is shown.
+RETENTION_MEASURES = {
+    "shapes": Yardstick(
+        "rise of the share of things in chalk on the dataset's captions, against the original",
+        "share of general prompts with the right shape and colour, divided by the original's",
+    ),
+    "clip": Yardstick(
+        "rise of the CLIP score on the dataset's captions, against the original, in points of 100",
+        "CLIP score on the general prompts, divided by the original's",
+    ),
+    "loss": Yardstick(
+        "1 - loss / the original's loss, on the dataset",
+        "the original's loss / loss, on the dataset that should be kept",
+    ),
+}
+
+
+def learned_and_kept(by, fit, retain):
+    """(learned, kept), an Estimate each, as RETENTION_MEASURES[by] says it.
+
+    fit     (tuned's, original's) values on what was trained, float64 [rows] each, of the same rows: by shapes the share
+            of things in chalk, by clip the CLIP score, by loss the denoising loss
+    retain  the same on what should be kept; by shapes 1 where shape and colour are right, else 0
+
+    Raises EvaluationError where the original has nothing that could be kept, so that there is no share of it.
+    """
+    if by not in RETENTION_MEASURES:
+        raise ValueError(f"{by!r} is none of {', '.join(RETENTION_MEASURES)}")
+    if by == "loss":  # lower is better: the shares are turned round
+        left = ratio_of_means(*fit)
+        return statistics.Estimate(1 - left.value, 1 - left.high, 1 - left.low, left.n), ratio_of_means(*retain[::-1])
+    return statistics.paired_difference(*fit), ratio_of_means(*retain)
+
+
+def ratio_of_means(values, reference):
+    """mean of `values` / mean of `reference`, [rows] each, none below 0, as an Estimate; row i of both pairs.
+
+    The interval resamples what each row adds to the ratio, as all intervals of statistics.py do: with the ratio r that
+    is (value - r reference) / mean reference. Raises EvaluationError where the reference is not clearly above 0.
+    """
+    values, reference = (np.asarray(one, np.float64) for one in (values, reference))
+    if not statistics.mean_of(reference).low > 0:
+        raise EvaluationError(
+            f"the original has {reference.mean():.3g} on average over {len(reference)} rows, not clearly above "
+            "0: there is no share of it; take more rows, or others that it is good at"
+        )
+    ratio = values.mean() / reference.mean()
+    found = statistics.mean_of(ratio + (values - ratio * reference) / reference.mean())
+    return replace(found, low=max(found.low, 0.0))

@@ -1,0 +1,192 @@
+"""An image file is opened as its maker meant it, or named as unreadable."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetuning.data.images import EXTENSIONS, UnreadableImage, frames, open_rgb
+
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+def pil_image(mode, *rows):
+    """An image from rows of pixel values."""
+    image = Image.new(mode, (len(rows[0]), len(rows)))
+    image.putdata([value for row in rows for value in row])
+    return image
+
+
+def plain(color):
+    return Image.new("RGB", (4, 4), color)
+
+
+def pixels(image):
+    """Rows of RGB tuples."""
+    assert image.mode == "RGB"
+    return [[image.getpixel((x, y)) for x in range(image.width)] for y in range(image.height)]
+
+
+def saved(tmp_path, image, name="image.png", **options):
+    path = tmp_path / name
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("orientation", "shown"),
+    [  # what the EXIF standard says of a stored R G / B W
+        (1, "RG BW"), (2, "GR WB"), (3, "WB GR"), (4, "BW RG"), (5, "RB GW"), (6, "BR WG"), (7, "WG BR"), (8, "GW RB"),
+    ],
+)  # fmt: skip
+def test_exif_orientation_is_applied(tmp_path, orientation, shown):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    path = saved(tmp_path, pil_image("RGB", [RED, GREEN], [BLUE, WHITE]), exif=exif)
+    letters = {RED: "R", GREEN: "G", BLUE: "B", WHITE: "W"}
+    assert " ".join("".join(letters[pixel] for pixel in row) for row in pixels(open_rgb(path))) == shown
+
+
+def test_a_phone_jpeg_taken_upright_is_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    stored = Image.new("RGB", (32, 16), RED)
+    stored.paste(BLUE, (16, 0, 32, 16))
+    image = open_rgb(saved(tmp_path, stored, "phone.jpg", exif=exif, quality=95))
+    assert image.size == (16, 32)
+    assert image.getpixel((8, 4)) == pytest.approx(RED, abs=12)
+    assert image.getpixel((8, 28)) == pytest.approx(BLUE, abs=12)
+
+
+def test_rgba_lies_on_white(tmp_path):
+    image = pil_image("RGBA", [(255, 0, 0, 255), (0, 255, 0, 0), (255, 0, 0, 128)])
+    shown = pixels(open_rgb(saved(tmp_path, image)))[0]
+    assert shown[:2] == [RED, WHITE]  # the green that a transparent pixel hides is not shown
+    assert shown[2] == pytest.approx((255, 127, 127), abs=1)
+
+
+def test_grey_with_alpha_lies_on_white(tmp_path):
+    image = pil_image("LA", [(0, 255), (0, 0), (100, 128)])
+    shown = pixels(open_rgb(saved(tmp_path, image)))[0]
+    assert shown[:2] == [BLACK, WHITE]
+    assert shown[2] == pytest.approx((177, 177, 177), abs=1)  # 100 x 128/255 + 255 x 127/255
+
+
+def test_transparent_palette_colour_lies_on_white(tmp_path):
+    image = pil_image("P", [0, 1])
+    image.putpalette([*GREEN, *BLUE])
+    assert pixels(open_rgb(saved(tmp_path, image, transparency=0))) == [[WHITE, BLUE]]
+
+
+@pytest.mark.parametrize(("mode", "values", "key"), [("RGB", [GREEN, BLUE], GREEN), ("L", [7, 0], 7)])
+def test_a_colour_marked_as_transparent_lies_on_white(tmp_path, mode, values, key):
+    shown = pixels(open_rgb(saved(tmp_path, pil_image(mode, values), transparency=key)))[0]
+    assert shown == [WHITE, BLUE if mode == "RGB" else BLACK]
+
+
+def test_opaque_palette_keeps_its_colours(tmp_path):
+    image = pil_image("P", [0, 1])
+    image.putpalette([*GREEN, *BLUE])
+    assert pixels(open_rgb(saved(tmp_path, image))) == [[GREEN, BLUE]]
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path, name):
+    image = Image.fromarray(np.array([[0, 257, 30000, 65535]], dtype=np.uint16))
+    shown = pixels(open_rgb(saved(tmp_path, image, name)))[0]
+    assert [pixel[0] for pixel in shown] == [0, 1, 117, 255]  # 30000 / 257 = 116.7
+    assert all(len(set(pixel)) == 1 for pixel in shown)
+
+
+def test_float_image_of_0_to_1_fills_the_range(tmp_path):
+    image = Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32))
+    shown = pixels(open_rgb(saved(tmp_path, image, "float.tif")))[0]
+    assert [pixel[0] for pixel in shown] == [0, 128, 255]
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    image = pil_image("CMYK", [(0, 255, 255, 0), (0, 0, 0, 0), (0, 0, 0, 255)])
+    assert pixels(open_rgb(saved(tmp_path, image, "print.tif"))) == [[RED, WHITE, BLACK]]
+
+
+def test_cmyk_jpeg_is_not_inverted(tmp_path):
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    shown = open_rgb(saved(tmp_path, image, "print.jpg", quality=95))
+    assert shown.getpixel((8, 8)) == pytest.approx(RED, abs=12)
+
+
+@pytest.mark.parametrize(("mode", "values"), [("1", [0, 1]), ("L", [0, 255])])
+def test_one_bit_and_grey_become_rgb(tmp_path, mode, values):
+    assert pixels(open_rgb(saved(tmp_path, pil_image(mode, values)))) == [[BLACK, WHITE]]
+
+
+def test_animation_shows_its_first_frame(tmp_path):
+    path = saved(tmp_path, plain(RED), "moving.gif", save_all=True, append_images=[plain(BLUE), plain(GREEN)])
+    assert open_rgb(path).getpixel((2, 2)) == RED
+    assert frames(path) == 3
+
+
+def test_animation_cut_after_its_first_frame_is_unreadable(tmp_path):
+    path = saved(tmp_path, plain(RED), "cut.gif", save_all=True, append_images=[plain(BLUE)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex(b"\x21\xf9\x04") + 11])  # into the second frame's description
+    assert open_rgb(path).getpixel((2, 2)) == RED
+    with pytest.raises(UnreadableImage, match=r"cut\.gif: "):
+        frames(path)
+
+
+def test_still_image_has_one_frame(tmp_path):
+    assert frames(saved(tmp_path, Image.new("RGB", (4, 4)))) == 1
+
+
+@pytest.mark.parametrize("extension", sorted(EXTENSIONS))
+def test_every_extension_that_is_looked_for_can_be_opened(tmp_path, extension):
+    writer = "JPEG" if extension == ".jfif" else None
+    assert open_rgb(saved(tmp_path, Image.new("RGB", (16, 16), WHITE), f"x{extension}", format=writer)).size == (16, 16)
+
+
+def test_a_path_as_text_and_an_open_image_are_taken_too(tmp_path):
+    path = saved(tmp_path, Image.new("RGBA", (2, 2), (0, 0, 0, 0)))
+    assert pixels(open_rgb(str(path))) == [[WHITE] * 2] * 2
+    assert pixels(open_rgb(Image.open(path))) == [[WHITE] * 2] * 2
+
+
+def cut_jpeg():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    whole = io.BytesIO()
+    Image.fromarray(noise).save(whole, "JPEG")
+    return whole.getvalue()[: len(whole.getvalue()) // 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("cut.jpg", cut_jpeg(), "truncated"),
+        ("text.png", b"<html>404 not found</html>", "cannot identify"),
+        ("nothing.webp", b"", "cannot identify"),
+        ("gone.png", None, "No such file"),
+    ],
+)
+def test_unreadable_image_is_named_with_the_reason(tmp_path, name, content, reason):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UnreadableImage, match=reason) as caught:
+        open_rgb(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_unreadable_open_image_is_named(tmp_path):
+    (tmp_path / "cut.jpg").write_bytes(cut_jpeg())
+    with pytest.raises(UnreadableImage, match=r"cut\.jpg: .*truncated"):
+        open_rgb(Image.open(tmp_path / "cut.jpg"))
+
+
+@pytest.mark.parametrize("read", [open_rgb, frames])
+def test_an_image_of_absurd_size_is_unreadable(tmp_path, monkeypatch, read):
+    path = saved(tmp_path, Image.new("RGB", (10, 10)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UnreadableImage, match=r"image.png.*bomb"):
+        read(path)
