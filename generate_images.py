@@ -23,11 +23,12 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, flag, parse, write_json
+from finetuning.cli import REQUIRED, flag, parse
 from finetuning.evaluation.grid import labelled_grid
 from finetuning.families.lora_files import attach, detach, parts_of, read_lora, set_scale, weights_hash
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
+from finetuning.files import write_json
 from finetuning.rng import torch_generator
 
 

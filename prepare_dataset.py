@@ -25,7 +25,7 @@ import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from finetuning.cli import REQUIRED, flag, parse_command, write_json
+from finetuning.cli import REQUIRED, flag, parse_command
 from finetuning.conversion.audit import AuditArgs
 from finetuning.conversion.augmenting import AugmentArgs, augment
 from finetuning.conversion.caption_files import RewriteArgs, rewrite
@@ -42,6 +42,7 @@ from finetuning.conversion.webdataset import WebDatasetArgs
 from finetuning.conversion.writer import WritingArgs, write_dataset
 from finetuning.data.reading import DatasetError, Findings
 from finetuning.data.samples import ColumnArgs
+from finetuning.files import write_json
 
 
 @dataclass

@@ -23,7 +23,6 @@ import argparse
 import dataclasses
 import difflib
 import inspect
-import json
 import sys
 import types
 import typing
@@ -32,6 +31,10 @@ from pathlib import Path
 import yaml
 
 REQUIRED = object()
+
+
+class UserError(ValueError):
+    """What a person can mend: the message names the file or flag and the fix. `run_script` prints it."""
 
 
 def flag(default, help, *, choices=None, metavar=None, positional=False, repeated=False):
@@ -134,8 +137,10 @@ def as_dict(args):
     return {field.name: getattr(args, field.name) for _, fields in groups(type(args)) for field in fields}
 
 
-def write_json(path, content):
-    Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def first_few(items, most=5):
+    """The items for a message: "a, b, c and 4 more"."""
+    items = [str(item) for item in items]
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def flag_table(args_class, besides=None):

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there: written aside, synced, hashed, renamed."""
+"""Files and folders that are whole or not there: written to a temporary sibling, synced, hashed, renamed."""
 
 import hashlib
 import json
@@ -9,14 +9,42 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
-from finetuning.cli import write_json
+from finetuning.cli import UserError
 
 MANIFEST = "manifest.json"
 ASIDE = ".incomplete-"
 
 
-class BrokenFolder(ValueError):
+class BrokenFolder(UserError):
     """A folder whose files are not those that its manifest lists; the message says which."""
+
+
+@contextmanager
+def atomic_file(target):
+    """Yield the path of a temporary sibling to write to; on leaving it is synced and renamed to `target`.
+
+    An exception or a kill leaves `target` as it was.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{ASIDE}{os.getpid()}-{target.name}")  # keeps the suffix: it says the format
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write UTF-8 text to a file that is whole or as it was before."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, content):
+    """Write JSON to a file that is whole or as it was before."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from pathlib import Path
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from finetuning.cli import write_json
 from finetuning.evaluation.grid import labelled_grid
 from finetuning.families.pipelines import SCHEDULERS, open_pipeline
+from finetuning.files import write_json
 from finetuning.rng import torch_generator
 from finetuning.shapes.checker import agrees, read, right, share_in_chalk
 from finetuning.shapes.drawing import draw

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from finetuning.cli import write_json
+from finetuning.files import write_json
 from finetuning.shapes.write_dataset import write as write_shapes
 from models.make_start import MODEL_INDEX, vocabulary
 

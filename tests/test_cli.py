@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from finetuning.cli import REQUIRED, as_dict, flag, flag_table, groups, parse, read, title, write_json
+from finetuning.cli import REQUIRED, as_dict, flag, flag_table, groups, parse, read, title
+from finetuning.files import write_json
 
 
 @dataclass

@@ -20,10 +20,10 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 import evaluate_model
 import train_lora
 from evaluate_model import Candidate, curves
-from finetuning.cli import write_json
 from finetuning.evaluation.metrics import METRICS
 from finetuning.evaluation.networks import lpips_network, lpips_of
 from finetuning.evaluation.preprocessing import matched
+from finetuning.files import write_json
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 QUICK = ["--num_inference_steps", "1", "--guidance_scale", "1"]

@@ -16,8 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import merge_checkpoints
-from finetuning.cli import write_json
-from finetuning.files import check_manifest
+from finetuning.files import check_manifest, write_json
 from finetuning.merging.methods import METHODS, Method
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

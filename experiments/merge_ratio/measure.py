@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from finetuning.cli import write_json
 from finetuning.families.pipelines import open_pipeline
+from finetuning.files import write_json
 from finetuning.merging import frontier
 from finetuning.merging.methods import weighted_sum
 from finetuning.shapes.scenes import SHAPES

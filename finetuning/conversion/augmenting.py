@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm.auto import tqdm
 
-from finetuning.cli import as_dict, flag, write_json
+from finetuning.cli import as_dict, flag
 from finetuning.conversion.copying import (
     CopyArgs,
     accept,
@@ -32,6 +32,7 @@ from finetuning.conversion.writer import encoded
 from finetuning.data.captions import MirrorArgs, may_mirror, swap_sides
 from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.data.reading import DatasetError, Findings
+from finetuning.files import write_json
 from finetuning.rng import python_random, torch_generator
 
 WRITTEN = {".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP"}  # copies of others: PNG

@@ -29,10 +29,11 @@ import xxhash
 from PIL import Image
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, as_dict, flag, write_json
+from finetuning.cli import REQUIRED, as_dict, flag
 from finetuning.data.images import EXTENSIONS, UnreadableImage
 from finetuning.data.reading import DatasetError
 from finetuning.data.samples import Sample
+from finetuning.files import write_json
 
 SPLITS = ("train", "validation", "test")
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}

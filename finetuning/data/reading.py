@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 
+from finetuning.cli import UserError
 from finetuning.data.images import EXTENSIONS
 from finetuning.data.rows import Row, Rows
 
@@ -44,7 +45,7 @@ class Findings:
         return "\n".join(lines)
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """A dataset that cannot be read as it stands; the message says what to do."""
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from finetuning.cli import flag, write_json
+from finetuning.cli import flag
 from finetuning.data.images import EXTENSIONS, UnreadableImage, open_rgb
 from finetuning.data.reading import (
     METADATA_NAMES,
@@ -38,7 +38,7 @@ from finetuning.evaluation.denoising import chosen_rows
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.families.lora_files import attach, detach, parts_of, read_lora, set_scale, weights_hash
 from finetuning.families.pipelines import SCHEDULERS, open_pipeline
-from finetuning.files import sha256
+from finetuning.files import sha256, write_json
 from finetuning.rng import torch_generator
 
 GENERAL_PROMPTS = Path(__file__).parent / "general_prompts.json"

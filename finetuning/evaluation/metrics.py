@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from finetuning.cli import UserError
 
-class EvaluationError(ValueError):
+
+class EvaluationError(UserError):
     """An evaluation that cannot be made as asked; the message names the file or flag and the fix."""
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from finetuning.cli import write_json
+from finetuning.files import write_json
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".onnx")
 

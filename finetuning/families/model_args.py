@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from finetuning.cli import REQUIRED, flag
+from finetuning.cli import REQUIRED, UserError, flag
 
 
 @dataclass
@@ -45,7 +45,7 @@ class StartArgs:
             yield "--from_scratch trains new weights: leave --non_ema_revision and --non_ema_variant out"
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model that cannot be used as asked; the message names the flag and the fix."""
 
 

@@ -21,7 +21,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from finetuning.cli import REQUIRED, as_dict, flag, write_json
+from finetuning.cli import REQUIRED, as_dict, flag
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
     KOHYA_NAME,
@@ -31,7 +31,7 @@ from finetuning.families.lora_files import (
     write_kohya,
 )
 from finetuning.families.model_args import ModelError
-from finetuning.files import atomic_folder, sha256
+from finetuning.files import atomic_folder, sha256, write_json
 from finetuning.merging.matching import Match
 from finetuning.merging.models import BaseArgs, opened
 from finetuning.merging.recipe import RECIPE, metadata_of, recipe_of

@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, as_dict, flag, write_json
+from finetuning.cli import REQUIRED, as_dict, flag
 from finetuning.evaluation.grid import labelled_grid
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import SCHEDULERS
-from finetuning.files import sha256
+from finetuning.files import sha256, write_json
 from finetuning.merging import frontier
 from finetuning.merging.blend import Blend
 from finetuning.merging.measures import METRICS

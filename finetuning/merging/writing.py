@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, flag, write_json
+from finetuning.cli import REQUIRED, flag
 from finetuning.families.folders import copy_part, parts_of_index, pipeline_index, weights_name, write_scheduler
 from finetuning.families.model_args import ModelError
 from finetuning.families.original import original_names, original_shape
-from finetuning.files import MANIFEST, atomic_folder, remove_leftovers
+from finetuning.files import MANIFEST, atomic_folder, remove_leftovers, write_json
 from finetuning.merging.recipe import RECIPE, metadata_of, recipe_of
 from finetuning.merging.streaming import Piece, Written, write_files
 

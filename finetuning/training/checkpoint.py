@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from finetuning.cli import as_dict, flag, write_json
-from finetuning.files import BrokenFolder, atomic_folder, check_manifest, remove_leftovers
+from finetuning.cli import UserError, as_dict, flag
+from finetuning.files import BrokenFolder, atomic_folder, check_manifest, remove_leftovers, write_json
 from finetuning.training.optim import load_optimizer
 
 # Flags that cannot change what a run computes: where it writes, how often it looks, how it is watched.
@@ -110,7 +110,7 @@ def seed_of_resumed_run(args):
     return None
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that was asked for cannot be used; the message says why and what to do."""
 
 

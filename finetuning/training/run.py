@@ -19,8 +19,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
-from finetuning.cli import as_dict, flag, write_json
+from finetuning.cli import as_dict, flag
 from finetuning.families.model_args import ModelError
+from finetuning.files import write_json
 from finetuning.training.checkpoint import NonFinite, seed_of_resumed_run
 
 TRACKERS = ("tensorboard", "wandb", "all", "none")

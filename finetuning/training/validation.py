@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from finetuning.cli import flag, write_json
+from finetuning.cli import flag
 from finetuning.diffusion.objective import NoiseArgs
 from finetuning.evaluation.denoising import chosen_rows, row_losses
 from finetuning.evaluation.grid import labelled_grid
+from finetuning.files import write_json
 from finetuning.rng import torch_generator
 
 

@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from finetuning.cli import flag, write_json
+from finetuning.cli import flag
 from finetuning.data.reading import SPLIT_NAMES
 from finetuning.evaluation.denoising import chosen_rows, load_rows, row_losses
 from finetuning.evaluation.generation import general_rows
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.retention import RETENTION_MEASURES, learned_and_kept
 from finetuning.evaluation.statistics import mean_of
+from finetuning.files import write_json
 from finetuning.rng import torch_generator
 from finetuning.shapes.checker import right, share_in_chalk
 from finetuning.shapes.scenes import parse

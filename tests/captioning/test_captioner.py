@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from finetuning.captioning import CAPTIONERS
 from finetuning.captioning.captioner import Captioner, SeededNucleus, without_prompt
 from finetuning.captioning.kinds import GenerationArgs
-from finetuning.cli import write_json
 from finetuning.data.reading import Findings
 from finetuning.families.model_args import ModelError
+from finetuning.files import write_json
 from finetuning.rng import torch_generator
 
 NAMES = ["train/a.png", "train/b.png", "train/c.png", "train/d.png"]

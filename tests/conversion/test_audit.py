@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from transformers import CLIPTokenizer
 
 from finetuning.cli import read
-from finetuning.conversion import audit, checking
+from finetuning.conversion import audit
 from finetuning.conversion.audit import (
     NEAR_LEAK,
     SAME_LEAK,
@@ -24,6 +24,7 @@ from finetuning.conversion.audit import (
     report,
     tidy,
 )
+from finetuning.data import checking
 from finetuning.data.reading import DatasetError
 from finetuning.data.training_set import load_images
 

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
 
+from finetuning.diffusion import objective
 from finetuning.diffusion.objective import (
     PREDICTION_TYPES,
     NoiseArgs,
@@ -17,7 +18,6 @@ from finetuning.diffusion.objective import (
     draw_noise,
     elementwise_error,
 )
-from finetuning.training import noise as objective
 
 TIMESTEPS = torch.tensor([0, 250, 500, 999])
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from finetuning.cli import read, write_json
+from finetuning.cli import read
 from finetuning.evaluation.denoising import chosen_rows
 from finetuning.evaluation.generation import DrawArgs, Row, dataset_rows, draw, general_rows, images_in
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.families.lora_files import Layer, write_diffusers
 from finetuning.families.pipelines import open_pipeline
+from finetuning.files import write_json
 from finetuning.rng import torch_generator
 
 QUICK = DrawArgs(num_inference_steps=2, guidance_scale=3.0)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merge_checkpoints
-from finetuning.cli import write_json
+from finetuning.files import write_json
 from finetuning.merging.post_hoc import PostHocArgs, plan
 
 FILE = "diffusion_pytorch_model.safetensors"

@@ -24,7 +24,7 @@ from finetuning.families.lora_files import (
 )
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import open_pipeline
-from finetuning.merging import lora as commands
+from finetuning.merging import lora_tools as commands
 from finetuning.merging.lora_tools import ConvertArgs, FoldArgs, convert, fold, fold_compute, skeletons, stand_ins
 from finetuning.merging.recipe import read_recipe
 from finetuning.merging.sources import open_source

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from finetuning.cli import parse, write_json
+from finetuning.cli import parse
 from finetuning.families.model_args import ModelError
+from finetuning.files import write_json
 from finetuning.merging.post_hoc import (
     WIDEST,
     PostHocArgs,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetuning.cli import write_json
 from finetuning.families.model_args import ModelError
+from finetuning.files import write_json
 from finetuning.merging.recipe import CHECKOUT, changed_inputs, code_version, metadata_of, read_recipe, recipe_of, told
 from finetuning.merging.sources import Source
 

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetuning import files
-from finetuning.cli import write_json
 from finetuning.families.model_args import ModelError
-from finetuning.files import check_manifest
+from finetuning.files import check_manifest, write_json
 from finetuning.merging.matching import match
 from finetuning.merging.methods import weighted_sum
 from finetuning.merging.sources import open_source
