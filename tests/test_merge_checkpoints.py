@@ -145,7 +145,7 @@ def test_result_loads_and_is_the_mixture(tiny_model, tuned, merged, tensors):
 @pytest.mark.parametrize("method", ["weighted_sum", "slerp"])
 @pytest.mark.parametrize("ratio", [0, 1])
 def test_ratio_0_is_base_and_ratio_1_is_tuned_to_the_last_bit(tiny_model, tuned, merged, tensors, method, ratio):
-    parts = ["--parts", "unet,text_encoder", "vae"]
+    parts = ["--components", "unet,text_encoder", "vae"]
     out = merged("--base", tiny_model, "--tuned", tuned, "--ratio", ratio, "--method", method, *parts)
     expected = tensors([tiny_model, tuned][ratio])
     for file, result in tensors(out).items():
@@ -241,9 +241,9 @@ def test_single_file_loads_and_holds_what_the_folder_holds(tiny_model, tuned, me
 
 
 def test_single_file_is_as_good_an_input_as_the_folder(tiny_model, tuned, original, merged, tensors, tmp_path):
-    expected = tensors(merged("--base", tiny_model, "--tuned", tuned, "--parts", "unet", "text_encoder", "vae"))
+    expected = tensors(merged("--base", tiny_model, "--tuned", tuned, "--components", "unet", "text_encoder", "vae"))
     found = tensors(
-        merged("--base", tiny_model, "--tuned", original, "--parts", "unet", "text_encoder", "vae", out=tmp_path / "b")
+        merged("--base", tiny_model, "--tuned", original, "--components", "unet", "text_encoder", "vae", out=tmp_path / "b")
     )
     assert all(same(found[file], expected[file]) for file in (UNET, TEXT_ENCODER, VAE))
 
@@ -360,7 +360,7 @@ def test_output_through_a_link_goes_where_the_link_points(tiny_model, tuned, mer
 
 
 def test_parts_that_are_not_named_are_the_base_s(tiny_model, tuned, merged, tensors):
-    out = tensors(merged("--base", tiny_model, "--tuned", tuned, "--parts", "vae", "--ratio", 1))
+    out = tensors(merged("--base", tiny_model, "--tuned", tuned, "--components", "vae", "--ratio", 1))
     assert same(out[VAE], tensors(tuned)[VAE])
     assert same(out[UNET], tensors(tiny_model)[UNET]) and same(out[TEXT_ENCODER], tensors(tiny_model)[TEXT_ENCODER])
 
@@ -383,8 +383,8 @@ def test_block_ratios_go_before_ratio(tiny_model, tuned, merged, tensors):
         (["--ratio", "0.1234567", "0.1234568"], "names a ratio twice"),
         (["--ratio", "nan"], "--ratio nan must be a finite number"),
         (["--ratio", "half"], "--ratio half must be a number"),
-        (["--parts", "unet,clip"], "--parts clip: the parts are unet, text_encoder and vae"),
-        (["--parts", ","], "--parts names none"),
+        (["--components", "unet,clip"], "--components clip: the parts are unet, text_encoder and vae"),
+        (["--components", ","], "--components names none"),
         (["--block_ratios", "much"], "--block_ratios much"),
         (["--block_ratios", "unet.*=2", "--curve", "inverse_smoothstep"], "--block_ratios 2 must be between 0 and 1"),
         (["--method", "add_difference"], "needs --origin"),
@@ -396,8 +396,8 @@ def test_wrong_flags_are_refused(tiny_model, tuned, refused, words, said):
 
 
 def test_all_that_is_wrong_with_the_flags_is_said_together(tiny_model, refused):
-    message = refused("--base", tiny_model, "--tuned", "a", "b", "--ratio", 2, 2, "--parts", "clip", status=2)
-    assert all(said in message for said in ("names a ratio twice", "--parts clip", "--tuned names 2 models"))
+    message = refused("--base", tiny_model, "--tuned", "a", "b", "--ratio", 2, 2, "--components", "clip", status=2)
+    assert all(said in message for said in ("names a ratio twice", "--components clip", "--tuned names 2 models"))
     message = refused("merge", status=2, out=None)
     assert all(f"{name} is required" in message for name in ("--base", "--tuned", "--output_dir"))
 
@@ -458,7 +458,7 @@ def test_what_is_no_model_is_refused_and_all_of_it_at_once(tiny_model, refused, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--base", "{tiny}", "--tuned", "{tuned}/unet", "--parts", "text_encoder"], "/unet has no text_encoder"),
+        (["--base", "{tiny}", "--tuned", "{tuned}/unet", "--components", "text_encoder"], "/unet has no text_encoder"),
         (["--base", "{tiny}/unet", "--tuned", "{tuned}", "--single_file"], "has no text_encoder, vae"),
         (["--base", "{original}", "--tuned", "{tuned}"], "add --single_file, or --layout_from"),
         (["--base", "{bare}", "--tuned", "{tuned}"], "--layout_from"),
@@ -679,7 +679,7 @@ def test_what_has_no_recipe_is_refused(tiny_model, refused, tmp_path, command):
 
 @pytest.mark.parametrize("how", ["replay", "--config"])
 def test_recipe_makes_the_same_files_again(tiny_model, tuned, merged, tmp_path, how):
-    first = merged("--base", tiny_model, "--tuned", tuned, "--ratio", 0.3, "--parts", "unet,vae", "--dtype", "bf16")
+    first = merged("--base", tiny_model, "--tuned", tuned, "--ratio", 0.3, "--components", "unet,vae", "--dtype", "bf16")
     path = first if how == "replay" else first / "merge.json"
     assert below(merged(how, path, out=tmp_path / "again")) == below(first)
 

@@ -93,7 +93,7 @@ def write_files(tasks, metadata, hashed=(), advance=lambda count: None):
         stack.enter_context(_one_torch_thread())
         reader, hashers = (stack.enter_context(ThreadPoolExecutor(threads)) for threads in (1, 2))
         hashing = {path: hashers.submit(sha256, path) for path in hashed}
-        files = {path: stack.enter_context(open(path, "xb")) for path in layouts}
+        files = {path: stack.enter_context(open(path, "xb", buffering=0)) for path in layouts}
         for path, layout in layouts.items():
             with _naming(path):
                 os.posix_fallocate(files[path].fileno(), 0, len(headers[path]) + _size(layout))
@@ -132,7 +132,7 @@ def write_files(tasks, metadata, hashed=(), advance=lambda count: None):
 def _write_tensors(tasks, reader, write):
     """Compute and write all outputs; {name of a task: {index of an output: {why it is not finite}}}."""
     bad = defaultdict(lambda: defaultdict(set))
-    for (task, first, last), inputs in _read_ahead(tasks, reader):
+    for (task, first, _), inputs in _read_ahead(tasks, reader):
         values = {number: one.float() for number, one in inputs.items() if one.is_floating_point()}
         for number, output in enumerate(task.outputs):
             if callable(output.compute):
@@ -244,10 +244,11 @@ def _header(layout, metadata):
 
 
 def _write(file, start, content):
+    left = memoryview(content)
     with _naming(file.name):
         file.seek(start)
-        file.write(content)
-        file.flush()
+        while left:
+            left = left[file.write(left) :]
 
 
 @contextmanager

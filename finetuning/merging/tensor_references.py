@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -65,11 +64,12 @@ class TensorReference:
     def read_elements(self, first, last):
         """Elements first..last-1 of the flattened tensor, [last - first] in its own dtype. Raises as `read`."""
         # A plain read: a mapped file would count as memory, and end the process where the file has become shorter.
-        size = self.dtype.itemsize
-        content = np.fromfile(self.path, np.uint8, (last - first) * size, offset=self.start + first * size)
-        if len(content) < (last - first) * size:
-            raise _broken(self.path, "it ends before its last tensor")
-        return torch.from_numpy(content).view(self.dtype)
+        content = torch.empty(last - first, dtype=self.dtype)
+        with open(self.path, "rb") as file:
+            file.seek(self.start + first * self.dtype.itemsize)
+            if file.readinto(content.view(torch.uint8).numpy()) < content.nbytes:
+                raise _broken(self.path, "it ends before its last tensor")
+        return content
 
 
 def tensor_references(path):

@@ -13,10 +13,10 @@ from finetuning.cli import read
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import open_pipeline
 from finetuning.merging import sweep as sweep_module
-from finetuning.merging.measures import METRICS, Metric
 from finetuning.merging.methods import MethodArgs
-from finetuning.merging.models import TunedArgs
+from finetuning.merging.model_flags import TunedArgs
 from finetuning.merging.sweep import SweepArgs, sweep
+from finetuning.merging.sweep_metrics import METRICS, Metric
 from finetuning.rng import torch_generator
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -52,14 +52,14 @@ def swept(flags):
 @pytest.fixture
 def calls(monkeypatch):
     """[(ratio, prompts)] of what was drawn."""
-    made, real = [], sweep_module.Blend.__init__
+    made, real = [], sweep_module.MergedPipeline.__init__
 
     def watched(blend, *args, **kwargs):
         real(blend, *args, **kwargs)
         draw = blend.pipeline
         blend.pipeline = lambda prompts, **how: (made.append((blend.ratio, len(prompts))), draw(prompts, **how))[1]
 
-    monkeypatch.setattr(sweep_module.Blend, "__init__", watched)
+    monkeypatch.setattr(sweep_module.MergedPipeline, "__init__", watched)
     return made
 
 
@@ -208,7 +208,7 @@ def test_the_knee_is_told_with_its_certainty_and_its_command(swept, known_fronti
     assert words[:2] == ["python", "merge_checkpoints.py"]
     asked = dict(zip(words[2::2], words[3::2], strict=True))
     assert asked == {
-        "--base": flags["base"], "--tuned": flags["tuned"][0], "--parts": "unet", "--ratio": "0.5",
+        "--base": flags["base"], "--tuned": flags["tuned"][0], "--components": "unet", "--ratio": "0.5",
         "--block_ratios": "unet.mid_block.*=0.2", "--output_dir": f"{tmp_path}/sweep-merged",
     }  # fmt: skip
     assert Image.open(tmp_path / "sweep/curve.png").width > 300

@@ -10,7 +10,7 @@ from finetuning.evaluation.denoising import load_rows, row_losses
 from finetuning.families.loading import load_model
 from finetuning.families.model_args import ModelArgs, ModelError
 from finetuning.families.pipelines import open_pipeline
-from finetuning.merging.measures import METRICS, measure_loss, measure_shapes
+from finetuning.merging.sweep_metrics import METRICS, measure_loss, measure_shapes
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import parse
 
