@@ -313,7 +313,8 @@ def parse(args_class, description, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, problems = read(args_class, description, argv)
     if problems:
-        heading = f"{_script()}: {len(problems)} problem(s) with the arguments:"
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        heading = f"{_script()}: {count} with the flags:"
         report("\n".join([heading, *(f"  - {problem}" for problem in problems)]))
         raise SystemExit(2)
     return args
