@@ -188,8 +188,9 @@ def flags_of(args_class):
 
 
 def flags_without_effect(args_class):
-    """The names of the flags that cannot change what a run computes: where it writes, how often, how it is watched."""
-    return frozenset(name for name, flag in flags_of(args_class).items() if not flag.affects_result)
+    """The names, older ones too, of the flags that cannot change what a run computes: where it writes, how often."""
+    flags = [flag for flag in flags_of(args_class).values() if not flag.affects_result]
+    return frozenset(name for flag in flags for name in (flag.name, *flag.was))
 
 
 def title(group):
@@ -537,8 +538,9 @@ def _unmet(args, flags):
     for name, flag in flags.items():
         if name not in changed:
             continue
-        if flag.requires and not any(_is_on(args, wanted) for wanted in flag.requires):
-            wanted = " or ".join(f"--{wanted.replace('=', ' ')}" for wanted in flag.requires)
+        needs = [wanted for wanted in flag.requires if wanted.partition("=")[0] in flags]  # a script may lack them
+        if needs and not any(_is_on(args, wanted) for wanted in needs):
+            wanted = " or ".join(f"--{wanted.replace('=', ' ')}" for wanted in needs)
             yield f"{flag.spelled} does nothing without {wanted}"
         for other in flag.conflicts:
             if getattr(args, name) and other in changed and getattr(args, other):
