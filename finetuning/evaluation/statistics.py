@@ -236,14 +236,14 @@ def _estimate(value, *sides, seed, least=-np.inf):
     Hesterberg 2015, arXiv 1411.5279). Not BCa: it divides by zero where all rows are equal, as where every image is
     right.
     """
-    moved = sum(resampled_means(side - side.mean(), seed, number) for number, side in enumerate(sides))
+    moved = sum(_resampled_means(side - side.mean(), seed, number) for number, side in enumerate(sides))
     fewest = min(map(len, sides))
     tail = norm.cdf(np.sqrt(fewest / (fewest - 1)) * t.ppf(0.025, fewest - 1))
     low, high = value + np.quantile(moved, (tail, 1 - tail))
     return Estimate(float(value), float(max(low, least)), float(high), len(sides[0]))
 
 
-def resampled_means(values, seed, number):
+def _resampled_means(values, seed, number):
     """Means [ROUNDS] of as many of the values [rows], drawn with replacement."""
     generator, means = _generator(seed, "bootstrap", number), []
     at_once = max(1, DRAWN_AT_ONCE // len(values))

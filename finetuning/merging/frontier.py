@@ -81,7 +81,7 @@ def summary(ratios, learned, retained, *, seed=0):
     learned, retained = _checked(ratios, learned=learned, retained=retained)
     means = learned.mean(1), retained.mean(1)
     # Each resample draws its rows once for all ratios, and those of learned and retained apart
-    resampled = (_resampled(learned, seed, 0), _resampled(retained, seed, 1))
+    resampled = [resampled_means(rows, seed, "frontier", number).T for number, rows in enumerate((learned, retained))]
     gains = np.stack([_gains(ratios, *pair) for pair in zip(*resampled, strict=True)])  # [resamples, ratios]
     won = np.where(gains.max(1) > NOTHING, gains.argmax(1), -1)
     found, not_beaten = knee(ratios, *means), pareto(ratios, *means)
@@ -208,11 +208,6 @@ def _checked(ratios, **results):
         if not np.isfinite(values).all():
             raise ValueError(f"{name} has {(~np.isfinite(values)).sum()} values that are not finite numbers")
     return results.values()
-
-
-def _resampled(values, seed, number):
-    """Means [resamples, ratios] of `values` [ratios, rows]; a resample draws the same rows for every ratio."""
-    return np.stack([resampled_means(rows, seed, number) for rows in values], axis=1)
 
 
 def _interval(values, seed):

@@ -264,9 +264,9 @@ def _ema_profile_of(folder, state):
 
 def _check_one_run(states):
     """A run that was resumed to go on for longer is still one run."""
-    from finetuning.training.checkpoint import WITHOUT_EFFECT
+    from finetuning.training.checkpoint import harmless_flags
 
-    harmless = WITHOUT_EFFECT | {"max_train_steps", "num_train_epochs"}
+    harmless = harmless_flags() | {"max_train_steps", "num_train_epochs"}
     settings = {
         path: {f"--{name}": value for name, value in state["args"].items() if name not in harmless}
         | {"the dataset": state["dataset"]}
