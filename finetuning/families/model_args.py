@@ -19,6 +19,7 @@ class ModelArgs:
         False, "attention by xformers, tested against PyTorch's at the start; without a GPU PyTorch's is used"
     )
     compile: bool = flag(False, "torch.compile the UNet: a slow first step, then faster ones")
+    channels_last: bool = flag(False, "the UNet's weights and activations in channels_last memory format; GPU only")
     cache_dir: str | None = flag(None, "where models and datasets of the Hub are kept")
 
 

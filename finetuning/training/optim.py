@@ -65,7 +65,8 @@ def build_optimizer(args: OptimArgs, groups):
         from prodigyopt import Prodigy
 
         return Prodigy(groups, **adam, safeguard_warmup=True, use_bias_correction=True)
-    return torch.optim.AdamW(groups, **adam)
+    # One kernel for all weights on a GPU; on a CPU the plain one, whose last bits older checkpoints were trained with.
+    return torch.optim.AdamW(groups, **adam, fused=groups[0]["params"][0].is_cuda or None)
 
 
 def learning_rates(args: OptimArgs, total_batch_size):

@@ -80,6 +80,8 @@ def choose_attention(args, run, model):
         else:
             _probe_xformers(run, model.denoiser.unet)
             model.denoiser.unet.enable_xformers_memory_efficient_attention()
+    if args.channels_last and run.device.type != "cpu":
+        model.denoiser.unet.to(memory_format=torch.channels_last)
     if args.compile:
         model.denoiser.unet.compile()
 
