@@ -25,7 +25,7 @@ from finetuning.data.latents import LatentArgs, latent_source
 from finetuning.data.reading import DatasetError
 from finetuning.data.streams import StreamArgs, load_training, row_order
 from finetuning.data.training_set import DataArgs
-from finetuning.diffusion.objective import NoiseArgs, NoiseSchedule, diffusion_loss, draw_noise
+from finetuning.diffusion.objective import NoiseArgs, diffusion_loss, draw_noise
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.families.loading import load_model
 from finetuning.families.lora_files import DIFFUSERS_NAME
