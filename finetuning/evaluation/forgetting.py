@@ -15,21 +15,12 @@ from finetuning.diffusion.objective import NoiseSchedule
 from finetuning.evaluation import generation as generating
 from finetuning.evaluation import measuring, statistics
 from finetuning.evaluation.denoising import load_rows, row_losses
-from finetuning.evaluation.metrics import EvaluationError
-from finetuning.evaluation.retention import RETENTION_MEASURES, learned_and_kept
+from finetuning.evaluation.metrics import EvaluationError, table
+from finetuning.evaluation.retention import RETENTION_MEASURES, learned_and_kept, retention_measure
 from finetuning.families.sd import StableDiffusion
 
-OFFERED = ("shapes", "clip_score", "clip_image", "lpips")  # the metrics that mean something on general prompts
-DRIFTS = {"clip_image": "drift_clip", "lpips": "drift_lpips"}
+DRIFTS = {metric.drift_of: name for name, metric in table().items() if metric.drift_of}
 UNKNOWN = "cannot be said: too little was measured"
-WORDS = {
-    "shapes": "share of general prompts whose shape and colour are right",
-    "clip_score": "CLIP score on the general prompts",
-    "drift_clip": "100 - 100 x cosine of an image and the original's of the same general prompt and seed",
-    "drift_lpips": "LPIPS of an image and the original's of the same general prompt and seed",
-    "fit_loss": "denoising loss on the dataset",
-    "retain_loss": "denoising loss on the dataset that should be kept",
-}
 
 
 @dataclass
@@ -114,15 +105,14 @@ def forgetting(rows, images, opened, args, device="cpu", *, dataset=None, losses
 
     "all" has learned and kept by every yardstick that can be had, the rest of them by the one that "by" names.
     """
-    measured = _measured(rows, images, opened, args, device)
+    measured, metrics = _measured(rows, images, opened, args, device), opened.table
     figures = _figures(measured)
     for name in ("fit", "retain") if losses else ():
         figures[f"{name}_loss"] = losses[name]
-    said = [] if measured is None else measured.left_out
-    left_out = [{"metric": DRIFTS.get(one["metric"], one["metric"]), "why": one["why"]} for one in said]
-    every = {}
-    for by, pair in _pairs(figures, dataset).items():
-        results, failed = _judge(by, *pair, next(iter(pair[0])))
+    left_out = [] if measured is None else [one | {"metric": _drift(one["metric"])} for one in measured.left_out]
+    every, measures = {}, _measures(opened.checker)
+    for by, pair in _pairs(figures, dataset, measures).items():
+        results, failed = _judge(by, measures[by], *pair, next(iter(pair[0])))
         left_out += failed
         if results["learned"]:
             every[by] = results
@@ -136,13 +126,20 @@ def forgetting(rows, images, opened, args, device="cpu", *, dataset=None, losses
             for name, by_label in figures.items()
         },
         "by": shown,
+        "retained_metric": measures[shown].retain if shown else None,
         "learned": chosen["learned"],
         "kept": chosen["kept"],
-        "words": {**chosen["words"], **{name: WORDS[name] for name in figures}},
+        "words": {**chosen["words"], **{name: metrics[name].means for name in figures}},
         "all": every,
         "left_out": left_out,
         "warnings": [] if measured is None else [f"general prompts: {w}" for w in measured.warnings if w not in known],
     }
+
+
+def _measures(checker):
+    """{by: RetentionMeasure} of all that could be measured, in the order of trust."""
+    own = {"checker": retention_measure("checker", checker)} if checker and checker.has_roles else {}
+    return own | RETENTION_MEASURES
 
 
 def _measured(rows, images, opened, args, device):
@@ -151,7 +148,9 @@ def _measured(rows, images, opened, args, device):
         return None
     reference = next(iter(images.values()))
     rows = [replace(row, image=reference.get(row.number)) for row in rows]
-    offered = tuple(name for name in OFFERED if not args.metrics or name in args.metrics)
+    drifts = [metric.drift_of for metric in opened.table.values() if metric.drift_of]
+    offered = [name for name, metric in opened.table.items() if metric.measured_on == "both"] + drifts
+    offered = tuple(name for name in offered if not args.metrics or name in args.metrics)
     # What cannot be had on these prompts is left out with its reason, even where it was named for the dataset.
     return measuring.measure(rows, images, opened, replace(args, metrics=None, resolutions=None), device, offered)
 
@@ -160,7 +159,7 @@ def _figures(measured):
     """{figure: {label: float64 [prompts]}}; the reference has no drift from itself."""
     if measured is None:
         return {}
-    figures = {DRIFTS.get(metric, metric): dict(by[measured.sides[-1]]) for metric, by in measured.values.items()}
+    figures = {_drift(metric): dict(by[measured.sides[-1]]) for metric, by in measured.values.items()}
     for name in DRIFTS.values():
         figures.get(name, {}).pop(measured.models[0], None)
     if "drift_clip" in figures:
@@ -168,20 +167,22 @@ def _figures(measured):
     return {name: by_label for name, by_label in figures.items() if by_label}
 
 
-def _pairs(figures, dataset):
-    """{yardstick: ({label: what was trained}, {label: what should be kept})} of those that can be had, in order."""
+def _drift(metric):
+    """The name of a metric on the general prompts, where the original's image stands for the true one."""
+    return DRIFTS.get(metric, metric)
+
+
+def _pairs(figures, dataset, measures):
+    """{by: ({label: what was trained}, {label: what should be kept})} of those that can be had, in order."""
     last = {} if dataset is None else {name: by_side[dataset.sides[-1]] for name, by_side in dataset.values.items()}
-    pairs = {
-        "shapes": (last.get("style"), figures.get("shapes")),
-        "clip": (last.get("clip_score"), figures.get("clip_score")),
-        "loss": (figures.get("fit_loss"), figures.get("retain_loss")),
-    }
+    fit = last | {name: figures[name] for name in figures if name.endswith("_loss")}
+    pairs = {by: (fit.get(measure.fit), figures.get(measure.retain)) for by, measure in measures.items()}
     return {by: pair for by, pair in pairs.items() if None not in pair}
 
 
-def _judge(by, fit, retain, reference):
+def _judge(by, measure, fit, retain, reference):
     """({"learned": {label: ...}, "kept": ..., "words": ...}, what has no share) of every model but the reference."""
-    results = {"learned": {}, "kept": {}, "words": vars(RETENTION_MEASURES[by]).copy()}
+    results = {"learned": {}, "kept": {}, "words": {"learned": measure.learned, "kept": measure.kept}}
     failed = []
     for label in (label for label in fit if label != reference and label in retain):
         try:

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from finetuning.conversion.audit import printable
-from finetuning.evaluation.metrics import METRICS, EvaluationError
+from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.report_page import page
 from finetuning.evaluation.words import (
     estimate_at,
@@ -38,9 +38,9 @@ IN_MARKDOWN, MARKDOWN_SIDE = 24, 128  # rows that the Markdown shows, and how wi
 
 ESTIMATE = ("value", "low", "high", "n")
 REQUIRED = {
-    "made": dict, "protocol": str, "policy": str, "sides": list, "reference": str, "weights": list, "left_out": list,
-    "warnings": list, "models": list, "summary": dict, "differences": dict, "rows": list, "forgetting": dict | None,
-    "curves": list,
+    "made": dict, "protocol": str, "policy": str, "sides": list, "reference": str, "metrics": dict, "weights": list,
+    "left_out": list, "warnings": list, "models": list, "summary": dict, "differences": dict, "rows": list,
+    "forgetting": dict | None, "curves": list,
 }  # fmt: skip
 REQUIRED_WITHIN = {
     "made": ("command", "versions", "args"),
@@ -106,9 +106,8 @@ def faults(report):
             used = {*row["images"], *(label for by_label in row["values"].values() for label in by_label)}
             for label in sorted(used - set(labels)):
                 yield f"{where}, row {row['row']} names {label!r}, which is none of the models"
-    for metric in row_metrics(report["rows"]):
-        if metric not in METRICS:
-            yield f"rows have values of {metric!r}, which is none of {', '.join(METRICS)}"
+    for metric in sorted({metric for row in report["rows"] for metric in row["values"]} - report["metrics"].keys()):
+        yield f"rows have values of {metric!r}, which is none of {', '.join(report['metrics'])}"
 
 
 def _missing(report):
@@ -152,8 +151,8 @@ def _no_json(where, content):
 def _wrong_estimates(report, name, keys, labels):
     sides = set(map(str, report["sides"]))
     for metric, by_side in report[name].items():
-        if metric not in METRICS:
-            yield f"{name}.{metric} is none of the metrics {', '.join(METRICS)}"
+        if metric not in report["metrics"]:
+            yield f"{name}.{metric} is none of the metrics {', '.join(report['metrics'])}"
         for side, by_label in by_side.items():
             if str(side) not in sides:
                 yield f"{name}.{metric}.{side} is none of the sides {', '.join(sorted(sides))}"
@@ -170,7 +169,7 @@ def _wrong_estimates(report, name, keys, labels):
 
 def as_csv(report):
     """A line for each row and model: row, caption, model, image, and each metric that rows have, in full digits."""
-    metrics = row_metrics(report["rows"])
+    metrics = row_metrics(report, report["rows"])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["row", "caption", "model", "truth", "image", *metrics])
@@ -199,7 +198,7 @@ def _figures(report):
     """The summary: a line for each metric and side, a column for each model."""
     labels = [model["label"] for model in report["models"]]
     lines = [_line(["metric", "n", *map(_text, labels)]), "|---|" + "---:|" * (len(labels) + 1)]
-    for metric in METRICS:
+    for metric in report["metrics"]:
         for side in report["sides"]:
             estimates = [estimate_at(report["summary"], metric, side, label) for label in labels]
             if any(estimates):
@@ -238,10 +237,10 @@ def _counted(estimate):
 
 
 def _metric_cell(report, metric, side):
-    facts = METRICS[metric]
+    facts = report["metrics"][metric]
     size = f" at {side} px" if len(report["sides"]) > 1 else ""
     tag = ", **not comparable** (not the published weights)" if is_not_published(report, metric) else ""
-    return f"{facts.title}{size}, {facts.better} is better{tag}"
+    return f"{facts['title']}{size}, {facts['better']} is better{tag}"
 
 
 def _estimate_cell(report, metric, side, label, estimate):
@@ -262,13 +261,13 @@ def _images(report):
         return ""
     shown = rows[:: -(-len(rows) // IN_MARKDOWN)]
     labels = [model["label"] for model in report["models"] if any(model["label"] in row["images"] for row in rows)]
-    writers = {metric: row_number(rows, metric) for metric in row_metrics(rows)}
+    writers = {metric: row_number(rows, metric) for metric in row_metrics(report, rows)}
     lines = [_line(["caption", "ground truth", *map(_text, labels)]), "|---|" + "---|" * (len(labels) + 1)]
     for row in shown:
         cells = [_text(row["caption"]), _image(row["truth"], "ground truth")]
         for label in labels:
             values = [
-                f"{_text(title_of(metric))} {write(value_at(row, metric, label))}"
+                f"{_text(title_of(report, metric))} {write(value_at(row, metric, label))}"
                 for metric, write in writers.items()
                 if value_at(row, metric, label) is not None
             ]

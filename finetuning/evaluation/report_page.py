@@ -18,7 +18,6 @@ from pathlib import Path
 from finetuning.conversion.audit import printable
 from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.evaluation.charts import chart, forest
-from finetuning.evaluation.metrics import METRICS
 from finetuning.evaluation.statistics import mean_of
 from finetuning.evaluation.words import (
     best_and_worst,
@@ -65,8 +64,8 @@ def page(report, folder):
         _forgetting(report),
         _curves(report["curves"]),
         _front(report, thumbnails),
-        _table("Image by image", "", rows, report["models"], thumbnails),
-        _table("General prompts one by one", "prompts-", prompts, report["models"], thumbnails),
+        _table("Image by image", "", rows, report, thumbnails),
+        _table("General prompts one by one", "prompts-", prompts, report, thumbnails),
         _made(report),
     ]
     digest = base64.b64encode(hashlib.sha256(printable(SCRIPT).encode()).digest()).decode("ascii")
@@ -121,7 +120,7 @@ def _with_flags(text):
 
 def _summary(report):
     bodies = []
-    for metric in METRICS:
+    for metric in report["metrics"]:
         for index, side in enumerate(report["sides"]):
             if report["summary"].get(metric, {}).get(str(side)):
                 bodies.append(_metric(report, metric, side, explain=index == 0))
@@ -140,13 +139,13 @@ def _summary(report):
 
 
 def _metric(report, metric, side, explain):
-    facts = METRICS[metric]
+    facts = report["metrics"][metric]
     size = f" at {side} px" if len(report["sides"]) > 1 else ""
     tag = ' <span class="tag bad">not the published weights: not comparable</span>' * is_not_published(report, metric)
-    about = f"<br>{escape(facts.means)}" if explain else ""
+    about = f"<br>{escape(facts['means'])}" if explain else ""
     lines = [
-        f'<tbody><tr><th class="about" colspan="6" scope="rowgroup"><strong>{escape(facts.title)}{size}</strong> '
-        f'<span class="soft">{facts.better} is better{about}</span>{tag}</th></tr>'
+        f'<tbody><tr><th class="about" colspan="6" scope="rowgroup"><strong>{escape(facts["title"])}{size}</strong> '
+        f'<span class="soft">{facts["better"]} is better{about}</span>{tag}</th></tr>'
     ]
     for model in report["models"]:
         label = model["label"]
@@ -199,26 +198,30 @@ def _forgetting(report):
     if forgetting["learned"]:
         judged = [label for label in labels if label in forgetting["learned"]]
         lines = [(label, [_counted(forgetting[name].get(label)) for name in ("learned", "kept")]) for label in judged]
-        found += [_words(words, ("learned", "kept")), _grid("model", ("learned", "kept"), lines)]
+        found += [_words(report, words, ("learned", "kept")), _grid("model", ("learned", "kept"), lines)]
     if figures := forgetting["summary"]:
         lines = [(label, [_counted(of.get(label)) for of in figures.values()]) for label in labels]
-        found += ["<h3>What was measured for it</h3>", _words(words, figures)]
-        found.append(_grid("model", map(title_of, figures), lines))
+        found += ["<h3>What was measured for it</h3>", _words(report, words, figures)]
+        found.append(_grid("model", [title_of(report, figure) for figure in figures], lines))
     prompts = forgetting["prompts"]
     if len({row["category"] for row in prompts}) > 1:
-        tables = "".join(f"<div>{_by_category(prompts, figure, labels)}</div>" for figure in row_metrics(prompts))
+        tables = "".join(
+            f"<div>{_by_category(report, prompts, figure, labels)}</div>" for figure in row_metrics(report, prompts)
+        )
         found.append(f'<div class="charts">{tables}</div>')
     return "".join(found)
 
 
-def _words(words, names):
+def _words(report, words, names):
     lines = [
-        f"<li><strong>{escape(title_of(name))}</strong>: {escape(words[name])}</li>" for name in names if name in words
+        f"<li><strong>{escape(title_of(report, name))}</strong>: {escape(words[name])}</li>"
+        for name in names
+        if name in words
     ]
     return f"<ul>{''.join(lines)}</ul>" if lines else ""
 
 
-def _by_category(prompts, figure, labels):
+def _by_category(report, prompts, figure, labels):
     """A table of the means of a figure in each category of prompts."""
     labels = [label for label in labels if any(value_at(row, figure, label) is not None for row in prompts)]
     lines = []
@@ -228,7 +231,7 @@ def _by_category(prompts, figure, labels):
         known = [[value for value in values if value is not None] for values in of_labels]
         cells = [_category_cell(values) for values in known]
         lines.append((category or "no category", [str(max(map(len, known))), *cells]))
-    return f"<h3>{escape(title_of(figure))} by category</h3>{_grid('category', ['n', *labels], lines)}"
+    return f"<h3>{escape(title_of(report, figure))} by category</h3>{_grid('category', ['n', *labels], lines)}"
 
 
 def _category_cell(values):
@@ -263,23 +266,23 @@ def _front(report, thumbnails):
     if not found:
         return ""
     metric, label, best, worst = found
-    metrics = row_metrics(report["rows"])
+    metrics = row_metrics(report, report["rows"])
     writers = {one: row_number(report["rows"], one) for one in metrics}
-    cards = lambda rows: "".join(_card(row, report["models"], metrics, writers, thumbnails) for row in rows)
+    cards = lambda rows: "".join(_card(row, report, metrics, writers, thumbnails) for row in rows)
     return (
-        f'<h2>Best and worst</h2><p class="soft">By {escape(title_of(metric))} of {escape(label)}.</p>'
+        f'<h2>Best and worst</h2><p class="soft">By {escape(title_of(report, metric))} of {escape(label)}.</p>'
         f'<h3>Best</h3><div class="cards">{cards(best)}</div>'
         + (f'<h3>Worst</h3><div class="cards">{cards(worst)}</div>' if worst else "")
     )
 
 
-def _card(row, models, metrics, writers, thumbnails):
+def _card(row, report, metrics, writers, thumbnails):
     cells = [f"<div><strong>truth</strong>{_image(row['truth'], 'truth', thumbnails)}</div>"] if row["truth"] else []
-    for model in models:
+    for model in report["models"]:
         label = model["label"]
         if label in row["images"] and not model["noise_floor"]:
             values = "".join(
-                f"{escape(title_of(one))} {writers[one](value_at(row, one, label))}<br>"
+                f"{escape(title_of(report, one))} {writers[one](value_at(row, one, label))}<br>"
                 for one in metrics
                 if value_at(row, one, label) is not None
             )
@@ -291,13 +294,13 @@ def _card(row, models, metrics, writers, thumbnails):
     )
 
 
-def _table(title, name, rows, models, thumbnails):
+def _table(title, name, rows, report, thumbnails):
     """All rows as a table that the script sorts and filters; on a narrow screen each row is a card."""
     if not rows:
         return ""
-    metrics = row_metrics(rows)
+    metrics = row_metrics(report, rows)
     writers = {metric: row_number(rows, metric) for metric in metrics}
-    labels = [one["label"] for one in models if any(one["label"] in row["images"] for row in rows)]
+    labels = [one["label"] for one in report["models"] if any(one["label"] in row["images"] for row in rows)]
     plain = [("row", "row"), ("caption", "caption")] + [("category", "category")] * any(
         row.get("category") for row in rows
     )
@@ -312,12 +315,12 @@ def _table(title, name, rows, models, thumbnails):
         heads += f'<th colspan="{1 + len(own[label])}" scope="colgroup" class="of">{escape(label)}</th>'
         below += '<th scope="col" class="first left">image</th>'
         for offset, metric in enumerate(own[label], 1):
-            key, word = escape(f"{metric}:{label}"), escape(title_of(metric))
+            key, word = escape(f"{metric}:{label}"), escape(title_of(report, metric))
             below += _sortable_head(key, word, column + offset, 1)
             options += f'<option value="{key}">{word} of {escape(label)}</option>'
         column += 1 + len(own[label])
 
-    body = "".join(_table_row(row, plain, has_truth, own, writers, thumbnails) for row in rows)
+    body = "".join(_table_row(report, row, plain, has_truth, own, writers, thumbnails) for row in rows)
     return (
         f'<h2>{title}</h2><div class="sortable" data-name="{name}"><div class="controls" hidden>'
         f'<input type="search" placeholder="filter by text" aria-label="filter: {title}">'
@@ -336,7 +339,7 @@ def _sortable_head(key, word, column, span):
     )
 
 
-def _table_row(row, plain, has_truth, own, writers, thumbnails):
+def _table_row(report, row, plain, has_truth, own, writers, thumbnails):
     cells = [f'<td class="plain" data-value="{row["row"]}">{row["row"]}</td>']
     cells += [f'<td class="caption">{escape(row[key] or "")}</td>' for key, _ in plain[1:]]
     if has_truth:
@@ -353,7 +356,8 @@ def _table_row(row, plain, has_truth, own, writers, thumbnails):
             value = value_at(row, metric, label)
             raw = "" if value is None else repr(float(value))
             cells.append(
-                f'<td data-label="{escape(title_of(metric))}" data-value="{raw}" style="--at:{at};--down:{down}">'
+                f'<td data-label="{escape(title_of(report, metric))}" data-value="{raw}" '
+                f'style="--at:{at};--down:{down}">'
                 f"{writers[metric](value)}</td>"
             )
     text = " ".join([str(row["row"]), *(str(row[key] or "") for key, _ in plain[1:])]).lower()

@@ -1,8 +1,8 @@
-"""What a fine-tune learned and what it forgot, as two numbers with their intervals.
+"""What a fine-tune learned and how much it kept, as two numbers with their intervals.
 
     learned, kept = learned_and_kept("loss", (fit_tuned, fit_original), (retain_tuned, retain_original))
 
-All is against the original model at the same rows, prompts and seeds: learned 0 and kept 1 are the original itself.
+Both compare with the original model on the same rows, prompts and seeds: learned 0 and kept 1 are the original itself.
 """
 
 from dataclasses import dataclass, replace
@@ -14,42 +14,57 @@ from finetuning.evaluation.metrics import EvaluationError
 
 
 @dataclass(frozen=True)
-class Yardstick:
-    """The words for what learned and kept are taken from."""
+class RetentionMeasure:
+    """Which metrics learned and kept are taken from, by name, and what the two numbers are, in words."""
 
+    fit: str
+    retain: str
     learned: str
     kept: str
 
 
-# In the order of trust: the first that can be had is the one that is shown.
+# In the order of trust, after "checker": a report shows the first that can be measured.
 RETENTION_MEASURES = {
-    "shapes": Yardstick(
-        "rise of the share of things in chalk on the dataset's captions, against the original",
-        "share of general prompts with the right shape and colour, divided by the original's",
-    ),
-    "clip": Yardstick(
+    "clip": RetentionMeasure(
+        "clip_score",
+        "clip_score",
         "rise of the CLIP score on the dataset's captions, against the original, in points of 100",
         "CLIP score on the general prompts, divided by the original's",
     ),
-    "loss": Yardstick(
+    "loss": RetentionMeasure(
+        "fit_loss",
+        "retain_loss",
         "1 - loss / the original's loss, on the dataset",
         "the original's loss / loss, on the dataset that should be kept",
     ),
 }
 
 
-def learned_and_kept(by, fit, retain):
-    """(learned, kept), an Estimate each, as RETENTION_MEASURES[by] says it.
+def retention_measure(by, checker=None):
+    """The RetentionMeasure by "checker" (a checkers.Checker with a metric of each role), "clip" or "loss"."""
+    if by != "checker":
+        return RETENTION_MEASURES[by]
+    checker.require_roles()
+    learned, retained = (checker.metrics[name].means for name in (checker.learned, checker.retained))
+    return RetentionMeasure(
+        checker.learned,
+        checker.retained,
+        f"rise of this on the dataset's captions, against the original: {learned}",
+        f"this on the general prompts, divided by the original's: {retained}",
+    )
 
-    fit     (tuned's, original's) values on what was trained, float64 [rows] each, of the same rows: by shapes the share
-            of things in chalk, by clip the CLIP score, by loss the denoising loss
-    retain  the same on what should be kept; by shapes 1 where shape and colour are right, else 0
+
+def learned_and_kept(by, fit, retain):
+    """(learned, kept), an Estimate each, by "checker", "clip" or "loss".
+
+    fit     (tuned's, original's) values on what was trained, float64 [rows] each, of the same rows
+    retain  the same on what should be kept; none below 0
 
     Raises EvaluationError where the original has nothing that could be kept, so that there is no share of it.
     """
-    if by not in RETENTION_MEASURES:
-        raise ValueError(f"{by!r} is none of {', '.join(RETENTION_MEASURES)}")
-    if by == "loss":  # lower is better: the shares are turned round
+    if by not in ("checker", *RETENTION_MEASURES):
+        raise ValueError(f"{by!r} is none of checker, {', '.join(RETENTION_MEASURES)}")
+    if by == "loss":  # lower is better: both shares are inverted
         left = ratio_of_means(*fit)
         return statistics.Estimate(1 - left.value, 1 - left.high, 1 - left.low, left.n), ratio_of_means(*retain[::-1])
     return statistics.paired_difference(*fit), ratio_of_means(*retain)

@@ -6,27 +6,9 @@ All functions read report.json as it is in the file, where sides are text; every
 import math
 import re
 
-from finetuning.evaluation.metrics import METRICS
+from finetuning.evaluation.metrics import NETWORK_FLAGS
 
-TITLES = {  # of figures that are no metric of the dataset
-    "drift_lpips": "LPIPS drift", "drift_clip": "CLIP drift", "fit_loss": "loss on the dataset",
-    "retain_loss": "loss on what should be kept", "learned and kept by shapes": "learned and kept (by shapes)",
-    "learned and kept by clip": "learned and kept (by CLIP score)",
-    "learned and kept by loss": "learned and kept (by loss)",
-}  # fmt: skip
-KEPT = {  # what the share that a model kept is a share of, by the yardstick
-    "shapes": "on the general prompts it is right {kept} as often as {reference}",
-    "clip": "on the general prompts its CLIP score is {kept} of {reference}'s",
-    "loss": "on what should be kept, the loss of {reference} is {kept} of its own",
-    None: "it kept {kept} of what {reference} can do",
-}
-# The first that is there says which rows are best, the others where it is even.
-RANKED_BY = ("lpips", "clip_image", "clip_score", "style", "shapes")
-NETWORKS = {
-    "kid": "inception", "fid": "inception", "lpips": "lpips", "drift_lpips": "lpips", "clip_score": "clip",
-    "clip_image": "clip", "drift_clip": "clip",
-}  # fmt: skip
-FLAGS = {"inception": "--inception_weights", "lpips": "--lpips_trunk", "clip": "--clip_model"}
+KEPT = "it kept {kept} of what {reference} can do"  # where the metric has no words of its own
 # statistics.small_sample_warning on one model at one side; "by" is missing where the bias could not be measured.
 SMALL_SAMPLE = re.compile(
     r"(?P<who>.+ at \d+ px): (?P<what>FID of \d+ images is biased[^:]*)"
@@ -85,8 +67,9 @@ def percent(estimate):
     return f"{value} % ({interval}{' %' if width_of(estimate) else ''})"
 
 
-def title_of(figure):
-    return METRICS[figure].title if figure in METRICS else TITLES.get(figure, figure.replace("_", " "))
+def title_of(report, metric):
+    """Of a metric in the report's table; of anything else its name."""
+    return report["metrics"][metric]["title"] if metric in report["metrics"] else metric.replace("_", " ")
 
 
 def row_number(rows, metric):
@@ -106,10 +89,10 @@ def listed(words):
 # -- what stands where in a report ---------------------------------------------------------------------------------
 
 
-def row_metrics(rows):
-    """The metrics that rows have values of, known ones first in the order of METRICS."""
+def row_metrics(report, rows):
+    """The metrics that rows have values of, in the order of the table."""
     there = dict.fromkeys(metric for row in rows for metric in row["values"])
-    return [*(metric for metric in METRICS if metric in there), *(metric for metric in there if metric not in METRICS)]
+    return [*(metric for metric in report["metrics"] if metric in there)]
 
 
 def value_at(row, metric, label):
@@ -139,12 +122,13 @@ def best_and_worst(report, most):
     """
     models = tuned_models(report) or report["models"]
     is_there = lambda metric, label: any(value_at(row, metric, label) is not None for row in report["rows"])
-    ranks = [(metric, one["label"]) for metric in RANKED_BY for one in models if is_there(metric, one["label"])]
+    by = [*report["metrics"]][::-1]  # the first that is there ranks the rows, the others where it is even
+    ranks = [(metric, one["label"]) for metric in by for one in models if is_there(metric, one["label"])]
     if not ranks:
         return None
     metric, label = ranks[0]
     others = [other for other, of in ranks if of == label]
-    goodness = lambda row: [_goodness(other, value_at(row, other, label)) for other in others]
+    goodness = lambda row: [_goodness(report, other, value_at(row, other, label)) for other in others]
     rows = [row for row in report["rows"] if value_at(row, metric, label) is not None]
     rows.sort(key=goodness, reverse=True)
     most = min(most, -(-len(rows) // 2))
@@ -152,16 +136,16 @@ def best_and_worst(report, most):
     return metric, label, rows[:most], worst[:most]
 
 
-def _goodness(metric, value):
+def _goodness(report, metric, value):
     """A value so that more is better; a missing one comes last."""
     if value is None:
         return -math.inf
-    return value if METRICS[metric].better == "higher" else -value
+    return value if report["metrics"][metric]["better"] == "higher" else -value
 
 
 def is_not_published(report, metric):
     """Whether a metric was made with weights that are known not to be the published ones."""
-    network = NETWORKS.get(metric)
+    network = report["metrics"][metric]["network"]
     return any(one["published"] is False and one["name"].startswith(network) for one in report["weights"] if network)
 
 
@@ -182,7 +166,7 @@ def standing(report, metric, side, label):
         return None
     if not difference["excludes_zero"]:
         return "not told apart"
-    return "better" if (difference["value"] > 0) == (METRICS[metric].better == "higher") else "worse"
+    return "better" if (difference["value"] > 0) == (report["metrics"][metric]["better"] == "higher") else "worse"
 
 
 def is_beyond_noise(report, metric, side, label):
@@ -204,7 +188,7 @@ def _learned(report, label):
     side, reference = report["sides"][-1], report["reference"]
     found = {
         metric: (word, is_beyond_noise(report, metric, side, label))
-        for metric in METRICS
+        for metric in report["metrics"]
         if (word := standing(report, metric, side, label))
     }
     if not found:
@@ -220,7 +204,7 @@ def _learned(report, label):
             if own := [metric for metric in found if found[metric] == (word, beyond)]:
                 clauses.append(f"{word} in {listed([_both(report, one, side, label) for one in own])}{suffix}")
     clauses = [f"it is {'; '.join(clauses)}"] * bool(clauses)
-    if unclear := [title_of(metric) for metric in found if found[metric][0] == "not told apart"]:
+    if unclear := [title_of(report, metric) for metric in found if found[metric][0] == "not told apart"]:
         clauses.append(f"in {listed(unclear)} any difference may be chance")
     unknown = "" if noise_floors(report) else f" How far two seeds of {reference} differ was not measured."
     return f"Against {reference}, {label} {_progress(found.values())}: {'; '.join(clauses)}.{unknown}"
@@ -238,9 +222,9 @@ def _both(report, metric, side, label):
     """A metric with the figures of a model and the reference, a digit shorter than in a table."""
     pair = [estimate_at(report["summary"], metric, side, one) for one in (label, report["reference"])]
     if None in pair:
-        return title_of(metric)
+        return title_of(report, metric)
     width = 10 * max(width_of(one) or 0 for one in pair)
-    return f"{title_of(metric)} ({' against '.join(number(one['value'], width) for one in pair)})"
+    return f"{title_of(report, metric)} ({' against '.join(number(one['value'], width) for one in pair)})"
 
 
 def _kept(report, label):
@@ -254,7 +238,7 @@ def _kept(report, label):
         told = "It has forgotten nothing that was measured"
     else:
         told = "Whether it has forgotten anything cannot be told"
-    words = KEPT.get(forgetting.get("by"), KEPT[None])
+    words = report["metrics"].get(forgetting.get("retained_metric"), {}).get("verdict") or KEPT
     return f"{told}: {words.format(kept=percent(kept), reference=report['reference'])}."
 
 
@@ -277,7 +261,7 @@ def folded_warnings(report):
 
 def reasons(report):
     """[(titles, why)] of all that was not measured, in full."""
-    return [(listed(list(map(title_of, metrics))), why) for why, metrics in _left_out(report).items()]
+    return [(_titles(report, metrics), why) for why, metrics in _left_out(report).items()]
 
 
 def _small_samples(lines):
@@ -293,20 +277,27 @@ def _small_samples(lines):
 def _not_measured(report):
     """One note for all networks whose weights are not there, and one for each other reason."""
     left_out = _left_out(report)
-    lacks_weights = lambda metric, why: metric in NETWORKS and FLAGS[NETWORKS[metric]] in why
+    networks = {name: metric["network"] for name, metric in report["metrics"].items()}
+    lacks_weights = lambda metric, why: networks.get(metric) and NETWORK_FLAGS[networks[metric]] in why
     without = [metric for why, metrics in left_out.items() for metric in metrics if lacks_weights(metric, why)]
     if without:
-        flags = list(dict.fromkeys(FLAGS[NETWORKS[metric]] for metric in without))
+        flags = list(dict.fromkeys(NETWORK_FLAGS[networks[metric]] for metric in without))
         whose = "their networks'" if len(without) > 1 else "its network's"
         name = "name local files" if len(flags) > 1 else "names a local file"
-        yield (f"{_were_not_measured(without)}: {whose} weights are not on this machine. {listed(flags)} {name}")
+        yield (
+            f"{_were_not_measured(report, without)}: {whose} weights are not on this machine. {listed(flags)} {name}"
+        )
     for why, metrics in left_out.items():
         if others := [metric for metric in metrics if metric not in without]:
-            yield f"{_were_not_measured(others)}: {why}"
+            yield f"{_were_not_measured(report, others)}: {why}"
 
 
-def _were_not_measured(metrics):
-    titles = listed(list(map(title_of, metrics)))
+def _titles(report, metrics):
+    return listed([title_of(report, metric) for metric in metrics])
+
+
+def _were_not_measured(report, metrics):
+    titles = _titles(report, metrics)
     return f"{titles} {'were' if ' and ' in titles else 'was'} not measured"
 
 

@@ -19,10 +19,11 @@ import torch
 
 from finetuning.cli import flag
 from finetuning.data.reading import SPLIT_NAMES
+from finetuning.evaluation.checkers import load_checker
 from finetuning.evaluation.denoising import chosen_rows, load_rows, row_losses
 from finetuning.evaluation.generation import general_rows
 from finetuning.evaluation.metrics import EvaluationError
-from finetuning.evaluation.retention import RETENTION_MEASURES, learned_and_kept
+from finetuning.evaluation.retention import learned_and_kept, retention_measure
 from finetuning.evaluation.statistics import mean_of
 from finetuning.files import write_json
 from finetuning.rng import torch_generator
@@ -138,7 +139,9 @@ class Watch:
         self.held_out = (held_out, chosen_rows(len(held_out), most, args.seed)) if most > 1 else None
         self.measure = MEASURES[args.evaluate_with](args, run, model, self.losses_of, self.held_out)
         self.base = None  # the values of step 0
-        words = RETENTION_MEASURES[args.evaluate_with]
+        self.by = "checker" if args.evaluate_with == "shapes" else args.evaluate_with
+        checker = load_checker("finetuning.shapes.checker") if self.by == "checker" else None
+        words = retention_measure(self.by, checker)
         run.say(
             f"evaluation every {args.evaluate_every} steps: learned is {self.measure.no_fit or words.learned}; kept is "
             f"{words.kept} (the original is step 0)"
@@ -200,7 +203,7 @@ class Watch:
         kind, (base_fit, base_retain) = self.args.evaluate_with, self.base
         pair = retain, base_retain
         try:
-            learned, kept = learned_and_kept(kind, (fit, base_fit) if fit else pair, pair)
+            learned, kept = learned_and_kept(self.by, (fit, base_fit) if fit else pair, pair)
         except ValueError as problem:  # the base has nothing to keep, or not all is finite
             raise EvaluationError(f"--evaluate_with {kind}: {problem}") from problem
         figures = ({"learned": learned} if fit else {}) | {"kept": kept}

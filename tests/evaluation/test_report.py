@@ -3,14 +3,17 @@
 import csv
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from finetuning.evaluation.metrics import EvaluationError
+from finetuning.evaluation.checkers import load_checker
+from finetuning.evaluation.metrics import EvaluationError, table
 from finetuning.evaluation.report import ESTIMATE, IN_MARKDOWN, REQUIRED, as_csv, as_markdown, faults, write_report
 
+TABLE = {name: asdict(metric) for name, metric in table(load_checker("finetuning.shapes.checker")).items()}
 FILES = ["report.csv", "report.html", "report.json", "report.md"]
 
 
@@ -25,6 +28,7 @@ def report():
     return {
         "made": {"command": ["python", "evaluate_model.py"], "versions": {"torch": "2.9"}, "args": {"seed": 0}},
         "protocol": "clean", "policy": "The centre square, resized once.", "sides": [64], "reference": "original",
+        "metrics": TABLE,
         "weights": [{"name": "inception", "origin": "a.safetensors", "sha256": "ab", "published": False}],
         "left_out": [{"metric": "fid", "why": "needs 2 images"}], "warnings": ["few images"],
         "models": [

@@ -10,19 +10,22 @@ import shlex
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import asdict
 from html import unescape
 from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
-from finetuning.evaluation.metrics import METRICS
+from finetuning.evaluation.checkers import load_checker
+from finetuning.evaluation.metrics import table
 from finetuning.evaluation.report_page import EMBEDDED, THUMBNAIL, page
 from finetuning.evaluation.statistics import mean_of, paired_difference
 from finetuning.evaluation.words import best_and_worst, verdict
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import draw_scene
 
+TABLE = {name: asdict(metric) for name, metric in table(load_checker("finetuning.shapes.checker")).items()}
 VOID = {"meta", "img", "br", "input"}
 LABELS = ("original", "original, seed 2", "tuned", "merged")
 ROW_METRICS = {"style": (0.0, 0.0, 0.93, 0.6), "clip_score": (24.1, 24.0, 27.3, 26.4), "lpips": (0.61, 0.6, 0.42, 0.5)}
@@ -135,6 +138,7 @@ def example(folder, count=24, drawn=True):
         "protocol": "clean",
         "policy": "The centre square of each image is resized with PIL's antialiased bicubic filter.",
         "sides": [64],
+        "metrics": TABLE,
         "reference": "original",
         "weights": [
             {"name": "inception", "origin": "random.safetensors", "sha256": "ab" * 32, "published": False},
@@ -240,10 +244,10 @@ def test_the_figures_stand_in_the_summary_with_interval_n_and_mark(shown):
     lines = cells(text, "<h2>Figures</h2>")
     heads = [line[0] for line in lines if len(line) == 1]
     assert [head.split(" higher")[0].split(" lower")[0] for head in heads] == [
-        METRICS[name].title for name in METRICS if name in report["summary"]
+        TABLE[name]["title"] for name in TABLE if name in report["summary"]
     ]
     assert "not comparable" in heads[-1] and "not comparable" in heads[-2] and "not comparable" not in heads[0]
-    assert all(METRICS[name].means in " ".join(heads) for name in report["summary"])
+    assert all(TABLE[name]["means"] in " ".join(heads) for name in report["summary"])
     kid = next(index for index, line in enumerate(lines) if len(line) == 1 and line[0].startswith("KID"))
     assert lines[kid + 1] == ["original", "0.214 0.197 to 0.231", "24", "", "", "reference"]
     assert lines[kid + 2] == [
@@ -272,7 +276,7 @@ def test_each_side_has_its_own_figures_and_one_explanation(report, tmp_path):
     text = page(report, tmp_path)
     heads = [line[0] for line in cells(text, "<h2>Figures</h2>") if len(line) == 1 and "LPIPS" in line[0]]
     assert [head.split(" lower")[0] for head in heads] == ["LPIPS at 32 px", "LPIPS at 64 px"]
-    assert METRICS["lpips"].means in heads[0] and METRICS["lpips"].means not in heads[1]
+    assert TABLE["lpips"]["means"] in heads[0] and TABLE["lpips"]["means"] not in heads[1]
 
 
 FEW = "FID of 4 images is biased: about +9 of its 12 comes from their number alone, ... (a line in 1/n): look at KID"
@@ -354,7 +358,7 @@ def test_every_row_stands_in_the_table_with_its_values(shown):
         values = [float(value) if value else None for value in re.findall(r'data-value="([^"]*)"', line)]
         assert values == [
             row["row"],
-            *(row["values"][m][label] for label in LABELS for m in METRICS if m in ROW_METRICS),
+            *(row["values"][m][label] for label in LABELS for m in TABLE if m in ROW_METRICS),
         ]
         assert row["caption"] in line and line.count("<img") == 1 + len(LABELS)
 
