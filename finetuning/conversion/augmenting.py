@@ -28,10 +28,10 @@ from finetuning.conversion.copying import (
     take_images,
     write_metadata,
 )
-from finetuning.conversion.writer import encoded
+from finetuning.conversion.writer import encoded, shortened
 from finetuning.data.captions import MirrorArgs, may_mirror, swap_sides
+from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.images import UnreadableImage, open_rgb
-from finetuning.data.reading import DatasetError, Findings
 from finetuning.files import write_json
 from finetuning.rng import python_random, torch_generator
 
@@ -89,7 +89,7 @@ class Copy:
 def augment(args: AugmentArgs, say=print):
     """Write the dataset with its copies; {split: how many images}.
 
-    Raises DatasetError with every fault that training would name, unless --on_bad_rows skip; nothing is written then.
+    Raises DatasetError with every error that training would name, unless --on_bad_rows skip; nothing is written then.
     """
     findings = Findings()
     splits = read_splits(args, findings)
@@ -191,9 +191,8 @@ def _planned(rows, names, args, findings):
             plan[image] = [copy for copy in copies if not copy.is_mirrored]
         if len(plan[image]) < len(copies):
             unmirrored.append(name)
-    if unmirrored:
-        kind = "images that are not mirrored, as a caption says left or right (--flip_captions swap exchanges them)"
-        findings.notes[kind] = unmirrored
+    for name in unmirrored:
+        findings.warn("not_mirrored", name)
     there = {name.lower() for name in names.values()}
     taken = [copy.name for copies in plan.values() for copy in copies if copy.name.lower() in there]
     if taken:
@@ -207,7 +206,7 @@ def _planned(rows, names, args, findings):
 def _copy_name(name, kind, number):
     path = PurePosixPath(name)
     stem, ending = (path.stem, path.suffix) if path.suffix.lower() in WRITTEN else (path.name, ".png")
-    return str(path.with_name(f"{stem}~{kind}{number if number > 1 else ''}{ending}"))
+    return str(path.with_name(f"{shortened(stem)}~{kind}{number if number > 1 else ''}{ending}"))
 
 
 def _row_of_copy(copy, row, args):
@@ -224,15 +223,13 @@ def _write_all_copies(folder, splits, plan, args, findings):
         held_out = {one for of_split in digests.values() for one in of_split.values()}
         write = lambda image: _write_copies(image, plan[image], folder, held_out, args)
         made = _of_readable(pool, write, splits["train"], findings)
-    left_out = [copy.name for image in made for copy in plan[image] if copy not in made[image]]
-    if left_out:
-        kind = "copies that would show an image of validation or test, or just the original (left out)"
-        findings.notes[kind] = left_out
+    for copy in (copy for image in made for copy in plan[image] if copy not in made[image]):
+        findings.warn("copy_left_out", copy.name)
     return {"train": made, **digests}
 
 
 def _of_readable(pool, work, rows, findings):
-    """{image: work(image)} of the rows' images; those that cannot be read are faults."""
+    """{image: work(image)} of the rows' images; those that cannot be read are errors."""
 
     def tried(image):
         try:
@@ -245,7 +242,7 @@ def _of_readable(pool, work, rows, findings):
     results = {}
     for image, result in zip(origins, tries, strict=True):
         if isinstance(result, UnreadableImage):
-            findings.faults["images that cannot be read"].append(f"{origins[image]} ({result})")
+            findings.error("unreadable_image", origins[image], result)
         else:
             results[image] = result
     return results

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 from finetuning.cli import flag
 from finetuning.conversion.writer import in_order
+from finetuning.data.findings import DatasetError
 from finetuning.data.images import UnreadableImage, open_rgb
-from finetuning.data.reading import DatasetError
 
 HEADERS = {"User-Agent": "prepare_dataset.py (diffusers fine-tuning)", "Accept": "image/*"}
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
@@ -61,15 +61,15 @@ class DownloadArgs:
 def arrived(items, args, findings):
     """Yield the sample of each (sample, url or None), in order, once its image stands at `sample.image`.
 
-    With --download those that do not stand are fetched. What cannot be had is a fault with its reason. Ends after
+    With --download those that do not stand are fetched. What cannot be had is an error with its reason. Ends after
     --limit samples. Raises DatasetError where the folder cannot be written or the site sends us away.
     """
     count = 0
     with closing(_fetched(items, args) if args.download else _standing(items)) as results:
         for sample, trouble in results:
             if trouble:
-                kind, reason = trouble
-                findings.faults[kind].append(f"{sample.origin} ({reason})")
+                code, reason = trouble
+                findings.error(code, sample.origin, reason)
                 continue
             yield sample
             count += 1
@@ -86,14 +86,12 @@ def place(folder, name):
 
 
 def _standing(items):
-    kind = "rows whose image is not there (--images DIR says where to look, --download fetches)"
     for sample, _ in items:
-        yield sample, None if sample.image.is_file() else (kind, sample.image.name)
+        yield sample, None if sample.image.is_file() else ("image_not_here", sample.image.name)
 
 
 def _fetched(items, args):
     """(sample, trouble) in order; few images are under way at once."""
-    kind = "images that could not be fetched (the same command tries again)"
     journal = Path(args.images) / "gone.jsonl"
     fetcher, gone = Fetcher(args), _gone(journal)
 
@@ -117,7 +115,7 @@ def _fetched(items, args):
             if trouble and trouble.gone:
                 with open(journal, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"url": url, "reason": str(trouble)}) + "\n")
-            yield sample, trouble and (kind, f"{url}: {trouble}")
+            yield sample, trouble and ("not_fetched", f"{url}: {trouble}")
     finally:
         fetcher.stop.set()
         pool.shutdown()
