@@ -17,7 +17,7 @@ from finetuning.data.samples import CaptionFileArgs, Sample
 class ParallelArgs(CaptionFileArgs):
     """Parallel folders"""
 
-    images_folder: str = flag("images", "parallel: name of the folder with the images")
+    images_folder: str = flag("images", "parallel: name of the folder with the images", was=("pictures_folder",))
     captions_folder: str = flag("captions", "parallel: name of the folder with a text file for each")
 
     def problems(self):

@@ -33,21 +33,19 @@ class UnsplashArgs:
         "search; none leaves an empty text, for caption_images.py to fill",
         choices=("ai_description", "description", "keywords", "query", "none"),
     )  # fmt: skip
-    keyword_confidence: float = flag(50.0, "keywords that an AI gave with less are left out, 0 to 100; a person's stay")
-    keyword_count: int = flag(10, "at most so many keywords for a photo, the surest first")
-    download_side: int = flag(1024, "fetch photos of the tables with this shorter side, in pixels (0: as they are)")
+    keyword_confidence: float = flag(
+        50.0, "keywords that an AI gave with less are left out; a person's stay", min=0, max=100
+    )
+    keyword_count: int = flag(10, "at most so many keywords for a photo, the surest first", min=1)
+    download_side: int = flag(
+        1024, "fetch photos of the tables with this shorter side, in pixels (0: as they are)", min=0
+    )
 
     def problems(self):
         if not self.caption_from:
             yield "--caption_from needs a value"
         if "none" in self.caption_from[:-1]:
             yield "--caption_from: what follows none is never used, so none stands last"
-        if not 0 <= self.keyword_confidence <= 100:
-            yield f"--keyword_confidence {self.keyword_confidence} must be from 0 to 100"
-        if self.keyword_count < 1:
-            yield f"--keyword_count {self.keyword_count} must be at least 1"
-        if self.download_side < 0:
-            yield f"--download_side {self.download_side} must be at least 0"
 
 
 def read(path, args, findings):

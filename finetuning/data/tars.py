@@ -27,7 +27,9 @@ class WebDatasetArgs(CaptionFileArgs):
     """WebDataset"""
 
     image_field: str | None = flag(
-        None, "take the image of this name after the key, where samples have several (jpg, left.png)"
+        None,
+        "take the image of this name after the key, where samples have several (jpg, left.png)",
+        was=("picture_field",),
     )
     caption_field: str | None = flag(
         None, f"take the caption from the file of this name after the key (none: {', '.join(CAPTION_FIELDS)} in turn)"
