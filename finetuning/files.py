@@ -20,20 +20,28 @@ class BrokenFolder(UserError):
 
 
 @contextmanager
-def atomic_file(target):
+def atomic_file(target, sync=True):
     """Yield the path of a temporary sibling to write to; on leaving it is synced and renamed to `target`.
 
-    An exception or a kill leaves `target` as it was.
+    An exception or a kill leaves `target` as it was. `sync=False` is for many small files that can be made again: they
+    may be empty after a power cut.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{ASIDE}{os.getpid()}-{target.name}")  # keeps the suffix: it says the format
     try:
         yield temporary
-        _sync(temporary)
+        if sync:
+            _sync(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def overlap(one, other):
+    """Whether two paths are the same folder, or one lies inside the other; links are followed."""
+    one, other = Path(one).resolve(), Path(other).resolve()
+    return one == other or one in other.parents or other in one.parents
 
 
 def write_text(path, text):

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from finetuning.cli import flag
 from finetuning.data.batch_sampler import SampleIndex
+from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.images import UnreadableImage
-from finetuning.data.reading import DatasetError, Findings
 from finetuning.data.samples import Sample
 from finetuning.data.shards import Shards, open_shards
 from finetuning.data.training_set import CaptionedImages
@@ -198,7 +198,10 @@ class StreamedImages(CaptionedImages):
         try:
             for batch, origins, faults in super().loader(sampler, first_step, last_step, workers, pin_memory):
                 if faults:
-                    self.shards.tell(Findings(faults={"images that cannot be read": faults}))
+                    findings = Findings()
+                    for reason in faults:
+                        findings.error("unreadable_image", reason)
+                    self.shards.tell(findings)
                 self.origins = self.origins | origins if step == batch.step else origins
                 step = batch.step
                 yield batch

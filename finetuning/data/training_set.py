@@ -265,14 +265,7 @@ def load_images(args, tokenize, seed, validation_fraction=0.0, say=print, cache_
     Raises DatasetError with the whole list where rows cannot be trained on and --on_bad_rows is error.
     """
     found = read_checked(args, next(iter(tokenize.tokenizers.values())), seed, validation_fraction, cache_dir)
-    report = found.findings.report()
-    if found.findings.faults and args.on_bad_rows == "error":
-        raise DatasetError(
-            f"the dataset has {found.findings.count()} errors (x):\n{report}\n"
-            "  correct them, or leave those rows out with --on_bad_rows skip"
-        )
-    if report:
-        say(f"dataset, left out (x) and noted (-):\n{report}")
+    found.findings.refuse("the dataset", args.on_bad_rows, say)
     if not found.rows:
         raise DatasetError("no row is left to train on")
 

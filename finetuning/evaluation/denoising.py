@@ -90,13 +90,13 @@ def load_rows(folder, tokenize, size, *, split=None, most=256, seed=0, caption_c
         try:
             open_rgb(row.image)
         except UnreadableImage as error:
-            findings.faults["images that cannot be read"].append(f"{row.origin} ({error})")
-    if findings.faults:
+            findings.errors["images that cannot be read"].append(f"{row.origin} ({error})")
+    if findings.errors:
         raise DatasetError(
             f"{folder} has {findings.count()} faults (x): mend them, or leave those rows out of its metadata\n"
             f"{findings.report()}"
         )
-    if findings.notes:
+    if findings.warnings:
         say(f"{folder}, noted (-):\n{findings.report()}")
     if not rows:
         raise DatasetError(f"{folder} has no rows")
