@@ -14,6 +14,11 @@ class TrainingData:
     training: ImageDataset | StreamedImages
     held_out: ImageDataset | None
     batch_sampler: BatchSampler | StreamBatchSampler
+    total_steps: int  # optimizer steps of the whole run
+
+    def summary(self):
+        """How much there is, for a message."""
+        return self.training.summary() + (f", {len(self.held_out)} held out" if self.held_out else "")
 
 
 def load_training(args, tokenize, run):
@@ -29,6 +34,8 @@ def load_training(args, tokenize, run):
     }  # fmt: skip
     if args.streaming:
         training = open_stream(args, tokenize, args.seed, run.say, args.cache_dir)
-        return TrainingData(training, None, stream_sampler(args, training.shards, **cut))
+        return TrainingData(training, None, stream_sampler(args, training.shards, **cut), args.max_train_steps)
     training, held_out = load_images(args, tokenize, args.seed, args.validation_fraction, run.say, args.cache_dir)
-    return TrainingData(training, held_out, BatchSampler(rows=len(training), buckets=training.sizes, **cut))
+    sampler = BatchSampler(rows=len(training), buckets=training.sizes, **cut)
+    total_steps = args.max_train_steps or args.num_train_epochs * sampler.steps_per_epoch
+    return TrainingData(training, held_out, sampler, total_steps)

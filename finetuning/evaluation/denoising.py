@@ -43,7 +43,7 @@ def stratified_timesteps(count, timesteps, seed):
 
 @torch.no_grad()
 def row_losses(
-    model, images, rows, schedule, args=None, *, seed=0, batch_size=4, device="cpu", autocast=nullcontext
+    model, images, rows, schedule, args=None, *, seed=0, batch_size=4, device="cpu", autocast=nullcontext, only=None
 ):  # fmt: skip
     """The denoising loss of each of `rows`, float64 [rows], on the CPU.
 
@@ -53,13 +53,15 @@ def row_losses(
     args      NoiseArgs; only the form of the loss counts, not what training does to it (offsets, perturbation, DREAM,
               weights), nor its prediction type, which is the schedule's
     autocast  makes the context that the denoiser runs in
+    only      those of `rows` that are to be computed; none: all
     """
     args = args or NoiseArgs()
     plain = NoiseArgs(prediction_type=args.prediction_type, loss_type=args.loss_type, huber_c=args.huber_c)
     timestep_of = dict(zip(rows, stratified_timesteps(len(rows), len(schedule), seed), strict=True))
     losses, was_training = {}, model.denoiser.training
     model.denoiser.eval()
-    for part in images.of_one_size(rows, batch_size):
+    only = rows if only is None else only
+    for part in images.of_one_size(only, batch_size):
         places = [SampleIndex(row, 0, 0, 1.0, True) for row in part]
         batch = images.collate([images[place] for place in places]).to(device)
         latents = sampled(model, *model.codec.posterior(batch.pixels), seed, batch)
@@ -71,7 +73,7 @@ def row_losses(
             found = diffusion_loss(predict, schedule, latents, NoiseDraws(noise, timesteps, still, still), plain)
         losses.update(zip(part, found.tolist(), strict=True))
     model.denoiser.train(was_training)
-    return torch.tensor([losses[row] for row in rows], dtype=torch.float64)
+    return torch.tensor([losses[row] for row in only], dtype=torch.float64)
 
 
 def load_rows(folder, tokenize, size, *, split=None, most=256, seed=0, caption_column="text", say=print):

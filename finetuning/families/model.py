@@ -37,6 +37,7 @@ class Model:
     scheduler: object  # diffusers' scheduler, as the pipeline has it
     trained: tuple[str, ...] = ()  # names of the components that are trained
     ema_start: dict | None = field(default=None, repr=False)  # EMA weights loaded apart, by parameter name
+    hub_tags = ()  # of its model card
 
     def __post_init__(self):
         family, trained = self.family, self.trained
