@@ -57,10 +57,15 @@ def check_before_start(args, run, model, data):
         f"device: {run.device}, activations {run.accelerator.mixed_precision.replace('no', 'fp32')}; "
         f"a checkpoint takes about {needed / 1e6:.1f} MB"
     )
-    if len(order.rows_in_bucket) > 1:
+    if args.aspect_buckets:
         run.say(
-            f"buckets: {len(order.rows_in_bucket)}, and every step is of one: {sampler.short_steps} of the "
+            f"buckets: {len(sampler.rows_in_bucket)}, and every step is of one: {sampler.short_steps} of the "
             f"{sampler.steps_per_epoch} steps of an epoch have fewer than {sampler.total_batch_size} rows"
+        )
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= total_steps:
+        run.say(
+            f"--lr_warmup_steps {args.lr_warmup_steps} is not shorter than the run of {total_steps} steps: the learning "
+            "rate never reaches --learning_rate"
         )
     kept = total_steps // args.checkpointing_steps if args.checkpointing_steps and limit is None else 0
     if kept * needed + exported > free:
@@ -86,7 +91,7 @@ def set_up_kernels(args, run, model):
 
 
 def _probe_xformers(run, denoiser):
-    """Attention at the denoiser's own head sizes, forward and backward, beside PyTorch's; over pixels and over 77 tokens.
+    """Attention at the denoiser's own head sizes, forward and backward, beside PyTorch's; over pixels and 77 tokens.
 
     Each size has a kernel of its own, and users report backward passes that fail or give NaN for some of them only.
     Raises ModelError where one fails or disagrees.
