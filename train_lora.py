@@ -49,9 +49,9 @@ class Args(
 ):  # fmt: skip
     """Every flag, group by group; here those whose defaults differ, as in diffusers' LoRA script."""
 
-    output_dir: str = flag("sd-model-finetuned-lora", "where everything goes: LoRA files, checkpoints, logs, args.json")
-    num_validation_images: int = flag(4, "images per prompt")
-    validation_epochs: int = flag(1, "validate every N epochs, unless --validation_steps is given; 0: only at the ends")
+    output_dir: str = flag("sd-model-finetuned-lora")
+    num_validation_images: int = flag(4)
+    validation_epochs: int = flag(1)
 
 
 def main(argv=None):

@@ -382,13 +382,13 @@ def test_block_ratios_go_before_ratio(tiny_model, tuned, merged, tensors):
         (["--ratio", "0.5", "0.5"], "names a ratio twice"),
         (["--ratio", "0.1234567", "0.1234568"], "names a ratio twice"),
         (["--ratio", "nan"], "--ratio nan must be a finite number"),
-        (["--ratio", "half"], "--ratio half: must be a number"),
+        (["--ratio", "half"], "--ratio half must be a number"),
         (["--parts", "unet,clip"], "--parts clip: the parts are unet, text_encoder and vae"),
         (["--parts", ","], "--parts names none"),
         (["--block_ratios", "much"], "--block_ratios much"),
         (["--block_ratios", "unet.*=2", "--curve", "inverse_smoothstep"], "--block_ratios 2 must be between 0 and 1"),
         (["--method", "add_difference"], "needs --origin"),
-        (["--dtype", "int8"], "--dtype int8: must be one of fp16, bf16, fp32"),
+        (["--dtype", "int8"], "--dtype int8 must be one of fp16, bf16, fp32"),
     ],
 )
 def test_wrong_flags_are_refused(tiny_model, tuned, refused, words, said):

@@ -47,14 +47,10 @@ class CaptionArgs(MirrorArgs):
         "random", "of an image with several captions, train on a random one each epoch or on the first",
         choices=("random", "first"),
     )  # fmt: skip
-    shuffle_tags: bool = flag(False, "put the parts of a caption between commas in a new order each epoch")
-    keep_tokens: int = flag(0, "with --shuffle_tags: how many of the first tags stay in front (kohya's name for it)")
-
-    def problems(self):
-        if self.keep_tokens < 0:
-            yield f"--keep_tokens {self.keep_tokens} must not be negative"
-        if self.keep_tokens > 0 and not self.shuffle_tags:
-            yield f"--keep_tokens {self.keep_tokens} says which tags stay in front of shuffled ones: add --shuffle_tags"
+    shuffle_tags: bool = flag(False, "put the tags of a caption, between commas, in a new order each epoch")
+    keep_tokens: int = flag(
+        0, "how many of the first tags stay in front (kohya's name for it)", min=0, requires="shuffle_tags"
+    )
 
 
 def origin_column(caption_column):

@@ -48,16 +48,12 @@ class StreamArgs:
     )  # fmt: skip
     shuffle_buffer: int = flag(
         1000, "draw each sample of a stream from this many; Parquet and Hub images wait in memory, as encoded; "
-        "1: the order of the files",
+        "1: the order of the files", min=1, requires="streaming",
     )  # fmt: skip
 
     def problems(self):
         if not self.streaming:
-            if self.shuffle_buffer != StreamArgs.shuffle_buffer:
-                yield "--shuffle_buffer only goes with --streaming"
             return
-        if self.shuffle_buffer < 1:
-            yield f"--shuffle_buffer {self.shuffle_buffer} must be at least 1"
         if self.max_train_steps is None:
             yield "--streaming needs --max_train_steps: how long an epoch is is not known"
         for name, fix in NEEDS_THE_WHOLE_DATASET.items():

@@ -25,32 +25,37 @@ class DataArgs:
     """Dataset"""
 
     train_data_dir: str | None = flag(
-        None, "image folder with metadata.jsonl ({file_name, text} a line); train/ if any"
+        None, "image folder with metadata.jsonl ({file_name, text} a line); train/ if any", conflicts="dataset_name"
     )
     dataset_name: str | None = flag(None, "dataset on the Hugging Face Hub, or a local folder as for --train_data_dir")
     dataset_config_name: str | None = flag(None, "configuration of the Hub dataset")
     image_column: str = flag("image", "column of a Hub dataset that holds the image; in a folder, file_name")
     caption_column: str = flag("text", 'column or metadata key of the caption or list of captions; "none": no captions')
-    max_train_samples: int | None = flag(None, "train on this many rows, drawn with the seed")
-    on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
+    max_train_samples: int | None = flag(None, "train on this many rows, drawn with the seed", min=1)
+    on_bad_rows: str = flag(
+        "error", "what to do with rows that cannot be trained on", choices=("error", "skip"), affects_result=False
+    )
     check_images: str = flag(
-        "full", "before the first step decode images to their end; or, in folders, read only headers (misses cuts); "
-        "or none: a million rows start at once, and a broken image stops the run when its turn comes",
-        choices=("full", "header", "none"),
+        "full", "before the first step decode images to their end; or, in folders, read only headers (does not detect "
+        "truncated files); or none: a million rows start at once, and a broken image stops the run when its turn comes",
+        choices=("full", "header", "none"), affects_result=False, was="check_pictures",
     )  # fmt: skip
     allow_outside_paths: bool = flag(False, "let metadata and links reach images outside the dataset's folder")
     resolution: str = flag("512", "side of the training images in pixels, or HEIGHTxWIDTH")
     center_crop: bool = flag(False, "crop the centre (default: a random place)")
     random_flip: bool = flag(False, "mirror half of the images")
     random_resized_crop_scale: float | None = flag(
-        None, "crop a random area of at least this share of the image, 0 to 1 (GLIDE's resize_ratio)"
+        None, "crop a random area of at least this share of the image (GLIDE's resize_ratio)", above=0, max=1
     )
     image_interpolation_mode: str = flag("lanczos", "how images are resized", choices=INTERPOLATIONS)
     proportion_empty_prompts: float = flag(
-        0.0, "share of captions dropped for classifier-free guidance; 0.1 as SD 1.x was trained (GLIDE's uncond_p)"
+        0.0, "share of captions dropped for classifier-free guidance; 0.1 as SD 1.x was trained (GLIDE's uncond_p)",
+        min=0, max=1,
+    )  # fmt: skip
+    train_batch_size: int = flag(16, "rows per process and forward pass", min=1)
+    dataloader_num_workers: int = flag(
+        0, "processes that decode images; 0 decodes in the training process", min=0, affects_result=False
     )
-    train_batch_size: int = flag(16, "rows per process and forward pass")
-    dataloader_num_workers: int = flag(0, "processes that decode images; 0 decodes in the training process")
 
     @property
     def size(self):
@@ -61,23 +66,11 @@ class DataArgs:
     def problems(self):
         if not (self.train_data_dir or self.dataset_name):
             yield "name a dataset: --train_data_dir FOLDER, or --dataset_name for one on the Hub"
-        if self.train_data_dir and self.dataset_name:
-            yield "--train_data_dir and --dataset_name name two datasets: give one"
         if self.train_data_dir and not Path(self.train_data_dir).is_dir() and not getattr(self, "streaming", False):
             yield f"--train_data_dir {self.train_data_dir}: there is no such folder"
         sides = self.resolution.lower().split("x")
         if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
             yield f"--resolution {self.resolution} must be one side in pixels or HEIGHTxWIDTH, as 512 or 512x768"
-        if self.random_resized_crop_scale is not None and not 0 < self.random_resized_crop_scale <= 1:
-            yield f"--random_resized_crop_scale {self.random_resized_crop_scale} must be above 0 and at most 1"
-        if not 0 <= self.proportion_empty_prompts <= 1:
-            yield f"--proportion_empty_prompts {self.proportion_empty_prompts} must lie in 0..1"
-        if self.train_batch_size < 1:
-            yield f"--train_batch_size {self.train_batch_size} must be at least 1"
-        if self.max_train_samples is not None and self.max_train_samples < 1:
-            yield f"--max_train_samples {self.max_train_samples} must be at least 1"
-        if self.dataloader_num_workers < 0:
-            yield f"--dataloader_num_workers {self.dataloader_num_workers} must not be negative"
 
 
 @dataclass

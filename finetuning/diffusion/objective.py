@@ -22,19 +22,19 @@ class NoiseArgs:
         None, "what the denoiser predicts; none keeps the base's. The saved scheduler says the same",
         choices=PREDICTION_TYPES,
     )  # fmt: skip
-    snr_gamma: float | None = flag(None, "min-SNR weighting (arXiv 2303.09556); 5.0 is usual")
+    snr_gamma: float | None = flag(None, "min-SNR weighting (arXiv 2303.09556); 5.0 is usual", above=0)
     noise_offset: float = flag(0.0, "add this much noise that is constant over each channel; 0.05 is usual")
     input_perturbation: float = flag(0.0, "perturb the noise that is added, not the target; 0.1 is usual")
     loss_type: str = flag("l2", "squared error, or Huber's: linear beyond --huber_c", choices=("l2", "huber"))
-    huber_c: float = flag(0.1, "where --loss_type huber turns from squared to linear")
+    huber_c: float = flag(
+        0.1, "where --loss_type huber turns from squared to linear", above=0, requires="loss_type=huber"
+    )
     dream_training: bool = flag(False, "DREAM (arXiv 2312.00210): one more forward pass, epsilon only")
-    dream_detail_preservation: float = flag(1.0, "DREAM's p; smaller aligns more with sampling")
+    dream_detail_preservation: float = flag(
+        1.0, "DREAM's p; smaller aligns more with sampling", requires="dream_training"
+    )
 
     def problems(self):
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            yield f"--snr_gamma {self.snr_gamma} must be above 0 (leave the flag out for no weighting)"
-        if self.huber_c <= 0:
-            yield f"--huber_c {self.huber_c} must be above 0"
         if self.dream_training and self.prediction_type not in (None, "epsilon"):
             yield f"--dream_training works with --prediction_type epsilon, not {self.prediction_type}"
 

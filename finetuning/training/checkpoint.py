@@ -19,51 +19,9 @@ from pathlib import Path
 
 import torch
 
-from finetuning.cli import UserError, as_dict, flag
+from finetuning.cli import UserError, as_dict, flag, flags_without_effect
 from finetuning.files import BrokenFolder, atomic_folder, check_manifest, remove_leftovers, write_json
 from finetuning.training.optim import load_optimizer
-
-# Flags that cannot change what a run computes: where it writes, how often it looks, how it is watched.
-WITHOUT_EFFECT = frozenset(
-    {
-        "cache_dir",
-        "check_images",
-        "checkpointing_epochs",
-        "checkpointing_minutes",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "clip_model",
-        "dataloader_num_workers",
-        "evaluate_every",
-        "evaluate_with",
-        "foreach_ema",
-        "general_prompts",
-        "hub_model_id",
-        "hub_token",
-        "local_rank",
-        "logging_dir",
-        "num_validation_images",
-        "offload_ema",
-        "on_bad_rows",
-        "output_dir",
-        "push_to_hub",
-        "report_to",
-        "resume_from_checkpoint",
-        "retain_dataset",
-        "retain_rows",
-        "retain_split",
-        "save_kohya",
-        "stop_when_kept_below",
-        "tracker_project_name",
-        "validation_epochs",
-        "validation_guidance_scale",
-        "validation_inference_steps",
-        "validation_loss_rows",
-        "validation_prompt",
-        "validation_prompts",
-        "validation_steps",
-    }
-)
 
 
 @dataclass
@@ -71,29 +29,40 @@ class CheckpointArgs:
     """Checkpoints and resuming"""
 
     checkpointing_steps: int = flag(
-        500, "write a checkpoint every N optimizer steps; 0: only by the other two, and at the end"
-    )
-    checkpointing_epochs: int = flag(0, "write a checkpoint every N epochs")
+        500, "write a checkpoint every N optimizer steps; 0: only by the other two, and at the end", min=0,
+        affects_result=False,
+    )  # fmt: skip
+    checkpointing_epochs: int = flag(0, "write a checkpoint every N epochs", min=0, affects_result=False)
     checkpointing_minutes: float = flag(
-        0.0, "write a checkpoint every N minutes (miniGLIDE's checkpoint-time, in minutes)"
+        0.0, "write a checkpoint every N minutes (miniGLIDE's checkpoint-time, in minutes)", min=0, affects_result=False
     )
     checkpoints_total_limit: int | None = flag(
-        None, "keep the newest N checkpoints; older ones go after the new one stands"
+        None, "keep the newest N checkpoints; older ones are deleted after the new one is complete", min=1,
+        affects_result=False,
+    )  # fmt: skip
+    resume_from_checkpoint: str | None = flag(
+        None, '"latest" (the newest complete checkpoint of --output_dir), or a checkpoint folder', affects_result=False
     )
-    resume_from_checkpoint: str | None = flag(None, '"latest" whole checkpoint of --output_dir, or a checkpoint folder')
-
-    def problems(self):
-        for name in ("checkpointing_steps", "checkpointing_epochs", "checkpointing_minutes"):
-            if getattr(self, name) < 0:
-                yield f"--{name} {getattr(self, name)} must not be negative"
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            yield f"--checkpoints_total_limit {self.checkpoints_total_limit} must be at least 1"
 
 
 def checkpoints_in(folder):
     """[(step, path)] of every checkpoint-N, oldest first. Other names (checkpoint-best) are not ours to touch."""
     found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*")]
     return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+
+
+def harmless_flags():
+    """The names of all training flags that cannot change what a run computes, for a run whose script is not known."""
+    from finetuning.data.training_set import DataArgs
+    from finetuning.families.model_args import ModelArgs
+    from finetuning.training.ema import EMAArgs
+    from finetuning.training.lora_layout import LoraArgs
+    from finetuning.training.run import RunArgs
+    from finetuning.training.validation import ValidationArgs
+    from finetuning.training.watch import WatchArgs
+
+    groups = (RunArgs, WatchArgs, ValidationArgs, CheckpointArgs, EMAArgs, LoraArgs, DataArgs, ModelArgs)
+    return frozenset().union(*map(flags_without_effect, groups))
 
 
 def seed_of_resumed_run(args):
@@ -278,7 +247,7 @@ class Checkpointer:
                 f"{folder} was trained without --use_ema, so there is no average to go on with: leave --use_ema out, "
                 "or start a new run from the checkpoint's weights"
             )
-        harmless = set(WITHOUT_EFFECT)
+        harmless = flags_without_effect(type(self.args))
         if now["lr_scheduler"].startswith("constant"):  # the other schedules depend on how long the run will be
             harmless |= {"max_train_steps", "num_train_epochs"}
         changed = [

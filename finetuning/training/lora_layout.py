@@ -17,11 +17,12 @@ ATTENTION = {"unet": ("to_q", "to_k", "to_v", "to_out.0"), "text_encoder": ("q_p
 class LoraArgs:
     """Adapters (LoRA)"""
 
-    rank: int = flag(4, "rank of the adapters: their capacity and their size")
+    rank: int = flag(4, "rank of the adapters: their capacity and their size", min=1)
     lora_alpha: float | None = flag(
-        None, "the adapters' output is scaled by alpha / rank (none: alpha = rank, whatever the layer's rank)"
-    )
-    lora_dropout: float = flag(0.0, "share of an adapter's inputs that is dropped in training")
+        None, "the adapters' output is scaled by alpha / rank (none: alpha = rank, whatever the layer's rank)",
+        above=0,
+    )  # fmt: skip
+    lora_dropout: float = flag(0.0, "share of an adapter's inputs that is dropped in training", min=0, below=1)
     lora_target_modules: list[str] = flag(
         ["attention"], "layers of the UNet that get an adapter: attention (its projections), all-linear, conv (with "
         "all-linear: LoCon), or ends of module names, e.g. to_q ff.net.2 mid_block.attentions.0.proj_in",
@@ -34,8 +35,9 @@ class LoraArgs:
     )  # fmt: skip
     lora_alpha_pattern: list[str] | None = flag(None, "other alphas for some layers, PATTERN=ALPHA, likewise")
     text_encoder_rank: int | None = flag(
-        None, "with --train_text_encoder: rank of the adapters on its attention projections (none: --rank)"
-    )
+        None, "rank of the adapters on the text encoder's attention projections (none: --rank)", min=1,
+        requires="train_text_encoder",
+    )  # fmt: skip
     base_precision: str | None = flag(
         None, "precision of the frozen base (none: as the activations); int8 and nf4, by bitsandbytes, save a little "
         "memory: they take in the attention blocks' linear layers, the convolutions stay as the activations",
@@ -44,17 +46,9 @@ class LoraArgs:
     init_lora: str | None = flag(
         None, "LoRA to go on from: a file of diffusers, kohya or PEFT, or a run's folder; --rank may be larger than its"
     )
-    save_kohya: bool = flag(False, f"also write {KOHYA_NAME}, for A1111 and ComfyUI")
+    save_kohya: bool = flag(False, f"also write {KOHYA_NAME}, for A1111 and ComfyUI", affects_result=False)
 
     def problems(self):
-        if self.rank < 1 or (self.text_encoder_rank is not None and self.text_encoder_rank < 1):
-            yield "--rank and --text_encoder_rank must be at least 1"
-        if self.lora_alpha is not None and self.lora_alpha <= 0:
-            yield f"--lora_alpha {self.lora_alpha} must be above 0"
-        if not 0 <= self.lora_dropout < 1:
-            yield f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1"
-        if self.text_encoder_rank is not None and not getattr(self, "train_text_encoder", True):
-            yield "--text_encoder_rank does nothing without --train_text_encoder"
         if self.use_dora and self.save_kohya:
             yield "--save_kohya with --use_dora: A1111 and ComfyUI apply DoRA by other formulas; leave one of them out"
         uses_xformers = getattr(self, "enable_xformers_memory_efficient_attention", False)

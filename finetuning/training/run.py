@@ -31,30 +31,35 @@ TRACKERS = ("tensorboard", "wandb", "all", "none")
 class RunArgs:
     """Run"""
 
-    output_dir: str = flag("sd-model-finetuned", "where everything goes: the result, checkpoints, logs, args.json")
-    num_train_epochs: int = flag(100, "passes over the dataset; --max_train_steps wins over it")
-    max_train_steps: int | None = flag(None, "optimizer steps in all, exactly, those before a resume included")
-    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
-    seed: int | None = flag(None, "seed of every draw; none: drawn once, written to args.json and kept on resume")
+    output_dir: str = flag(
+        "sd-model-finetuned", "where everything goes: the result, checkpoints, logs, args.json", affects_result=False
+    )
+    num_train_epochs: int = flag(100, "passes over the dataset; --max_train_steps wins over it", min=1)
+    max_train_steps: int | None = flag(None, "optimizer steps in all, exactly, those before a resume included", min=1)
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", min=1)
+    seed: int | None = flag(
+        None, "seed of everything random; none: chosen once, written to args.json and kept on resume"
+    )
     mixed_precision: str | None = flag(
         None, "precision of activations; none: what `accelerate launch` or accelerate_config.yaml says",
         choices=("no", "fp16", "bf16"),
     )  # fmt: skip
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere GPUs and later: faster, a little less exact")
-    report_to: str = flag("tensorboard", "where logs go besides metrics.jsonl", choices=TRACKERS)
-    logging_dir: str = flag("logs", "folder of the TensorBoard logs, inside --output_dir")
-    tracker_project_name: str = flag("text2image-fine-tune", "project's name for the trackers")
-    push_to_hub: bool = flag(False, "upload the finished result, without checkpoints, to the Hub")
-    hub_token: str | None = flag(None, "token for the Hub; better logged in with `hf auth login`")
-    hub_model_id: str | None = flag(None, "repository on the Hub (none: the output folder's name)")
-    local_rank: int = flag(-1, "accepted for older launchers; accelerate reads the environment itself")
+    report_to: str = flag("tensorboard", "where logs go besides metrics.jsonl", choices=TRACKERS, affects_result=False)
+    logging_dir: str = flag("logs", "folder of the TensorBoard logs, inside --output_dir", affects_result=False)
+    tracker_project_name: str = flag(
+        "text2image-fine-tune", "name of the project for the trackers", affects_result=False
+    )
+    push_to_hub: bool = flag(False, "upload the finished result, without checkpoints, to the Hub", affects_result=False)
+    hub_token: str | None = flag(None, "token for the Hub; better logged in with `hf auth login`", affects_result=False)
+    hub_model_id: str | None = flag(
+        None, "repository on the Hub (none: the output folder's name)", requires="push_to_hub", affects_result=False
+    )
+    local_rank: int = flag(
+        -1, "accepted for older launchers; accelerate reads the environment itself", affects_result=False
+    )
 
     def problems(self):
-        for name in ("num_train_epochs", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                yield f"--{name} {getattr(self, name)} must be at least 1"
-        if self.max_train_steps is not None and self.max_train_steps < 1:
-            yield f"--max_train_steps {self.max_train_steps} must be at least 1"
         if self.report_to in ("wandb", "tensorboard") and importlib.util.find_spec(self.report_to) is None:
             yield f"--report_to {self.report_to}: it is not installed: pip install {self.report_to}"
         if Path(self.output_dir).is_file():

@@ -20,33 +20,34 @@ from finetuning.rng import torch_generator
 class ValidationArgs:
     """Validation"""
 
-    validation_prompts: list[str] | None = flag(None, "prompts to draw with fixed seeds, the base first (step 0)")
-    validation_prompt: str | None = flag(None, "one prompt more, as diffusers' LoRA script has it")
-    num_validation_images: int = flag(1, "images per prompt")
-    validation_epochs: int = flag(5, "validate every N epochs, unless --validation_steps is given; 0: only at the ends")
-    validation_steps: int | None = flag(None, "validate every N optimizer steps")
-    validation_guidance_scale: float = flag(7.5, "guidance scale of the validation images")
-    validation_inference_steps: int = flag(25, "sampling steps of the validation images (DPM-Solver++)")
-    validation_fraction: float = flag(0.0, "hold out this share of the rows for the validation loss, where the dataset "
-                                      "has no validation split")  # fmt: skip
-    validation_loss_rows: int = flag(256, "rows that the validation loss is taken over at most; 0: no validation loss")
+    validation_prompts: list[str] | None = flag(
+        None, "prompts of images that are generated with fixed seeds, by the base first (step 0)", affects_result=False
+    )
+    validation_prompt: str | None = flag(None, "one prompt more, as in diffusers' LoRA script", affects_result=False)
+    num_validation_images: int = flag(1, "images per prompt; 0: none", min=0, affects_result=False)
+    validation_epochs: int = flag(
+        5, "validate every N epochs, unless --validation_steps is given; 0: only at the start and the end", min=0,
+        affects_result=False,
+    )  # fmt: skip
+    validation_steps: int | None = flag(None, "validate every N optimizer steps", min=1, affects_result=False)
+    validation_guidance_scale: float = flag(7.5, "guidance scale of the validation images", affects_result=False)
+    validation_inference_steps: int = flag(
+        25, "sampling steps of the validation images (DPM-Solver++)", min=1, affects_result=False
+    )
+    validation_fraction: float = flag(
+        0.0, "hold out this share of the rows for the validation loss, where the dataset has no validation split",
+        min=0, below=1,
+    )  # fmt: skip
+    validation_loss_rows: int = flag(
+        256, "rows for the validation loss, at most; 0: no validation loss", min=0, affects_result=False
+    )
 
     @property
     def prompts(self):
-        """All that are asked for."""
+        """All prompts to generate images of."""
+        if not self.num_validation_images:
+            return []
         return [*(self.validation_prompts or []), *([self.validation_prompt] if self.validation_prompt else [])]
-
-    def problems(self):
-        if not 0 <= self.validation_fraction < 1:
-            yield f"--validation_fraction {self.validation_fraction} must be at least 0 and below 1"
-        for name in ("num_validation_images", "validation_inference_steps"):
-            if getattr(self, name) < 1:
-                yield f"--{name} {getattr(self, name)} must be at least 1"
-        for name in ("validation_epochs", "validation_loss_rows"):
-            if getattr(self, name) < 0:
-                yield f"--{name} {getattr(self, name)} must not be negative"
-        if self.validation_steps is not None and self.validation_steps < 1:
-            yield f"--validation_steps {self.validation_steps} must be at least 1"
 
 
 class Validation:

@@ -34,41 +34,46 @@ from finetuning.shapes.scenes import parse
 
 @dataclass
 class WatchArgs:
-    """Learned and kept"""
+    """Learned and retained"""
 
     evaluate_every: int = flag(
-        0, "log learned, kept and the validation loss with 95 % intervals every N optimizer steps; 0: off"
-    )
-    evaluate_with: str = flag(
-        "loss", "what learned and kept are taken from. loss: held-out rows, and --retain_dataset; clip: CLIP scores of "
-        "images of the validation prompts, and of --general_prompts; shapes: the same for the shapes world, read off "
-        "the pixels", choices=("loss", "shapes", "clip"),
+        0, "every N optimizer steps log how much is learned and retained, and the validation loss, with 95 % "
+        "intervals; 0: off",
+        min=0, affects_result=False,
     )  # fmt: skip
-    retain_dataset: str | None = flag(None, "for loss: folder with metadata.jsonl of what should not be forgotten")
+    evaluate_with: str = flag(
+        "loss", "what measures them. loss: held-out rows, and --retain_dataset; clip: CLIP scores of images of the "
+        "validation prompts, and of --general_prompts; shapes: the same for the shapes world, read off the pixels",
+        choices=("loss", "shapes", "clip"), requires="evaluate_every", affects_result=False,
+    )  # fmt: skip
+    retain_dataset: str | None = flag(
+        None, "for loss: folder with metadata.jsonl of what should not be forgotten", requires="evaluate_every",
+        affects_result=False,
+    )  # fmt: skip
     retain_split: str | None = flag(
-        None, "its split (none: validation, or all of a folder without splits)", choices=tuple(SPLIT_NAMES)
+        None, "its split (none: validation, or all of a folder without splits)", choices=tuple(SPLIT_NAMES),
+        requires="evaluate_every", affects_result=False,
+    )  # fmt: skip
+    retain_rows: int = flag(
+        64, "rows of --retain_dataset for the loss, at most", min=2, requires="retain_dataset", affects_result=False
     )
-    retain_rows: int = flag(64, "rows of --retain_dataset that the loss is taken over at most")
     general_prompts: str | None = flag(
         None, "for shapes and clip: prompts of what should not be forgotten, .txt with one on each line, or .json "
         "(none: for clip the project's own 60)",
+        requires="evaluate_every", affects_result=False,
     )  # fmt: skip
-    clip_model: str | None = flag(None, "for clip: a folder, or a name on the Hub (none: openai/clip-vit-base-patch32)")
-    stop_when_kept_below: float | None = flag(
-        None, "end the run, with a checkpoint and the finished result, where kept falls below this share of the base's"
-    )
+    clip_model: str | None = flag(
+        None, "for clip: a folder, or a name on the Hub (none: openai/clip-vit-base-patch32)",
+        requires="evaluate_every", affects_result=False,
+    )  # fmt: skip
+    stop_when_retention_below: float | None = flag(
+        None, "end the run, with a checkpoint and the finished result, where retention falls below this share of the "
+        "base's",
+        above=0, below=1, requires="evaluate_every", affects_result=False, was="stop_when_kept_below",
+    )  # fmt: skip
 
     def problems(self):
-        if self.evaluate_every < 0:
-            yield f"--evaluate_every {self.evaluate_every} must not be negative"
-        if self.retain_rows < 2:
-            yield f"--retain_rows {self.retain_rows} must be at least 2: one row has no interval"
-        if self.stop_when_kept_below is not None and not 0 < self.stop_when_kept_below < 1:
-            yield f"--stop_when_kept_below {self.stop_when_kept_below} must lie between 0 and 1, the base's own"
         if self.evaluate_every <= 0:
-            for name in ("retain_dataset", "retain_split", "general_prompts", "clip_model", "stop_when_kept_below"):
-                if getattr(self, name) is not None:
-                    yield f"--{name} does nothing without --evaluate_every"
             return
         for name, kinds in (
             ("retain_dataset", ("loss",)), ("retain_split", ("loss",)), ("general_prompts", ("shapes", "clip")),
@@ -181,12 +186,12 @@ class Watch:
         figures = self._figures(fit, retain, losses)
         ends = lambda one: (("", one.value), ("_low", one.low), ("_high", one.high))
         self.run.log({f"{name}{end}": value for name, one in figures.items() for end, value in ends(one)}, step)
-        kept, limit = figures["kept"], self.args.stop_when_kept_below
+        kept, limit = figures["kept"], self.args.stop_when_retention_below
         if limit is None or kept.value >= limit:
             return False
         self.run.say(
-            f"step {step}: kept {kept.value:.3f} ({kept.low:.3f} to {kept.high:.3f}) is below --stop_when_kept_below "
-            f"{limit}: the run ends here; --resume_from_checkpoint latest with a lower value goes on"
+            f"step {step}: kept {kept.value:.3f} ({kept.low:.3f} to {kept.high:.3f}) is below "
+            f"--stop_when_retention_below {limit}: the run ends here; --resume_from_checkpoint latest with a lower value goes on"
         )
         return True
 

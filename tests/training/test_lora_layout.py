@@ -329,7 +329,7 @@ def problems_of(*words):
         ),
         ("--lora_rank_pattern (to_q=4", "--lora_rank_pattern (to_q=4: (to_q is not a regular expression"),
         ("--lora_alpha_pattern [a=4", "--lora_alpha_pattern [a=4: [a is not a regular expression"),
-        ("--base_precision int4", "--base_precision int4: must be one of fp32, fp16, bf16, int8, nf4"),
+        ("--base_precision int4", "--base_precision int4 must be one of fp32, fp16, bf16, int8, nf4"),
     ],
 )
 def test_flags_that_cannot_work_are_named(words, said):
