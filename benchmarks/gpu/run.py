@@ -1,6 +1,6 @@
 """Everything on a GPU, in one command: does it compute the right thing, how fast, and what fits.
 
-    python3 benchmarks/gpu/run.py [--parts right fast fits more compile] [--only NAME ...] [--seconds 400] [--output DIR]
+    python3 benchmarks/gpu/run.py [--parts right fast fits more compile] [--only NAME ...] [--seconds N] [--output DIR]
 
 Runs the scripts by their command lines, each case in a process of its own. A case that fails is a result. Writes
 RESULTS/CARD-DATE.json again after every case, and beside it, in a folder of that name, the end of every case's output
@@ -490,8 +490,9 @@ def fits(check):
         env = {
             "PRESET": preset, "MODEL_NAME": check.scratch / "sd15/model", "TRAIN_DIR": check.scratch / "sd15/images",
             "OUTPUT_DIR": check.scratch / name, "CHECKPOINTS_KEPT": "1", "CHECKPOINTING_STEPS": "100000",
-            "VALIDATION_STEPS": "2", "NON_EMA_REVISION": "", "ACCELERATE_MIXED_PRECISION": "fp16",
-            "REPORT_TO": "none", "LAUNCH": " ".join(CHILD), "GPU_CHECK_STOP_AFTER": "6", "GPU_CHECK_MEMORY_GB": str(gigabytes),
+            "VALIDATION_STEPS": "4", "NON_EMA_REVISION": "", "ACCELERATE_MIXED_PRECISION": "fp16",
+            "REPORT_TO": "none", "LAUNCH": " ".join(CHILD),
+            "GPU_CHECK_MEMORY_GB": str(gigabytes), "GPU_CHECK_STOP_AFTER": "6",
         }  # fmt: skip
         if attention:
             env["XFORMERS"] = ""
