@@ -1,4 +1,4 @@
-"""The figures of one or more models' images: row by row, and as sets beside the true images.
+"""The metrics of one or more models' images: row by row, and as sets beside the true images.
 
     opened = open_networks(args, device)
     measured = measure(rows, {"original": {0: Path(...), ...}, "tuned": {...}}, opened, args, device)
@@ -20,14 +20,15 @@ from finetuning.cli import first_few, flag
 from finetuning.evaluation import features, networks, statistics
 from finetuning.evaluation.checkers import load_checker
 from finetuning.evaluation.metrics import EvaluationError, dataset_metrics, table
+from finetuning.evaluation.notes import note, reason
 from finetuning.evaluation.preprocessing import POLICY, read_images
 
-FEW = 50  # images; with fewer no figure is worth believing
+FEW = 50  # images; with fewer no metric is reliable
 
 
 @dataclass
 class EvalNetworkArgs:
-    """Figures"""
+    """Metrics"""
 
     checker: str | None = flag(
         None, "a judge of images of your own: an importable module or a .py file with METRICS and scores() (see "
@@ -39,24 +40,23 @@ class EvalNetworkArgs:
     )  # fmt: skip
     protocol: str = flag(
         "clean", "how Inception is given its images: clean as clean-fid does, legacy as pytorch-fid does (the older "
-        "papers); figures of the two are not comparable", choices=("clean", "legacy"),
+        "papers); metrics of the two are not comparable", choices=("clean", "legacy"),
     )  # fmt: skip
     resolutions: list[int] | None = flag(
-        None, "sides in pixels that all images are brought to first, each with its own figures (none: the side of "
-        "the first model's images)",
+        None, "sides in pixels that all images are brought to first, each with its own metrics (none: the side of "
+        "the first model's images)", min=8,
     )  # fmt: skip
     inception_weights: str | None = flag(None, "file of FID's Inception weights (none: torch-fidelity's download)")
     lpips_trunk: str | None = flag(None, "file of AlexNet's weights for LPIPS (none: torchvision's download)")
     clip_model: str = flag(networks.CLIP, "CLIP: a folder, or a name on the Hub")
-    feature_cache: str | None = flag(None, "folder where Inception's features are kept by content (none: nowhere)")
-    num_workers: int = flag(0, "processes that read images; 0: none beside the main one")
-    eval_batch_size: int = flag(16, "images that a network is given together")
+    feature_cache: str | None = flag(
+        None, "folder where Inception's features are kept by content (none: nowhere)", affects_result=False
+    )
+    num_workers: int = flag(0, "processes that read images; 0: none beside the main one", min=0, affects_result=False)
+    eval_batch_size: int = flag(16, "images that a network is given together", min=1)
 
     def problems(self):
         yield from self._metric_problems()
-        for side in self.resolutions or []:
-            if side < 8:
-                yield f"--resolutions {side} must be at least 8"
         for name in ("metrics", "resolutions"):
             given = getattr(self, name) or []
             if len(set(given)) < len(given):
@@ -64,10 +64,6 @@ class EvalNetworkArgs:
         for name in ("inception_weights", "lpips_trunk"):
             if getattr(self, name) and not Path(getattr(self, name)).is_file():
                 yield f"--{name} {getattr(self, name)}: there is no such file"
-        if self.num_workers < 0:
-            yield f"--num_workers {self.num_workers} must not be negative"
-        if self.eval_batch_size < 1:
-            yield f"--eval_batch_size {self.eval_batch_size} must be at least 1"
 
     def _metric_problems(self):
         """Unknown metrics; to know those of a checker it has to be loaded."""
@@ -205,34 +201,34 @@ def _check(rows, images):
 
 
 def _choose(rows, sides, opened, args, offered):
-    """({name: Metric}, [{"metric", "why"}]). Raises EvaluationError for those asked for by name."""
+    """({name: Metric}, [note, ...]). Raises EvaluationError for those asked for by name."""
     offered = dataset_metrics(opened.checker) if offered is None else offered
     chosen, left_out = {}, []
     for name, metric in opened.table.items():
         if name in offered and (not args.metrics or name in args.metrics):
             if why := _why_not(name, metric, rows, sides, opened):
-                left_out.append({"metric": name, "why": why})
+                left_out.append(why)
             else:
                 chosen[name] = metric
     if args.metrics and left_out:
-        raise EvaluationError("\n".join(f"--metrics {one['metric']}: {one['why']}" for one in left_out))
+        raise EvaluationError("\n".join(f"--metrics {one['metric']}: {reason(one)}" for one in left_out))
     return chosen, left_out
 
 
 def _why_not(name, metric, rows, sides, opened):
-    """Why a metric cannot be measured, or None."""
+    """The note that says why a metric cannot be measured, or None."""
     without_truth = [row.number for row in rows if row.image is None]
     if opened.checker and name in opened.checker.metrics:
-        if strange := opened.checker.strange(row.caption for row in rows):
-            count = sum(row.caption in strange for row in rows)
-            return f"{count} of {len(rows)} captions cannot be judged by {opened.checker.name}: {first_few(strange)}"
+        strange = opened.checker.strange(row.caption for row in rows)
+        if strange := [row.caption for row in rows if row.caption in strange]:
+            return note("captions", metric=name, checker=opened.checker.name, captions=strange, of=len(rows))
     elif metric.needs_truth and without_truth:
-        return f"{len(without_truth)} of {len(rows)} rows have no true image: rows {first_few(without_truth)}"
+        return note("no_truth", metric=name, rows=without_truth, of=len(rows))
     elif name == "lpips" and min(sides) < networks.SMALLEST_LPIPS:
-        smallest = networks.SMALLEST_LPIPS
-        return f"LPIPS needs images of at least {smallest} pixels, not {min(sides)}: raise --resolutions"
+        return note("too_small", metric=name, smallest=networks.SMALLEST_LPIPS, side=min(sides))
     elif metric.network and metric.network not in opened.found:
-        return opened.missing.get(metric.network, f"its network {metric.network} was not opened")
+        why = opened.missing.get(metric.network, f"its network {metric.network} was not opened")
+        return note("no_weights", metric=name, network=metric.network, reason=why)
     return None
 
 
@@ -272,7 +268,7 @@ def _batches(measured, side, args, with_truth):
     """(first row, [PIL images of each model, and of the truth]) after another, read by one loader."""
     sets = [*measured.images.values(), *([[row.image for row in measured.rows]] if with_truth else [])]
     paths = [path for row in zip(*sets, strict=True) for path in row]
-    size, title = args.eval_batch_size * len(sets), f"figures at {side} px"
+    size, title = args.eval_batch_size * len(sets), f"metrics at {side} px"
     start = 0
     for batch in read_images(paths, side, size, args.num_workers, title=title):
         images = [Image.fromarray(pixels) for pixels in batch]
@@ -305,39 +301,34 @@ def _check_values(measured):
 
 
 def _warnings(measured, found, sizes):
-    count = len(measured.rows)
-    if count < FEW:
-        yield (
-            f"only {count} images of each model: every figure here is unreliable. Its interval shows how far chance "
-            f"alone may move it; take at least {FEW}, better some hundreds"
-        )
+    if len(measured.rows) < FEW:
+        yield note("few_images", images=len(measured.rows))
     if "fid" in measured.metrics:
         for side in measured.sides:
             for label, own in measured.features[side].items():
-                if said := statistics.small_sample_warning(own, measured.truth[side]):
-                    yield f"{label} at {side} px: {said}"
+                yield from _bias_warnings(label, side, own, measured.truth[side])
     for weights in measured.weights:
-        if weights.published is False:
-            yield f"{weights.name}: the weights of {weights.origin} are not the published ones: its figures are not " \
-                "comparable with figures from elsewhere"  # fmt: skip
-        elif weights.published is None:
-            yield f"{weights.name}: whether the weights of {weights.origin} are the published ones cannot be known: " \
-                "compare their sha256 before its figures are compared with others"  # fmt: skip
+        if not weights.published:
+            code = "unknown_weights" if weights.published is None else "not_published"
+            yield note(code, name=weights.name, origin=weights.origin)
     if "clip_score" in measured.metrics and (cut := found["clip"][0].truncated):
-        yield f"{cut} captions are longer than CLIP reads: the CLIP score looks at their beginning alone"
+        yield note("cut_captions", captions=cut)
     if any(metric.needs_truth for metric in measured.metrics.values()):
-        yield from _size_warnings(measured, sizes)
+        true = _span([sizes[row.image] for row in measured.rows])
+        for label, paths in measured.images.items():
+            own = _span([sizes[path] for path in paths])
+            if own != true:
+                yield note("unlike_sizes", model=label, own=own, truth=true, sides=measured.sides)
 
 
-def _size_warnings(measured, sizes):
-    true = _span([sizes[row.image] for row in measured.rows])
-    for label, paths in measured.images.items():
-        own = _span([sizes[path] for path in paths])
-        if own != true:
-            yield (
-                f"{label}'s images are {own}, the true ones {true}: figures of unlike sizes mean little, so all were "
-                f"brought to {' and '.join(map(str, measured.sides))} px first"
-            )
+def _bias_warnings(label, side, own, truth):
+    """How much of an FID comes from the number of images alone, where there are few."""
+    images = min(len(own), len(truth))
+    if 4 <= images < statistics.ENOUGH:
+        bias, unbiased = statistics.frechet_bias(own, truth)
+        yield note("fid_bias", model=label, side=side, images=images, bias=bias, value=bias + unbiased)
+    elif images < 4:
+        yield note("fid_bias_unknown", model=label, side=side, images=images)
 
 
 def _span(sizes):
@@ -364,7 +355,7 @@ def _sizes(paths):
 
 
 def summarise(measured, folder="."):
-    """The parts of report.json that figures make: protocol, policy, sides, weights, summary, differences, rows, ...
+    """The parts of report.json that the metrics make: protocol, policy, sides, weights, summary, differences, rows, ...
 
     Paths are written relative to `folder`, the report's.
     """

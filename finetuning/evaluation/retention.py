@@ -40,6 +40,17 @@ RETENTION_MEASURES = {
 }
 
 
+class NothingToKeep(EvaluationError):
+    """The original has nothing on average that could be kept, so that there is no share of it."""
+
+    def __init__(self, mean, rows):
+        super().__init__(
+            f"the original has {mean:.3g} on average over {rows} rows, not clearly above 0: there is no share of it; "
+            "take more rows, or others that it is good at"
+        )
+        self.mean, self.rows = mean, rows
+
+
 def retention_measure(by, checker=None):
     """The RetentionMeasure by "checker" (a checkers.Checker with a metric of each role), "clip" or "loss"."""
     if by != "checker":
@@ -57,31 +68,33 @@ def retention_measure(by, checker=None):
 def learned_and_kept(by, fit, retain):
     """(learned, kept), an Estimate each, by "checker", "clip" or "loss".
 
-    fit     (tuned's, original's) values on what was trained, float64 [rows] each, of the same rows
+    fit     (tuned's, original's) values on what was trained, float64 [rows] each, of the same rows; None: learned is
+            None
     retain  the same on what should be kept; none below 0
 
-    Raises EvaluationError where the original has nothing that could be kept, so that there is no share of it.
+    Raises NothingToKeep, an EvaluationError, where the original has nothing that could be kept.
     """
     if by not in ("checker", *RETENTION_MEASURES):
         raise ValueError(f"{by!r} is none of checker, {', '.join(RETENTION_MEASURES)}")
     if by == "loss":  # lower is better: both shares are inverted
+        kept = ratio_of_means(*retain[::-1])
+        if fit is None:
+            return None, kept
         left = ratio_of_means(*fit)
-        return statistics.Estimate(1 - left.value, 1 - left.high, 1 - left.low, left.n), ratio_of_means(*retain[::-1])
-    return statistics.paired_difference(*fit), ratio_of_means(*retain)
+        return statistics.Estimate(1 - left.value, 1 - left.high, 1 - left.low, left.n), kept
+    learned = None if fit is None else statistics.paired_difference(*fit)
+    return learned, ratio_of_means(*retain)
 
 
 def ratio_of_means(values, reference):
     """mean of `values` / mean of `reference`, [rows] each, none below 0, as an Estimate; row i of both pairs.
 
     The interval resamples what each row adds to the ratio, as all intervals of statistics.py do: with the ratio r that
-    is (value - r reference) / mean reference. Raises EvaluationError where the reference is not clearly above 0.
+    is (value - r reference) / mean reference. Raises NothingToKeep where the reference is not clearly above 0.
     """
     values, reference = (np.asarray(one, np.float64) for one in (values, reference))
     if not statistics.mean_of(reference).low > 0:
-        raise EvaluationError(
-            f"the original has {reference.mean():.3g} on average over {len(reference)} rows, not clearly above "
-            "0: there is no share of it; take more rows, or others that it is good at"
-        )
+        raise NothingToKeep(float(reference.mean()), len(reference))
     ratio = values.mean() / reference.mean()
     found = statistics.mean_of(ratio + (values - ratio * reference) / reference.mean())
     return replace(found, low=max(found.low, 0.0))
