@@ -11,12 +11,12 @@ import torch
 
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
-    DIFFUSERS_PREFIX,
     KOHYA_NAME,
-    MAGNITUDE_KEY,
     RAW_NAME,
     Layer,
     diffusers_tensors,
+    for_kohya,
+    magnitude_ending,
     read_lora,
     weights_hash,
     write_diffusers,
@@ -41,7 +41,9 @@ def add_adapters(args: LoraArgs, model, run):
     """
     adaptable = {one.name: model.components[one.name] for one in model.family.adaptable}
     layout = Layout(args, model.family, model.trained_modules)
-    start = read_lora(args.init_lora, adaptable, cache_dir=args.cache_dir) if args.init_lora else None
+    start = (
+        read_lora(args.init_lora, adaptable, cache_dir=args.cache_dir, family=model.family) if args.init_lora else None
+    )
     problems = [*layout.problems(), *_precision_problems(args, run)]
     if start:
         problems += layout.problems_with_start(start)
@@ -64,6 +66,8 @@ def add_adapters(args: LoraArgs, model, run):
     adapted = AdaptedModel.on(model, args, layout, base)
     if start:
         adapted.start_from(start)
+    if args.save_kohya and (notice := for_kohya(adapted.adapters)[1]):
+        run.say(notice)
     adapted.to_device(run.device, run.weights_dtype)
     return adapted
 
@@ -155,7 +159,7 @@ class AdaptedModel(Model):
         """Write the adapters as they are trained into the folder lora plus `suffix`, in diffusers' format."""
         target = Path(folder) / f"lora{suffix}"
         target.mkdir(parents=True)
-        write_diffusers(target / DIFFUSERS_NAME, self.layers(weights), self._base_facts())
+        write_diffusers(target / DIFFUSERS_NAME, self.layers(weights), self._base_facts(), self.family)
 
     def load_trained(self, folder, ema):
         """Take a checkpoint's adapters; with `ema`, return its averaged ones by parameter name, else None."""
@@ -173,7 +177,7 @@ class AdaptedModel(Model):
         from safetensors.torch import load_file
 
         stored, values = load_file(path), {}
-        expected = {key: value.shape for key, value in diffusers_tensors(self.layers()).items()}
+        expected = {key: value.shape for key, value in diffusers_tensors(self.layers(), self.family).items()}
         if expected != {key: value.shape for key, value in stored.items()}:
             raise ModelError(
                 f"{folder.parent} holds other adapters than the flags ask for: give the same --rank, "
@@ -181,8 +185,9 @@ class AdaptedModel(Model):
                 f"or start a new run from it with --init_lora {folder}"
             )
         for name, parameter in self.trained_parameters().items():
-            part, rest = name.split(".", 1)
-            key = DIFFUSERS_PREFIX[part] + rest.replace(".lora_magnitude_vector.weight", MAGNITUDE_KEY[part])
+            component, rest = name.split(".", 1)
+            component = self.family.by_name[component]
+            key = component.lora_prefix + rest.replace(".lora_magnitude_vector.weight", magnitude_ending(component))
             values[name] = stored[key].reshape(parameter.shape)
         return values
 
@@ -197,14 +202,14 @@ class AdaptedModel(Model):
         facts = {**facts, **self._base_facts(), **adapter_facts(self.args, self.layout)}
         exported = self.layers(shadow)
         written = {DIFFUSERS_NAME: exported}
-        write_diffusers_for_all(folder / DIFFUSERS_NAME, exported, facts)
+        write_diffusers_for_all(folder / DIFFUSERS_NAME, exported, facts, self.family)
         if shadow is not None:
             written[RAW_NAME] = self.layers()
-            write_diffusers_for_all(folder / RAW_NAME, written[RAW_NAME], facts)
+            write_diffusers_for_all(folder / RAW_NAME, written[RAW_NAME], facts, self.family)
         if self.args.save_kohya:
-            written[KOHYA_NAME] = exported
-            prediction = self.scheduler.config.prediction_type
-            write_kohya(folder / KOHYA_NAME, exported, facts | kohya_facts(self.args, self.layout, facts, prediction))
+            written[KOHYA_NAME], _ = for_kohya(exported)
+            facts |= kohya_facts(self.args, self.layout, facts, self.scheduler.config.prediction_type)
+            write_kohya(folder / KOHYA_NAME, written[KOHYA_NAME], facts, self.family)
         check_files(folder, written, load_model(self.args))
 
     def _base_facts(self):

@@ -64,8 +64,8 @@ def check_before_start(args, run, model, data):
         )
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= total_steps:
         run.say(
-            f"--lr_warmup_steps {args.lr_warmup_steps} is not shorter than the run of {total_steps} steps: the learning "
-            "rate never reaches --learning_rate"
+            f"--lr_warmup_steps {args.lr_warmup_steps} is not shorter than the run of {total_steps} steps: the "
+            "learning rate never reaches --learning_rate"
         )
     kept = total_steps // args.checkpointing_steps if args.checkpointing_steps and limit is None else 0
     if kept * needed + exported > free:

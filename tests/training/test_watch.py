@@ -16,12 +16,13 @@ from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.reading import DatasetError
 from finetuning.data.training_set import DataArgs, load_images
-from finetuning.diffusion.objective import NoiseArgs, NoiseSchedule
+from finetuning.diffusion.objective import NoiseArgs
+from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation import networks
 from finetuning.evaluation.denoising import load_rows, row_losses
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.retention import learned_and_kept
-from finetuning.families.loading import load_model
+from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import single_scenes
