@@ -188,8 +188,9 @@ def flags_of(args_class):
 
 
 def flags_without_effect(args_class):
-    """The names of the flags that cannot change what a run computes: where it writes, how often, how it is watched."""
-    return frozenset(name for name, flag in flags_of(args_class).items() if not flag.affects_result)
+    """The names, older ones too, of the flags that cannot change what a run computes: where it writes, how often."""
+    flags = [flag for flag in flags_of(args_class).values() if not flag.affects_result]
+    return frozenset(name for flag in flags for name in (flag.name, *flag.was))
 
 
 def title(group):
@@ -313,7 +314,8 @@ def parse(args_class, description, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, problems = read(args_class, description, argv)
     if problems:
-        heading = f"{_script()}: {len(problems)} problem(s) with the arguments:"
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        heading = f"{_script()}: {count} with the flags:"
         report("\n".join([heading, *(f"  - {problem}" for problem in problems)]))
         raise SystemExit(2)
     return args
@@ -536,8 +538,9 @@ def _unmet(args, flags):
     for name, flag in flags.items():
         if name not in changed:
             continue
-        if flag.requires and not any(_is_on(args, wanted) for wanted in flag.requires):
-            wanted = " or ".join(f"--{wanted.replace('=', ' ')}" for wanted in flag.requires)
+        needs = [wanted for wanted in flag.requires if wanted.partition("=")[0] in flags]  # a script may lack them
+        if needs and not any(_is_on(args, wanted) for wanted in needs):
+            wanted = " or ".join(f"--{wanted.replace('=', ' ')}" for wanted in needs)
             yield f"{flag.spelled} does nothing without {wanted}"
         for other in flag.conflicts:
             if getattr(args, name) and other in changed and getattr(args, other):

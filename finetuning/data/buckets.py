@@ -20,29 +20,25 @@ class BucketArgs:
         False, "train on several shapes of at most --resolution x --resolution pixels, each image at the nearest to "
         "its own; every step has one shape",
     )  # fmt: skip
-    bucket_step: int = flag(64, "the buckets' sides are multiples of this, in pixels")
-    min_side: int | None = flag(None, "shortest side of a bucket, in pixels (none: half of --resolution)")
-    max_side: int | None = flag(None, "longest side of a bucket, in pixels (none: twice --resolution)")
-    max_upscale: float = flag(
-        1.5, "enlarge an image by no more than this; one that is too small goes to a smaller bucket; 1 enlarges none"
+    bucket_step: int = flag(64, "the buckets' sides are multiples of this, in pixels", min=1, requires="aspect_buckets")
+    min_side: int | None = flag(
+        None, "shortest side of a bucket, in pixels (none: half of --resolution)", min=1, requires="aspect_buckets"
     )
+    max_side: int | None = flag(
+        None, "longest side of a bucket, in pixels (none: twice --resolution)", min=1, requires="aspect_buckets"
+    )
+    max_upscale: float = flag(
+        1.5, "enlarge an image by no more than this; one that is too small goes to a smaller bucket; 1 enlarges none",
+        min=1, requires="aspect_buckets",
+    )  # fmt: skip
 
     def problems(self):
         if self.aspect_buckets and getattr(self, "check_images", "full") == "none":
             yield "--aspect_buckets needs every image's size: --check_images header is the quickest that tells it"
         if not self.aspect_buckets:
-            for name in ("bucket_step", "min_side", "max_side", "max_upscale"):
-                if getattr(self, name) != getattr(BucketArgs, name):
-                    yield f"--{name} only goes with --aspect_buckets"
             return
         if getattr(self, "random_resized_crop_scale", None) is not None:
             yield "--aspect_buckets keeps as much of an image as fits: leave --random_resized_crop_scale out"
-        if self.bucket_step < 1:
-            yield f"--bucket_step {self.bucket_step} must be at least 1"
-        if not 1 <= self.max_upscale < math.inf:
-            yield f"--max_upscale {self.max_upscale} must be a number from 1 on (1: no image is enlarged)"
-        if self.min_side is not None and self.min_side < 1:
-            yield f"--min_side {self.min_side} must be at least 1"
         sides = set(self.resolution.lower().split("x"))
         if len(sides) > 1:
             yield f"--aspect_buckets finds the shapes by itself: --resolution {self.resolution} must be one side"
@@ -50,7 +46,7 @@ class BucketArgs:
             yield from self._problems_with_the_side(*map(int, sides))
 
     def _problems_with_the_side(self, side):
-        step = max(1, self.bucket_step)
+        step = self.bucket_step
         if side % step:
             near = max(step, round(side / step) * step)
             yield f"--resolution {side} must be a multiple of --bucket_step {step}, e.g. {near}; or lower --bucket_step"

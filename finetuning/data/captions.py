@@ -34,7 +34,7 @@ class CaptionArgs(MirrorArgs):
         "random", "of an image with several captions, train on a random one each epoch or on the first",
         choices=("random", "first"),
     )  # fmt: skip
-    shuffle_tags: bool = flag(False, "put the parts of a caption between commas in a new order each epoch")
+    shuffle_tags: bool = flag(False, "put the tags of a caption, between commas, in a new order each epoch")
     keep_tokens: int = flag(
         0, "how many of the first tags stay in front (kohya's name for it)", min=0, requires="shuffle_tags"
     )

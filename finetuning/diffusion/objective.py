@@ -22,72 +22,21 @@ class NoiseArgs:
         None, "what the denoiser predicts; none keeps the base's. The saved scheduler says the same",
         choices=PREDICTION_TYPES,
     )  # fmt: skip
-    snr_gamma: float | None = flag(None, "min-SNR weighting (arXiv 2303.09556); 5.0 is usual")
+    snr_gamma: float | None = flag(None, "min-SNR weighting (arXiv 2303.09556); 5.0 is usual", above=0)
     noise_offset: float = flag(0.0, "add this much noise that is constant over each channel; 0.05 is usual")
     input_perturbation: float = flag(0.0, "perturb the noise that is added, not the target; 0.1 is usual")
     loss_type: str = flag("l2", "squared error, or Huber's: linear beyond --huber_c", choices=("l2", "huber"))
-    huber_c: float = flag(0.1, "where --loss_type huber turns from squared to linear")
+    huber_c: float = flag(
+        0.1, "where --loss_type huber turns from squared to linear", above=0, requires="loss_type=huber"
+    )
     dream_training: bool = flag(False, "DREAM (arXiv 2312.00210): one more forward pass, epsilon only")
-    dream_detail_preservation: float = flag(1.0, "DREAM's p; smaller aligns more with sampling")
+    dream_detail_preservation: float = flag(
+        1.0, "DREAM's p; smaller aligns more with sampling", requires="dream_training"
+    )
 
     def problems(self):
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            yield f"--snr_gamma {self.snr_gamma} must be above 0 (leave the flag out for no weighting)"
-        if self.huber_c <= 0:
-            yield f"--huber_c {self.huber_c} must be above 0"
         if self.dream_training and self.prediction_type not in (None, "epsilon"):
             yield f"--dream_training works with --prediction_type epsilon, not {self.prediction_type}"
-
-
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """The forward process: alpha_bar [timesteps], fp32, and what the denoiser predicts."""
-
-    alpha_bar: torch.Tensor
-    prediction_type: str
-
-    @classmethod
-    def of(cls, scheduler, prediction_type=None):
-        """From a diffusers scheduler; `prediction_type` overrides its config."""
-        return cls(scheduler.alphas_cumprod.float(), prediction_type or scheduler.config.prediction_type)
-
-    def __len__(self):
-        return len(self.alpha_bar)
-
-    def signal_and_noise(self, timesteps):
-        """(sqrt(alpha_bar), sqrt(1 - alpha_bar)), each [batch, 1, 1, 1]."""
-        alpha_bar = self.alpha_bar.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
-        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-
-    def add_noise(self, latents, noise, timesteps):
-        """x_t of DDPM (arXiv 2006.11239, eq. 4)."""
-        signal, sigma = self.signal_and_noise(timesteps)
-        return signal * latents + sigma * noise
-
-    def target(self, latents, noise, timesteps):
-        """What the denoiser has to answer."""
-        if self.prediction_type == "epsilon":
-            return noise
-        if self.prediction_type == "sample":
-            return latents
-        signal, sigma = self.signal_and_noise(timesteps)
-        return signal * noise - sigma * latents  # v of arXiv 2202.00512, appendix D
-
-    def signal_to_noise(self, timesteps):
-        """alpha_bar / (1 - alpha_bar), [batch]."""
-        alpha_bar = self.alpha_bar.to(timesteps.device)[timesteps]
-        return alpha_bar / (1 - alpha_bar)
-
-    def min_snr_weight(self, timesteps, gamma):
-        """Weight of each row's squared error, [batch]: min(SNR, gamma) in units of x_0 (arXiv 2303.09556, eq. 5)."""
-        snr = self.signal_to_noise(timesteps)
-        clipped = snr.clamp(max=gamma)
-        if self.prediction_type == "sample":
-            return clipped
-        if self.prediction_type == "v_prediction":
-            return clipped / (snr + 1)
-        # epsilon: min(SNR, gamma) / SNR, written so that a zero-terminal-SNR schedule gives 1 and not 0 / 0
-        return torch.where(snr <= gamma, torch.ones_like(snr), gamma / snr.clamp(min=gamma))
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ class ModelArgs:
 
     pretrained_model_name_or_path: str = flag(REQUIRED, "folder of a diffusers pipeline, or its name on the Hub")
     revision: str | None = flag(None, "git revision of the Hub model")
-    variant: str | None = flag(None, "weights' variant, e.g. fp16; parts that have none are loaded without")
+    variant: str | None = flag(None, "variant of the weights, e.g. fp16; components that have none are loaded without")
     train_text_encoder: bool = flag(False, "train the text encoder as well (see --text_encoder_lr)")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: slower, far less memory")
     enable_xformers_memory_efficient_attention: bool = flag(
         False, "attention by xformers, tested against PyTorch's at the start; without a GPU PyTorch's is used"
     )
     compile: bool = flag(False, "torch.compile the UNet: a slow first step, then faster ones")
-    cache_dir: str | None = flag(None, "where models and datasets of the Hub are kept")
+    channels_last: bool = flag(False, "the UNet's weights and activations in channels_last memory format; GPU only")
+    cache_dir: str | None = flag(None, "where models and datasets of the Hub are kept", affects_result=False)
 
 
 @dataclass
@@ -32,17 +33,13 @@ class StartArgs:
     non_ema_variant: str | None = flag(
         None, "variant whose UNet is trained, e.g. non_ema as in SD 1.5; the average starts from the main one"
     )
-    from_scratch: bool = flag(False, "train a UNet of random weights instead of the base's")
+    from_scratch: bool = flag(
+        False, "train a UNet of random weights instead of the base's", conflicts=("non_ema_revision", "non_ema_variant")
+    )
     unet_config: str | None = flag(
-        None, "with --from_scratch: JSON/YAML file or text of UNet settings to change, e.g. "
-        "'{block_out_channels: [96, 192], layers_per_block: 3, attention_head_dim: 8}'",
+        None, "JSON/YAML file or text of UNet settings to change, e.g. "
+        "'{block_out_channels: [96, 192], layers_per_block: 3, attention_head_dim: 8}'", requires="from_scratch",
     )  # fmt: skip
-
-    def problems(self):
-        if self.unet_config and not self.from_scratch:
-            yield "--unet_config only goes with --from_scratch"
-        if self.from_scratch and (self.non_ema_revision or self.non_ema_variant):
-            yield "--from_scratch trains new weights: leave --non_ema_revision and --non_ema_variant out"
 
 
 class ModelError(UserError):

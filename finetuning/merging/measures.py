@@ -12,10 +12,10 @@ import torch
 from tqdm.auto import tqdm
 
 from finetuning.data.reading import DatasetError
-from finetuning.diffusion.objective import NoiseSchedule
+from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation.denoising import load_rows, row_losses
+from finetuning.families.model import Model
 from finetuning.families.model_args import ModelError
-from finetuning.families.sd import StableDiffusion
 from finetuning.files import sha256
 from finetuning.shapes.checker import right, share_in_chalk
 from finetuning.shapes.scenes import parse
@@ -54,16 +54,16 @@ def measure_shapes(args, blend, prompts_in, prompts_out):
 def measure_loss(args, blend, prompts_in, prompts_out):
     """Minus the denoising loss of each row of --fit_dataset (learned) and of --retain_dataset (kept)."""
     pipeline, datasets, problems = blend.pipeline, [], []
-    own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    model = Model.of_pipeline(pipeline)
+    own = model.denoiser.denoiser.config.sample_size * model.codec.factor
     size, seed = args.height_and_width or (own, own), args.seed[0]
     for folder in (args.fit_dataset, args.retain_dataset):
         try:
-            datasets.append(load_rows(folder, pipeline.tokenizer, size, most=args.loss_rows, seed=seed, say=tqdm.write))
+            datasets.append(load_rows(folder, model.tokenize, size, most=args.loss_rows, seed=seed, say=tqdm.write))
         except DatasetError as problem:
             problems.append(str(problem))
     if problems:
         raise ModelError("\n".join(problems))
-    model = StableDiffusion.of_pipeline(pipeline)
     schedule, dtype, device = NoiseSchedule.of(pipeline.scheduler), pipeline.unet.dtype, pipeline.device
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from finetuning.cli import REQUIRED, flag
 from finetuning.families.model_args import ModelError
-from finetuning.training.checkpoint import WITHOUT_EFFECT, checkpoints_in
+from finetuning.training.checkpoint import checkpoints_in, harmless_flags
 from finetuning.training.ema import AveragedWeights
 
 WIDEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean of all steps
@@ -258,7 +258,7 @@ def _state(folder):
 
 def _check_one_run(folders, states):
     """A run that was resumed to go on for longer is still one run."""
-    harmless = WITHOUT_EFFECT | {"max_train_steps", "num_train_epochs"}
+    harmless = harmless_flags() | {"max_train_steps", "num_train_epochs"}
     settings = [
         {f"--{name}": value for name, value in state["args"].items() if name not in harmless}
         | {"the dataset": state["dataset"]}

@@ -174,7 +174,7 @@ def test_a_compute_takes_the_weight_in_any_shape(made):
     compute = fold_compute([Lora("some", {CONV: layer}, {})], [0.5])[f"{CONV}.weight"]
     out = torch.empty(16 * 8 * 9)
     compute(weight.reshape(16, 72), out=out)
-    assert torch.equal(out.reshape(weight.shape), layer.folded(weight, 0.5))
+    assert torch.equal(out.reshape(weight.shape), layer.fused(weight, 0.5))
 
 
 def test_several_loras_add_up_in_any_order(tiny_model, made, written, folded):

@@ -54,7 +54,7 @@ def test_what_was_folded_in_comes_out_again(opened, layers):
     after = weights(opened)
     for name, weight in before.items():
         if name in layers:
-            assert torch.allclose(within[name], layers[name].folded(weight), atol=1e-6)
+            assert torch.allclose(within[name], layers[name].fused(weight), atol=1e-6)
             assert not torch.allclose(within[name], weight, atol=1e-2)
         else:
             assert torch.equal(within[name], weight)

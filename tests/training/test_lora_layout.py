@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from finetuning.cli import read
-from finetuning.families.loading import load_model
 from finetuning.families.lora_files import Layer, Lora, adaptable
+from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs, ModelError
 from finetuning.training.adapters import add_adapters
 from finetuning.training.lora_layout import Layout, LoraArgs

@@ -14,9 +14,10 @@ from PIL import Image
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.training_set import DataArgs, load_images
-from finetuning.diffusion.objective import NoiseArgs, NoiseSchedule
+from finetuning.diffusion.objective import NoiseArgs
+from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation import denoising
-from finetuning.families.loading import load_model
+from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs
 from finetuning.training.ema import AveragedWeights, NoAverage
 from finetuning.training.validation import Validation, ValidationArgs

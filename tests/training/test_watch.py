@@ -16,12 +16,13 @@ from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.reading import DatasetError
 from finetuning.data.training_set import DataArgs, load_images
-from finetuning.diffusion.objective import NoiseArgs, NoiseSchedule
+from finetuning.diffusion.objective import NoiseArgs
+from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation import networks
 from finetuning.evaluation.denoising import load_rows, row_losses
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.retention import learned_and_kept
-from finetuning.families.loading import load_model
+from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import single_scenes
@@ -123,7 +124,7 @@ def test_other_processes_measure_nothing(build, tmp_path):
 
 
 def test_an_untouched_model_learned_nothing_and_kept_all(build):
-    watch = build(stop_when_kept_below=0.99)
+    watch = build(stop_when_retention_below=0.99)
     assert [watch.look(step) for step in range(5)] == [False] * 5
     assert list(watch.run.logged) == [0, 2, 4]
     for values in watch.run.logged.values():
@@ -154,7 +155,7 @@ def test_the_figures_are_those_of_the_losses_by_hand(build, model, tmp_path):
 
 def test_what_is_kept_is_compared_with_the_limit(build, model):
     silence(model)
-    watch = build(stop_when_kept_below=0.5)
+    watch = build(stop_when_retention_below=0.5)
     watch.look(0)
     change(model, 0.5)
     assert watch.look(1) is False  # not due
@@ -162,8 +163,8 @@ def test_what_is_kept_is_compared_with_the_limit(build, model):
     kept = watch.run.logged[2]["kept"]
     assert kept < 0.5
     message = watch.run.said[-1]
-    assert f"step 2: kept {kept:.3f}" in message and "--stop_when_kept_below 0.5" in message
-    assert build(stop_when_kept_below=kept / 2, first_step=1).look(2) is False
+    assert f"step 2: kept {kept:.3f}" in message and "--stop_when_retention_below 0.5" in message
+    assert build(stop_when_retention_below=kept / 2, first_step=1).look(2) is False
     assert build(first_step=1).look(2) is False
 
 
@@ -329,15 +330,15 @@ def test_clip_scores_are_taken_of_image_and_prompt(by_images, painter, monkeypat
     [
         ({"evaluate_every": -1}, ["--evaluate_every -1"]),
         ({"retain_rows": 1}, ["--retain_rows 1"]),
-        ({"stop_when_kept_below": 0.5}, ["--stop_when_kept_below does nothing without --evaluate_every"]),
+        ({"stop_when_retention_below": 0.5}, ["--stop_when_retention_below does nothing without --evaluate_every"]),
         ({"evaluate_every": 2}, ["--evaluate_with loss needs --retain_dataset"]),
         ({"evaluate_every": 2, "retain_dataset": "nowhere"}, ["--retain_dataset nowhere: there is no such folder"]),
         ({"evaluate_every": 2, "evaluate_with": "shapes"}, ["--evaluate_with shapes needs --general_prompts"]),
         ({"evaluate_every": 2, "evaluate_with": "clip"}, []),
         (
-            {"evaluate_every": 2, "stop_when_kept_below": 1.0, "clip_model": "x", "general_prompts": "y.txt"},
+            {"evaluate_every": 2, "stop_when_retention_below": 1.0, "clip_model": "x", "general_prompts": "y.txt"},
             [
-                "--stop_when_kept_below 1.0 must lie between",
+                "--stop_when_retention_below 1.0 must lie between",
                 "--general_prompts only goes with --evaluate_with shapes or clip",
                 "--clip_model only goes with --evaluate_with clip",
                 "--evaluate_with loss needs",
@@ -417,7 +418,7 @@ def test_a_run_that_forgets_ends_at_a_whole_checkpoint_and_goes_on_when_it_may(
     assert list(looks) == [0, 2, 4, 6]
     assert (looks[0]["learned"], looks[0]["kept"]) == (0, 1) and looks[2]["kept"] < 0.99
 
-    limit = ("--stop_when_kept_below", 0.99)
+    limit = ("--stop_when_retention_below", 0.99)
     assert train(script, arguments, stopped, *limit) == 0
     assert "step 2: kept" in capfd.readouterr().err
     assert [step for step, _ in checkpoints_in(stopped)] == [2]
@@ -452,7 +453,7 @@ def test_looking_changes_nothing_and_lr_0_learns_nothing(script, arguments, tmp_
     assert looked.keys() == plain.keys() != set()
     assert all(torch.equal(value, looked[name][key]) for name in plain for key, value in plain[name].items())
 
-    assert train(script, arguments, tmp_path / "still", *few, "--learning_rate", 0, "--stop_when_kept_below", 0.99) == 0
+    assert train(script, arguments, tmp_path / "still", *few, "--learning_rate", 0, "--stop_when_retention_below", 0.99) == 0
     looks = [line for line in metrics(tmp_path / "still") if "kept" in line]
     assert [line["step"] for line in looks] == [0, 2, 3]
     assert [(line["learned"], line["kept"]) for line in looks] == [pytest.approx((0, 1), abs=1e-6)] * 3
