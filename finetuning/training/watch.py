@@ -191,7 +191,8 @@ class Watch:
             return False
         self.run.say(
             f"step {step}: kept {kept.value:.3f} ({kept.low:.3f} to {kept.high:.3f}) is below "
-            f"--stop_when_retention_below {limit}: the run ends here; --resume_from_checkpoint latest with a lower value goes on"
+            f"--stop_when_retention_below {limit}: the run ends here; --resume_from_checkpoint latest with a lower "
+            "value goes on"
         )
         return True
 

@@ -170,8 +170,8 @@ def test_prefix_is_neither_shuffled_nor_swapped():
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--keep_tokens", "-1", "--shuffle_tags"], "--keep_tokens -1 must not be negative"),
-        (["--keep_tokens", "2"], "add --shuffle_tags"),
+        (["--keep_tokens", "-1", "--shuffle_tags"], "--keep_tokens -1 must be at least 0"),
+        (["--keep_tokens", "2"], "--keep_tokens does nothing without --shuffle_tags"),
         (["--flip_captions", "turn"], "must be one of swap, skip, ignore"),
         (["--caption_choice", "last"], "must be one of random, first"),
     ],
