@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test bench lint format mini-sd datasets flags clean
+.PHONY: demo test bench gpu-check lint format mini-sd datasets flags clean
 
 demo: $(VENV)/.ready
 	bash finetune.sh
@@ -17,6 +17,10 @@ bench: $(VENV)/.ready
 	PYTHONPATH=. $(PYTHON) benchmarks/million_rows/run.py
 	PYTHONPATH=. $(PYTHON) benchmarks/merge/run.py
 	PYTHONPATH=. $(PYTHON) benchmarks/metrics/run.py
+
+# Everything on your GPU: the same losses as on the CPU? images a second? do the presets fit? Half an hour at most.
+gpu-check: $(VENV)/.ready
+	$(PYTHON) benchmarks/gpu/run.py
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -42,7 +42,7 @@ if [ -z "$PRESET" ] && [ -z "$MODEL_NAME" ]; then
 fi
 : "${PRESET:=mini-sd}"
 SD15=stable-diffusion-v1-5/stable-diffusion-v1-5  # runwayml/... has left the Hub; this replaces it
-XFORMERS="--enable_xformers_memory_efficient_attention"
+: "${XFORMERS=--enable_xformers_memory_efficient_attention}"  # set but empty: PyTorch's own attention
 SD_USUAL="--center_crop --random_flip --max_grad_norm 1 --lr_scheduler constant --lr_warmup_steps 0 $XFORMERS"
 
 case "$PRESET" in

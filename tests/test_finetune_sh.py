@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -114,49 +115,64 @@ def test_flags_and_defaults_of_the_official_lora_script_are_kept(name):
 
 
 def test_models_that_have_left_the_hub_are_not_used(root):
-    settings = re.findall(r"(?:MODEL_NAME|DATASET_NAME):=([^}]+)", (root / "finetune.sh").read_text(encoding="utf-8"))
+    text = (root / "finetune.sh").read_text(encoding="utf-8")
+    settings = re.findall(r"(?:MODEL_NAME:=|DATASET_NAME:=|SD15=)([^}\s]+)", text)
     assert settings and not [name for name in settings if name.startswith(("runwayml/", "lambdalabs/"))]
 
 
-def presets(text):
-    """{name: the script with that preset's # taken off}."""
-    found = {}
-    for block in re.findall(r"# --- Preset: .*?(?=\n\n)", text, flags=re.DOTALL):
-        found[block.split("Preset: ")[1].split(" ---")[0]] = text.replace(block, block.replace("\n# : ", "\n: "))
-    return found
+PRESETS = {"mini-sd", "sd15-t4", "sd15-lora-t4", "sd15-locon-t4", "sd14-a6000", "unsplash-lite"}
 
 
-def launch_arguments(script, root, **settings):
-    """(script, its arguments) that finetune.sh gives to `accelerate`, which is a function here that prints them."""
-    stub = "accelerate() { printf '%s\\0' \"$@\"; }; export -f accelerate\n"
+def finetune(root, **settings):
+    """What finetune.sh does and says with these variables set, and none of ours besides."""
     environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
-    command = ["bash", "-c", stub + script, str(root / "finetune.sh")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=True)
+    return subprocess.run(
+        ["bash", "finetune.sh"], cwd=root, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def launch_arguments(root, **settings):
+    """(script, its arguments) that finetune.sh gives to its launcher, which prints them here."""
+    done = finetune(root, LAUNCH="printf %s\\0", **settings)
+    assert done.returncode == 0, done.stderr
     words = done.stdout.split("\0")
-    [start] = [number for number, word in enumerate(words) if word in SCRIPTS]
-    return SCRIPTS[words[start]], words[start + 1 : -1]
+    return SCRIPTS[words[0]], words[1:-1]
 
 
 def test_every_preset_is_understood_and_still_yields_to_the_environment(root, shapes_folder):
-    found = presets((root / "finetune.sh").read_text(encoding="utf-8"))
-    assert len(found) == 5
-    for name, preset in found.items():
+    for name in PRESETS:
         script, words = launch_arguments(
-            preset, root, TRAIN_DIR=shapes_folder, STEPS=77, OUTPUT_DIR="some/where", RESUME="latest"
+            root, PRESET=name, TRAIN_DIR=shapes_folder, STEPS=77, OUTPUT_DIR="some/where", RESUME="latest"
         )
         args, problems = cli.read(script.Args, "", words)
         assert problems == [], name
-        assert ("LoRA" in name) == (script is train_lora)
-        assert args.pretrained_model_name_or_path.split("/")[0] in ("stable-diffusion-v1-5", "CompVis")
-        assert (args.size, args.max_train_steps, args.output_dir) == ((512, 512), 77, "some/where")
-        assert args.resume_from_checkpoint == "latest"
+        assert (script is train_lora) == (name in ("sd15-lora-t4", "sd15-locon-t4"))
+        assert args.pretrained_model_name_or_path.split("/")[0] in ("models", "stable-diffusion-v1-5", "CompVis")
+        assert args.size == ((64, 64) if name == "mini-sd" else (512, 512))
+        assert (args.max_train_steps, args.output_dir) == (77, "some/where")
+        assert (args.train_data_dir, args.resume_from_checkpoint) == (str(shapes_folder), "latest")
+
+
+def test_without_a_preset_it_is_the_miniature_on_chalk(root):
+    script, words = launch_arguments(root)
+    assert script is train_text_to_image
+    args, problems = cli.read(script.Args, "", words)
+    assert problems == []
+    assert (args.pretrained_model_name_or_path, args.train_data_dir) == ("models/mini-sd", "datasets/chalk")
+    assert (args.size, args.train_batch_size, args.max_train_steps) == ((64, 64), 16, 500)
+    assert (args.learning_rate, args.use_ema, args.ema_decay, args.cache_latents) == (5e-4, True, 0.99, True)
+    assert args.output_dir.startswith("runs/chalk-full/") and len(args.validation_prompts) == 6
+    script, words = launch_arguments(root, METHOD="lora")
+    args, problems = cli.read(script.Args, "", words)
+    assert script is train_lora and problems == []
+    assert (args.learning_rate, args.rank, args.use_ema) == (2e-3, 16, False)
+    assert args.output_dir.startswith("runs/chalk-lora/")
 
 
 def test_the_a6000_preset_is_the_run_of_the_experiment_log(root, shapes_folder):
-    script = presets((root / "finetune.sh").read_text(encoding="utf-8"))[
-        "Stable Diffusion 1.4, EMA and non-EMA weights, on an A6000 (48 GB)"
-    ]
-    args, _ = cli.read(train_text_to_image.Args, "", launch_arguments(script, root, TRAIN_DIR=shapes_folder)[1])
+    args, _ = cli.read(
+        train_text_to_image.Args, "", launch_arguments(root, PRESET="sd14-a6000", TRAIN_DIR=shapes_folder)[1]
+    )
     wanted, _ = cli.read(train_text_to_image.Args, "", SEED_COMMANDS["experiment log"].split())
     different = {name for name, value in cli.as_dict(wanted).items() if getattr(args, name) != value}
     assert different == {
@@ -166,8 +182,7 @@ def test_the_a6000_preset_is_the_run_of_the_experiment_log(root, shapes_folder):
 
 
 def test_the_lora_preset_is_the_run_of_the_experiment_log(root, shapes_folder):
-    preset = presets((root / "finetune.sh").read_text(encoding="utf-8"))["Stable Diffusion 1.5, LoRA, on a T4 (16 GB)"]
-    script, words = launch_arguments(preset, root, TRAIN_DIR=shapes_folder, RANK=64)
+    script, words = launch_arguments(root, PRESET="sd15-lora-t4", TRAIN_DIR=shapes_folder, RANK=64)
     args, _ = cli.read(script.Args, "", words)
     wanted, _ = cli.read(train_lora.Args, "", SEED_LORA.split())
     different = {name for name, value in cli.as_dict(wanted).items() if getattr(args, name) != value}
@@ -177,12 +192,56 @@ def test_the_lora_preset_is_the_run_of_the_experiment_log(root, shapes_folder):
     }  # fmt: skip
 
 
-def test_a_method_that_does_not_exist_is_named(root):
-    done = subprocess.run(
-        ["bash", "finetune.sh"], cwd=root, env=os.environ | {"METHOD": "dreambooth"}, capture_output=True, text=True
-    )
-    assert done.returncode == 2
+def test_a_value_that_does_not_exist_is_named(root):
+    done = finetune(root, METHOD="dreambooth")
+    assert (done.returncode, done.stdout) == (2, "")
     assert "METHOD=dreambooth must be full or lora" in done.stderr
+    done = finetune(root, PRESET="sd15", TRAIN_DIR="photos")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "PRESET=sd15 does not exist" in done.stderr
+    assert set(done.stderr.split("known: ")[1].split()) == PRESETS
+
+
+@pytest.mark.parametrize("own", [{"TRAIN_DIR": "photos"}, {"DATASET_NAME": "someone/photos"}])
+def test_own_images_do_not_train_the_miniature_unasked(root, own):
+    done = finetune(root, **own)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "models/mini-sd knows only coloured shapes" in done.stderr
+    assert all(name in done.stderr for name in PRESETS)
+    assert launch_arguments(root, **own, MODEL_NAME="models/mini-sd")[0] is train_text_to_image
+
+
+def test_a_preset_for_a_real_model_asks_for_images(root):
+    done = finetune(root, PRESET="sd15-t4")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "PRESET=sd15-t4 needs TRAIN_DIR=" in done.stderr
+
+
+def test_the_output_is_named_after_the_images_and_the_preset(root):
+    for data in ({"TRAIN_DIR": "some/photos/"}, {"DATASET_NAME": "someone/photos"}):
+        _, words = launch_arguments(root, PRESET="sd15-t4", **data)
+        assert words[words.index("--output_dir") + 1].startswith("runs/photos-sd15-t4/2")
+
+
+def test_the_printed_commands_survive_spaces_and_quotes(root, tmp_path):
+    images, output = tmp_path / "my 'photos'", tmp_path / 'a "b" $c'
+    (images / "validation").mkdir(parents=True)
+    printed = finetune(root, PRESET="sd15-t4", TRAIN_DIR=images, OUTPUT_DIR=output, LAUNCH="true").stdout
+    commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("  python ")]
+    generate, evaluate, merge = commands
+    assert f"tuned={output}" in generate and generate[generate.index("--prompt") + 1].startswith("A modern living room")
+    assert evaluate[evaluate.index("--dataset") + 1] == str(images)
+    assert evaluate[evaluate.index("--split") + 1] == "validation"
+    assert merge[merge.index("--output_dir") + 1] == f"{output}-merged"
+    (images / "validation").rmdir()
+    printed = finetune(root, PRESET="sd15-t4", TRAIN_DIR=images, OUTPUT_DIR=output, LAUNCH="true").stdout
+    assert "evaluate_model.py" in printed and "--split" not in printed
+
+
+def test_a_failure_ends_with_our_message_and_not_with_the_launchers(root, tiny_model, tmp_path):
+    done = finetune(root, MODEL_NAME=tiny_model, TRAIN_DIR=tmp_path / "nothing", OUTPUT_DIR=tmp_path / "run")
+    assert done.returncode == 1
+    assert "DatasetProblem" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_sigterm_to_the_script_reaches_the_training_process_which_saves(root, tiny_model, shapes_folder, tmp_path):
@@ -205,23 +264,20 @@ def test_sigterm_to_the_script_reaches_the_training_process_which_saves(root, ti
     check_manifest(checkpoint)
 
 
-def test_method_lora_trains_adapters_and_says_how_to_draw_with_them(root, tiny_model, shapes_folder, tmp_path):
+def test_method_lora_trains_adapters_and_says_how_to_generate_with_them(root, tiny_model, shapes_folder, tmp_path):
     settings = {
         "METHOD": "lora", "MODEL_NAME": tiny_model, "TRAIN_DIR": shapes_folder, "OUTPUT_DIR": tmp_path, "STEPS": 2,
         "RESOLUTION": 32, "BATCH": 2, "RANK": 2, "TARGETS": "all-linear conv",
         "EXTRA": "--validation_inference_steps 1 --save_kohya",
     }  # fmt: skip
-    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
-    done = subprocess.run(
-        ["bash", "finetune.sh"], cwd=root, env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = finetune(root, **settings)
     assert done.returncode == 0, done.stderr
     assert "loaded back and compared" in done.stderr
-    command = re.search(r"python (generate_images.py --model .*) --prompt", done.stdout)[1]
+    [command] = re.findall(r"python (generate_images.py .*)", done.stdout)
     assert f"--lora {tmp_path} --lora_scale 0 0.5 0.8 1" in command
-    drawn = [sys.executable, *command.split(), "--prompt", "a", "--size", "32", "--num_inference_steps", "1"]
-    subprocess.run([*drawn, "--output_dir", str(tmp_path / "drawn")], cwd=root, check=True, timeout=600)
-    assert (tmp_path / "kohya_lora_weights.safetensors").is_file() and (tmp_path / "drawn/grid.png").is_file()
+    generate = [sys.executable, *shlex.split(command), "--size", "32", "--num_inference_steps", "1"]
+    subprocess.run([*generate, "--output_dir", str(tmp_path / "generated")], cwd=root, check=True, timeout=600)
+    assert (tmp_path / "kohya_lora_weights.safetensors").is_file() and (tmp_path / "generated/grid.png").is_file()
 
 
 def test_it_runs_with_variables_from_the_environment(root, tiny_model, shapes_folder, tmp_path):
@@ -230,10 +286,7 @@ def test_it_runs_with_variables_from_the_environment(root, tiny_model, shapes_fo
         "STEPS": 2, "LR": "1e-5", "NON_EMA_VARIANT": "non_ema", "EMA_DECAY": 0.5,
         "EXTRA": "--validation_inference_steps 1",
     }  # fmt: skip
-    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
-    done = subprocess.run(
-        ["bash", "finetune.sh"], cwd=root, env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = finetune(root, **settings)
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path}/comparison.png" in done.stdout
     args = json.loads((tmp_path / "args.json").read_text())

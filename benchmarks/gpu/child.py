@@ -78,7 +78,9 @@ class Watch:
             "seconds_imports": round(self.ready - START, 2),
             "steps": len(self.times),
             "seconds_to_first_step": round(self.times[0] - self.ready, 2) if self.times else None,
-            "step_times": [round(later - earlier, 4) for earlier, later in zip(self.times, self.times[1:], strict=False)],
+            "step_times": [
+                round(later - earlier, 4) for earlier, later in zip(self.times, self.times[1:], strict=False)
+            ],
         }
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             report["gb_allocated"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)

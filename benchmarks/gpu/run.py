@@ -9,6 +9,7 @@ README.md says what the cases are and how to read them.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -41,7 +42,8 @@ TREND = 0.15  # quantised bases and random dropout compute something else: only 
 
 # Counted multiply-adds x 2 of SD 1.5 at 512 pixels, in TFLOP an image.
 STEP, STEP_CHECKPOINTED, ENCODE, TEXT = 2.41, 3.21, 1.12, 0.013
-SD15_T4, A6000 = 14.5, 46  # GB that PyTorch may take on a card of 16 and of 48 GB
+STEP_LORA = STEP * 2 / 3  # the frozen weights have no gradient
+T4, A6000 = 14.5, 46  # GB that PyTorch may take on a card of 16 and of 48 GB
 
 
 @dataclass
@@ -52,9 +54,10 @@ class Case:
     commands: list
     check: callable = lambda result: {}
     env: dict = field(default_factory=dict)
-    needs: tuple = ()
+    needs: tuple = ()  # cases that have to be done before this one starts
+    against: tuple = ()  # cases that have to be done before the outcome is looked at
     limit: int = 150
-    status: tuple = (0,)  # exit status that each command may have
+    status: int = 0  # exit status that is wanted
 
 
 class Failed(Exception):
@@ -115,13 +118,16 @@ class Check:
         """Each case once those that it needs are done; `at_once` of them side by side."""
         done = {case.name: threading.Event() for case in cases}
 
-        def one(case):
-            for name in case.needs:
+        def wait(names):
+            for name in names:
                 if name in done:
                     done[name].wait()
+
+        def one(case):
+            wait(case.needs)
             try:
                 if not self.time_is_up():
-                    self.keep(case.name, self.run(case))
+                    self.keep(case.name, self.run(case, wait))
             finally:
                 done[case.name].set()
 
@@ -129,24 +135,28 @@ class Check:
             for future in [pool.submit(one, case) for case in cases]:
                 future.result()
 
-    def run(self, case):
+    def run(self, case, wait):
         """The result of one case: pass or fail, and what was found."""
         result, start = {"status": "pass"}, time.time()
         for number, command in enumerate(case.commands):
             report = self.scratch / f"{case.name}-{number}.report"
             env = {"GPU_CHECK_REPORT": str(report), **case.env}
+            wanted = case.status
             if isinstance(command, tuple):
-                command, extra = command
+                command, extra, wanted = command
                 env |= extra
             code, output = self.process(command, env, case.limit, case.name)
             if report.is_file():
                 result |= speed(json.loads(report.read_text()))
-            if code not in case.status:
+            if code != wanted:
                 result["status"] = "fail"
-                result["why"] = "out of memory" if "out of memory" in output.lower() else f"exit status {code}"
+                result["why"] = (
+                    "out of memory" if "out of memory" in output.lower() else f"exit status {code}, not {wanted}"
+                )
                 result["output"] = output.splitlines()[-15:]
                 break
         else:
+            wait(case.against)
             result["text"] = output
             try:
                 result |= case.check(result) or {}
@@ -160,6 +170,8 @@ class Check:
     def process(self, command, env, limit, name):
         """(exit status, output) of one command; its whole group of processes ends with it."""
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1", **env}
+        left = self.args.seconds + 20 - (time.time() - self.start)
+        limit = 10 * limit if self.args.small else min(limit, left)
         log = self.logs / f"{name}.txt"
         with open(log, "a", encoding="utf-8") as file:
             file.write(f"$ {' '.join(map(str, command))}\n")
@@ -170,16 +182,40 @@ class Check:
             try:
                 code = started.wait(limit)
             except subprocess.TimeoutExpired:
-                code = f"none within {limit} s"
-            for_all = signal.SIGKILL
-            try:
-                os.killpg(started.pid, for_all)
-            except ProcessLookupError:
-                pass
+                code = f"none within {limit:.0f} s"
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
             started.wait()
         text = log.read_text(encoding="utf-8", errors="replace")
         text = text[text.rindex("\n$ ") + 1 if "\n$ " in text else 0 :]
         return code, re.sub(r"[^\n]*\r", "", text)  # of a progress bar only its last state
+
+
+def words(text):
+    """A command line's words."""
+    return text.split()
+
+
+def make_three_shapes(folder):
+    """Images of datasets/chalk, square, cut to landscape and cut to portrait, for the buckets."""
+    from PIL import Image
+
+    folder.mkdir()
+    source = ROOT / "datasets/chalk/train"
+    rows = [json.loads(text) for text in (source / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:120]]
+    for number, row in enumerate(rows):
+        box = ((0, 0, 64, 64), (0, 8, 64, 56), (8, 0, 56, 64))[number % 3]
+        Image.open(source / row["file_name"]).crop(box).save(folder / row["file_name"])
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+
+
+def make_loud(folder):
+    """models/mini-sd with outputs 300 times too large: gradients overflow at the loss scaler's first scale of 65536."""
+    shutil.copytree(ROOT / "models/mini-sd", folder)
+    unet = next((folder / "unet").glob("*.safetensors"))
+    tensors = load_file(unet)
+    tensors["conv_out.weight"] = tensors["conv_out.weight"] * np.array(300, tensors["conv_out.weight"].dtype)
+    save_file(tensors, unet, metadata={"format": "pt"})
 
 
 def installed(name):
@@ -206,20 +242,21 @@ def line(name, result):
     return f"{result['status']:4} {name:26} {result.get('why', '')}  {facts}"
 
 
-# -- right: does it compute what the CPU computes ------------------------------------------------------------------------
+# -- right: does it compute what the CPU computes -----------------------------------------------------------------
 
 
 def right(check):
     """The cases of models/mini-sd on datasets/chalk."""
     small = check.args.small
     steps, batch = (4, 2) if small else (50, 8)
-    common = f"--pretrained_model_name_or_path models/mini-sd --train_data_dir datasets/chalk --resolution 64 \
-        --center_crop --train_batch_size {batch} --max_train_steps {steps} --seed 7 --report_to none \
-        --validation_epochs 0 --validation_loss_rows 0".split()
-    if small:
-        common += ["--max_train_samples", "16"]
+    common = words(
+        f"""--pretrained_model_name_or_path models/mini-sd --train_data_dir datasets/chalk --resolution 64 --center_crop
+        --train_batch_size {batch} --max_train_steps {steps} --seed 7 --report_to none --validation_epochs 0
+        --validation_loss_rows 0 {"--max_train_samples 16" if small else ""}"""
+    )
     full = ["train_text_to_image.py", *common, "--learning_rate", "1e-4"]
-    lora = ["train_lora.py", *common, *"--learning_rate 1e-3 --rank 8 --lora_target_modules all-linear conv".split()]
+    lora = ["train_lora.py", *common, *words("--learning_rate 1e-3 --rank 8 --lora_target_modules all-linear conv")]
+    shapes = f"--aspect_buckets --bucket_step 16 --train_data_dir {check.scratch}/three-shapes"
     folder = lambda name: check.scratch / name
 
     def losses(name):
@@ -246,7 +283,7 @@ def right(check):
     def one(name, start, flags, reference=None, tolerance=HALF, precision="fp16", **env):
         command = [*CHILD, *start, *flags.split(), "--output_dir", folder(name), "--mixed_precision", precision]
         test = compare(name, reference, tolerance) if reference else lambda _: {"last": round(losses(name)[-1], 5)}
-        return Case(name, [command], test, env, needs=(reference,) if reference else ())
+        return Case(name, [command], test, env, against=(reference,) if reference else ())
 
     cpu = {"precision": "no", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     cases = [
@@ -266,15 +303,15 @@ def right(check):
         one("cached", full, "--cache_latents", "cpu-full"),
         one("channels-last", full, "--channels_last", "cpu-full"),
         one("workers", full, "--dataloader_num_workers 2", "cpu-full"),
-        one("text-encoder", full, "--train_text_encoder --text_encoder_lr 0", "cpu-full"),
+        one("text-encoder", full, "--train_text_encoder", "cpu-full", TREND),
         one("lora-bf16", lora, "", "cpu-lora", precision="bf16"),
         one("lora-fp32", lora, "", "cpu-lora", FP32, "no"),
         one("lora-nf4", lora, "--base_precision nf4", "cpu-lora", TREND),
         one("lora-int8", lora, "--base_precision int8", "cpu-lora", TREND),
         one("lora-dora", lora, "--use_dora", "cpu-lora", TREND),
         one("lora-dropout", lora, "--lora_dropout 0.1", "cpu-lora", TREND),
-        one("cpu-buckets", full, "--aspect_buckets --bucket_step 16", **cpu),
-        one("buckets", full, "--aspect_buckets --bucket_step 16", "cpu-buckets"),
+        one("cpu-buckets", full, shapes, **cpu),
+        one("buckets", full, shapes, "cpu-buckets"),
     ]
 
     def weights(name):
@@ -290,10 +327,10 @@ def right(check):
 
     every = ["--checkpointing_steps", "1" if small else "10"]
     resumed = [*CHILD, *full, *every, "--output_dir", folder("resumed"), "--mixed_precision", "fp16"]
-    killed = (resumed, {"GPU_CHECK_KILL_AT": "2" if small else "25"})
+    killed = (resumed, {"GPU_CHECK_KILL_AT": "2" if small else "25"}, -signal.SIGKILL)
     goes_on = [*resumed, "--resume_from_checkpoint", "latest"]
-    cases.append(Case("resumed", [killed, goes_on], equal("fp16", "resumed"), {}, ("fp16",), status=(0, -9)))
-    cases.append(Case("twice", [["true"]], equal("fp16", "fp16-again"), {}, ("fp16", "fp16-again")))
+    cases.append(Case("resumed", [killed, goes_on], equal("fp16", "resumed"), against=("fp16",)))
+    cases.append(Case("twice", [["true"]], equal("fp16", "fp16-again"), needs=("fp16", "fp16-again")))
 
     def stopped(name):
         def checked(result):
@@ -311,7 +348,7 @@ def right(check):
         name = f"nan-{precision}"
         command = [*CHILD, *full, "--learning_rate", "1e30", "--checkpointing_steps", "1", "--checkpoints_total_limit"]
         command += ["2", "--output_dir", folder(name), "--mixed_precision", precision]
-        cases.append(Case(name, [command], stopped(name), status=(1,)))
+        cases.append(Case(name, [command], stopped(name), status=1))
 
     def skipped(_):
         lines = [json.loads(text) for text in (folder("overflow") / "metrics.jsonl").read_text().splitlines()]
@@ -322,14 +359,7 @@ def right(check):
             raise Failed("weights that are not finite")
         return {"skipped_steps": number, "last": losses("overflow")[-1]}
 
-    loud = folder("loud-sd")
-    if not loud.exists():  # outputs 300 times too large: gradients overflow at the scaler's first scale of 65536
-        shutil.copytree(ROOT / "models/mini-sd", loud)
-        unet = next((loud / "unet").glob("*.safetensors"))
-        tensors = load_file(unet)
-        tensors["conv_out.weight"] = tensors["conv_out.weight"] * np.array(300, tensors["conv_out.weight"].dtype)
-        save_file(tensors, unet, metadata={"format": "pt"})
-    command = [*CHILD, *full, "--pretrained_model_name_or_path", loud, "--output_dir", folder("overflow")]
+    command = [*CHILD, *full, "--pretrained_model_name_or_path", folder("loud-sd"), "--output_dir", folder("overflow")]
     cases.append(Case("overflow", [[*command, "--mixed_precision", "fp16"]], skipped))
 
     def there(*paths):
@@ -359,27 +389,31 @@ def right(check):
     return cases
 
 
-# -- fast: images a second on Stable Diffusion 1.5's shape --------------------------------------------------------------
+# -- fast: images a second on Stable Diffusion 1.5's shape ---------------------------------------------------------
 
 
 def fast(check, compiled=False):
     """The cases of speed, of one process on the GPU at a time; `compiled` gives those with torch.compile instead."""
     small = check.args.small
     model = check.scratch / "sd15"
-    common = f"--pretrained_model_name_or_path {model}/model --train_data_dir {model}/images --center_crop --random_flip \
-        --resolution {64 if small else 512} --max_train_steps 100000 --seed 7 --report_to none --validation_epochs 0 \
-        --validation_loss_rows 0 --checkpointing_steps 0 --dataloader_num_workers {0 if small else 8}".split()
+    both = words(
+        f"""--pretrained_model_name_or_path {model}/model --train_data_dir {model}/images --center_crop --random_flip
+        --resolution {64 if small else 512} --max_train_steps 100000 --seed 7
+        --dataloader_num_workers {0 if small else 8}"""
+    )
+    common = [*both, *words("--report_to none --validation_epochs 0 --validation_loss_rows 0 --checkpointing_steps 0")]
     lock = {"GPU_CHECK_LOCK": check.scratch / "one-at-a-time"}
 
     def case(name, batch, command, limit=150):
         cached, again = "--cache_latents" in command, "--gradient_checkpointing" in command
         bare = "benchmarks/gpu/sd15.py" in command
-        flop = (STEP_CHECKPOINTED if again else STEP) + (0 if bare else TEXT) + (0 if cached or bare else ENCODE)
+        unet = STEP_CHECKPOINTED if again else STEP_LORA if "train_lora.py" in command else STEP
+        flop = unet + (0 if bare else TEXT) + (0 if cached or bare else ENCODE)
 
         def rate(result):
             images = batch / result["step_seconds"]
             facts = {"images_per_second": round(images, 2)}
-            if check.on_gpu and not name.startswith("lora"):  # of LoRA the frozen weights' gradients fall away
+            if check.on_gpu:
                 facts["tflops"] = round(images * flop, 1)
                 facts["share_of_matmul"] = round(images * flop / check.facts["bf16_matmul_tflops"], 3)
             return facts
@@ -435,32 +469,35 @@ def fast(check, compiled=False):
         ours("profile-lora-1-cached", 1, f"{rank} --cache_latents", script),
     ]
     if check.args.official:
-        theirs = [word for word in common if word not in ("--validation_loss_rows", "--report_to", "none", "0")]
-        theirs = [word for word in theirs if word not in ("--validation_epochs", "--checkpointing_steps")]
-        theirs += ["--train_batch_size", "8", "--mixed_precision", "fp16", "--output_dir", check.scratch / "official"]
-        cases.insert(1, case("official-8", 8, [check.args.official, *theirs]))
+        theirs = ["--train_batch_size", "8", "--mixed_precision", "fp16", "--output_dir", check.scratch / "official"]
+        cases.insert(1, case("official-8", 8, [check.args.official, *both, *theirs]))
     return cases
 
 
-# -- fits: the presets of finetune.sh on the memory of their cards ---------------------------------------------------------
+# -- fits: the presets of finetune.sh on the memory of their cards -------------------------------------------------
 
 
 def fits(check):
     """finetune.sh itself with each preset, as it is but for its model, its data and where it ends."""
     cases = []
-    limits = {"sd15-t4": SD15_T4, "sd15-lora-t4": SD15_T4, "sd15-locon-t4": SD15_T4, "sd14-a6000": A6000}
-    for preset, gigabytes in {**limits, "unsplash-lite": A6000}.items():
+    limits = {"sd15-t4": T4, "sd15-lora-t4": T4, "sd15-locon-t4": T4, "sd14-a6000": A6000, "unsplash-lite": A6000}
+    again = {f"{preset} PyTorch": gigabytes for preset, gigabytes in limits.items() if preset[-2:] in ("t4", "00")}
+    for name, gigabytes in {**limits, **again}.items():
+        preset, _, attention = name.partition(" ")
+        name = "-".join(["fits", preset, *["pytorch-attention"] * bool(attention)])
         env = {
             "PRESET": preset, "MODEL_NAME": check.scratch / "sd15/model", "TRAIN_DIR": check.scratch / "sd15/images",
-            "OUTPUT_DIR": check.scratch / f"fits-{preset}", "CHECKPOINTS_KEPT": "1", "CHECKPOINTING_STEPS": "100000",
+            "OUTPUT_DIR": check.scratch / name, "CHECKPOINTS_KEPT": "1", "CHECKPOINTING_STEPS": "100000",
             "VALIDATION_STEPS": "2", "NON_EMA_REVISION": "", "ACCELERATE_MIXED_PRECISION": "fp16",
             "LAUNCH": " ".join(CHILD), "GPU_CHECK_STOP_AFTER": "6", "GPU_CHECK_MEMORY_GB": str(gigabytes),
         }  # fmt: skip
+        if attention:
+            env["XFORMERS"] = ""
         if check.args.small:
             env |= {"RESOLUTION": "64", "GUIDANCE": "1", "PROMPTS": "a circle"}
         found = lambda result, limit=gigabytes: {"limit_gb": limit}
         env = {name: str(value) for name, value in env.items()}
-        cases.append(Case(f"fits-{preset}", [["bash", "finetune.sh"]], found, env))
+        cases.append(Case(name, [["bash", "finetune.sh"]], found, env))
     return cases
 
 
@@ -470,7 +507,7 @@ def main():
     parser.add_argument("--only", nargs="+", default=[], help="names of cases; what they need is added")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--seconds", type=float, default=3600, help="no case is started after this time")
-    parser.add_argument("--jobs", type=int, default=6, help="cases of `right` that run side by side")
+    parser.add_argument("--jobs", type=int, default=7, help="cases of `right` that run side by side")
     parser.add_argument("--small", action="store_true", help="everything in miniature, one case after the other")
     parser.add_argument("--official", type=Path, help="diffusers' own train_text_to_image.py, to compare with")
     args = parser.parse_args()
@@ -479,6 +516,8 @@ def main():
     check = Check(args, scratch)
     try:
         check.begin()
+        make_three_shapes(scratch / "three-shapes")
+        make_loud(scratch / "loud-sd")
         plan = {
             "right": (right(check), args.jobs), "fast": (fast(check), 3), "fits": (fits(check), 3),
             "compile": (fast(check, compiled=True), 2),
@@ -488,7 +527,7 @@ def main():
         if unknown:
             sys.exit(f"no case {', '.join(unknown)}; there are {', '.join(everything)}")
         chosen = set(args.only)
-        while missing := {need for name in chosen for need in everything[name].needs} - chosen:
+        while missing := {n for name in chosen for n in everything[name].needs + everything[name].against} - chosen:
             chosen |= missing
         wanted = {part: [c for c in plan[part][0] if not chosen or c.name in chosen] for part in args.parts or plan}
         model = None

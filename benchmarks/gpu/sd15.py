@@ -74,7 +74,7 @@ def make_images(folder, side, number=64):
         waves = [np.sin(a * x + b * y + c) for a, b, c in draw.uniform(0, 12, (3, 3))]
         pixels = (np.stack(waves, axis=-1) * 127 + 128).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{count:03}.jpg", quality=90)
-        lines.append(json.dumps({"file_name": f"{count:03}.jpg", "text": f"a large red circle on a {count} background"}))
+        lines.append(json.dumps({"file_name": f"{count:03}.jpg", "text": f"a red circle on a background of {count}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
