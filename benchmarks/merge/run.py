@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from finetuning.merging.methods import weighted_sum
 from finetuning.merging.merge_writer import MergeTask, OutputTensor, write_files
+from finetuning.merging.methods import weighted_sum
 from finetuning.merging.tensor_references import tensor_references
 
 COPIED_AT_ONCE = 16_000_000  # bytes

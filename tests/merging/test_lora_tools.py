@@ -15,8 +15,8 @@ from finetuning.families.lora_files import (
     Layer,
     Lora,
     adaptable,
+    adaptable_components,
     attach,
-    parts_of,
     read_lora,
     set_scale,
     write_diffusers,
@@ -114,7 +114,7 @@ def drawn(pipeline):
 
 
 def test_skeletons_and_stand_ins_have_the_models_layers_and_no_weights(tiny_model, parts):
-    loaded = adaptable(parts_of(open_pipeline(tiny_model)))
+    loaded = adaptable(adaptable_components(open_pipeline(tiny_model)))
     expected = {name: (type(module), module.weight.shape) for name, module in loaded.items()}
     for models in (parts, stand_ins(open_source(str(tiny_model)).components)):
         found = adaptable(models)
