@@ -275,7 +275,7 @@ def _fuse(layers, weight, *, out):
     first = layers[0][0]
     moved = weight.reshape(first.up.shape[0], *first.down.shape[1:])
     for layer, scale in layers:
-        moved = layer.folded(moved, scale)
+        moved = layer.fused(moved, scale)
     return out.copy_(moved.reshape(out.shape))
 
 

@@ -51,28 +51,26 @@ def checker_metric(args, merged, prompts_in, prompts_out):
 def loss_metric(args, merged, prompts_in, prompts_out):
     """Minus the denoising loss of each row of --fit_dataset (learned) and of --retain_dataset (retained)."""
     from finetuning.data.reading import DatasetError
-    from finetuning.diffusion.objective import NoiseSchedule
     from finetuning.evaluation.denoising import load_rows, row_losses
-    from finetuning.families.sd import StableDiffusion
+    from finetuning.families.model import Model
 
-    pipeline, datasets, problems = merged.pipeline, [], []
-    own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    model, datasets, problems = Model.of_pipeline(merged.pipeline), [], []
+    denoiser, device = model.denoiser.denoiser, merged.pipeline.device
+    own = denoiser.config.sample_size * model.codec.factor
     size, seed = args.height_and_width or (own, own), args.seed[0]
     for folder in (args.fit_dataset, args.retain_dataset):
         try:
-            datasets.append(load_rows(folder, pipeline.tokenizer, size, most=args.loss_rows, seed=seed, say=tqdm.write))
+            datasets.append(load_rows(folder, model.tokenize, size, most=args.loss_rows, seed=seed, say=tqdm.write))
         except DatasetError as problem:
             problems.append(str(problem))
     if problems:
         raise ModelError("\n".join(problems))
-    model = StableDiffusion.of_pipeline(pipeline)
-    schedule, dtype, device = NoiseSchedule.of(pipeline.scheduler), pipeline.unet.dtype, pipeline.device
-    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+    autocast = partial(torch.autocast, device.type, dtype=denoiser.dtype, enabled=denoiser.dtype != torch.float32)
 
     def measure(ratio, images_in, images_out):
         merged.set(ratio)
         how = {"seed": seed, "batch_size": args.batch_size, "device": device, "autocast": autocast}
-        return [-row_losses(model, images, rows, schedule, **how) for images, rows in datasets]
+        return [-row_losses(model, images, rows, model.schedule, **how) for images, rows in datasets]
 
     facts = {"size": list(size), "datasets": [_content(*one) for one in datasets]}
     words = (f"{what}: minus the loss on --{flag}_dataset" for what, flag in zip(AXES, ("fit", "retain"), strict=True))

@@ -15,8 +15,8 @@ from finetuning.families.lora_files import (
     Layer,
     Lora,
     adaptable,
+    adaptable_components,
     attach,
-    parts_of,
     read_lora,
     set_scale,
     write_diffusers,
@@ -114,7 +114,7 @@ def drawn(pipeline):
 
 
 def test_skeletons_and_stand_ins_have_the_models_layers_and_no_weights(tiny_model, parts):
-    loaded = adaptable(parts_of(open_pipeline(tiny_model)))
+    loaded = adaptable(adaptable_components(open_pipeline(tiny_model)))
     expected = {name: (type(module), module.weight.shape) for name, module in loaded.items()}
     for models in (parts, stand_ins(open_source(str(tiny_model)).components)):
         found = adaptable(models)
@@ -174,7 +174,7 @@ def test_a_compute_takes_the_weight_in_any_shape(made):
     compute = fuse_compute([Lora("some", {CONV: layer}, {})], [0.5])[f"{CONV}.weight"]
     out = torch.empty(16 * 8 * 9)
     compute(weight.reshape(16, 72), out=out)
-    assert torch.equal(out.reshape(weight.shape), layer.folded(weight, 0.5))
+    assert torch.equal(out.reshape(weight.shape), layer.fused(weight, 0.5))
 
 
 def test_several_loras_add_up_in_any_order(tiny_model, made, written, fused):

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from finetuning.diffusion.objective import NoiseSchedule
+from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation.denoising import load_rows, row_losses
-from finetuning.families.loading import load_model
+from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs, ModelError
 from finetuning.families.pipelines import open_pipeline
 from finetuning.merging.sweep_metrics import checker_metric, loss_metric

@@ -19,8 +19,11 @@ from finetuning.rng import torch_generator
 
 
 @dataclass(frozen=True)
-class Place:
-    """One row's place in the run. `weight` is its share of the step's loss; 0 for padding."""
+class SampleIndex:
+    """What the dataset is indexed by: a row and its place in the run, from which everything random is drawn.
+
+    `weight` is the row's share of the step's loss; 0 for padding.
+    """
 
     row: int
     epoch: int
@@ -30,7 +33,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Order:
+class BatchSampler:
     """The order of the whole run, on one process. It has no state: any step can be asked for."""
 
     rows: int
@@ -74,7 +77,7 @@ class Order:
         return groups
 
     def micro_batches(self, first_step, last_step):
-        """Yield lists of Place for the steps first_step <= step < last_step; each step's last list ends the group."""
+        """Yield lists of SampleIndex for the steps first_step <= step < last_step; a step's last list ends it."""
         groups_of = None
         for step in range(first_step, last_step):
             epoch, group = divmod(step, self.steps_per_epoch)
@@ -88,6 +91,6 @@ class Order:
             ends_step = start + together >= len(rows)
             mine = rows[start : start + together][self.process * self.micro_batch :][: self.micro_batch]
             if mine:
-                yield [Place(row, epoch, step, 1 / len(rows), ends_step) for row in mine]
+                yield [SampleIndex(row, epoch, step, 1 / len(rows), ends_step) for row in mine]
             else:  # every process has to take part in every micro-batch: this one with a row that counts for nothing
-                yield [Place(rows[0], epoch, step, 0.0, ends_step)]
+                yield [SampleIndex(rows[0], epoch, step, 0.0, ends_step)]

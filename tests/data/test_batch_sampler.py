@@ -4,7 +4,7 @@ from math import fsum
 
 import pytest
 
-from finetuning.data.order import Order
+from finetuning.data.batch_sampler import BatchSampler
 
 ONE_BY_EIGHT = {"micro_batch": 8, "accumulation": 1, "processes": 1}
 LAYOUTS_OF_EIGHT = [
@@ -18,7 +18,7 @@ ROWS = [1, 3, 8, 11, 16, 29]  # fewer than a group, a whole number of groups, an
 
 
 def order(rows=11, micro_batch=2, accumulation=1, processes=1, process=0, seed=7, buckets=()):
-    return Order(rows, micro_batch, accumulation, processes, process, seed, buckets)
+    return BatchSampler(rows, micro_batch, accumulation, processes, process, seed, buckets)
 
 
 def run(rows, layout, first_step=0, last_step=9, **more):
