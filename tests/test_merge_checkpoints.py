@@ -353,7 +353,7 @@ def test_all_that_is_wrong_with_the_flags_is_said_together(tiny_model, refused):
         (UNET, without("conv_in.bias"), "lacks 1 tensor(s) of the unet: conv_in.bias"),
         (TEXT_ENCODER, lambda tensors: tensors | {"text_model.a": torch.ones(2)}, "1 tensor(s) of the text_encoder: a"),
         (UNET, lambda tensors: tensors | {"conv_in.weight": torch.ones(8, 9, 3, 3)}, "[8, 4, 3, 3] and [8, 9, 3, 3]"),
-        (UNET, as_dtype(torch.int8), "holds quantised weights"),
+        (UNET, as_dtype(torch.int8), "is quantised"),
         (UNET, lambda tensors: tensors | {"a.base_layer.weight": torch.ones(2)}, "saved with adapters in it"),
         (UNET, with_value("conv_in.bias", torch.nan), "unet.conv_in.bias: NaN"),
         (TEXT_ENCODER, with_value("text_model.final_layer_norm.bias", -torch.inf), "final_layer_norm.bias: NaN"),

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from finetuning.families.tensors import tensor_references
 from finetuning.merging.merge_writer import MergeTask, OutputTensor, write_files
 from finetuning.merging.methods import weighted_sum
-from finetuning.merging.tensor_references import tensor_references
 
 COPIED_AT_ONCE = 16_000_000  # bytes
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
