@@ -16,9 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 
 from finetuning.cli import REQUIRED, as_dict, flag
 from finetuning.families.lora_files import (
@@ -135,6 +133,9 @@ def skeletons(name, revision=None, cache_dir=None):
 
     name   folder of a pipeline, of a checkpoint, or of a UNet alone (then there is no text encoder), or Hub name
     """
+    import diffusers
+    import transformers
+
     where = {"revision": revision, "cache_dir": cache_dir}
     folder, models = Path(name), {}
     if folder.is_file():
@@ -184,7 +185,7 @@ def _put(model, name, shape):
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA among the inputs of a recipe, with the fields of sources.Source that recipes name."""
+    """A LoRA among the inputs of a recipe, with the fields of opening.Source that recipes name."""
 
     given: str
     files: tuple[Path, ...]
