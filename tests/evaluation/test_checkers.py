@@ -90,7 +90,7 @@ def test_what_is_wrong_with_a_module_is_said(text, words, written):
 
 
 def test_a_module_that_is_not_there_is_named():
-    with pytest.raises(EvaluationError, match="--checker finetuning.no_such"):
+    with pytest.raises(EvaluationError, match="no_such"):
         load_checker("finetuning.no_such")
 
 
