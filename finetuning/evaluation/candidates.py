@@ -10,7 +10,7 @@ from finetuning.cli import REQUIRED, flag
 from finetuning.evaluation.forgetting import pipeline_losses
 from finetuning.evaluation.generation import generate_rows, with_lora
 from finetuning.families.generation import DTYPES, parse_size
-from finetuning.families.lora_files import parts_of, read_lora
+from finetuning.families.lora_files import adaptable_components, read_lora
 from finetuning.families.pipelines import ModelSource, open_pipeline
 from finetuning.files import file_names
 
@@ -115,7 +115,7 @@ def generate_all(args, rows, general, device, dtype):
         if general:
             made.general[one.label] = generate_rows(pipeline, general, folder / "general", settings, **how)
         if args.retain_dataset and not one.is_noise_floor:
-            adapter = read_lora(one.lora, parts_of(pipeline), args.weights) if one.lora else None
+            adapter = read_lora(one.lora, adaptable_components(pipeline), args.weights) if one.lora else None
             with with_lora(pipeline, adapter, args.lora_scale):
                 for kind, losses in _losses(pipeline, args).items():
                     made.losses[kind][one.label] = losses

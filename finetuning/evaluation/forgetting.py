@@ -11,7 +11,6 @@ import torch
 
 from finetuning.cli import flag
 from finetuning.data.reading import SPLIT_NAMES, DatasetError
-from finetuning.diffusion.objective import NoiseSchedule
 from finetuning.evaluation import generation, measuring, statistics
 from finetuning.evaluation.denoising import load_rows, row_losses
 from finetuning.evaluation.metrics import EvaluationError, table
@@ -22,7 +21,7 @@ from finetuning.evaluation.retention import (
     learned_and_kept,
     retention_measure,
 )
-from finetuning.families.sd import StableDiffusion
+from finetuning.families.model import Model
 
 DRIFTS = {metric.drift_of: name for name, metric in table().items() if metric.drift_of}
 UNKNOWN = "cannot be said: too little was measured"
@@ -66,28 +65,27 @@ class ForgettingArgs:
 def pipeline_losses(
     pipeline, folder, *, split=None, most=256, seed=0, batch_size=4, size=None, caption_column="text", say=print
 ):  # fmt: skip
-    """The denoising loss of a Stable Diffusion pipeline on rows of a folder, float64 [rows] (see denoising.row_losses).
+    """The denoising loss of a pipeline on rows of a folder, float64 [rows] (see denoising.row_losses).
 
     size  (height, width) in pixels; none: the model's own
 
     The same rows, timesteps and noise for every model that is asked with the same seed. Raises EvaluationError.
     """
-    own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    model = Model.of_pipeline(pipeline)
+    own = model.denoiser.denoiser.config.sample_size * model.codec.factor
     try:
         images, rows = load_rows(
-            folder, pipeline.tokenizer, size or (own, own), split=split, most=most, seed=seed,
+            folder, model.tokenize, size or (own, own), split=split, most=most, seed=seed,
             caption_column=caption_column, say=say,
         )  # fmt: skip
     except DatasetError as problem:
         raise EvaluationError(str(problem)) from problem
     if len(rows) < 2:
         raise EvaluationError(f"{folder} has {len(rows)} row(s): the loss needs at least 2 for an interval")
-    model = StableDiffusion.of_pipeline(pipeline)
-    device, dtype = pipeline.device, pipeline.unet.dtype
+    device, dtype = pipeline.device, model.denoiser.denoiser.dtype
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    schedule = NoiseSchedule.of(pipeline.scheduler)
     return row_losses(
-        model, images, rows, schedule, seed=seed, batch_size=batch_size, device=device, autocast=autocast
+        model, images, rows, model.schedule, seed=seed, batch_size=batch_size, device=device, autocast=autocast
     ).numpy()
 
 

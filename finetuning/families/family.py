@@ -1,12 +1,13 @@
 """What a model is made of, and what a family of models has to say for itself.
 
-A family is one subclass of `Family` in one file: which components it has, and how text, sizes and noisy latents become a
-prediction. Opening, saving, LoRA files, merging, sampling and training read the rest from here; see
+A family is one subclass of `Family` in one file: which components it has, and how text, sizes and noisy latents
+become a prediction. Opening, saving, LoRA files, merging, sampling and training read the rest from here; see
 stable_diffusion.py for the shortest one, and table.py for the list.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 import diffusers
 import torch
@@ -47,6 +48,7 @@ class Family:
     components: tuple[Component, ...]
     denoiser = "unet"
     tokenizers: dict[str, str]  # {text encoder: folder of its tokenizer}
+    pipeline_options: dict = MappingProxyType({})  # what else the pipeline's class wants to be made of its components
 
     @cached_property
     def by_name(self):

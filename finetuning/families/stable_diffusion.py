@@ -1,5 +1,7 @@
 """Stable Diffusion 1.x and 2.x: one text encoder, a UNet over latents of 4 channels, an autoencoder."""
 
+from types import MappingProxyType
+
 from finetuning.families.family import Component, Family
 
 
@@ -15,7 +17,10 @@ class StableDiffusion(Family):
         ),
         Component("vae", "AutoencoderKL"),
     )  # fmt: skip
-    tokenizers = {"text_encoder": "tokenizer"}  # noqa: RUF012
+    tokenizers = MappingProxyType({"text_encoder": "tokenizer"})
+    pipeline_options = MappingProxyType(
+        {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    )
 
     def encode_text(self, encoders, tokens):
         """{"prompt_embeds": [n, k, d]}."""

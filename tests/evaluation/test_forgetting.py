@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from finetuning.cli import read
-from finetuning.diffusion.objective import NoiseSchedule
+from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation import networks
 from finetuning.evaluation.checkers import load_checker
 from finetuning.evaluation.denoising import load_rows, row_losses
@@ -25,7 +25,7 @@ from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.networks import Weights
 from finetuning.evaluation.notes import note
 from finetuning.evaluation.retention import RETENTION_MEASURES, learned_and_kept, ratio_of_means, retention_measure
-from finetuning.families.loading import load_model
+from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs
 from finetuning.families.pipelines import open_pipeline
 from finetuning.shapes.drawing import draw

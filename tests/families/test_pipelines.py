@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetuning.families.loading import load_model
 from finetuning.families.lora_files import DIFFUSERS_NAME, KOHYA_NAME, RAW_NAME
+from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs, ModelError
 from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
 from finetuning.training.ema import AveragedWeights
