@@ -89,7 +89,7 @@ class Candidate:
 
 @dataclass
 class Generated:
-    """What the candidates made: {label: {row number: path}} of both sets of captions, losses {kind: {label: [rows]}}."""
+    """What the candidates made: {label: {row number: path}} of both sets, and losses {kind: {label: [rows]}}."""
 
     dataset: dict = field(default_factory=dict)
     general: dict = field(default_factory=dict)

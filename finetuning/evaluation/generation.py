@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from finetuning.cli import first_few, flag
+from finetuning.data.findings import counted
 from finetuning.data.images import EXTENSIONS, UnreadableImage, open_rgb
 from finetuning.data.reading import (
     METADATA_NAMES,
@@ -44,7 +45,7 @@ GENERAL_PROMPTS = Path(__file__).parent / "general_prompts.json"
 SETTINGS = "settings.json"
 NAMES = ("model", "lora")  # of settings.json: where the weights lie; what they are is in their hashes
 PNG_END = b"IEND\xaeB`\x82"
-SHOWN = 20  # faults of a kind that are listed
+SHOWN = 20  # errors of a kind that are listed
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,16 @@ def dataset_rows(dataset, split=None, caption_column="text", most=None, seed=0, 
     _open_all([(row.origin, row.image) for _, row in taken], findings)
     if findings.errors:
         raise EvaluationError(
-            f"{dataset} has {findings.count()} faults (x): mend them, or leave those rows out of its metadata\n"
-            f"{findings.report(SHOWN)}"
+            f"{dataset} has {counted(findings.count(), 'error')}: repair them, or leave those rows out of its "
+            f"metadata\n{findings.report(SHOWN)}"
         )
     if not taken:
         raise EvaluationError(f"{dataset} has no rows")
     for _, row in taken:
         if len(row.captions) > 1:
-            findings.warnings["rows with several captions (the first is used)"].append(row.origin)
+            findings.warn("first_caption_used", row.origin)
     if findings.warnings:
-        say(f"{dataset}, noted (-):\n{findings.report()}")
+        say(f"{dataset}:\n{findings.report()}")
     return [Row(number, row.captions[0], row.image) for number, row in taken]
 
 
@@ -150,17 +151,17 @@ def _check_prompts(path, listed):
 
 
 def _open_all(places, findings):
-    """Open images [(what to call it, path)] on all cores; those that cannot be read become faults."""
+    """Open images [(what to call it, path)] on all cores; those that cannot be read become errors."""
 
-    def look(place):
+    def error_of(place):
         try:
             open_rgb(place[1])
         except UnreadableImage as error:
-            return f"{place[0]} ({error})"
+            return place[0], error
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for fault in filter(None, pool.map(look, places)):
-            findings.errors["images that cannot be read"].append(fault)
+        for where, error in filter(None, pool.map(error_of, places)):
+            findings.error("unreadable_image", where, error)
 
 
 # -- generating ----------------------------------------------------------------------------------------------------
@@ -278,7 +279,7 @@ def _claim(folder, rows, settings, overwrite, say):
 
 
 def _read_settings(folder):
-    """(settings, {file stem: caption}) of what was generated before: empty where nothing was, None where it is foreign."""
+    """(settings, {file stem: caption}) of what was generated before: empty without any, None where it is foreign."""
     path = folder / SETTINGS
     if not path.is_file():
         return {}, {}
@@ -356,14 +357,14 @@ def images_in(folder, rows, *, by_order=False, caption_column="text"):
     full = [way for way in ways if len(way) == len(rows) == len(images)]
     pairs = full[0] if full else max(ways, key=len)
     if any(way != pairs for way in full):
-        kind = "names that are the numbers of some rows and the names of other rows' images (00003.png is row 3's)"
-        doubtful = [path for number, path in pairs.items() if any(way[number] != path for way in full)]
-        findings.errors[kind] += [str(path.relative_to(folder)) for path in doubtful]
+        for number, path in pairs.items():
+            if any(way[number] != path for way in full):
+                findings.error("fits_two_rows", path.relative_to(folder))
     _note_unpaired(folder, images, rows, pairs, told, findings)
     _open_all([(path.relative_to(folder), path) for path in images], findings)
     if findings.errors:
         raise EvaluationError(
-            f"{folder} does not fit the rows, {findings.count()} faults (x): name its images by the numbers of the "
+            f"{folder} does not fit the rows, {counted(findings.count(), 'error')}: name its images by the numbers of the "
             f"rows (00003.png) or as the true images, or write their captions into {METADATA_NAMES[0]}\n"
             f"{findings.report(SHOWN)}"
         )
@@ -383,9 +384,9 @@ def _by_order(folder, images, rows, findings):
     """The pairs {row number: path} by order alone; empty where the order is in doubt or the counts differ."""
     numeric = sorted(images, key=lambda path: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", str(path))])
     if numeric != images:
-        kind = "names that stand elsewhere as text than as numbers (pad them with zeros)"
-        doubtful = [one for one, other in zip(images, numeric, strict=True) if one != other]
-        findings.errors[kind] += [str(path.relative_to(folder)) for path in doubtful]
+        for one, other in zip(images, numeric, strict=True):
+            if one != other:
+                findings.error("doubtful_order", one.relative_to(folder))
     if numeric != images or len(images) != len(rows):
         return {}
     return dict(zip(sorted(row.number for row in rows), images, strict=True))
@@ -411,7 +412,7 @@ def _told_captions(folder, images, caption_column, findings):
                 name = named_image(record, "image")
                 image = folder / os.path.normpath(name) if name else None
                 if image not in there:
-                    findings.errors["metadata rows whose image is not there"].append(f"{where} ({name})")
+                    findings.error("image_missing", where, name)
                 elif captions := as_captions(record.get(caption_column), where, caption_column):
                     told[image] = captions
     except DatasetError as problem:
@@ -426,8 +427,7 @@ def _note_unpaired(folder, images, rows, pairs, told, findings):
     paired = {*pairs.values()}
     for path in images:
         if path not in paired:
-            caption = f" ({told[path][0]})" if path in told else ""
-            findings.errors["images without a row"].append(f"{path.relative_to(folder)}{caption}")
+            findings.error("image_without_row", path.relative_to(folder), told.get(path, ("",))[0])
     for row in rows:
         if row.number not in pairs:
-            findings.errors["rows without an image"].append(f"row {row.number} ({row.caption})")
+            findings.error("row_without_image", f"row {row.number}", row.caption)

@@ -134,7 +134,7 @@ def test_all_that_is_wrong_with_the_rows_is_one_message(dataset):
     cut(dataset / "b.png")
     with pytest.raises(EvaluationError) as problem:
         dataset_rows(dataset)
-    for said in ("has 4 faults", "line 3 (gone.png)", "line 4 (c.png)", "stray.png", "metadata.jsonl line 2 ("):
+    for said in ("has 4 errors", "line 3 (gone.png)", "line 4 (c.png)", "stray.png", "metadata.jsonl line 2 ("):
         assert said in str(problem.value)
 
 
@@ -382,12 +382,12 @@ def test_images_find_their_rows(names, captions, tmp_path):
 
 
 @pytest.mark.parametrize(("names", "captions", "said"), [
-    (["0.png", "1.png"], {}, ["1 rows without an image: row 2 (third)"]),
-    (["0.png", "1.png", "2.png", "grid.png"], {}, ["1 images without a row: grid.png"]),
-    (["0.png", "00000.png", "1.png", "2.png"], {}, ["2 images without a row: 0.png; 00000.png", "row 0 (first)"]),
-    (["x.png", "y.png", "z.png"], {}, ["3 images without a row: x.png; y.png; z.png", "3 rows without"]),
-    (["0.png", "1.png", "2.png"], {"1": "a cat"}, ["1 images without a row: 1.png (a cat)", "row 1 (second)"]),
-    (["0.png", "1.png", "2.png"], {"7": "a cat"}, ["metadata rows whose image is not there", "line 1 (7.png)"]),
+    (["0.png", "1.png"], {}, ["rows without an image (1): row 2 (third)"]),
+    (["0.png", "1.png", "2.png", "grid.png"], {}, ["images without a row (1): grid.png"]),
+    (["0.png", "00000.png", "1.png", "2.png"], {}, ["images without a row (2): 0.png; 00000.png", "row 0 (first)"]),
+    (["x.png", "y.png", "z.png"], {}, ["images without a row (3): x.png; y.png; z.png", "rows without an image (3)"]),
+    (["0.png", "1.png", "2.png"], {"1": "a cat"}, ["images without a row (1): 1.png (a cat)", "row 1 (second)"]),
+    (["0.png", "1.png", "2.png"], {"7": "a cat"}, ["rows whose image is not there", "line 1 (7.png)"]),
     (["x.png", "y.png", "z.png"], {"x": "first", "y": "first", "z": "third"}, ["x.png (first); y.png (first)"]),
 ])  # fmt: skip
 def test_what_stays_alone_is_named_on_both_sides(names, captions, said, tmp_path):
@@ -404,7 +404,7 @@ def test_names_that_fit_in_two_ways_are_refused(tmp_path):
     rows = [Row(0, "first", Path("1.png")), Row(1, "second", Path("0.png"))]
     for name in ("0.png", "1.png"):
         save(tmp_path / name)
-    with pytest.raises(EvaluationError, match=r"numbers of some rows .*: 0.png; 1.png"):
+    with pytest.raises(EvaluationError, match=r"2 errors(?s:.*)0\.png; 1\.png"):
         images_in(tmp_path, rows)
     describe(tmp_path, **{"0": "second", "1": "first"})
     assert images_in(tmp_path, rows) == {0: tmp_path / "1.png", 1: tmp_path / "0.png"}
@@ -414,17 +414,17 @@ def test_images_that_cannot_be_read_are_named_with_all_else(tmp_path):
     for name in ("0.png", "1.png", "3.png"):
         save(tmp_path / name)
     cut(tmp_path / "0.png")
-    with pytest.raises(EvaluationError, match=r"(?s)3 faults.*3\.png.*row 2.*cannot be read: 0\.png \("):
+    with pytest.raises(EvaluationError, match=r"(?s)3 errors.*3\.png.*row 2.*0\.png \("):
         images_in(tmp_path, TRUE_ROWS)
 
 
 def test_order_alone_pairs_only_where_it_is_asked_for_and_beyond_doubt(tmp_path):
     for name in ("out-2.png", "out-3.png"):
         save(tmp_path / name)
-    with pytest.raises(EvaluationError, match=r"(?s)out-2\.png; out-3\.png.*3 rows without an image"):
+    with pytest.raises(EvaluationError, match=r"(?s)out-2\.png; out-3\.png.*row 0"):
         images_in(tmp_path, TRUE_ROWS, by_order=True)
     save(tmp_path / "out-10.png")
-    with pytest.raises(EvaluationError, match="stand elsewhere as text than as numbers"):
+    with pytest.raises(EvaluationError, match="out-10"):
         images_in(tmp_path, TRUE_ROWS, by_order=True)
     (tmp_path / "out-10.png").rename(tmp_path / "out-4.png")
     found = images_in(tmp_path, TRUE_ROWS, by_order=True)

@@ -16,7 +16,6 @@ from finetuning.evaluation.metrics import EvaluationError, dataset_metrics
 from finetuning.evaluation.networks import Unavailable, Weights
 from finetuning.evaluation.notes import note
 from finetuning.evaluation.preprocessing import matched
-from finetuning.shapes.checker import share_in_chalk
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import parse
 
@@ -121,7 +120,7 @@ def test_the_shape_and_the_colour_have_to_be_right(world, opened, args):
 
 
 def test_nothing_drawn_is_not_in_chalk():
-    assert share_in_chalk(Image.new("RGB", (64, 64))) == 0
+    assert SHAPES.scores(Image.new("RGB", (64, 64)), "a cat") == {"style": 0}
 
 
 def test_a_cosine_below_zero_is_a_clip_score_of_zero(world, opened, args, monkeypatch):
