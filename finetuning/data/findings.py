@@ -137,6 +137,12 @@ PROBLEMS = {  # code: (what the examples are, what helps or happens, "" where th
     "no_first_caption": ("images without a caption to begin with", ""),
     "silent_model": ("images that the model says nothing about", "try another --prompt"),
     "perhaps_cut": ("captions as long as --max_length allows, so perhaps cut short", ""),
+    # Images of an evaluation
+    "first_caption_used": ("rows with several captions", "the first is used"),
+    "fits_two_rows": ("names that are the numbers of some rows and the names of other rows' images", ""),
+    "doubtful_order": ("names that come in another order as numbers than as text", "pad the numbers with zeros"),
+    "image_without_row": ("images without a row", ""),
+    "row_without_image": ("rows without an image", ""),
 }  # fmt: skip
 
 
