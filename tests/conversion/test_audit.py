@@ -18,6 +18,7 @@ from finetuning.conversion.measures import measure, near_pairs
 from finetuning.data import checking
 from finetuning.data.findings import DatasetError
 from finetuning.data.training_set import load_images
+from finetuning.families.family import Tokenizers
 
 
 def photo(seed, size=(96, 72)):
@@ -315,13 +316,13 @@ def test_the_verdict_is_that_of_training(tmp_path, tiny_model, trouble, accepted
 
     args = AuditArgs(path=str(tmp_path / "set"), resolution="64").training()
     args.check_images = "full"
-    tokenizer = CLIPTokenizer.from_pretrained(tiny_model / "tokenizer")
+    tokenize = Tokenizers({"text_encoder": CLIPTokenizer.from_pretrained(tiny_model / "tokenizer")})
     if accepted:
-        training, _ = load_images(args, tokenizer, seed=0)
+        training, _ = load_images(args, tokenize, seed=0)
         assert len(training) == 2
     else:
         with pytest.raises(DatasetError) as refused:
-            load_images(args, tokenizer, seed=0)
+            load_images(args, tokenize, seed=0)
         if not found.refusal:
             for examples in found.findings.as_dict()["errors"].values():
                 assert all(example in str(refused.value) for example in examples)

@@ -22,6 +22,7 @@ from finetuning.data.samples import Member, Sample
 
 ORIENTATION = 0x0112  # the EXIF tag
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+SWAPPED = SRGB.replace(b"rXYZ", b"hold").replace(b"bXYZ", b"rXYZ").replace(b"hold", b"bXYZ")  # red and blue
 
 
 @dataclass
@@ -297,6 +298,29 @@ def test_a_colour_profile_stays_with_the_pixels_it_explains(source, args, image_
     for name, profile in (("a", SRGB), ("b", None)):
         with Image.open(Path(args.output, f"train/{name}.{image_format}")) as image:
             assert image.info.get("icc_profile") == profile
+
+
+def test_other_colours_are_written_as_srgb_and_unreadable_exif_is_dropped(source, args):
+    samples = [
+        sample(image_file(source / "a.png", (10, 20, 200), icc_profile=SWAPPED)),
+        sample(image_file(source / "b.png", (1, 2, 3), exif=b"Exif\0\0MM no TIFF")),
+        sample(image_file(source / "c.png", (10, 20, 200), icc_profile=SRGB)),
+    ]
+    write_dataset(samples, args)
+    train = Path(args.output, "train")
+    with Image.open(train / "a.png") as image:
+        assert image.getpixel((1, 1)) == pytest.approx((200, 20, 10), abs=2) and "icc_profile" not in image.info
+    with Image.open(train / "b.png") as image:
+        assert image.getpixel((1, 1)) == (1, 2, 3) and "exif" not in image.info
+    assert os.path.samefile(train / "c.png", source / "c.png")
+
+
+def test_images_beyond_the_limit_are_taken_where_they_get_smaller(source, args, monkeypatch):
+    monkeypatch.setattr(writing, "MAX_PIXELS", 10)
+    path = image_file(source / "a.png", size=(8, 6))
+    with pytest.raises(DatasetError, match=r"8 x 6.*--max_side"):
+        write_dataset([sample(path)], args)
+    assert write_dataset([sample(path)], replace(args, output=args.output + "2", max_side=4))["train"] == 1
 
 
 @pytest.mark.parametrize("image_format", ["keep", "png", "webp"])
