@@ -10,9 +10,7 @@ from dataclasses import dataclass
 
 from finetuning.cli import flag
 
-_SIDE = re.compile(
-    r"(?<![^\W\d_])(left|right)(?=(?:most|wards?|hand(?:ed)?|side)?(?![^\W\d_]))", re.IGNORECASE
-)
+_SIDE = re.compile(r"(?<![^\W\d_])(left|right)(?=(?:most|wards?|hand(?:ed)?|side)?(?![^\W\d_]))", re.IGNORECASE)
 
 
 @dataclass
