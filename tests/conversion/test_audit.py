@@ -124,12 +124,6 @@ def test_near_pairs_do_not_depend_on_the_blocks():
     assert pairs(3) == pairs(7) == pairs(256)
 
 
-def test_near_bits_0_wants_equal_hashes(tmp_path):
-    write(tmp_path / "train", a=photo(0), b=photo(0).crop((1, 1, 95, 71)))
-    assert groups(examined(tmp_path, near_bits=10), "near_twice")
-    assert not groups(examined(tmp_path, near_bits=0), "near_twice")
-
-
 def test_plain_images_are_not_near_copies_of_each_other(tmp_path):
     write(tmp_path / "train", a=Image.new("RGB", (64, 64)), b=Image.new("RGB", (64, 65)), c=photo(0))
     assert kinds(examined(tmp_path)) == ["black"]
@@ -409,11 +403,3 @@ def test_the_report_prints_whatever_a_file_is_called(tmp_path):
     found = examined(tmp_path)
     assert "caf" in report(found).encode("utf-8").decode("utf-8")
     assert not found.accepted
-
-
-def test_the_report_shows_a_few_of_many(tmp_path):
-    write(tmp_path / "train", **{f"p{n}": photo(0) for n in range(6)}, **{f"q{n}": photo(n) for n in range(1, 4)})
-    text = report(examined(tmp_path))
-    assert "     1 the same image more than once in a split" in text
-    assert "train/p0.png, train/p1.png, train/p2.png, train/p3.png and 2 more" in text
-    assert "  train              9         9" in text

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -275,13 +274,6 @@ def test_result_does_not_depend_on_the_number_of_threads_or_on_other_images(data
     assert not set(content("seeded").values()) & set(content("fewer").values())
 
 
-def test_as_seed_000_did_a_dataset_grows_three_times(tmp_path):
-    write(tmp_path / "dogs/train", {f"{n:03}": "a campus" for n in range(30)})
-    assert augment(args(tmp_path / "dogs"), quiet) == {"train": 90}
-    kinds = Counter(row["file_name"][3:] for row in lines(tmp_path / "new/train/metadata.jsonl"))
-    assert kinds == {".png": 30, "~flip.png": 30, "~brightness.png": 30}
-
-
 @pytest.mark.parametrize(
     ("ending", "copied", "form"),
     [(".jpg", "a~crop.jpg", "JPEG"), (".JPEG", "a~crop.JPEG", "JPEG"), (".webp", "a~crop.webp", "WEBP"),
@@ -299,16 +291,6 @@ def test_copies_of_an_image_with_a_long_name_have_names_that_every_disk_takes(tm
     augment(args(tmp_path / "dogs", alter=["flip+brightness+crop"]), quiet)
     (copied,) = [name for name in names(tmp_path / "new/train") if "~flip" in name]
     assert len(copied) < 255 and copied.startswith("xxx")
-
-
-def test_same_stems_with_other_endings_get_copies_of_their_own(tmp_path):
-    write(tmp_path / "dogs/train", {"a": "a dog"})
-    for ending in (".bmp", ".gif"):
-        noisy(len(ending) + ord(ending[1])).save(tmp_path / f"dogs/train/a{ending}")
-        with open(tmp_path / "dogs/train/metadata.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"file_name": f"a{ending}", "text": "a dog"}) + "\n")
-    assert augment(args(tmp_path / "dogs", alter=["crop"]), quiet) == {"train": 6}
-    assert len(names(tmp_path / "new/train")) == 6
 
 
 def test_a_phone_image_is_copied_upright_with_its_colours(tmp_path):

@@ -54,12 +54,6 @@ def test_a_flat_folder_has_no_split(cats):
     assert list(samples(cats)) == list(CATS)  # by path, whatever the order of the metadata
 
 
-def test_columns_of_other_names(cats):
-    lines = [{"image": "a.png", "alt": "a cat"}, {"image": "below/b.png", "alt": "two cats"}]
-    (cats / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    assert samples(cats, image_column="image", caption_column="alt") == CATS
-
-
 @pytest.mark.parametrize(("validation", "test"), [("validation", "test"), ("val", "testing"), ("dev", "test")])
 def test_split_folders_with_metadata_in_each(tmp_path, validation, test):
     for folder in ("train", validation, test):
@@ -76,12 +70,6 @@ def test_metadata_above_the_splits(tmp_path):
     images(tmp_path, "train/1.png", "test/1.png")
     jsonl(tmp_path, ("train/1.png", "first"), ("test/1.png", "second"))
     assert samples(tmp_path) == {("train", "1.png"): ("first",), ("test", "1.png"): ("second",)}
-
-
-def test_a_folder_with_a_test_split_alone_is_taken(tmp_path):
-    images(tmp_path / "test", "1.png")
-    jsonl(tmp_path / "test", ("1.png", "first"))
-    assert samples(tmp_path) == {("test", "1.png"): ("first",)}
 
 
 def test_a_link_in_a_circle_is_no_image_beside_the_splits(tmp_path):
@@ -119,10 +107,6 @@ def test_what_training_would_refuse_is_an_error_here(cats):
         "image_missing": ["metadata.jsonl line 2 (gone.png)"],
         "outside": ["metadata.jsonl line 3 (/etc/hostname)"],
     }
-
-
-def test_images_without_captions_at_all(cats):
-    assert samples(cats, caption_column="none") == dict.fromkeys(CATS, ("",))
 
 
 def test_a_folder_given_relative_to_the_current_one(cats, monkeypatch):

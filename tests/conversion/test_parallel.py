@@ -49,11 +49,6 @@ def test_images_find_the_caption_of_their_name(tmp_path):
     assert samples[1].open().size == (4, 4)
 
 
-def test_equal_captions_are_two_samples(tmp_path):
-    lay(tmp_path, ["images/023.jpg", "images/024.jpg"], {"captions/023.txt": "a dog", "captions/024.txt": "a dog"})
-    assert [sample.captions for sample in clean(tmp_path)] == [("a dog",)] * 2
-
-
 def test_folders_inside_and_other_names_of_the_two(tmp_path):
     lay(tmp_path, ["img/a/0.png", "img/b/0.v2.png"], {"labels/a/0.txt": "one", "labels/b/0.v2.caption": "two"})
     samples = clean(tmp_path, images_folder="img", captions_folder="labels")
@@ -73,16 +68,6 @@ def test_splits_above_or_inside_the_two_folders(tmp_path, layout):
         "train": ("train",), "validation": ("val",), "test": ("test",),
     }  # fmt: skip
     assert len({sample.key for sample in samples}) == 3
-
-
-def test_a_folder_of_images_may_be_a_link(tmp_path):
-    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
-    lay(elsewhere, ["0.jpg"])
-    lay(root, [], {"captions/0.txt": "a dog"})
-    (root / "images").symlink_to(elsewhere)
-    samples, findings = read(root)
-    assert samples == [] and "images" in findings.as_dict()["errors"]["link_outside"]
-    assert [sample.name for sample in clean(root, allow_outside_paths=True)] == ["0.jpg"]
 
 
 def test_what_lacks_its_other_half_is_named(tmp_path):

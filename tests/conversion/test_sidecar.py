@@ -79,11 +79,6 @@ def test_only_line_feeds_end_a_line(tmp_path):
     assert clean(tmp_path) == {"a.png": ("a cat\u2028on two lines\x0cof print",)}
 
 
-def test_dots_in_names(tmp_path):
-    pair(tmp_path / "v1.5 final.png", "a cat")
-    assert clean(tmp_path) == {"v1.5 final.png": ("a cat",)}
-
-
 @pytest.mark.parametrize(
     ("which", "captions"),
     [("all", ("a cat", "a tabby, asleep")), ("first", ("a cat",)), ("join", ("a cat a tabby, asleep",))],
