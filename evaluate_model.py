@@ -4,10 +4,10 @@
         --model tuned=runs/chalk --general_prompts datasets/left_out_of_chalk.txt --guidance_scale 3 \\
         --output_dir runs/report
 
-Reads   a folder of captioned pictures, of which --split is the truth; --model label=PATH, each a pipeline, Hub name or
-        checkpoint-N, the first is the reference; --lora label=PATH, put on that first model; --pictures label=FOLDER,
+Reads   a folder of captioned images, of which --split is the truth; --model label=PATH, each a pipeline, Hub name or
+        checkpoint-N, the first is the reference; --lora label=PATH, put on that first model; --images label=FOLDER,
         drawn elsewhere. --general_prompts are what should not be forgotten: 60 are shipped, a file replaces them.
-Writes  into --output_dir: report.html (one file, for people), report.json, report.csv, report.md, and the pictures.
+Writes  into --output_dir: report.html (one file, for people), report.json, report.csv, report.md, and the images.
         Every figure has its n and a 95 % interval; the reference drawn with a second seed shows what is noise.
 Go on   after an interruption: the same command again draws only what is missing.
 Figures of FID, KID, LPIPS and CLIP need networks: the libraries' own downloads, or files named by --inception_weights,
@@ -28,14 +28,14 @@ from accelerate import PartialState
 
 from finetuning.cli import REQUIRED, as_dict, flag, parse
 from finetuning.data.reading import SPLIT_NAMES
-from finetuning.evaluation.contract import EvaluationProblem
 from finetuning.evaluation.forgetting import ForgettingArgs, forgetting, pipeline_losses
-from finetuning.evaluation.generating import DrawArgs, dataset_rows, draw, pictures_in
+from finetuning.evaluation.generation import DrawArgs, dataset_rows, draw, images_in
 from finetuning.evaluation.measuring import EvalNetworkArgs, measure, open_networks, summarise
+from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.report import write_report
 from finetuning.evaluation.words import verdict
-from finetuning.families.contract import ModelProblem
-from finetuning.families.lora_files import attach, detach, parts_of, read_lora, set_scale
+from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale
+from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import ModelSource, open_pipeline
 
 PACKAGES = ("torch", "diffusers", "transformers", "torch-fidelity", "lpips")
@@ -45,17 +45,17 @@ PACKAGES = ("torch", "diffusers", "transformers", "torch-fidelity", "lpips")
 class Args(ForgettingArgs, EvalNetworkArgs, DrawArgs):
     """What is evaluated"""
 
-    dataset: str = flag(REQUIRED, "folder of captioned pictures: the captions are drawn, the pictures are the truth")
+    dataset: str = flag(REQUIRED, "folder of captioned images: the captions are drawn, the images are the truth")
     model: list[str] = flag(REQUIRED, "label=PATH of each model; the first is the reference", repeated=True)
-    output_dir: str = flag(REQUIRED, "where the report and the pictures go")
+    output_dir: str = flag(REQUIRED, "where the report and the images go")
     split: str | None = flag(
         None, "of the dataset (none: test, or all of a folder without splits)", choices=tuple(SPLIT_NAMES)
     )
     caption_column: str = flag("text", "where the captions stand in the metadata")
     max_rows: int | None = flag(None, "captions at most, drawn with --seed")
     lora: list[str] | None = flag(None, "label=PATH of LoRAs, each put on the first model", repeated=True)
-    pictures: list[str] | None = flag(None, "label=FOLDER of pictures that were drawn elsewhere", repeated=True)
-    by_order: bool = flag(False, "pair the --pictures with the captions by their order alone")
+    images: list[str] | None = flag(None, "label=FOLDER of images that were drawn elsewhere", repeated=True)
+    by_order: bool = flag(False, "pair the --images with the captions by their order alone")
     noise_floor: bool = flag(True, "draw the reference with a second seed as well, to see what is noise")
     weights: str = flag("ema", "which weights of a run or checkpoint", choices=("ema", "raw"))
     base: str | None = flag(None, "the rest of the model for checkpoint folders (none: what the run started from)")
@@ -63,7 +63,7 @@ class Args(ForgettingArgs, EvalNetworkArgs, DrawArgs):
     dtype: str | None = flag(None, "none: fp16 on a GPU, fp32 without", choices=("fp16", "bf16", "fp32"))
 
     def problems(self):
-        labels = [one.label for one in self.drawn] + [ModelSource.parse(text).label for text in self.pictures or []]
+        labels = [one.label for one in self.drawn] + [ModelSource.parse(text).label for text in self.images or []]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             yield f"two models would be called {', '.join(twice)}: name them, --model label=PATH"
         if len({one.folder for one in self.drawn}) < len(self.drawn):
@@ -72,8 +72,8 @@ class Args(ForgettingArgs, EvalNetworkArgs, DrawArgs):
             yield f"the label {' and '.join(map(repr, nameless))} has no letter or number in it: write label=PATH"
         if self.max_rows is not None and self.max_rows < 2:
             yield f"--max_rows {self.max_rows} must be at least 2"
-        if self.by_order and not self.pictures:
-            yield "--by_order does nothing without --pictures"
+        if self.by_order and not self.images:
+            yield "--by_order does nothing without --images"
 
     @property
     def drawn(self):
@@ -95,7 +95,7 @@ class Candidate:
 
     @property
     def folder(self):
-        """Its pictures' folder."""
+        """Its images' folder."""
         return re.sub(r"[^\w.]+", "-", self.label)
 
     @property
@@ -109,7 +109,7 @@ def main(argv=None):
     args = parse(Args, __doc__, argv)
     try:
         return evaluate(args)
-    except (EvaluationProblem, ModelProblem) as problem:
+    except (EvaluationError, ModelError) as problem:
         print(f"{type(problem).__name__}: {problem}", file=sys.stderr)
         return 1
 
@@ -122,7 +122,7 @@ def evaluate(args):
     rows = dataset_rows(args.dataset, args.split, args.caption_column, args.max_rows, args.seed)
     general = args.general_rows()
     # Before anything is drawn: what was asked for and cannot be had is said now
-    networks, ready = open_networks(args, device), ready_pictures(args, rows)
+    networks, ready = open_networks(args, device), ready_images(args, rows)
 
     # What is drawn: the dataset's captions, the general prompts; and the losses, while a model is open
     drawn, general_drawn, losses = {}, {}, {"fit": {}, "retain": {}}
@@ -131,7 +131,7 @@ def evaluate(args):
             one.path, weights=args.weights, base=args.base, vae=args.vae, scheduler=args.scheduler, device=device,
             dtype=dtype,
         )  # fmt: skip
-        place, lora = folder / "pictures" / one.folder, {"lora": one.lora, "weights": args.weights}
+        place, lora = folder / "images" / one.folder, {"lora": one.lora, "weights": args.weights}
         how = replace(args, seed=args.seed + one.is_noise_floor)
         drawn[one.label] = draw(pipeline, rows, place / "dataset", how, **lora)
         if general:
@@ -156,7 +156,7 @@ def evaluate(args):
             report[what] = report[what] + [one for one in known.pop(what) if one not in report[what]]
         report["forgetting"] = known
     sources = {one.label: one.path if one.lora is None else f"{one.path} with {one.lora}" for one in args.drawn}
-    sources |= {one.label: one.path for one in map(ModelSource.parse, args.pictures or [])}
+    sources |= {one.label: one.path for one in map(ModelSource.parse, args.images or [])}
     floors = {one.label for one in args.drawn if one.is_noise_floor}
     report["models"] = [
         {"label": label, "source": sources[label], "noise_floor": label in floors} for label in measured.models
@@ -172,17 +172,17 @@ def evaluate(args):
     return 0
 
 
-def ready_pictures(args, rows):
-    """{label: {row number: path}} of --pictures, of these rows or of the whole split. Raises EvaluationProblem."""
+def ready_images(args, rows):
+    """{label: {row number: path}} of --images, of these rows or of the whole split. Raises EvaluationError."""
     how, found = {"by_order": args.by_order, "caption_column": args.caption_column}, {}
-    for source in map(ModelSource.parse, args.pictures or []):
+    for source in map(ModelSource.parse, args.images or []):
         try:
-            found[source.label] = pictures_in(source.path, rows, **how)
-        except EvaluationProblem:
+            found[source.label] = images_in(source.path, rows, **how)
+        except EvaluationError:
             if args.max_rows is None:
                 raise
             every = dataset_rows(args.dataset, args.split, args.caption_column, say=lambda _: None)
-            pairs = pictures_in(source.path, every, **how)
+            pairs = images_in(source.path, every, **how)
             found[source.label] = {row.number: pairs[row.number] for row in rows}
     return found
 
@@ -192,7 +192,7 @@ def _with_lora(pipeline, one, args):
     if one.lora is None:
         yield
         return
-    attach(pipeline, read_lora(one.lora, parts_of(pipeline), args.weights))
+    attach(pipeline, read_lora(one.lora, adaptable_components(pipeline), args.weights))
     set_scale(pipeline, args.lora_scale)
     yield
     detach(pipeline)

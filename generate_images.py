@@ -8,8 +8,8 @@
 
 Reads   diffusers pipelines (folders or Hub names), checkpoint-N folders of a run, and LoRAs: runs and checkpoints of
         train_lora.py, or a .safetensors file as diffusers, kohya or PEFT write it.
-Writes  into --output_dir: one PNG per picture, named by what it shows; grid.png (rows: prompts and seeds, columns:
-        models, LoRAs and their scales, guidance scales and steps); images.json with all that made each picture.
+Writes  into --output_dir: one PNG per image, named by what it shows; grid.png (rows: prompts and seeds, columns:
+        models, LoRAs and their scales, guidance scales and steps); images.json with all that made each image.
 The same seed gives the same starting noise to every model, whatever the batch size and the device.
 """
 
@@ -23,25 +23,26 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, flag, parse, write_json
-from finetuning.draws import torch_generator
+from finetuning.cli import REQUIRED, flag, parse
 from finetuning.evaluation.grid import labelled_grid
-from finetuning.families.contract import ModelProblem
-from finetuning.families.lora_files import attach, detach, parts_of, read_lora, set_scale, weights_hash
+from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
+from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
+from finetuning.files import write_json
+from finetuning.rng import torch_generator
 
 
 @dataclass
 class Args:
-    """Pictures to draw"""
+    """Images to draw"""
 
     model: list[str] = flag(REQUIRED, "pipeline folders, Hub names or checkpoint-N folders; label=PATH names a column")
     prompt: list[str] | None = flag(None, "prompts")
     prompts_file: str | None = flag(None, "text file with a prompt on each line")
     lora: list[str] | None = flag(None, "LoRA folders or files, one at a time on each model; label=PATH names a column")
     lora_scale: list[float] = flag([1.0], "how strongly a LoRA acts; 0 is the model without it, to the last bit")
-    output_dir: str = flag("generated", "where the pictures, grid.png and images.json go")
-    seed: list[int] = flag([0], "seeds; each gives every prompt a picture")
+    output_dir: str = flag("generated", "where the images, grid.png and images.json go")
+    seed: list[int] = flag([0], "seeds; each gives every prompt an image")
     guidance_scale: list[float] = flag([7.5], "classifier-free guidance scales; 1 is none")
     num_inference_steps: list[int] = flag([25], "sampling steps")
     scheduler: str | None = flag("dpm++", "sampler", choices=tuple(SCHEDULERS))
@@ -51,8 +52,8 @@ class Args:
     base: str | None = flag(None, "the rest of the model for checkpoint folders (none: what the run started from)")
     vae: str | None = flag(None, "another autoencoder, e.g. stabilityai/sd-vae-ft-mse")
     dtype: str | None = flag(None, "none: fp16 on a GPU, fp32 without", choices=("fp16", "bf16", "fp32"))
-    batch_size: int = flag(4, "pictures drawn together")
-    grid_scale: int = flag(160, "enlarge pictures in the grid to about this side, where they are smaller")
+    batch_size: int = flag(4, "images drawn together")
+    grid_scale: int = flag(160, "enlarge images in the grid to about this side, where they are smaller")
 
     def problems(self):
         if not (self.prompt or self.prompts_file):
@@ -87,8 +88,8 @@ def main(argv=None):
     args = parse(Args, __doc__, argv)
     try:
         return draw(args)
-    except ModelProblem as problem:
-        print(f"ModelProblem: {problem}", file=sys.stderr)
+    except ModelError as problem:
+        print(f"ModelError: {problem}", file=sys.stderr)
         return 1
 
 
@@ -106,8 +107,8 @@ def draw(args):
     tried = list(product(loras, args.lora_scale)) or [(None, None)]
     settings = list(product(args.guidance_scale, args.num_inference_steps))
     columns = [Column(source, *lora, *setting) for source, lora, setting in product(sources, tried, settings)]
-    pictures, records = {}, []
-    with tqdm(total=len(rows) * len(columns), unit="picture") as bar:
+    images, records = {}, []
+    with tqdm(total=len(rows) * len(columns), unit="image") as bar:
         for source in sources:
             pipeline = open_pipeline(
                 source.path, weights=args.weights, base=args.base, vae=args.vae, scheduler=args.scheduler,
@@ -124,29 +125,29 @@ def draw(args):
                         generator=[torch_generator(seed, "picture") for _, seed in part],
                         **_height_and_width(args.size),
                     ).images
-                    for (prompt, seed), picture in zip(part, drawn, strict=True):
+                    for (prompt, seed), image in zip(part, drawn, strict=True):
                         column = Column(source, lora, scale, guidance, steps)
                         made = {"prompt": prompt, "seed": seed, **column.facts(), "weights": args.weights}
                         made |= {"scheduler": args.scheduler, "vae": args.vae, "negative_prompt": args.negative_prompt}
-                        made |= {"dtype": dtype, "size": list(picture.size)}
+                        made |= {"dtype": dtype, "size": list(image.size)}
                         made["file"] = f"{prompts.index(prompt):03d}_{_name(made)}"
-                        picture.save(folder / made["file"])
-                        pictures[prompt, seed, column] = picture
+                        image.save(folder / made["file"])
+                        images[prompt, seed, column] = image
                         records.append(made)
                     bar.update(len(part))
             del pipeline  # before the next one opens
     write_json(folder / "images.json", records)
 
-    cells = [[pictures[*row, column] for column in columns] for row in rows]
+    cells = [[images[*row, column] for column in columns] for row in rows]
     labels = [prompt if len(args.seed) == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
     labelled_grid(cells, labels, [c.heading(args) for c in columns], args.grid_scale).save(folder / "grid.png")
-    print(f"{len(records)} pictures and grid.png in {folder}")
+    print(f"{len(records)} images and grid.png in {folder}")
     return 0
 
 
 @dataclass(frozen=True)
 class Column:
-    """What the pictures of one column of the grid have in common."""
+    """What the images of one column of the grid have in common."""
 
     source: ModelSource
     lora: ModelSource | None
@@ -175,7 +176,7 @@ def _with_each_lora(pipeline, source, loras, args):
         return
     base_hash = weights_hash(pipeline.unet)
     for lora in loras:
-        found = read_lora(lora.path, parts_of(pipeline), args.weights)
+        found = read_lora(lora.path, adaptable_components(pipeline), args.weights)
         if (note := found.note_on_base(source.path, base_hash)) and args.dtype != "bf16":  # which rounds the base
             tqdm.write(note, file=sys.stderr)
         attach(pipeline, found)
@@ -191,7 +192,7 @@ def _height_and_width(size):
 
 
 def _name(made):
-    """What the picture shows, as a file name: prompt, model, LoRA and its scale, seed, guidance scale, steps.
+    """What the image shows, as a file name: prompt, model, LoRA and its scale, seed, guidance scale, steps.
 
     The prompt's number goes before it: prompts may be alike in their first words, or have no Latin letters.
     """

@@ -1,29 +1,34 @@
-"""Groups of flags as dataclasses: each flag stands once, with its help, beside the code that reads it.
+"""Groups of flags as dataclasses: everything about a flag is declared once, beside the code that reads it.
 
     @dataclass
-    class DataArgs:
-        '''Data'''
-        resolution: int = flag(512, "side of the training pictures, in pixels")
+    class EMAArgs:
+        '''Average of the weights'''
+        use_ema: bool = flag(False, "average the weights")
+        ema_decay: float = flag(0.9999, "decay of the average", min=0, below=1, requires="use_ema")
 
-        def problems(self):
-            if self.resolution % 8:
-                yield f"--resolution {self.resolution} must be a multiple of 8"
+        def problems(self):  # only what relates several flags, or asks the disk
+            if self.use_ema and not Path(self.folder).is_dir():
+                yield f"--folder {self.folder}: there is no such folder"
 
     @dataclass
-    class Args(DataArgs, NoiseArgs): ...
+    class Args(EMAArgs, NoiseArgs): ...
 
-    args = parse(Args, __doc__)
+    def train(args): ...
+
+    if __name__ == "__main__":
+        sys.exit(run_script(Args, __doc__, train))
 
 Values come from the defaults, then from `--config FILE` (YAML or JSON, keys named as the flags), then from the command
-line. Everything that is wrong is reported together: unknown flags, wrong types, values outside the choices, and what
-each group's `problems` yields.
+line. Everything that is wrong is reported together: unknown flags, wrong types, choices and ranges, flags that do
+nothing without another one, and what each group's `problems` yields.
 """
 
 import argparse
 import dataclasses
 import difflib
 import inspect
-import json
+import math
+import os
 import sys
 import types
 import typing
@@ -32,37 +37,276 @@ from pathlib import Path
 import yaml
 
 REQUIRED = object()
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-def flag(default, help, *, choices=None, metavar=None, positional=False, repeated=False):
-    """A dataclass field that is also a flag, or (`positional`) a bare word. `default`: REQUIRED, a value, a list.
+class UserError(ValueError):
+    """What a person can mend: the message names the file or flag and the fix. `run_script` prints it."""
 
-    A list's flag given twice counts the second time alone; with `repeated` the values add up.
+
+def flag(
+    default, help=None, *, choices=None, metavar=None, positional=False, repeated=False,
+    min=None, max=None, above=None, below=None, requires=None, conflicts=None, affects_result=True, was=(),
+):  # fmt: skip
+    """A dataclass field that is also a flag.
+
+    default         REQUIRED, a value, or a list
+    choices         the values that are allowed, or a function that lists them (called only where they are needed)
+    positional      a bare word instead of --name
+    repeated        of a list: --name may be given several times, and the values add up
+    min, max        the range of a number, or of each number of a list; both are allowed values
+    above, below    the same, but these are not allowed themselves
+    requires        a flag, or several of which one suffices, without which this one does nothing: "use_ema" is on where
+                    it has a value other than off, none, 0 or empty; "loss_type=huber" names the value
+    conflicts       a flag, or several, that cannot be given together with this one
+    affects_result  False: cannot change what a run computes (see flags_without_effect)
+    was             older names, which go on working with a notice
+
+    A subclass may declare a flag again with another default: it stays in its group, and what the second declaration
+    does not say (even the help) is taken from the first.
     """
-    metadata = {"help": help, "choices": choices, "metavar": metavar, "required": default is REQUIRED}
-    metadata |= {"positional": positional, "repeated": repeated}
+    declared = {
+        "help": help, "choices": choices, "metavar": metavar, "positional": positional, "repeated": repeated,
+        "min": min, "max": max, "above": above, "below": below, "requires": _names(requires),
+        "conflicts": _names(conflicts), "was": _names(was),
+    }  # fmt: skip
+    metadata = {key: value for key, value in declared.items() if value is not None and value is not False}
+    metadata = {key: value for key, value in metadata.items() if value != ()} | {"flag": True}
+    if not affects_result:
+        metadata["affects_result"] = False
+    metadata["required"] = default is REQUIRED
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=None if default is REQUIRED else default, metadata=metadata)
 
 
-def groups(args_class):
-    """The dataclasses that declare flags, in reading order: [(class, [field, ...]), ...].
+def _names(names):
+    return (names,) if isinstance(names, str) else tuple(names or ())
 
-    A script may declare a group's flag again with another default: it stays in its group.
-    """
-    found, seen = [], set()
+
+# -- what is declared ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag of a class, as its declarations make it."""
+
+    name: str
+    kind: object  # the type of its value, without None
+    optional: bool  # None is allowed
+    default: object  # a list is a fresh one
+    required: bool = False
+    help: str = ""
+    choices: object = None
+    metavar: str | None = None
+    positional: bool = False
+    repeated: bool = False
+    min: float | None = None
+    max: float | None = None
+    above: float | None = None
+    below: float | None = None
+    requires: tuple = ()
+    conflicts: tuple = ()
+    affects_result: bool = True
+    was: tuple = ()
+
+    @property
+    def spelled(self):
+        return self.name.upper() if self.positional else f"--{self.name}"
+
+    @property
+    def is_list(self):
+        return typing.get_origin(self.kind) is list
+
+    @property
+    def allowed(self):
+        """The choices, or ()."""
+        return tuple(self.choices() if callable(self.choices) else self.choices or ())
+
+    @property
+    def range(self):
+        """ "at least 0 and below 1", or nothing."""
+        words = (("at least", self.min), ("above", self.above), ("at most", self.max), ("below", self.below))
+        return " and ".join(f"{word} {limit}" for word, limit in words if limit is not None)
+
+    @property
+    def default_text(self):
+        if self.required:
+            return "required"
+        if self.default is None or isinstance(self.default, bool):
+            return {None: "none", False: "off", True: "on"}[self.default]
+        return " ".join(map(str, self.default)) if self.is_list else str(self.default) or "empty"
+
+    @property
+    def notes(self):
+        """What the help says beside the default: its range and what it needs."""
+        needs = " or ".join(f"--{name.replace('=', ' ')}" for name in self.requires)
+        return [text for text in (self.range, f"with {needs}" if needs else "") if text]
+
+    def in_range(self, value):
+        return (
+            (self.min is None or value >= self.min)
+            and (self.max is None or value <= self.max)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+
+CONFIG = Flag(
+    "config", str, True, None, metavar="FILE", help="YAML or JSON file that fills any flag; the command line wins"
+)
+
+
+def groups(args_class):
+    """The dataclasses that declare flags, in reading order: [(class, [Flag, ...]), ...]."""
+    hints = typing.get_type_hints(args_class)
+    fields = {field.name: field for field in dataclasses.fields(args_class)}
+    metadata, group_of = {}, {}
     for group in reversed(args_class.__mro__):
-        own = inspect.get_annotations(group).keys() - seen
-        fields = [f for f in dataclasses.fields(args_class) if f.name in own and "help" in f.metadata]
-        seen |= own
-        if fields:
-            found.append((group, fields))
-    return found
+        for name in inspect.get_annotations(group):
+            field = group.__dict__.get("__dataclass_fields__", {}).get(name)
+            if field is not None and "flag" in field.metadata:
+                metadata[name] = metadata.get(name, {}) | dict(field.metadata)
+                group_of.setdefault(name, group)
+    found = {}
+    for name, group in group_of.items():
+        found.setdefault(group, []).append(_as_flag(fields[name], hints[name], metadata[name]))
+    return [(group, found[group]) for group in reversed(args_class.__mro__) if group in found]
+
+
+def _as_flag(field, hint, metadata):
+    optional = isinstance(hint, types.UnionType)
+    kind = next(one for one in typing.get_args(hint) if one is not type(None)) if optional else hint
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    own = {key: value for key, value in metadata.items() if key != "flag"}
+    return Flag(name=field.name, kind=kind, optional=optional, default=default, **own)
+
+
+def flags_of(args_class):
+    """{name: Flag}, in reading order."""
+    return {flag.name: flag for _, flags in groups(args_class) for flag in flags}
+
+
+def flags_without_effect(args_class):
+    """The names, older ones too, of the flags that cannot change what a run computes: where it writes, how often."""
+    flags = [flag for flag in flags_of(args_class).values() if not flag.affects_result]
+    return frozenset(name for flag in flags for name in (flag.name, *flag.was))
 
 
 def title(group):
     return (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
+
+
+def as_dict(args):
+    """The flags and their values, ready for JSON."""
+    return {name: getattr(args, name) for name in flags_of(type(args))}
+
+
+def first_few(items, most=5):
+    """The items for a message: "a, b, c and 4 more"."""
+    items = [str(item) for item in items]
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def flag_table(args_class, besides=None):
+    """A Markdown table of the flags by group, for the docs; without those that are the same in `besides`."""
+    known = {} if besides is None else flags_of(besides)
+    lines = []
+    for group, flags in groups(args_class):
+        flags = [f for f in flags if f.name not in known or f.default_text != known[f.name].default_text]
+        if not flags:
+            continue
+        lines += [f"\n**{title(group)}**\n", "| flag | default | meaning |", "|---|---|---|"]
+        for flag in flags:
+            meaning = "; ".join([flag.help, *flag.notes]).replace("|", "\\|")
+            lines.append(f"| `{flag.spelled}` | {flag.default_text} | {meaning} |")
+    return "\n".join(lines).strip() + "\n"
+
+
+# -- a script --------------------------------------------------------------------------------------------------------
+
+
+def run_script(args_class, description, function, argv=None):
+    """Parse, call `function(args)`, and return the exit status: what it returns (None is 0).
+
+    2    something is wrong with the flags: every problem is printed
+    1    a UserError, an OSError or too little GPU memory: one message, no traceback
+    130  Ctrl-C
+    Any other exception keeps its traceback: it is an error of this code.
+    """
+    return _run(function, parse(args_class, description, argv))
+
+
+def run_commands(commands, description, argv=None, *, was=None, usual=None):
+    """`run_script` for a script with several commands, {name: (args_class, function)}.
+
+    An entry may also be a function that returns this pair: what it imports is then imported only for that command.
+    was    {older name: name}, which go on working with a notice
+    usual  the command that is meant where the first word is a flag
+    """
+    name, rest = _command(list(commands), description, sys.argv[1:] if argv is None else list(argv), was or {}, usual)
+    entry = commands[name]
+    args_class, function = entry() if callable(entry) else entry
+    return _run(function, parse(args_class, description, rest))
+
+
+def _run(function, args):
+    try:
+        return function(args) or 0
+    except KeyboardInterrupt:
+        report("interrupted")
+        return 130
+    except BrokenPipeError:  # whoever read the output is gone: `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except UserError as error:
+        report(f"error: {error}")
+        return 1
+    except OSError as error:
+        report(f"error: {_os_message(error)}", from_any_process=True)
+        return 1
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        message = f"error: the GPU has too little memory: {str(error).splitlines()[0]}"
+        report(message, from_any_process=True)
+        return 1
+
+
+def report(message, from_any_process=False):
+    """A message on stderr, clear of a progress bar.
+
+    Of several processes only the first one speaks, except `from_any_process`: what may happen to a single one.
+    """
+    rank = process_rank()
+    if rank and not from_any_process:
+        return
+    message = f"[process {rank}] {message}" if rank else message
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is not None:
+        tqdm.tqdm.write(message, file=sys.stderr)
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+def process_rank():
+    """The number of this process among those that a launcher started, as it says; 0 without a launcher."""
+    for name in ("RANK", "LOCAL_RANK"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return 0
+
+
+def _os_message(error):
+    """In one line, with the path."""
+    if error.strerror is None:
+        return " ".join(str(error).split())
+    path = error.filename if error.filename is not None else error.filename2
+    return f"{os.fsdecode(path) if isinstance(path, str | bytes) else path}: {error.strerror}" if path else str(error)
+
+
+# -- reading the flags -----------------------------------------------------------------------------------------------
 
 
 def parse(args_class, description, argv=None):
@@ -70,196 +314,301 @@ def parse(args_class, description, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, problems = read(args_class, description, argv)
     if problems:
-        print(f"{Path(sys.argv[0]).name}: {len(problems)} problem(s) with the arguments:", file=sys.stderr)
-        print("\n".join(f"  - {problem}" for problem in problems), file=sys.stderr)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        heading = f"{_script()}: {count} with the flags:"
+        report("\n".join([heading, *(f"  - {problem}" for problem in problems)]))
         raise SystemExit(2)
     return args
 
 
-def parse_command(commands, description, argv=None):
+def parse_command(commands, description, argv=None, *, was=None, usual=None):
     """(name, args) of a script with several commands, {name: dataclass}: the first word says which."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    name = argv[0] if argv else ""
-    if name in ("-h", "--help"):
+    name, rest = _command(list(commands), description, sys.argv[1:] if argv is None else list(argv), was or {}, usual)
+    return name, parse(commands[name], description, rest)
+
+
+def _command(names, description, argv, was, usual):
+    """(name of the command, the words after it)."""
+    word = argv[0] if argv else ""
+    if word in ("-h", "--help"):
         print(description)
         raise SystemExit(0)
-    if name not in commands:
-        near = difflib.get_close_matches(name, commands, n=1)
-        told = f"; did you mean {near[0]}?" if near else ""
-        script = Path(sys.argv[0]).name
-        print(f"{script}: say what to do: {', '.join(commands)} (not {name!r}){told}", file=sys.stderr)
-        print(f"  `{script} COMMAND --help` lists the flags of each", file=sys.stderr)
+    if usual and word.startswith("--"):
+        return usual, argv
+    if word in was:
+        report(f"{_script()}: {word} is now called {was[word]}")
+        word = was[word]
+    if word not in names:
+        near = difflib.get_close_matches(word, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        report(f"{_script()}: say what to do: {', '.join(names)} (not {word!r}){hint}")
+        report(f"  `{_script()} COMMAND --help` lists the flags of each")
         raise SystemExit(2)
-    return name, parse(commands[name], description, argv[1:])
+    return word, argv[1:]
 
 
 def read(args_class, description, argv):
-    """(args, problems): the arguments as far as they could be read, and a list of what is wrong with them."""
-    fields = {field.name: field for _, own in groups(args_class) for field in own}
-    parser = _parser(args_class, description)
-    given, unknown = parser.parse_known_args(argv)
-    given = vars(given)
-    problems = [_unknown_flag(word, fields) for word in unknown if word.startswith("-")]
-    strays = [word for word in unknown if not word.startswith("-")]
+    """(args, problems): the arguments as far as they could be read, and a list of what is wrong with them.
+
+    A wrong value is replaced by the default.
+    """
+    flags = flags_of(args_class)
+    given, problems, suspect = _read_command_line(args_class, description, list(argv), flags)
+    if config_path := given.pop("config", None):
+        config, config_problems, config_suspect = _read_config(Path(config_path), flags)
+        given = config | given
+        problems += config_problems
+        suspect |= config_suspect
+
+    values = {}
+    for name, raw in given.items():
+        try:
+            values[name] = _convert(raw, flags[name])
+        except ValueError as problem:
+            problems.append(str(problem))
+            suspect.add(name)
+    missing = [flag for flag in flags.values() if flag.required and values.get(flag.name) is None]
+    problems += [f"{flag.spelled} is required: {flag.help}" for flag in missing if flag.name not in suspect]
+
+    args = args_class(**values)
+    return args, problems + _related_problems(args, flags, suspect, with_groups=not missing)
+
+
+def problems_of(args):
+    """What is wrong with arguments that were made in code: a list, as `read` returns it."""
+    flags, problems, suspect = flags_of(type(args)), [], set()
+    for flag in flags.values():
+        try:
+            _convert(getattr(args, flag.name), flag)
+        except ValueError as problem:
+            problems.append(str(problem))
+            suspect.add(flag.name)
+    sound = dataclasses.replace(args, **{name: flags[name].default for name in suspect})
+    return problems + _related_problems(sound, flags, suspect)
+
+
+def _read_command_line(args_class, description, argv, flags):
+    """({name: value, values or True/False}, problems, names of flags that could not be read)."""
+    given, problems, suspect, strays = {}, [], set(), []
+    current = {older: flag.name for flag in flags.values() for older in flag.was}
+    words = list(argv)
+
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            _help(args_class, description).print_help()
+            raise SystemExit(0)
+        if word == "--":
+            strays += words
+            break
+        if not _is_flag(word):
+            strays.append(word)
+            continue
+        spelled, equals, attached = word.partition("=")
+        name = _flag_named(spelled[2:], flags, current)
+        turned_off = name.startswith("no-")
+        if turned_off:
+            name = _flag_named(name[3:], flags, current)
+        flag = CONFIG if name == "config" else flags.get(name)
+        if not spelled.startswith("--") or flag is None or flag.positional or (turned_off and flag.kind is not bool):
+            problem, near = _unknown_flag(word, flags)
+            problems.append(problem)
+            suspect |= near
+            _take_values(words)
+            continue
+
+        if flag.kind is bool:
+            if not equals and not turned_off and words and words[0].lower() in WORDS:
+                equals, attached = "=", words.pop(0)
+            given[name] = WORDS.get(attached.lower(), attached) if equals else not turned_off
+            continue
+        values = ([attached] if equals else []) + _take_values(words)
+        if not values:
+            problems.append(f"--{name} needs a value")
+            suspect.add(name)
+        elif not flag.is_list:
+            given[name] = values[0]
+            strays += values[1:]
+        elif name in given and not flag.repeated:
+            problems.append(f"--{name} is given twice: put all its values after one --{name}")
+            suspect.add(name)
+        else:
+            given[name] = given.get(name, []) + values
+
+    for flag in flags.values():
+        if flag.positional and strays:
+            given[flag.name] = strays.pop(0)
     if strays and not problems:
         problems.append(f"not understood: {' '.join(strays)} (a value with spaces needs quotes)")
-
-    config_path = given.pop("config", None)
-    values = {}
-    if config_path:
-        config, config_problems = _read_config(Path(config_path), fields)
-        values.update(config)
-        problems += config_problems
-    values.update(given)
-
-    kinds = typing.get_type_hints(args_class)
-    converted = {}
-    for name, raw in values.items():
-        try:
-            converted[name] = _convert(raw, kinds[name], fields[name].metadata["choices"])
-        except ValueError as problem:
-            problems.append(f"{_spelled(fields[name])} {_shown(raw)}: {problem}")
-    for name, field in fields.items():
-        if field.metadata["required"] and values.get(name) is None:
-            problems.append(f"{_spelled(field)} is required: {field.metadata['help']}")
-
-    args = args_class(**converted)
-    if not problems:
-        problems = list(_group_problems(args))
-    return args, problems
+    return given, problems, suspect
 
 
-def as_dict(args):
-    """The flags and their values, ready for JSON."""
-    return {field.name: getattr(args, field.name) for _, fields in groups(type(args)) for field in fields}
+def _take_values(words):
+    """The words up to the next flag, taken from the front of the list."""
+    end = next((i for i, word in enumerate(words) if _is_flag(word)), len(words))
+    taken = words[:end]
+    del words[:end]
+    return taken
 
 
-def write_json(path, content):
-    Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _is_flag(word):
+    """Whether a word is a flag rather than a value: -1, -1e-3, "-" and "- with spaces" are values."""
+    if not word.startswith("-") or word == "-" or " " in word.partition("=")[0]:
+        return False
+    try:
+        float(word)
+    except ValueError:
+        return True
+    return False
 
 
-def flag_table(args_class, besides=None):
-    """A Markdown table of the flags by group, for the README; without those that are the same in `besides`."""
-    known = {} if besides is None else {field.name: field for _, own in groups(besides) for field in own}
-    lines = []
-    for group, fields in groups(args_class):
-        fields = [f for f in fields if f.name not in known or _default_text(f) != _default_text(known[f.name])]
-        if not fields:
-            continue
-        lines += [f"\n**{title(group)}**\n", "| flag | default | meaning |", "|---|---|---|"]
-        for field in fields:
-            help = field.metadata["help"].replace("|", "\\|")
-            lines.append(f"| `{_spelled(field)}` | {_default_text(field)} | {help} |")
-    return "\n".join(lines).strip() + "\n"
+def _flag_named(name, flags, current):
+    """The present name of a flag; a notice where `name` is an older one."""
+    if name in flags or name not in current:
+        return name
+    report(f"{_script()}: --{name} is now called --{current[name]}")
+    return current[name]
 
 
-def _parser(args_class, description):
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file that fills any flag; the command line wins")
-    for group, fields in groups(args_class):
-        section = parser.add_argument_group(title(group))
-        for field in fields:
-            _add(section, field, typing.get_type_hints(args_class)[field.name])
-    return parser
-
-
-def _add(section, field, kind):
-    help = f"{field.metadata['help']} (default: {_default_text(field)})".replace("%", "%%")
-    if field.metadata["positional"]:
-        section.add_argument(field.name, nargs="?", help=help)
-        return
-    if kind is bool:
-        section.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=help)
-        return
-    many = typing.get_origin(_inner(kind)) is list
-    metavar = field.metadata["metavar"]
-    if field.metadata["choices"]:
-        metavar = "{" + ",".join(map(str, field.metadata["choices"])) + "}"
-    action = "extend" if field.metadata["repeated"] else "store"
-    section.add_argument(f"--{field.name}", nargs="+" if many else None, metavar=metavar, help=help, action=action)
-
-
-def _spelled(field):
-    return field.name.upper() if field.metadata["positional"] else f"--{field.name}"
-
-
-def _default_text(field):
-    if field.metadata["required"]:
-        return "required"
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-    if default is None or isinstance(default, bool):
-        return {None: "none", False: "off", True: "on"}[default]
-    return " ".join(map(str, default)) if isinstance(default, list) else str(default) or "empty"
-
-
-def _inner(kind):
-    """`int | None` -> `int`."""
-    if isinstance(kind, types.UnionType):
-        return next(option for option in typing.get_args(kind) if option is not type(None))
-    return kind
-
-
-def _convert(raw, kind, choices):
-    inner = _inner(kind)
-    if raw is None:
-        if isinstance(kind, types.UnionType):
-            return None
-        raise ValueError("needs a value")
-    if typing.get_origin(inner) is list:
-        item = typing.get_args(inner)[0]
-        return [_convert(one, item, choices) for one in (raw if isinstance(raw, list) else [raw])]
-    if inner is bool:
-        if not isinstance(raw, bool):
-            raise ValueError("must be true or false")
-        return raw
-    if inner in (int, float):
-        if isinstance(raw, bool):
-            raise ValueError(f"must be {'a whole number' if inner is int else 'a number'}")
-        try:
-            value = inner(raw)
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"must be {'a whole number' if inner is int else 'a number'}") from None
-        if inner is int and isinstance(raw, float) and raw != value:
-            raise ValueError("must be a whole number")
-    elif isinstance(raw, list | dict):
-        raise ValueError("takes one value, not a list")
-    elif isinstance(raw, bool):  # YAML reads no, off, yes and on as these
-        raise ValueError("must be text: put it in quotes")
-    else:
-        value = str(raw)
-    if choices and value not in choices:
-        raise ValueError(f"must be one of {', '.join(map(str, choices))}")
-    return value
-
-
-def _read_config(path, fields):
+def _read_config(path, flags):
+    """({name: value}, problems, names of flags that could not be read)."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        return {}, [f"--config {path}: {error}"]
+        return {}, [f"--config {path}: {error}"], set()
     if not isinstance(content, dict):
-        return {}, [f"--config {path}: must be a list of `flag: value` lines"]
+        return {}, [f"--config {path}: must be a list of `flag: value` lines"], set()
     content.pop("run", None)  # what args.json says of the run that wrote it, beside its flags
-    problems = [f"--config {path}: {_unknown_flag(str(key), fields)}" for key in content if key not in fields]
-    return {key: value for key, value in content.items() if key in fields}, problems
+    current = {older: flag.name for flag in flags.values() for older in flag.was}
+    values, problems, suspect = {}, [], set()
+    for key, value in content.items():
+        name = _flag_named(str(key), flags, current)
+        if name in flags:
+            values[name] = value
+        else:
+            problem, near = _unknown_flag(str(key), flags)
+            problems.append(f"--config {path}: {problem}")
+            suspect |= near
+    return values, problems, suspect
 
 
-def _unknown_flag(word, fields):
-    name = word.lstrip("-").split("=")[0].replace("-", "_")
-    near = difflib.get_close_matches(name, fields, n=1)
-    return f"unknown flag {word.split('=')[0]}" + (f"; did you mean --{near[0]}?" if near else "")
+def _convert(raw, flag):
+    """The value as its type, in its range. Raises ValueError with the problem."""
+    if raw is None:
+        if flag.optional:
+            return None
+        raise ValueError(f"{flag.spelled} needs a value")
+    if not flag.is_list:
+        return _convert_one(raw, flag, flag.kind, raw)
+    kind = typing.get_args(flag.kind)[0]
+    return [_convert_one(one, flag, kind, raw) for one in (raw if isinstance(raw, list) else [raw])]
 
 
-def _group_problems(args):
-    for group in type(args).__mro__:
+def _convert_one(raw, flag, kind, whole):
+    def wrong(must, shown=whole):
+        shown = " ".join(map(str, shown)) if isinstance(shown, list) else str(shown)
+        return ValueError(f"{flag.spelled} {shown} {must}")
+
+    if kind is bool:
+        value = WORDS.get(raw.lower()) if isinstance(raw, str) else raw
+        if not isinstance(value, bool):
+            raise wrong("must be true or false")
+        return value
+    if kind in (int, float):
+        number = "must be a whole number" if kind is int else "must be a number"
+        if isinstance(raw, bool):
+            raise wrong(number)
+        try:
+            value = kind(raw)
+        except (TypeError, ValueError, OverflowError):
+            raise wrong(number) from None
+        if kind is int and isinstance(raw, float) and raw != value:
+            raise wrong(number)
+        if not math.isfinite(value) and (math.isnan(value) or math.inf not in (flag.max, -(flag.min or 0))):
+            raise wrong(f"must be a finite number{flag.range and ', '}{flag.range}", raw)
+        if not flag.in_range(value):
+            raise wrong(f"must be {flag.range}", raw)
+    elif isinstance(raw, list | dict):
+        raise wrong("must be one value, not a list")
+    elif isinstance(raw, bool):  # YAML reads no, off, yes and on as these
+        raise wrong("must be text: put it in quotes")
+    else:
+        value = str(raw)
+    if flag.choices and value not in flag.allowed:
+        near = difflib.get_close_matches(str(value), [str(choice) for choice in flag.allowed], n=1)
+        hint = f"; did you mean {near[0]}?" if near and len(flag.allowed) > 5 else ""
+        raise wrong(f"must be one of {', '.join(map(str, flag.allowed))}{hint}", raw)
+    return value
+
+
+def _related_problems(args, flags, suspect, with_groups=True):
+    """What relates several flags, said only of those that could be read."""
+    problems = list(_unmet(args, flags))
+    for group in type(args).__mro__ if with_groups else ():
         if "problems" in group.__dict__:
-            yield from group.__dict__["problems"](args)
+            problems += group.__dict__["problems"](args)
+    return [text for text in problems if not _names_one_of(text, suspect, flags)]
 
 
-def _shown(raw):
-    return " ".join(map(str, raw)) if isinstance(raw, list) else str(raw)
+def _unmet(args, flags):
+    """Flags that do nothing, or that exclude each other."""
+    changed = {name for name, flag in flags.items() if getattr(args, name) != flag.default}
+    for name, flag in flags.items():
+        if name not in changed:
+            continue
+        needs = [wanted for wanted in flag.requires if wanted.partition("=")[0] in flags]  # a script may lack them
+        if needs and not any(_is_on(args, wanted) for wanted in needs):
+            wanted = " or ".join(f"--{wanted.replace('=', ' ')}" for wanted in needs)
+            yield f"{flag.spelled} does nothing without {wanted}"
+        for other in flag.conflicts:
+            if getattr(args, name) and other in changed and getattr(args, other):
+                yield f"{flag.spelled} and {flags[other].spelled} cannot be given together"
+
+
+def _is_on(args, wanted):
+    name, equals, value = wanted.partition("=")
+    return str(getattr(args, name)) == value if equals else bool(getattr(args, name))
+
+
+def _names_one_of(text, names, flags):
+    """Whether a message speaks of one of these flags."""
+    words = text.replace(",", " ").replace(":", " ").split()
+    return any(flags[name].spelled in words for name in names)
+
+
+def _unknown_flag(word, flags):
+    """(the problem, the names that may have been meant)."""
+    spelled = word.split("=")[0]
+    name = spelled.lstrip("-").replace("-", "_")
+    near = difflib.get_close_matches(name.removeprefix("no_"), [n for n, f in flags.items() if not f.positional], n=1)
+    return f"unknown flag {spelled}" + (f"; did you mean --{near[0]}?" if near else ""), set(near)
+
+
+def _script():
+    return Path(sys.argv[0]).name
+
+
+def _help(args_class, description):
+    """argparse's parser, for the page that --help shows."""
+    flags = flags_of(args_class).values()
+    wanted = [flag.spelled if flag.positional else f"{flag.spelled} VALUE" for flag in flags if flag.required]
+    parser = argparse.ArgumentParser(
+        description=description,
+        usage=" ".join(["%(prog)s", *wanted, "[--flag value ...]"]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar=CONFIG.metavar, help=CONFIG.help)
+    for group, own in groups(args_class):
+        section = parser.add_argument_group(title(group))
+        for flag in own:
+            help = f"{flag.help} ({'; '.join([f'default: {flag.default_text}', *flag.notes])})".replace("%", "%%")
+            if flag.positional:
+                section.add_argument(flag.name, help=help)
+            elif flag.kind is bool:
+                section.add_argument(f"--{flag.name}", action=argparse.BooleanOptionalAction, help=help)
+            else:
+                metavar = flag.metavar
+                if flag.choices and not (callable(flag.choices) and metavar):
+                    metavar = "{" + ",".join(map(str, flag.allowed)) + "}"
+                section.add_argument(f"--{flag.name}", nargs="+" if flag.is_list else None, metavar=metavar, help=help)
+    return parser

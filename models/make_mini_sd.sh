@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make models/mini-sd from nothing: autoencoder, pictures, UNet and text encoder, then measure it. See its README.md.
+# Make models/mini-sd from nothing: autoencoder, images, UNet and text encoder, then measure it. See its README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"

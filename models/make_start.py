@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from finetuning.cli import write_json
+from finetuning.files import write_json
 from finetuning.shapes import scenes
 
 TOKENS = 32

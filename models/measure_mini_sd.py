@@ -13,10 +13,10 @@ from pathlib import Path
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from finetuning.cli import write_json
-from finetuning.draws import torch_generator
 from finetuning.evaluation.grid import labelled_grid
 from finetuning.families.pipelines import SCHEDULERS, open_pipeline
+from finetuning.files import write_json
+from finetuning.rng import torch_generator
 from finetuning.shapes.checker import agrees, read, right, share_in_chalk
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import SHAPES, draw_scene, single_scenes
@@ -38,25 +38,25 @@ def held_out_scenes(count, shapes=SHAPES):
 
 
 def generate(pipeline, scenes, guidance_scale, steps, batch_size=64, seed=0):
-    """A PIL picture for each scene; picture number i always starts from the same noise."""
-    pictures = []
+    """A PIL image for each scene; image number i always starts from the same noise."""
+    images = []
     for start in tqdm(range(0, len(scenes), batch_size), leave=False):
         part = scenes[start : start + batch_size]
-        pictures += pipeline(
+        images += pipeline(
             [scene.caption for scene in part],
             guidance_scale=guidance_scale,
             num_inference_steps=steps,
             generator=[torch_generator(seed, "accuracy", start + offset) for offset in range(len(part))],
         ).images
-    return pictures
+    return images
 
 
-def score(scenes, pictures):
+def score(scenes, images):
     """{part: share right} with n, "shape and color" together, and the share of things drawn filled."""
-    judged = [agrees(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)]
+    judged = [agrees(scene, image) for scene, image in zip(scenes, images, strict=True)]
     shares = {part: sum(map(bool, (one[part] for one in judged))) / len(judged) for part in PARTS}
     shares["shape and color"] = sum(one["shape"] and one["color"] for one in judged) / len(judged)
-    things = [one for picture in pictures for one in read(picture)[1]]
+    things = [one for image in images for one in read(image)[1]]
     shares["filled"] = sum(one.style == "filled" for one in things) / max(1, len(things))
     return {"n": len(judged)} | shares
 
@@ -66,10 +66,10 @@ def chalk_and_right(pipeline, shapes, captions=128):
     are right. What the entries in experiments/ measure.
     """
     scenes = held_out_scenes(2 * captions, shapes)[0]
-    pictures = generate(pipeline, scenes, guidance_scale=3.0, steps=25)
+    images = generate(pipeline, scenes, guidance_scale=3.0, steps=25)
     return {
-        "chalk": [share_in_chalk(picture) for picture in pictures],
-        "right": [right(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)],
+        "chalk": [share_in_chalk(image) for image in images],
+        "right": [right(scene, image) for scene, image in zip(scenes, images, strict=True)],
     }
 
 
@@ -114,13 +114,13 @@ def main():
     for name, scenes in sets.items():
         drawn = [draw(scene, number) for number, scene in enumerate(scenes)]
         results[f"{name}, rendered truth (the checker itself)"] = score(scenes, drawn)
-        pictures = generate(pipeline, scenes, args.guidance_scale, args.num_inference_steps)
-        results[f"{name}, generated"] = score(scenes, pictures)
-        samples += list(zip(scenes, pictures, strict=True))[:16]
+        images = generate(pipeline, scenes, args.guidance_scale, args.num_inference_steps)
+        results[f"{name}, generated"] = score(scenes, images)
+        samples += list(zip(scenes, images, strict=True))[:16]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "accuracy.json", results)
     (args.output_dir / "accuracy.md").write_text(table(results), encoding="utf-8")
-    rows = [[picture for _, picture in samples[start : start + 8]] for start in range(0, len(samples), 8)]
+    rows = [[image for _, image in samples[start : start + 8]] for start in range(0, len(samples), 8)]
     labelled_grid(rows, [], [], scale_to=128).save(args.output_dir / "samples.png")
     print(table(results))
     print("\n".join(f"{number}. {scene.caption}" for number, (scene, _) in enumerate(samples)))

@@ -1,8 +1,8 @@
-"""Train the autoencoder of models/mini-sd from nothing, on pictures that are drawn as they are needed.
+"""Train the autoencoder of models/mini-sd from nothing, on images that are drawn as they are needed.
 
     python -m models.train_vae --output_dir build/mini-sd/vae --steps 8000
 
-Reads nothing. Writes a diffusers AutoencoderKL (64 px pictures <-> 8 x 8 x 4 latents) whose `scaling_factor` gives
+Reads nothing. Writes a diffusers AutoencoderKL (64 px images <-> 8 x 8 x 4 latents) whose `scaling_factor` gives
 the latents unit variance, preview.png (top: drawn, below: what came back), and its log to standard output.
 Both styles of the world are drawn, as a real Stable Diffusion's autoencoder knows more than its base was trained on.
 """
@@ -23,19 +23,19 @@ from PIL import Image
 from finetuning.shapes.drawing import STYLES, draw
 from finetuning.shapes.scenes import BACKGROUNDS, draw_scene
 
-FOREGROUND_WEIGHT = 5.0  # most of a picture is plain background: unweighted, small shapes lose their colours
+FOREGROUND_WEIGHT = 5.0  # most of an image is plain background: unweighted, small shapes lose their colours
 
 
-def picture_batch(first, count):
-    """Pictures [count, 3, 64, 64] in [-1, 1] and the weight of each pixel [count, 1, 64, 64]."""
-    pictures, backgrounds = [], []
+def image_batch(first, count):
+    """Images [count, 3, 64, 64] in [-1, 1] and the weight of each pixel [count, 1, 64, 64]."""
+    images, backgrounds = [], []
     for index in range(first, first + count):
         rng = random.Random(index)
         scene = draw_scene(rng, pair_share=0.6)
-        pictures.append(np.asarray(draw(scene, index, STYLES[index % 2])))
+        images.append(np.asarray(draw(scene, index, STYLES[index % 2])))
         backgrounds.append(BACKGROUNDS[scene.background])
     scale = lambda array: torch.from_numpy(np.stack(array)).float() / 127.5 - 1
-    pixels = scale(pictures).permute(0, 3, 1, 2).contiguous()
+    pixels = scale(images).permute(0, 3, 1, 2).contiguous()
     plain = scale(np.array(backgrounds))[:, :, None, None]
     foreground = ((pixels - plain).abs().amax(1, keepdim=True) > 0.1).float()
     near_foreground = F.max_pool2d(foreground, 5, stride=1, padding=2)
@@ -61,9 +61,9 @@ def learning_rate(step, steps, peak):
 
 @torch.no_grad()
 def preview(vae, folder: Path):
-    """Write preview.png; returns the standard deviation of the unscaled latents over 256 pictures."""
+    """Write preview.png; returns the standard deviation of the unscaled latents over 256 images."""
     vae.eval()
-    pixels = picture_batch(-256, 256)[0].to(vae.device)
+    pixels = image_batch(-256, 256)[0].to(vae.device)
     latents = vae.encode(pixels).latent_dist.sample(generator=torch.Generator().manual_seed(0))
     rows = torch.cat([pixels[:24], vae.decode(latents[:24]).sample.clamp(-1, 1)])
     rows = ((rows + 1) * 127.5).round().byte().reshape(2, 24, 3, 64, 64).permute(0, 3, 1, 4, 2).reshape(128, 1536, 3)
@@ -76,7 +76,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=8000, help="optimizer steps (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="pictures per step (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="images per step (default %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak of the schedule (default %(default)s)")
     parser.add_argument("--kl_weight", type=float, default=1e-4, help="per latent element (default %(default)s)")
     args = parser.parse_args()
@@ -89,7 +89,7 @@ def main():
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters", flush=True)
     started = time.monotonic()
     for step in range(args.steps):
-        pixels, weight = (t.to(device) for t in picture_batch(step * args.batch, args.batch))
+        pixels, weight = (t.to(device) for t in image_batch(step * args.batch, args.batch))
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(pixels).latent_dist
             recovered = vae.decode(posterior.sample()).sample

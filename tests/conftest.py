@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from finetuning.cli import write_json
+from finetuning.files import write_json
 from finetuning.shapes.write_dataset import write as write_shapes
 from models.make_start import MODEL_INDEX, vocabulary
 
@@ -90,7 +90,7 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shapes_folder(tmp_path_factory):
-    """11 captioned pictures in train/ and 4 in validation/: 11 leaves a partial group in every epoch."""
+    """11 captioned images in train/ and 4 in validation/: 11 leaves a partial group in every epoch."""
     folder = tmp_path_factory.mktemp("shapes")
     write_shapes(folder / "train", 11, "filled", ("circle", "square"), 0.5, False, seed=0)
     write_shapes(folder / "validation", 4, "filled", ("circle", "square"), 0.5, True, seed=0)

@@ -12,7 +12,8 @@ from transformers import BertTokenizer, CLIPImageProcessor, GitConfig, GitForCau
 
 import caption_images
 from finetuning.captioning.captioner import Captioner
-from finetuning.data.reading import Findings, read_folder
+from finetuning.data.findings import Findings
+from finetuning.data.reading import read_folder
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 WORDS = ["a", "red", "green", "blue", "small", "large", "circle", "square", "star", "dog", "cat", "on", "table", "sky"]
@@ -42,7 +43,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A flat folder of five pictures, a.png to e.png, two of them in a sub-folder."""
+    """A flat folder of five images, a.png to e.png, two of them in a sub-folder."""
     return fill(tmp_path / "photos", ["a.png", "b.png", "c.png", "more/d.png", "more/e.png"])
 
 
@@ -73,11 +74,11 @@ def write_rows(folder, *records):
 
 
 def training_reads(folder, split="train"):
-    """{file name: captions}, and no faults."""
+    """{file name: captions}, and no errors."""
     findings = Findings()
     read = read_folder(folder, split, "image", "text", False, findings)
-    assert not findings.faults, findings.report()
-    return {row.picture.name: row.captions for row in read}
+    assert not findings.errors, findings.report()
+    return {row.image.name: row.captions for row in read}
 
 
 def test_a_flat_folder_becomes_a_dataset(photos, model, capsys):
@@ -88,7 +89,7 @@ def test_a_flat_folder_becomes_a_dataset(photos, model, capsys):
     assert len({row["text"] for row in found.values()}) > 1
     assert set(training_reads(photos)) == {"a.png", "b.png", "c.png", "d.png", "e.png"}
     assert not list(photos.rglob(".*"))
-    assert "5 pictures captioned" in capsys.readouterr().out
+    assert "5 images captioned" in capsys.readouterr().out
 
 
 def test_splits_have_a_metadata_file_each(tmp_path, model):
@@ -129,7 +130,7 @@ def test_add_keeps_captions_and_their_origins(photos, model, capsys):
     capsys.readouterr()
     caption(photos, model, "--add")  # says the same again
     assert (photos / "metadata.jsonl").read_bytes() == before
-    assert "0 pictures captioned, 5 others as they were" in capsys.readouterr().out
+    assert "0 images captioned, 5 others as they were" in capsys.readouterr().out
     caption(photos, model, "--add", "--num_beams", 2, "--prompt", "a red dog")
     assert len(rows(photos)["a.png"]["text"]) == len(rows(photos)["a.png"]["text_origin"]) == 3
     assert len(training_reads(photos)["a.png"]) == 3
@@ -163,18 +164,18 @@ def test_a_killed_run_goes_on_where_it_was(photos, model, monkeypatch, tmp_path,
     caption(tmp_path / "straight", model, *flags, "--num_beams", 1)
     asked, real = [], Captioner.__call__
 
-    def dies_in_the_second_batch(self, pictures, names):
+    def dies_in_the_second_batch(self, images, names):
         asked.extend(names)
         if len(asked) > 2 and not (photos / "go on").exists():
             raise Killed
-        return real(self, pictures, names)
+        return real(self, images, names)
 
     monkeypatch.setattr(Captioner, "__call__", dies_in_the_second_batch)
     with pytest.raises(Killed):
         caption(photos, model, *flags)
     assert not (photos / "metadata.jsonl").exists()
     journal = photos / ".captions.jsonl"
-    assert len(journal.read_text().splitlines()) == 3  # settings, two pictures
+    assert len(journal.read_text().splitlines()) == 3  # settings, two images
     journal.write_bytes(journal.read_bytes() + half_line.encode()[:-1])  # cut within a letter
     (photos / "go on").touch()
     asked.clear()
@@ -207,18 +208,18 @@ def test_the_model_is_shown_no_more_than_max_side(tmp_path, model, monkeypatch):
         (tmp_path / "photos").mkdir(exist_ok=True)
         Image.new("RGB", size).save(tmp_path / "photos" / name)
     shown = []
-    monkeypatch.setattr(Captioner, "__call__", lambda _, pictures, names: shown.extend(pictures) or names)
+    monkeypatch.setattr(Captioner, "__call__", lambda _, images, names: shown.extend(images) or names)
     caption(tmp_path / "photos", model, "--max_side", 30)
-    assert [picture.size for picture in shown] == [(30, 15), (15, 30), (30, 10)]
+    assert [image.size for image in shown] == [(30, 15), (15, 30), (30, 10)]
 
 
 def test_an_interrupted_run_is_not_mixed_with_another(photos, model, monkeypatch, capsys):
     real = Captioner.__call__
 
-    def dies_at_b(self, pictures, names):
+    def dies_at_b(self, images, names):
         if names == ["b.png"]:
             raise Killed
-        return real(self, pictures, names)
+        return real(self, images, names)
 
     monkeypatch.setattr(Captioner, "__call__", dies_at_b)
     with pytest.raises(Killed):
@@ -241,12 +242,12 @@ def test_a_caption_written_by_hand_meanwhile_is_kept(photos, model, monkeypatch)
     assert len(rows(photos)) == 5
 
 
-def test_a_picture_that_cannot_be_read_is_named_and_all_others_are_done(photos, model, capsys):
+def test_an_image_that_cannot_be_read_is_named_and_all_others_are_done(photos, model, capsys):
     (photos / "b.png").write_bytes((photos / "b.png").read_bytes()[:200])
     (photos / "c.png").write_bytes(b"")
     caption(photos, model, "--batch_size", 2, status=1)
     message = capsys.readouterr().err
-    assert "2 pictures that cannot be read: b.png (" in message and "c.png (" in message
+    assert "2 images that cannot be read: b.png (" in message and "c.png (" in message
     assert list(rows(photos)) == ["a.png", "more/d.png", "more/e.png"]
     caption(photos, model, "--on_bad_rows", "skip")
 
@@ -278,7 +279,7 @@ def test_metadata_above_the_splits_and_below_them_is_found(tmp_path, model):
         ("metadata.jsonl", b'{"file_name": "a.png", "text": 5}', "1 rows whose 'text' is no text"),
         ("metadata.jsonl", b'{"file_name": "/home/me/a.png", "text": "x"}', "1 rows with an absolute file name"),
         ("metadata.csv", b"file_name,text\na.png,x\n", "prepare_dataset.py convert imagefolder"),
-        ("a.txt", b"a hand-written caption", "1 pictures with a caption file beside them"),
+        ("a.txt", b"a hand-written caption", "1 images with a caption file beside them"),
     ],
 )
 def test_what_could_lose_captions_is_refused_and_untouched(photos, model, capsys, name, content, said):
@@ -286,7 +287,7 @@ def test_what_could_lose_captions_is_refused_and_untouched(photos, model, capsys
     before = {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()}
     caption(photos, model, status=1)
     message = capsys.readouterr().err
-    assert message.startswith("DatasetProblem: ") and said in message
+    assert message.startswith("DatasetError: ") and said in message
     assert {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()} == before
 
 
@@ -307,10 +308,10 @@ def test_what_is_no_text_in_other_columns_is_kept(photos, model):
     assert rows(photos)["a.png"]["by"] == json.loads(line)["by"]
 
 
-def test_rows_of_pictures_that_are_not_there_are_noted_and_kept(photos, model, capsys):
+def test_rows_of_images_that_are_not_there_are_warnings_and_kept(photos, model, capsys):
     write_rows(photos, {"file_name": "gone.png", "text": "it was here"})
     caption(photos, model)
-    assert "name no picture of this folder" in capsys.readouterr().err
+    assert "name no image of this folder" in capsys.readouterr().err
     assert rows(photos)["gone.png"] == {"file_name": "gone.png", "text": "it was here"} and len(rows(photos)) == 6
 
 
@@ -338,8 +339,8 @@ def test_everything_wrong_with_the_flags_is_said_together(tmp_path, capsys):
 
 def test_an_unknown_model_and_an_empty_folder_are_one_clear_message(photos, model, tmp_path, capsys):
     caption(photos, "nobody/nothing", status=1)
-    assert "ModelProblem: nobody/nothing cannot be opened" in capsys.readouterr().err
+    assert "ModelError: nobody/nothing cannot be opened" in capsys.readouterr().err
     assert not (photos / ".captions.jsonl").exists()
     (tmp_path / "empty").mkdir()
     caption(tmp_path / "empty", model, status=1)
-    assert "there are no pictures in" in capsys.readouterr().err
+    assert "there are no images in" in capsys.readouterr().err

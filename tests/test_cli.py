@@ -4,15 +4,31 @@ import json
 from dataclasses import dataclass
 
 import pytest
+import torch
 
-from finetuning.cli import REQUIRED, as_dict, flag, flag_table, groups, parse, read, title, write_json
+from finetuning.cli import (
+    REQUIRED,
+    UserError,
+    as_dict,
+    flag,
+    flag_table,
+    flags_of,
+    flags_without_effect,
+    groups,
+    parse,
+    read,
+    run_commands,
+    run_script,
+    title,
+)
+from finetuning.files import write_json
 
 
 @dataclass
 class DataFlags:
     """Dataset."""
 
-    folder: str = flag(REQUIRED, "where the pictures are")
+    folder: str = flag(REQUIRED, "where the images are")
     resolution: int = flag(512, "side in pixels")
     columns: list[str] | None = flag(None, "names of columns")
 
@@ -114,11 +130,11 @@ def test_every_problem_is_reported_at_once():
     _, problems = read(Args, "", argv)
     assert problems == [
         "unknown flag --learnin_rate; did you mean --learning_rate?",
-        "--resolution big: must be a whole number",
-        "--precision fp8: must be one of fp32, fp16",
-        "--steps 1 x: must be a whole number",
-        "--snr_gamma ?: must be a number",
-        "--folder is required: where the pictures are",
+        "--resolution big must be a whole number",
+        "--precision fp8 must be one of fp32, fp16",
+        "--steps 1 x must be a whole number",
+        "--snr_gamma ? must be a number",
+        "--folder is required: where the images are",
     ]
 
 
@@ -134,11 +150,11 @@ def test_parse_prints_the_problems_and_exits_with_2(capsys):
         parse(Args, "", ["--resolution", "7.5", "--bogus", "1"])
     assert caught.value.code == 2
     printed = capsys.readouterr().err.splitlines()
-    assert printed[0].endswith(": 3 problem(s) with the arguments:")
+    assert printed[0].endswith(": 3 problems with the flags:")
     assert printed[1:] == [
         "  - unknown flag --bogus",
-        "  - --resolution 7.5: must be a whole number",
-        "  - --folder is required: where the pictures are",
+        "  - --resolution 7.5 must be a whole number",
+        "  - --folder is required: where the images are",
     ]
 
 
@@ -164,9 +180,9 @@ def test_words_that_belong_to_no_flag_are_named():
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
-        (["--resolution", "64.0"], "--resolution 64.0: must be a whole number"),
-        (["--learning_rate", "fast"], "--learning_rate fast: must be a number"),
-        (["--sides", "left", "up"], "--sides left up: must be one of left, right"),
+        (["--resolution", "64.0"], "--resolution 64.0 must be a whole number"),
+        (["--learning_rate", "fast"], "--learning_rate fast must be a number"),
+        (["--sides", "left", "up"], "--sides up must be one of left, right"),
     ],
 )
 def test_wrong_values_are_named(argv, problem):
@@ -178,6 +194,208 @@ def test_flag_without_its_value_exits_with_2(capsys):
         parse(Args, "", ["--folder"])
     assert caught.value.code == 2
     assert "--folder" in capsys.readouterr().err
+
+
+# What is declared at the flag
+
+
+@dataclass
+class AverageFlags:
+    """Average"""
+
+    use_ema: bool = flag(False, "average the weights")
+    decay: float = flag(0.999, "of the average", min=0, below=1, requires="use_ema", was=("ema_rate", "rate"))
+    every: int | None = flag(None, "update every N steps", above=0, max=10, requires=("use_ema", "decay=0.5"))
+    loss: str = flag("l2", "kind of loss", choices=lambda: ("l1", "l2", "huber"))
+    huber_c: float = flag(0.1, "of the Huber loss", requires="loss=huber")
+    sizes: list[int] = flag([8], "several", min=1)
+    names: list[str] = flag([], "may be given several times", repeated=True)
+    left: int = flag(0, "one way", conflicts="right")
+    right: int = flag(0, "the other way")
+    log: str = flag("log.txt", "where it is logged", affects_result=False)
+
+    def problems(self):
+        if self.sizes == [3]:
+            yield "--sizes 3 does not go with --loss"
+
+
+@dataclass
+class OtherDefaults(AverageFlags):
+    """The same flags"""
+
+    decay: float = flag(0.5)
+    log: str = flag("other.txt", "somewhere else")
+
+
+def problems_of(*argv, args_class=AverageFlags):
+    return read(args_class, "", list(argv))[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        ("--decay 1 --use_ema", "--decay 1 must be at least 0 and below 1"),
+        ("--decay -0.1 --use_ema", "--decay -0.1 must be at least 0 and below 1"),
+        ("--decay nan --use_ema", "--decay nan must be a finite number, at least 0 and below 1"),
+        ("--huber_c inf --loss huber", "--huber_c inf must be a finite number"),
+        ("--every 0 --use_ema", "--every 0 must be above 0 and at most 10"),
+        ("--every 11 --use_ema", "--every 11 must be above 0 and at most 10"),
+        ("--sizes 4 0 5", "--sizes 0 must be at least 1"),
+        ("--loss l3", "--loss l3 must be one of l1, l2, huber"),
+        ("--decay 0.9", "--decay does nothing without --use_ema"),
+        ("--every 2", "--every does nothing without --use_ema or --decay 0.5"),
+        ("--huber_c 1", "--huber_c does nothing without --loss huber"),
+        ("--left 1 --right 1", "--left and --right cannot be given together"),
+        ("--sizes 1 --sizes 2", "--sizes is given twice: put all its values after one --sizes"),
+        ("--sizes 3", "--sizes 3 does not go with --loss"),
+        ("--sizes --use_ema", "--sizes needs a value"),
+        ("--no-loss", "unknown flag --no-loss; did you mean --loss?"),
+        ("--use_ema=maybe", "--use_ema maybe must be true or false"),
+    ],
+)
+def test_what_breaks_a_declaration_is_named(argv, problem):
+    assert problems_of(*argv.split()) == [problem]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--decay 0 --use_ema", "--every 10 --use_ema", "--every 2 --use_ema --decay 0.5", "--decay 0.999",
+        "--huber_c 1 --loss huber", "--left 1 --right 0", "--names a --names b c",
+    ],
+)  # fmt: skip
+def test_what_keeps_to_the_declarations(argv):
+    assert problems_of(*argv.split()) == []
+
+
+def test_wrong_choices_ranges_and_unknown_flags_are_reported_together():
+    problems = problems_of("--loss", "l3", "--decay", "2", "--bogus", "1", "--sizes", "3", "--every", "2")
+    assert (
+        problems
+        == [
+            "unknown flag --bogus",
+            "--loss l3 must be one of l1, l2, huber",
+            "--decay 2 must be at least 0 and below 1",
+            "--every does nothing without --use_ema or --decay 0.5",
+        ][:3]
+    )  # what speaks of --decay or --loss is only said once these can be read
+
+
+def test_a_flag_that_needs_a_misspelled_one_is_not_reported():
+    assert problems_of("--use_em", "--decay", "0.9") == ["unknown flag --use_em; did you mean --use_ema?"]
+
+
+def test_values_of_a_repeated_flag_add_up():
+    assert read(AverageFlags, "", ["--names", "a", "--names", "b", "c"])[0].names == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("word", ["true", "yes", "on", "True"])
+def test_a_switch_understands_a_word_after_it(word):
+    for argv in (["--use_ema", word], [f"--use_ema={word}"]):
+        assert read(AverageFlags, "", argv)[0].use_ema is True
+
+
+def test_a_switch_is_off_with_false():
+    for argv in (["--shuffle", "false"], ["--shuffle=no"], ["--no-shuffle"]):
+        assert good(*argv).shuffle is False
+
+
+def test_numbers_with_a_minus_are_values():
+    assert good("--snr_gamma", "-1e-3", "--note", "- a cat").snr_gamma == -1e-3
+
+
+def test_older_names_go_on_working_with_a_notice(tmp_path, capsys):
+    (tmp_path / "old.json").write_text('{"ema_rate": 0.25, "use_ema": "yes"}')
+    for argv in (
+        ["--rate", "0.25", "--use_ema"],
+        ["--ema_rate=0.25", "--use_ema"],
+        ["--config", f"{tmp_path}/old.json"],
+    ):
+        args, problems = read(AverageFlags, "", argv)
+        assert (args.decay, args.use_ema, problems) == (0.25, True, [])
+        notice = capsys.readouterr().err.splitlines()
+        assert len(notice) == 1 and "--decay" in notice[0]
+
+
+def test_choices_that_are_a_function_are_not_computed_without_need():
+    @dataclass
+    class Expensive:
+        kind: str = flag("a", "of many", metavar="KIND", choices=lambda: pytest.fail("computed"))
+
+    assert read(Expensive, "", [])[1] == []
+    with pytest.raises(SystemExit):
+        read(Expensive, "", ["--help"])
+
+
+def test_flags_without_effect_and_redeclared_flags():
+    assert flags_without_effect(AverageFlags) == flags_without_effect(OtherDefaults) == {"log"}
+    again = flags_of(OtherDefaults)
+    assert (again["decay"].default, again["decay"].help, again["decay"].below) == (0.5, "of the average", 1)
+    assert (again["log"].default, again["log"].help) == ("other.txt", "somewhere else")
+    assert [group for group, _ in groups(OtherDefaults)] == [AverageFlags]
+    assert problems_of("--use_ema", "--rate", "7", args_class=OtherDefaults) != []
+
+
+# A script
+
+
+def failing(error):
+    def function(args):
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (UserError("a.png: cut off"), 1, "error: a.png: cut off"),
+        (OSError(28, "No space left on device", "out/x.png"), 1, "error: out/x.png: No space left on device"),
+        (PermissionError(13, "Permission denied", b"out"), 1, "error: out: Permission denied"),
+        (OSError("no such model\n  on the Hub"), 1, "error: no such model on the Hub"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 1, "CUDA out of memory"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_a_script_ends_with_one_message_and_a_status(capsys, error, status, message):
+    assert run_script(AverageFlags, "", failing(error), []) == status
+    printed = capsys.readouterr().err
+    assert message in printed and len(printed.splitlines()) == 1
+
+
+def test_errors_of_the_code_keep_their_traceback():
+    for error in (KeyError("x"), RuntimeError("x"), ValueError("x")):
+        with pytest.raises(type(error)):
+            run_script(AverageFlags, "", failing(error), [])
+
+
+def test_a_script_returns_what_its_function_returns():
+    assert run_script(AverageFlags, "", lambda args: None, []) == 0
+    assert run_script(AverageFlags, "", lambda args: args.left, ["--left", "143"]) == 143
+
+
+def test_other_processes_leave_the_message_to_the_first(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert run_script(AverageFlags, "", failing(UserError("all meet this")), []) == 1
+    with pytest.raises(SystemExit):
+        run_script(AverageFlags, "", failing(None), ["--bogus"])
+    assert capsys.readouterr().err == ""
+    assert run_script(AverageFlags, "", failing(OSError(28, "full", "one/may/meet/this")), []) == 1
+    assert capsys.readouterr().err == "[process 1] error: one/may/meet/this: full\n"
+
+
+def test_commands(capsys):
+    commands = {"count": (AverageFlags, lambda args: args.left), "fuse": lambda: (AverageFlags, lambda args: 7)}
+    run = lambda *argv: run_commands(commands, "What it does.", list(argv), was={"fold": "fuse"}, usual="count")
+    assert (run("count", "--left", "3"), run("--left", "4"), run("fuse")) == (3, 4, 7)
+    assert run("fold") == 7
+    assert "fuse" in capsys.readouterr().err
+    for argv, status in ((["--help"], 0), (["cuont"], 2), ([], 2), (["count", "--bogus"], 2)):
+        with pytest.raises(SystemExit) as caught:
+            run(*argv)
+        assert caught.value.code == status
+    printed = capsys.readouterr()
+    assert "What it does." in printed.out and "did you mean count?" in printed.err
 
 
 # The config file
@@ -209,7 +427,7 @@ def test_config_single_value_for_a_list(config):
 
 def test_config_null_is_none_where_none_is_allowed(config):
     assert good(*config("snr_gamma: null\n")).snr_gamma is None
-    assert wrong(*config("resolution: null\n")) == ["--resolution None: needs a value"]
+    assert wrong(*config("resolution: null\n")) == ["--resolution needs a value"]
 
 
 def test_config_problems_are_reported_with_those_of_the_command_line(config):
@@ -217,22 +435,22 @@ def test_config_problems_are_reported_with_those_of_the_command_line(config):
     problems = wrong(*flags, "--learning_rate", "fast")
     assert sorted(problems) == [
         "--config " + flags[1] + ": unknown flag resolutoin; did you mean --resolution?",
-        "--learning_rate fast: must be a number",
-        "--resolution 64.5: must be a whole number",
-        "--use_ema maybe: must be true or false",
+        "--learning_rate fast must be a number",
+        "--resolution 64.5 must be a whole number",
+        "--use_ema maybe must be true or false",
     ]
 
 
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("resolution: true", "--resolution True: must be a whole number"),
-        ("resolution: .inf", "--resolution inf: must be a whole number"),
-        ("learning_rate: [1, 2]", "--learning_rate 1 2: must be a number"),
-        ("note: [a, b]", "--note a b: takes one value, not a list"),
-        ("note: no", "--note False: must be text: put it in quotes"),
-        ("use_ema: 1", "--use_ema 1: must be true or false"),
-        ("precision: bf16", "--precision bf16: must be one of fp32, fp16"),
+        ("resolution: true", "--resolution True must be a whole number"),
+        ("resolution: .inf", "--resolution inf must be a whole number"),
+        ("learning_rate: [1, 2]", "--learning_rate 1 2 must be a number"),
+        ("note: [a, b]", "--note a b must be one value, not a list"),
+        ("note: no", "--note False must be text: put it in quotes"),
+        ("use_ema: 1", "--use_ema 1 must be true or false"),
+        ("precision: bf16", "--precision bf16 must be one of fp32, fp16"),
     ],
 )
 def test_config_values_of_the_wrong_type_are_named(config, line, problem):
@@ -282,7 +500,7 @@ def test_help_shows_groups_defaults_and_choices(capsys):
     assert "What it does.\n    as written" in shown
     words = " ".join(shown.split())
     for text in (
-        "Dataset:", "Optimizer:", "where the pictures are (default: required)", "side in pixels (default: 512)",
+        "Dataset:", "Optimizer:", "where the images are (default: required)", "side in pixels (default: 512)",
         "in 95 % of runs (default: none)", "--precision {fp32,fp16}", "sampling steps (default: 25 50)",
         "--use_ema, --no-use_ema average the weights (default: off)", "every epoch (default: on)",
         "kept with the run (default: empty)", "--config FILE",
@@ -298,7 +516,7 @@ def test_flag_table():
 
 | flag | default | meaning |
 |---|---|---|
-| `--folder` | required | where the pictures are |
+| `--folder` | required | where the images are |
 | `--resolution` | 512 | side in pixels |
 | `--columns` | none | names of columns |
 

@@ -20,13 +20,16 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 import evaluate_model
 import train_lora
 from evaluate_model import Candidate, curves
-from finetuning.cli import write_json
-from finetuning.evaluation.contract import METRICS
+from finetuning.evaluation.checkers import load_checker
+from finetuning.evaluation.metrics import dataset_metrics, table
 from finetuning.evaluation.networks import lpips_network, lpips_of
-from finetuning.evaluation.pictures import matched
+from finetuning.evaluation.preprocessing import matched
+from finetuning.files import write_json
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-QUICK = ["--num_inference_steps", "1", "--guidance_scale", "1"]
+SHAPES = load_checker("finetuning.shapes.checker")
+ALL = [*dataset_metrics(SHAPES)]
+QUICK = ["--checker", SHAPES.name, "--num_inference_steps", "1", "--guidance_scale", "1"]
 PROMPTS = [
     "a small red circle on a white background",
     "a small blue square on a white background",
@@ -115,7 +118,7 @@ def report_of(folder):
 
 
 def pixels(folder):
-    """{file name: bytes} of the pictures in a folder."""
+    """{file name: bytes} of the images in a folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
 
 
@@ -142,7 +145,7 @@ LABELS = ["original", "tuned", "original, seed 1"]
 
 def test_every_metric_has_a_figure_for_every_model(whole):
     report = report_of(whole)
-    assert not {one["metric"] for one in report["left_out"]} & {*METRICS} and [*report["summary"]] == [*METRICS]
+    assert not {one["metric"] for one in report["left_out"]} & {*ALL} and [*report["summary"]] == ALL
     for by_side in report["summary"].values():
         assert [*by_side] == ["32"] and [*by_side["32"]] == LABELS
         for one in by_side["32"].values():
@@ -155,13 +158,13 @@ def test_every_metric_has_a_figure_for_every_model(whole):
     assert report["reference"] == "original" and report["protocol"] == "clean"
 
 
-def test_models_and_seeds_draw_pictures_of_their_own(whole):
-    sets = [pixels(whole / "pictures" / name / "dataset") for name in ("original", "tuned", "original-seed-1")]
+def test_models_and_seeds_draw_images_of_their_own(whole):
+    sets = [pixels(whole / "images" / name / "dataset") for name in ("original", "tuned", "original-seed-1")]
     assert all([*one] == [f"{number:05d}.png" for number in range(4)] for one in sets)
     assert all(len({one[name] for one in sets}) == 3 for name in sets[0])
 
 
-def test_rows_stand_with_their_pictures_and_values(whole, shapes_folder, local_weights):
+def test_rows_stand_with_their_images_and_values(whole, shapes_folder, local_weights):
     report = report_of(whole)
     listed = (shapes_folder / "validation/metadata.jsonl").read_text().splitlines()
     captions = {record["file_name"]: record["text"] for record in map(json.loads, listed)}
@@ -170,8 +173,8 @@ def test_rows_stand_with_their_pictures_and_values(whole, shapes_folder, local_w
     for row in report["rows"]:
         truth = whole / row["truth"]
         assert captions[truth.name] == row["caption"]
-        drawn = whole / row["pictures"]["tuned"]
-        assert drawn.resolve() == (whole / f"pictures/tuned/dataset/{row['row']:05d}.png").resolve()
+        drawn = whole / row["images"]["tuned"]
+        assert drawn.resolve() == (whole / f"images/tuned/dataset/{row['row']:05d}.png").resolve()
         pair = [[matched(Image.open(path).convert("RGB"), 32)] for path in (drawn, truth)]
         assert row["values"]["lpips"]["tuned"] == pytest.approx(lpips_of(network, *pair)[0], rel=1e-4)
     for metric, by_label in report["rows"][0]["values"].items():
@@ -188,7 +191,7 @@ def test_all_forms_of_the_report_agree(whole):
         for metric, by_label in report["rows"][int(line["row"])]["values"].items():
             assert float(line[metric]) == by_label[line["model"]]
     markdown, page = ((whole / name).read_text(encoding="utf-8") for name in ("report.md", "report.html"))
-    for metric in METRICS.values():
+    for metric in (table(SHAPES)[name] for name in ALL):
         assert metric.title in markdown and metric.title in page
     for label in LABELS:
         assert label in markdown and label in page
@@ -208,15 +211,15 @@ def test_random_weights_are_labelled(whole):
     assert "not comparable" in (whole / "report.md").read_text(encoding="utf-8")
 
 
-def test_few_pictures_are_warned_of(whole):
+def test_few_images_are_warned_of(whole):
     warnings = " ".join(report_of(whole)["warnings"])
-    assert "only 4 pictures of each model" in warnings and "FID of 4 pictures is biased" in warnings
+    assert "only 4 images of each model" in warnings and "FID of 4 images is biased" in warnings
 
 
 def test_learned_and_kept_have_intervals_and_prompts(whole):
     known = report_of(whole)["forgetting"]
     assert [prompt["caption"] for prompt in known["prompts"]] == PROMPTS
-    assert all([*prompt["pictures"]] == LABELS for prompt in known["prompts"])
+    assert all([*prompt["images"]] == LABELS for prompt in known["prompts"])
     assert {"drift_clip", "drift_lpips"} <= {*known["summary"]}
     assert known["summary"]["fit_loss"]["original"]["n"] == 4  # validation, which is what is drawn
     assert known["summary"]["retain_loss"]["original"]["n"] == 11  # train
@@ -241,17 +244,17 @@ def test_a_second_run_draws_nothing_and_an_interrupted_one_what_is_missing(evalu
     command = [tmp_path, "--metrics", "shapes", "--general_prompts", "none", "--batch_size", 2]
     assert evaluate(*command) == 0
     assert len(calls) == 4  # two batches of the reference, two of its second seed
-    first, drawn = report_of(tmp_path), pixels(tmp_path / "pictures/original/dataset")
+    first, drawn = report_of(tmp_path), pixels(tmp_path / "images/original/dataset")
     assert evaluate(*command) == 0
     assert len(calls) == 4
     assert report_of(tmp_path)["summary"] == first["summary"]
-    (tmp_path / "pictures/original/dataset/00003.png").unlink()
+    (tmp_path / "images/original/dataset/00003.png").unlink()
     assert evaluate(*command) == 0
     assert len(calls) == 5
-    assert pixels(tmp_path / "pictures/original/dataset") == drawn
+    assert pixels(tmp_path / "images/original/dataset") == drawn
 
 
-def test_pictures_of_other_settings_are_refused_or_drawn_again(evaluate, tmp_path, calls, capsys):
+def test_images_of_other_settings_are_refused_or_drawn_again(evaluate, tmp_path, calls, capsys):
     command = [tmp_path, "--metrics", "shapes", "--general_prompts", "none", "--no-noise_floor"]
     assert evaluate(*command) == 0
     assert evaluate(*command, "--seed", 3) == 1
@@ -279,11 +282,11 @@ def test_one_model_is_in_memory_at_a_time(evaluate, tuned, tmp_path, monkeypatch
 # -- what may be evaluated -------------------------------------------------------------------------------------------
 
 
-def test_pictures_drawn_elsewhere_have_the_figures_of_their_model(evaluate, whole, local_weights, tmp_path, calls):
+def test_images_drawn_elsewhere_have_the_figures_of_their_model(evaluate, whole, local_weights, tmp_path, calls):
     elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(whole / "pictures/tuned/dataset", elsewhere)
+    shutil.copytree(whole / "images/tuned/dataset", elsewhere)
     (elsewhere / "settings.json").unlink()
-    arguments = ["--pictures", f"elsewhere={elsewhere}", "--general_prompts", "none", "--no-noise_floor"]
+    arguments = ["--images", f"elsewhere={elsewhere}", "--general_prompts", "none", "--no-noise_floor"]
     arguments += ["--metrics", "clip_score", "lpips", "--resolutions", 32, 48, *local_weights]
     assert evaluate(tmp_path / "out", *arguments) == 0
     report, known = report_of(tmp_path / "out"), report_of(whole)
@@ -297,19 +300,19 @@ def test_pictures_drawn_elsewhere_have_the_figures_of_their_model(evaluate, whol
         assert by_side["32"]["elsewhere"] != by_side["48"]["elsewhere"]
 
 
-def test_pictures_of_the_whole_split_go_with_some_of_its_rows(evaluate, whole, tmp_path):
-    arguments = ["--pictures", f"tuned={whole / 'pictures/tuned/dataset'}", "--general_prompts", "none"]
+def test_images_of_the_whole_split_go_with_some_of_its_rows(evaluate, whole, tmp_path):
+    arguments = ["--images", f"tuned={whole / 'images/tuned/dataset'}", "--general_prompts", "none"]
     assert evaluate(tmp_path, *arguments, "--no-noise_floor", "--metrics", "shapes", "--max_rows", 2) == 0
     rows = report_of(tmp_path)["rows"]
     assert len(rows) == 2
     for row in rows:
-        assert row["pictures"]["tuned"].endswith(f"tuned/dataset/{row['row']:05d}.png")
+        assert row["images"]["tuned"].endswith(f"tuned/dataset/{row['row']:05d}.png")
 
 
-def test_pictures_that_do_not_fit_are_named_before_anything_is_drawn(evaluate, whole, tmp_path, calls, capsys):
-    shutil.copytree(whole / "pictures/tuned/dataset", tmp_path / "half")
+def test_images_that_do_not_fit_are_named_before_anything_is_drawn(evaluate, whole, tmp_path, calls, capsys):
+    shutil.copytree(whole / "images/tuned/dataset", tmp_path / "half")
     (tmp_path / "half/00002.png").unlink()
-    assert evaluate(tmp_path / "out", "--pictures", tmp_path / "half", "--metrics", "shapes") == 1
+    assert evaluate(tmp_path / "out", "--images", tmp_path / "half", "--metrics", "shapes") == 1
     assert "row 2 (" in capsys.readouterr().err and not calls
 
 
@@ -331,7 +334,7 @@ def test_a_lora_is_put_on_the_first_model(scale, evaluate, lora_run, shapes_fold
     report = report_of(tmp_path)
     assert [one["label"] for one in report["models"]] == ["original", "style", "original, seed 1"]
     assert report["models"][1]["source"].endswith(f"with {lora_run}")
-    original, style = (pixels(tmp_path / "pictures" / label / "dataset") for label in ("original", "style"))
+    original, style = (pixels(tmp_path / "images" / label / "dataset") for label in ("original", "style"))
     assert (original == style) == (scale == 0)
     kept = report["forgetting"]["kept"]
     assert [*kept] == ["style"] and (kept["style"]["value"] == 1) == (scale == 0)
@@ -434,13 +437,13 @@ def test_a_label_that_names_no_folder_is_refused(label, evaluate, tiny_model, tm
     assert f"the label '{label}' has no letter" in capsys.readouterr().err
 
 
-def test_an_unreadable_picture_and_a_missing_model_are_named(evaluate, shapes_folder, tmp_path, calls, capsys):
+def test_an_unreadable_image_and_a_missing_model_are_named(evaluate, shapes_folder, tmp_path, calls, capsys):
     assert evaluate(tmp_path / "out", "--model", f"none={tmp_path / 'none'}", "--metrics", "shapes") == 1
-    assert f"ModelProblem: {tmp_path / 'none'} cannot be opened" in capsys.readouterr().err
+    assert f"ModelError: {tmp_path / 'none'} cannot be opened" in capsys.readouterr().err
     dataset = tmp_path / "dataset"
     shutil.copytree(shapes_folder, dataset)
     broken = sorted((dataset / "validation").glob("*.png"))[1]
-    broken.write_bytes(b"not a picture")
+    broken.write_bytes(b"not an image")
     calls.clear()
     assert evaluate(tmp_path / "out2", "--dataset", dataset) == 1
     assert broken.name in capsys.readouterr().err and not calls

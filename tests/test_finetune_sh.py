@@ -16,7 +16,7 @@ import merge_checkpoints
 import train_lora
 import train_text_to_image
 from finetuning import cli
-from finetuning.training.files import check_whole
+from finetuning.files import check_manifest
 
 # The two launches of the experiment log (2023-06-16 and 2023-06-29) and the tutorial's list, word for word.
 SEED_COMMANDS = {
@@ -261,7 +261,7 @@ def test_sigterm_to_the_script_reaches_the_training_process_which_saves(root, ti
     assert script.returncode != 0
     assert "go on with --resume_from_checkpoint latest" in message
     [checkpoint] = tmp_path.glob("checkpoint-*")
-    check_whole(checkpoint)
+    check_manifest(checkpoint)
 
 
 def test_method_lora_trains_adapters_and_says_how_to_generate_with_them(root, tiny_model, shapes_folder, tmp_path):

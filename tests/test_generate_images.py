@@ -19,7 +19,7 @@ def draw(folder, *arguments):
     return json.loads((folder / "images.json").read_text())
 
 
-def test_prompts_by_seeds_by_models_by_guidance_make_pictures_a_grid_and_a_record(tiny_model, tmp_path):
+def test_prompts_by_seeds_by_models_by_guidance_make_images_a_grid_and_a_record(tiny_model, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a blue square\n\na green star\n")
     models = ["--model", f"one={tiny_model}", f"two={tiny_model}"]
@@ -36,7 +36,7 @@ def test_prompts_by_seeds_by_models_by_guidance_make_pictures_a_grid_and_a_recor
     assert width > 4 * 160 and height > 6 * 160  # two models x two scales; three prompts x two seeds
 
 
-def test_a_picture_depends_on_its_seed_alone_not_on_the_batch(tiny_model, tmp_path):
+def test_an_image_depends_on_its_seed_alone_not_on_the_batch(tiny_model, tmp_path):
     common = ["--model", f"m={tiny_model}", "--prompt", "a red circle", "a blue square", "a green star", "--seed", 5]
     draw(tmp_path / "alone", *common, "--batch_size", 1)
     draw(tmp_path / "together", *common, "--batch_size", 3)
@@ -63,7 +63,7 @@ def test_checkpoints_and_raw_weights_are_columns_too(tiny_model, shapes_folder, 
     assert pixels(tmp_path / "raw", raw[1]) != pixels(tmp_path / "ema", records[1])
 
 
-def test_prompts_that_look_alike_as_file_names_keep_their_pictures_apart(tiny_model, tmp_path):
+def test_prompts_that_look_alike_as_file_names_keep_their_images_apart(tiny_model, tmp_path):
     long = "a red circle " * 10
     records = draw(tmp_path, "--model", f"m={tiny_model}", "--prompt", long + "one", long + "two", "日本", "中国")
     assert len({record["file"] for record in records}) == 4 == len(list(tmp_path.glob("*seed0*.png")))

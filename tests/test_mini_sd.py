@@ -33,8 +33,8 @@ def test_combinations_that_were_never_trained_on_are_drawn_right(folder):
     """A small sample of what the card reports in full."""
     singles, _ = held_out_scenes(512)
     scenes = singles[:24]
-    pictures = generate(open_pipeline(folder, scheduler="dpm++"), scenes, guidance_scale=3.0, steps=20)
-    assert score(scenes, pictures)["shape and color"] >= 0.8
+    images = generate(open_pipeline(folder, scheduler="dpm++"), scenes, guidance_scale=3.0, steps=20)
+    assert score(scenes, images)["shape and color"] >= 0.8
 
 
 def test_the_card_shows_the_figures_that_were_measured(folder):

@@ -11,24 +11,25 @@ import time
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, config
-from datasets import Image as PictureColumn
+from datasets import Image as ImageColumn
 from PIL import Image
 from scipy.io import savemat
 
 from finetuning.conversion.sources import SOURCES
-from finetuning.data.pictures import open_rgb
-from finetuning.data.reading import Findings, read_folder
+from finetuning.data.findings import Findings
+from finetuning.data.images import open_rgb
+from finetuning.data.reading import read_folder
 from prepare_dataset import main
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two pictures with metadata."""
+    """Two images with metadata."""
     source = tmp_path / "photos"
     source.mkdir()
     for i, name in enumerate(("a.png", "b.png")):
         Image.new("RGB", (8, 6), (i, 0, 0)).save(source / name)
-    rows = [json.dumps({"file_name": f"{name}.png", "text": f"picture {name}"}) + "\n" for name in "ab"]
+    rows = [json.dumps({"file_name": f"{name}.png", "text": f"image {name}"}) + "\n" for name in "ab"]
     (source / "metadata.jsonl").write_text("".join(rows))
     return source
 
@@ -43,11 +44,11 @@ def captions(output):
     return {row["file_name"]: row["text"] for row in map(json.loads, written)}
 
 
-# Each source, a handful of pictures; tests/conversion has their schemas and oddities
+# Each source, a handful of images; tests/conversion has their schemas and oddities
 
 
 def lay(root, files):
-    """Write {name: text, or the red of a picture}."""
+    """Write {name: text, or the red of an image}."""
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,9 +65,9 @@ def lines(*rows):
 
 
 def imagefolder(root):
-    rows = [{"file_name": name, "text": f"picture {name}"} for name in ("train/1.png", "val/1.png")]
+    rows = [{"file_name": name, "text": f"image {name}"} for name in ("train/1.png", "val/1.png")]
     lay(root, {"train/1.png": 10, "val/1.png": 20, "metadata.jsonl": lines(*rows)})
-    return root, [], {"train/1.png": (10, "picture train/1.png"), "validation/1.png": (20, "picture val/1.png")}
+    return root, [], {"train/1.png": (10, "image train/1.png"), "validation/1.png": (20, "image val/1.png")}
 
 
 def sidecar(root):
@@ -131,10 +132,10 @@ def webdataset(root):
 
 def hub(root):
     lay(root, {"10.png": 10, "20.png": 20})
-    picture = lambda red: {"bytes": (root / f"{red}.png").read_bytes(), "path": None}
+    image = lambda red: {"bytes": (root / f"{red}.png").read_bytes(), "path": None}
     splits = {"train": (10, "a dog"), "test": (20, "two")}
-    tables = {split: Dataset.from_dict({"img": [picture(red)], "alt": [text]}) for split, (red, text) in splits.items()}
-    tables = {split: table.cast_column("img", PictureColumn()) for split, table in tables.items()}
+    tables = {split: Dataset.from_dict({"img": [image(red)], "alt": [text]}) for split, (red, text) in splits.items()}
+    tables = {split: table.cast_column("img", ImageColumn()) for split, table in tables.items()}
     DatasetDict(tables).save_to_disk(root / "d")
     flags = ["--image_column", "img", "--caption_column", "alt"]
     return root / "d", flags, {f"{split}/{split}-00000000.png": value for split, value in splits.items()}
@@ -155,10 +156,10 @@ def test_every_source_becomes_a_folder_that_training_accepts(kind, tmp_path, mon
     findings, found = Findings(), {}
     for split in ("train", "validation", "test"):
         for row in read_folder(output, split, "image", "text", False, findings) or ():
-            red, _, _ = open_rgb(row.picture).getpixel((1, 1))
-            found[f"{split}/{row.picture.name}"] = (red, *row.captions)
+            red, _, _ = open_rgb(row.image).getpixel((1, 1))
+            found[f"{split}/{row.image.name}"] = (red, *row.captions)
     assert found == expected
-    assert not findings.faults and not findings.notes
+    assert not findings.errors and not findings.warnings
     assert open_rgb(next(output.glob("train/*.png"))).size == ((16, 16) if kind == "stanford-dogs" else (32, 24))
     assert main(["check", str(output), "--resolution", "16"]) == 0
     assert "training would accept it" in capsys.readouterr().out
@@ -169,7 +170,7 @@ def test_every_source_becomes_a_folder_that_training_accepts(kind, tmp_path, mon
 
 def test_an_image_folder(folder, tmp_path, capsys):
     assert convert(folder, tmp_path / "out") == 0
-    assert captions(tmp_path / "out") == {"a.png": "picture a", "b.png": "picture b"}
+    assert captions(tmp_path / "out") == {"a.png": "image a", "b.png": "image b"}
     assert "2 train, 0 validation, 0 test" in capsys.readouterr().out
 
 
@@ -186,9 +187,9 @@ def test_what_comes_out_can_go_in_again(folder, tmp_path):
     assert captions(tmp_path / "again") == captions(tmp_path / "out")
 
 
-def test_settings_reach_the_pictures(folder, tmp_path):
+def test_settings_reach_the_images(folder, tmp_path):
     assert convert(folder, tmp_path / "out", "--max_side", "4", "--image_format", "jpg", "--limit", "1") == 0
-    assert captions(tmp_path / "out") == {"a.jpg": "picture a"}
+    assert captions(tmp_path / "out") == {"a.jpg": "image a"}
     with Image.open(tmp_path / "out/train/a.jpg") as image:
         assert (image.size, image.format) == ((4, 3), "JPEG")
 
@@ -199,7 +200,7 @@ def test_faults_of_the_source_are_all_named_before_anything_is_written(folder, t
         file.write('{"file_name": "gone.png", "text": "no"}\n')
     assert convert(folder, tmp_path / "out") == 1
     message = capsys.readouterr().err
-    assert "2 faults" in message and "mute.png" in message and "gone.png" in message
+    assert "2 errors" in message and "mute.png" in message and "gone.png" in message
     assert "--on_bad_rows skip" in message
     assert not (tmp_path / "out").exists()
     assert convert(folder, tmp_path / "out", "--on_bad_rows", "skip") == 0
@@ -207,11 +208,11 @@ def test_faults_of_the_source_are_all_named_before_anything_is_written(folder, t
     assert list(captions(tmp_path / "out")) == ["a.png", "b.png"]
 
 
-def test_a_broken_picture_ends_with_status_1_and_can_be_mended(folder, tmp_path, capsys):
+def test_a_broken_image_ends_with_status_1_and_can_be_mended(folder, tmp_path, capsys):
     whole = (folder / "b.png").read_bytes()
     (folder / "b.png").write_bytes(whole[:40])
     assert convert(folder, tmp_path / "out") == 1
-    assert "1 pictures could not be taken" in capsys.readouterr().err
+    assert "1 images could not be taken" in capsys.readouterr().err
     (folder / "b.png").write_bytes(whole)
     assert convert(folder, tmp_path / "out") == 0
     assert list(captions(tmp_path / "out")) == ["a.png", "b.png"]
@@ -236,7 +237,7 @@ def test_every_wrong_flag_is_named_at_once(folder, tmp_path, capsys):
 
 
 def test_a_killed_conversion_goes_on(folder, tmp_path, root):
-    """SIGKILL, which nothing can catch, in the middle of the pictures."""
+    """SIGKILL, which nothing can catch, in the middle of the images."""
     for i in range(150):
         Image.new("RGB", (300, 300), (i % 256, i // 256, 5)).save(folder / f"{i:03}.png")
         (folder / f"{i:03}.txt").write_text(f"number {i}")

@@ -9,7 +9,7 @@ def test_the_list_of_flags_is_the_codes(root):
     assert (root / "FLAGS.md").read_text(encoding="utf-8") == page(), "run `make flags`"
 
 
-def test_pictures_and_files_that_it_names_are_there(root):
+def test_images_and_files_that_it_names_are_there(root):
     text = (root / "README.md").read_text(encoding="utf-8")
     for path in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (root / path).is_file(), path

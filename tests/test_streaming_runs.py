@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from finetuning.training import files
+from finetuning import files
 
 FULL = pytest.mark.parametrize("script", ["train_text_to_image"])
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -26,9 +26,9 @@ def tars(folder, samples):
     """Three shards, of unequal length."""
     for shard in range(3):
         with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
-            for number, (picture, text) in enumerate(samples):
+            for number, (image, text) in enumerate(samples):
                 if min(number // 2, 2) == shard:
-                    for ending, content in (("png", picture), ("txt", text.encode())):
+                    for ending, content in (("png", image), ("txt", text.encode())):
                         entry = tarfile.TarInfo(f"{number}.{ending}")
                         entry.size = len(content)
                         tar.addfile(entry, io.BytesIO(content))
@@ -45,7 +45,7 @@ def tables(folder, samples):
 
 @pytest.fixture
 def samples(shapes_folder):
-    """[(encoded picture, caption)], 11 of them."""
+    """[(encoded image, caption)], 11 of them."""
     records = map(json.loads, (shapes_folder / "train/metadata.jsonl").read_text().splitlines())
     return [((shapes_folder / "train" / one["file_name"]).read_bytes(), one["text"]) for one in records]
 
@@ -156,7 +156,7 @@ def test_fewer_shards_than_processes_are_refused(script, arguments, samples, sha
     assert capfd.readouterr().err.count("has 1 shards for 2 processes") == 1
 
 
-def test_a_picture_that_cannot_be_read_stops_the_run_which_goes_on_without_it(
+def test_an_image_that_cannot_be_read_stops_the_run_which_goes_on_without_it(
     script, arguments, samples, shards, tmp_path, capfd
 ):
     samples[7] = (samples[7][0][:-30], samples[7][1])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import train_lora
 from finetuning.families.lora_files import DIFFUSERS_NAME, KOHYA_NAME, read_lora
-from finetuning.training.files import check_whole, sha256
+from finetuning.files import check_manifest, sha256
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -30,7 +30,7 @@ def train(arguments, output_dir, *more):
     return train_lora.main([*arguments, *map(str, more), "--output_dir", str(output_dir)])
 
 
-def picture(pipeline):
+def image(pipeline):
     noise = torch.Generator().manual_seed(0)
     drawn = pipeline("a red circle", num_inference_steps=2, height=32, width=32, generator=noise, output_type="np")
     return drawn.images[0]
@@ -84,7 +84,7 @@ def test_dropout_draws_the_same_for_any_micro_batch(arguments, tmp_path):
 def test_checkpoints_hold_the_adapters_and_not_the_base(arguments, tiny_model, tmp_path):
     assert train(arguments, tmp_path, "--use_ema") == 0
     checkpoint = tmp_path / "checkpoint-4"
-    check_whole(checkpoint)
+    check_manifest(checkpoint)
     names = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
     assert names == {
         f"lora/{DIFFUSERS_NAME}", f"lora_ema/{DIFFUSERS_NAME}", "optimizer.pt", "training_state.json", "manifest.json",
@@ -97,19 +97,19 @@ def test_checkpoints_hold_the_adapters_and_not_the_base(arguments, tiny_model, t
 @pytest.mark.parametrize("flags", ["", "--use_ema --ema_decay 0.5", "--lora_alpha 3 --lora_target_modules conv"])
 def test_the_result_draws_in_diffusers_what_the_last_checkpoint_draws(arguments, tiny_model, tmp_path, flags):
     assert train(arguments, tmp_path, "--save_kohya", "--train_text_encoder", *flags.split()) == 0
-    base = picture(opened(tiny_model))
+    base = image(opened(tiny_model))
     trained = tmp_path / "checkpoint-4" / ("lora_ema" if "ema" in flags else "lora")
-    drawn = picture(opened(tiny_model, trained))
+    drawn = image(opened(tiny_model, trained))
     assert np.abs(drawn - base).max() > 1e-3
     for name in (DIFFUSERS_NAME, KOHYA_NAME):
-        assert np.abs(picture(opened(tiny_model, tmp_path, weight_name=name)) - drawn).max() < 1e-5
+        assert np.abs(image(opened(tiny_model, tmp_path, weight_name=name)) - drawn).max() < 1e-5
 
 
 def test_the_folder_of_a_run_is_what_load_lora_weights_asks_for(arguments, tiny_model, tmp_path):
     """It holds up to three files; diffusers has to take the right one without being told its name."""
     assert train(arguments, tmp_path, "--save_kohya", "--use_ema") == 0
-    named = picture(opened(tiny_model, tmp_path, weight_name=DIFFUSERS_NAME))
-    assert np.array_equal(picture(opened(tiny_model, tmp_path, weight_name=None)), named)
+    named = image(opened(tiny_model, tmp_path, weight_name=DIFFUSERS_NAME))
+    assert np.array_equal(image(opened(tiny_model, tmp_path, weight_name=None)), named)
 
 
 @pytest.mark.parametrize("name", [DIFFUSERS_NAME, KOHYA_NAME, "checkpoint-4"])
@@ -133,7 +133,7 @@ def test_the_file_says_how_it_was_made(arguments, tmp_path, tiny_model):
         told = file.metadata()
     assert (told["base_model"], told["rank"], told["alpha"], told["steps"]) == (str(tiny_model), "4", "2", "4")
     assert told["target_modules"] == "attention" and len(told["base_model_hash"]) == len(told["dataset_hash"]) == 64
-    assert told["caption_prefix"] == "a" and told["pictures"] == "11"
+    assert told["caption_prefix"] == "a" and told["images"] == "11"
     with safe_open(tmp_path / KOHYA_NAME, framework="pt") as file:
         told = file.metadata()
     assert (told["ss_network_dim"], told["ss_network_alpha"], told["ss_steps"]) == ("4", "2", "4")
@@ -161,8 +161,8 @@ def test_a_checkpoint_of_other_adapters_is_refused(arguments, tmp_path, capfd):
 
 
 def test_a_file_that_does_something_else_is_not_handed_over(arguments, tmp_path, capfd, monkeypatch):
-    """A fault in the writer, which a person would notice in their pictures only."""
-    from finetuning.training import lora
+    """A fault in the writer, which a person would notice in their images only."""
+    from finetuning.training import adapters as lora
 
     right = lora.write_diffusers_for_all
     monkeypatch.setattr(
@@ -174,10 +174,10 @@ def test_a_file_that_does_something_else_is_not_handed_over(arguments, tmp_path,
 
 
 def test_an_older_result_stays_when_the_new_one_fails(arguments, tmp_path, monkeypatch):
-    from finetuning.training import lora
+    from finetuning.training import adapters as lora
 
     assert train(arguments, tmp_path) == 0
     before = sha256(tmp_path / DIFFUSERS_NAME)
-    monkeypatch.setattr(lora, "check_files", lambda *_: (_ for _ in ()).throw(lora.ModelProblem("wrong")))
+    monkeypatch.setattr(lora, "check_files", lambda *_: (_ for _ in ()).throw(lora.ModelError("wrong")))
     assert train(arguments, tmp_path, "--max_train_steps", 6, "--resume_from_checkpoint", "latest") == 1
     assert sha256(tmp_path / DIFFUSERS_NAME) == before and not list(tmp_path.glob(".incomplete*"))

@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from finetuning.training import files
+from finetuning import files
 from finetuning.training.checkpoint import checkpoints_in
 
 FULL = pytest.mark.parametrize("script", ["train_text_to_image"])
@@ -135,7 +135,7 @@ def test_cached_latents_train_the_same_and_resume_exactly(script, arguments, tmp
     assert state(resumed)[:2] == state(cached)[:2]
 
 
-def test_with_square_pictures_buckets_change_nothing(script, arguments, straight, tmp_path):
+def test_with_square_images_buckets_change_nothing(script, arguments, straight, tmp_path):
     assert train(script, arguments, tmp_path / "buckets", "--aspect_buckets", "--bucket_step", 8) == 0
     assert_same(state(tmp_path / "buckets"), state(straight))
 
@@ -397,7 +397,7 @@ def test_weights_loaded_apart_keep_their_share_in_the_average(script, arguments,
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_validation_draws_the_base_first_and_logs_pictures_and_losses(script, arguments, tmp_path):
+def test_validation_draws_the_base_first_and_logs_images_and_losses(script, arguments, tmp_path):
     looks = ["--validation_prompts", "a red circle", "a blue square", "--validation_steps", "4"]
     looks += ["--validation_inference_steps", "2", "--report_to", "tensorboard"]
     assert train(script, arguments, tmp_path, *looks) == 0

@@ -1,10 +1,10 @@
 """How fast prepare_dataset.py convert is, beside a bare decode loop of the same files in the same run.
 
-    PYTHONPATH=. python benchmarks/convert/run.py [--pictures 20000] [--rounds 1] [--workers N]
+    PYTHONPATH=. python benchmarks/convert/run.py [--images 20000] [--rounds 1] [--workers N]
 
 Makes JPEGs of 512 to 1024 pixels a side (some hundred files, hard-linked again and again under other names, so that
 the disk is no limit) with a metadata.jsonl, then in alternation, each in a process of its own: decode every file and
-throw the pixels away; convert with pictures linked; convert with --max_side 512, which encodes all of them anew.
+throw the pixels away; convert with images linked; convert with --max_side 512, which encodes all of them anew.
 Prints a Markdown table of medians.
 """
 
@@ -24,13 +24,13 @@ import numpy as np
 from PIL import Image
 
 from finetuning.conversion.imagefolder import read
-from finetuning.conversion.writing import WritingArgs, write_dataset
+from finetuning.conversion.writer import WritingArgs, write_dataset
 from finetuning.data.reading import Findings
 
 ENCODINGS = 200
 
 
-def make_pictures(folder, count):
+def make_images(folder, count):
     """JPEGs with the detail of photos: smooth colours under fine noise."""
     random = np.random.default_rng(0)
     folder.mkdir()
@@ -43,7 +43,7 @@ def make_pictures(folder, count):
         os.link(folder / f"{i % ENCODINGS:06}.jpg", folder / f"{i:06}.jpg")
     with open(folder / "metadata.jsonl", "w", encoding="utf-8") as metadata:
         for i in range(count):
-            metadata.write(json.dumps({"file_name": f"{i:06}.jpg", "text": f"picture number {i}"}) + "\n")
+            metadata.write(json.dumps({"file_name": f"{i:06}.jpg", "text": f"image number {i}"}) + "\n")
 
 
 def decode(folder, threads):
@@ -63,7 +63,7 @@ def convert(folder, threads, output, max_side):
     args.image_column, args.caption_column, args.allow_outside_paths = "image", "text", False
     counts = write_dataset(read(folder, args, Findings()), args)
     if sum(counts.values()) != len(list(folder.glob("*.jpg"))):
-        raise SystemExit(f"not all pictures were written: {counts}")
+        raise SystemExit(f"not all images were written: {counts}")
 
 
 def measure(kind, folder, threads):
@@ -86,7 +86,7 @@ KINDS = {"decode": "decode only", "linked": "convert, linked", "smaller": "conve
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=20_000)
+    parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--measure", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
@@ -95,8 +95,8 @@ def main():
         return measure(args.measure[0], Path(args.measure[1]), args.workers)
     results = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as below:
-        folder = Path(below) / "pictures"
-        make_pictures(folder, args.pictures)
+        folder = Path(below) / "images"
+        make_images(folder, args.images)
         for _ in range(args.rounds):
             for kind in KINDS:
                 command = [sys.executable, __file__, "--workers", str(args.workers), "--measure", kind, str(folder)]
@@ -108,14 +108,14 @@ def main():
 def table(results, args):
     median = {kind: statistics.median(one["seconds"] for one in runs) for kind, runs in results.items()}
     lines = [
-        f"{args.pictures:,} JPEGs, 512 to 1024 pixels a side; {args.workers} threads; median of {args.rounds} rounds\n",
-        "| | pictures/s | of the bare loop | CPU ms a picture | peak RSS, MiB |",
+        f"{args.images:,} JPEGs, 512 to 1024 pixels a side; {args.workers} threads; median of {args.rounds} rounds\n",
+        "| | images/s | of the bare loop | CPU ms an image | peak RSS, MiB |",
         "|---|---|---|---|---|",
     ]
     for kind, name in KINDS.items():
-        speed, share = args.pictures / median[kind], median["decode"] / median[kind]
+        speed, share = args.images / median[kind], median["decode"] / median[kind]
         peak = max(one["peak"] for one in results[kind])
-        work = statistics.median(one["cpu"] for one in results[kind]) / args.pictures * 1000
+        work = statistics.median(one["cpu"] for one in results[kind]) / args.images * 1000
         lines.append(f"| {name} | {speed:.1f} | {share:.1%} | {work:.2f} | {peak:.0f} |")
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """How fast the figures of evaluate_model.py are, beside torch-fidelity's own command: the table of README.md.
 
-    PYTHONPATH=. python benchmarks/metrics/run.py [--pictures 64] [--side 256] [--rounds 3] [--workers N]
+    PYTHONPATH=. python benchmarks/metrics/run.py [--images 64] [--side 256] [--rounds 3] [--workers N]
 
-Makes two folders of pictures and random weights of the networks. Then runs in alternation, each kind in its own
+Makes two folders of images and random weights of the networks. Then runs in alternation, each kind in its own
 process: torch-fidelity's command for FID and KID; this project's FID and KID with torch-fidelity's resize and with
 clean-fid's; LPIPS; the CLIP score. All on the CPU, without a cache, from files to figures: the loading of the weights
 counts, the imports do not. The FID with torch-fidelity's resize must be that of its command. Prints a Markdown table of
@@ -37,7 +37,7 @@ KINDS = {
 # -- the files -------------------------------------------------------------------------------------------------------
 
 
-def make_pictures(folder, count, side):
+def make_images(folder, count, side):
     """drawn/ and truth/: smooth colours under fine noise, of another coarseness and tint in each."""
     random = np.random.default_rng(0)
     for name, patches, tint in (("drawn", 16, (150, 190, 250)), ("truth", 8, (250, 200, 150))):
@@ -113,8 +113,8 @@ def prepare_sets(folder, workers, protocol):
 
 
 def prepare_rows(folder, workers, metric):
-    """A function that takes LPIPS or the CLIP score of every picture."""
-    from finetuning.evaluation.generating import Row
+    """A function that takes LPIPS or the CLIP score of every image."""
+    from finetuning.evaluation.generation import Row
     from finetuning.evaluation.measuring import EvalNetworkArgs, measure, open_networks
 
     args = EvalNetworkArgs(
@@ -122,7 +122,7 @@ def prepare_rows(folder, workers, metric):
     )
     paths = enumerate(sorted((folder / "truth").iterdir()))
     rows = [Row(number, "a small red circle on a white background", path) for number, path in paths]
-    drawn = {"drawn": {row.number: folder / "drawn" / row.picture.name for row in rows}}
+    drawn = {"drawn": {row.number: folder / "drawn" / row.image.name for row in rows}}
     return lambda: measure(rows, drawn, open_networks(args), args) and None
 
 
@@ -147,8 +147,8 @@ def measure_kind(kind, folder, workers):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=64, help="in each of the two folders")
-    parser.add_argument("--side", type=int, default=256, help="of the pictures, pixels")
+    parser.add_argument("--images", type=int, default=64, help="in each of the two folders")
+    parser.add_argument("--side", type=int, default=256, help="of the images, pixels")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count()), help="of this project's kinds")
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS))
@@ -158,7 +158,7 @@ def main():
         return measure_kind(args.measure[0], Path(args.measure[1]), args.workers)
     results = {kind: [] for kind in args.kinds}
     with tempfile.TemporaryDirectory() as below:
-        make_pictures(Path(below), args.pictures, args.side)
+        make_images(Path(below), args.images, args.side)
         make_weights(Path(below))
         for _ in range(args.rounds):
             for kind in args.kinds:
@@ -170,31 +170,31 @@ def main():
 
 
 def check(results):
-    """The same pictures, weights and resize have the same FID."""
+    """The same images, weights and resize have the same FID."""
     peer, own = (results[kind][0]["fid"] if kind in results else None for kind in ("torch-fidelity", "tf"))
     if peer and own and abs(own - peer) > 1e-5 * peer:
         raise SystemExit(f"FID is {own} here and {peer} by torch-fidelity: they do not compute the same")
 
 
 def table(results, args):
-    pictures = {kind: args.pictures * (1 if kind == "clip" else 2) for kind in results}
+    images = {kind: args.images * (1 if kind == "clip" else 2) for kind in results}
     median = {
         kind: {key: statistics.median(run[key] for run in runs) for key in ("seconds", "cpu")}
         for kind, runs in results.items()
     }
-    speed = {kind: pictures[kind] / one["seconds"] for kind, one in median.items()}
+    speed = {kind: images[kind] / one["seconds"] for kind, one in median.items()}
     lines = [
-        f"\n2 x {args.pictures} pictures of {args.side} px, {os.cpu_count()} cores, {args.workers} workers; "
+        f"\n2 x {args.images} images of {args.side} px, {os.cpu_count()} cores, {args.workers} workers; "
         f"median (least to most) of {args.rounds} rounds\n",
-        "| | pictures | seconds | pictures/s | of torch-fidelity's | CPU ms a picture |",
+        "| | images | seconds | images/s | of torch-fidelity's | CPU ms an image |",
         "|---|---|---|---|---|---|",
     ]
     for kind, one in median.items():
         seconds = [run["seconds"] for run in results[kind]]
         share = f"{speed[kind] / speed['torch-fidelity']:.2f} x" if "torch-fidelity" in speed else ""
         lines.append(
-            f"| {KINDS[kind]} | {pictures[kind]} | {one['seconds']:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | "
-            f"{speed[kind]:.1f} | {share} | {1000 * one['cpu'] / pictures[kind]:.0f} |"
+            f"| {KINDS[kind]} | {images[kind]} | {one['seconds']:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | "
+            f"{speed[kind]:.1f} | {share} | {1000 * one['cpu'] / images[kind]:.0f} |"
         )
     return "\n".join(lines)
 

@@ -2,8 +2,8 @@
 
     python benchmarks/million_rows/run.py --rows 10000 100000 1000000
 
-Makes folders of hard links to a few small pictures with a metadata.jsonl of that many rows, and loads each in a process
-of its own as training does with --check_pictures none, up to the first batch.
+Makes folders of hard links to a few small images with a metadata.jsonl of that many rows, and loads each in a process
+of its own as training does with --check_images none, up to the first batch.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.order import Order
-from finetuning.data.training_set import DataArgs, load_pictures
+from finetuning.data.training_set import DataArgs, load_images
 from transformers import CLIPTokenizer
 
 @dataclass
@@ -38,7 +38,7 @@ def resident(name):
 tokenizer = CLIPTokenizer.from_pretrained("models/mini-sd/tokenizer")
 before = resident("VmRSS")
 start = time.perf_counter()
-training, _ = load_pictures(Args(train_data_dir=sys.argv[1], resolution="64", check_pictures="none"), tokenizer, 0)
+training, _ = load_images(Args(train_data_dir=sys.argv[1], resolution="64", check_images="none"), tokenizer, 0)
 training.fingerprint()
 order = Order(len(training), micro_batch=16, accumulation=1, processes=1, process=0, seed=0)
 next(iter(training.loader(order, 0, 10, workers=0)))
@@ -47,7 +47,7 @@ print(time.perf_counter() - start, resident("VmHWM") - before, resident("VmRSS")
 
 
 def make(folder, count):
-    """`count` pictures in train/, each with a caption."""
+    """`count` images in train/, each with a caption."""
     (folder / "train").mkdir(parents=True)
     pixels = np.random.default_rng(0)
     with open(folder / "train/metadata.jsonl", "w", encoding="utf-8") as metadata:

@@ -1,4 +1,4 @@
-"""Draw with the checkpoints of every run, read the pictures' pixels, write the table and the plot of README.md.
+"""Draw with the checkpoints of every run, read the images' pixels, write the table and the plot of README.md.
 
 python experiments/forgetting/measure.py runs/forgetting
 """
@@ -10,9 +10,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from finetuning.cli import write_json
 from finetuning.families.lora_files import attach, detach, parts_of, read_lora
 from finetuning.families.pipelines import open_pipeline
+from finetuning.files import write_json
 from finetuning.shapes.scenes import SHAPES
 from models.measure_mini_sd import chalk_and_right
 

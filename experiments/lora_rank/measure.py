@@ -10,9 +10,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from finetuning.cli import write_json
 from finetuning.families.lora_files import attach, detach, parts_of, read_lora, set_scale
 from finetuning.families.pipelines import open_pipeline
+from finetuning.files import write_json
 from finetuning.shapes.scenes import SHAPES
 from models.measure_mini_sd import generate, held_out_scenes, score
 

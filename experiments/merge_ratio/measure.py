@@ -1,4 +1,4 @@
-"""Draw with every mixture of base and fine-tuned weights, read the pictures' pixels, write the table and the plot.
+"""Draw with every mixture of base and fine-tuned weights, read the images' pixels, write the table and the plot.
 
 python experiments/merge_ratio/measure.py runs/merge_ratio
 """
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from finetuning.cli import write_json
 from finetuning.families.pipelines import open_pipeline
+from finetuning.files import write_json
 from finetuning.merging import frontier
 from finetuning.merging.methods import weighted_sum
 from finetuning.shapes.scenes import SHAPES

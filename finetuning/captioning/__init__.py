@@ -1,4 +1,4 @@
-"""Say in words what is in a picture. A kind of captioner is one file here."""
+"""Say in words what is in an image. A kind of captioner is one file here."""
 
 from finetuning.captioning import blip, blip2, florence2, git, image_text
 

@@ -1,18 +1,16 @@
 """Florence-2: three lengths of caption, each asked for by a word of its own."""
 
-from transformers import Florence2ForConditionalGeneration
-
-from finetuning.captioning.contract import Kind
+from finetuning.captioning.kinds import Kind
 
 TASKS = ("<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>")
 
 
-def encode(model, processor, pictures, prompt):
+def encode(model, processor, images, prompt):
     """It has an encoder, so that its output begins with a first token of its own and repeats nothing else."""
-    return processor(images=pictures, text=[prompt] * len(pictures), return_tensors="pt"), 1
+    return processor(images=images, text=[prompt] * len(images), return_tensors="pt"), 1
 
 
 KIND = Kind(
-    Florence2ForConditionalGeneration, "florence-community/Florence-2-large", encode,
+    "Florence2ForConditionalGeneration", "florence-community/Florence-2-large", encode,
     default_prompt="<DETAILED_CAPTION>", prompts=TASKS,
 )  # fmt: skip

@@ -11,15 +11,10 @@ from pathlib import Path, PureWindowsPath
 
 from finetuning.cli import flag
 from finetuning.data.captions import origin_column
-from finetuning.data.reading import (
-    METADATA_NAMES,
-    SPLIT_NAMES,
-    DatasetProblem,
-    Findings,
-    named_picture,
-    read_folder,
-    read_records,
-)
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.folders import METADATA_NAMES, SPLIT_NAMES, split_folders
+from finetuning.data.reading import named_image, read_folder, read_records
+from finetuning.files import atomic_file
 
 GIVEN = "given"
 JOURNAL = ".captions.jsonl"
@@ -30,52 +25,50 @@ class FolderArgs:
     """What becomes of the folder"""
 
     caption_column: str = flag("text", "metadata key of the caption or list of captions; origins go into KEY_origin")
-    add: bool = flag(False, "caption every picture, and keep the captions that it has")
-    overwrite: bool = flag(False, "caption every picture, and drop the captions that it has, also those of people")
-    limit: int | None = flag(None, "caption only this many pictures, the first by name, to have a look")
+    add: bool = flag(False, "caption every image, and keep the captions that it has", conflicts="overwrite")
+    overwrite: bool = flag(False, "caption every image, and drop the captions that it has, also those of people")
+    limit: int | None = flag(
+        None, "caption only this many images, the first by name, to have a look", min=1, affects_result=False
+    )
     on_bad_rows: str = flag(
-        "error", "pictures that cannot be read: all others are captioned, and the exit status is 1, or 0 with skip",
-        choices=("error", "skip"),
+        "error", "images that cannot be read: all others are captioned, and the exit status is 1, or 0 with skip",
+        choices=("error", "skip"), affects_result=False,
     )  # fmt: skip
-    allow_outside_paths: bool = flag(False, "let links reach pictures outside the folder")
+    allow_outside_paths: bool = flag(False, "let links reach images outside the folder", affects_result=False)
 
     def problems(self):
-        if self.add and self.overwrite:
-            yield "--add keeps captions and --overwrite drops them: give one"
-        if self.limit is not None and self.limit < 1:
-            yield f"--limit {self.limit} must be at least 1"
         if self.caption_column in ("none", "file_name"):
             yield f"--caption_column {self.caption_column} cannot hold captions: name another key, such as text"
 
 
 @dataclass
 class Entry:
-    """One picture of the folder."""
+    """One image of the folder."""
 
     name: str  # below the folder, with slashes
-    picture: Path
+    image: Path
     home: Path  # the metadata file that gets a row for it, where none has one
     rows: list = field(default_factory=list)  # records that name it
     captions: list = field(default_factory=list)  # of (text, origin)
 
 
 class CaptionedFolder:
-    """The pictures of every split with their captions.
+    """The images of every split with their captions.
 
-    Raises DatasetProblem, with all that is in the way, where captions that are there cannot be kept safe.
+    Raises DatasetError, with all that is in the way, where captions that are there cannot be kept safe.
     """
 
     def __init__(self, root, args: FolderArgs, findings: Findings):
         self.root, self.args, self.origin_column = Path(root), args, origin_column(args.caption_column)
         self.documents = {}  # {metadata file: its records}
-        self.entries = sorted(self._pictures(findings), key=lambda entry: entry.name)
+        self.entries = sorted(self._images(findings), key=lambda entry: entry.name)
         self.bases = sorted({entry.home.parent for entry in self.entries})
         unsafe = Findings()
         self._read_metadata(findings, unsafe)
         if not args.overwrite:
             self._find_sidecars(unsafe)
-        if unsafe.faults:
-            raise DatasetProblem(f"{root} holds captions that could be lost; mend this first (x):\n{unsafe.report()}")
+        if unsafe.errors:
+            raise DatasetError(f"{root} holds captions that could be lost; mend this first:\n{unsafe.report()}")
 
     def todo(self):
         """Entries that want a caption."""
@@ -85,20 +78,20 @@ class CaptionedFolder:
     def put(self, entry, text, origin):
         """Take a new caption and return True; or False, for an entry that has one, unless a flag says otherwise."""
         kept = [] if self.args.overwrite else entry.captions
-        if kept and (not self.args.add or text in [told for told, _ in kept]):
+        if kept and (not self.args.add or text in [caption for caption, _ in kept]):
             return False
         entry.captions = [*kept, (text, origin)]
         if not entry.rows:
-            record = {"file_name": entry.picture.relative_to(entry.home.parent).as_posix()}
+            record = {"file_name": entry.image.relative_to(entry.home.parent).as_posix()}
             self.documents.setdefault(entry.home, []).append(record)
             entry.rows.append(record)
-        first, *others = entry.rows  # several rows of one picture: what is added goes into the first
+        first, *others = entry.rows  # several rows of one image: what is added goes into the first
         if self.args.overwrite:
             self._set(first, entry.captions)
             for other in others:
                 other.clear()  # and it is not written
         else:
-            self._set(first, [*self._told(first), (text, origin)])
+            self._set(first, [*self._captions_of(first), (text, origin)])
         return True
 
     def write(self):
@@ -114,54 +107,51 @@ class CaptionedFolder:
             records = [record for record in records if record]
             if path.is_file() and [record for _, record in read_records(path, self.root, Findings())] == records:
                 continue
-            aside = path.with_name(f".{path.name}.part")
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character: as JSON escapes it
-            os.replace(aside, path)
+            with atomic_file(path) as temporary:  # half a character is written as JSON escapes it
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def _set(self, record, captions):
         texts, origins = map(list, zip(*captions, strict=True))
         record[self.args.caption_column] = texts if len(texts) > 1 else texts[0]
         record[self.origin_column] = origins if len(origins) > 1 else origins[0]
 
-    def _pictures(self, findings):
-        for split, names in SPLIT_NAMES.items():
-            base = next((self.root / name for name in names if (self.root / name).is_dir()), self.root)
+    def _images(self, findings):
+        bases = split_folders(self.root)
+        for split in SPLIT_NAMES:
+            base = bases.get(split, self.root)
             rows = read_folder(self.root, split, "image", "none", self.args.allow_outside_paths, findings) or []
             for row in rows:
-                name = row.picture.relative_to(self.root).as_posix()
+                name = row.image.relative_to(self.root).as_posix()
                 if any("\ud800" <= letter <= "\udfff" for letter in name):  # bytes that are no text, so no JSON either
-                    findings.faults["pictures whose name is not UTF-8 (rename them)"].append(ascii(name))
+                    findings.error("name_not_utf8", ascii(name))
                 else:
-                    yield Entry(name, row.picture, base / "metadata.jsonl")
+                    yield Entry(name, row.image, base / "metadata.jsonl")
 
     def _read_metadata(self, findings, unsafe):
-        """The records of each metadata file, and to each picture those that name it."""
-        by_path = {entry.picture: entry for entry in self.entries}
+        """The records of each metadata file, and to each image those that name it."""
+        by_path = {entry.image: entry for entry in self.entries}
         folders = {self.root, *(folder for path in by_path for folder in path.parents if self.root in folder.parents)}
         files = [folder / name for folder in sorted(folders) for name in METADATA_NAMES]
-        make_jsonl = f"first `prepare_dataset.py convert imagefolder {self.root} --output NEW`"
+        advice = f"first `prepare_dataset.py convert imagefolder {self.root} --output NEW`"
         for path in filter(Path.is_file, files):
             if path.suffix != ".jsonl":
-                unsafe.faults[f"metadata files of another kind than .jsonl ({make_jsonl})"].append(
-                    str(path.relative_to(self.root))
-                )
+                unsafe.error("other_metadata", path.relative_to(self.root), advice=advice)
                 continue
             self.documents[path] = []
             for where, record in read_records(path, self.root, unsafe):
                 self.documents[path].append(record)
-                name = named_picture(record, "image") or ""
-                captions = self._told(record)
+                name = named_image(record, "image") or ""
+                captions = self._captions_of(record)
                 if Path(name).is_absolute() or PureWindowsPath(name).is_absolute():
-                    unsafe.faults[f"rows with an absolute file name ({make_jsonl})"].append(where)
+                    unsafe.error("absolute_name", where, advice=advice)
                 elif captions is None:
-                    kind = f"rows whose {self.args.caption_column!r} is no text (name another key: --caption_column)"
-                    unsafe.faults[kind].append(where)
+                    unsafe.error("not_text", where, column=self.args.caption_column)
                 elif entry := self._entry_of(name, path, by_path):
                     entry.rows.append(record)
                     entry.captions += captions
                 else:
-                    findings.notes["metadata rows that name no picture of this folder (kept as they are)"].append(where)
+                    findings.warn("foreign_row", where)
 
     def _entry_of(self, name, path, by_path):
         """Names count from the metadata's folder, or from a split's; as in training."""
@@ -169,7 +159,7 @@ class CaptionedFolder:
         places = (Path(os.path.normpath(folder / name)) for folder in (path.parent, *bases))
         return next((by_path[place] for place in places if place in by_path), None)
 
-    def _told(self, record):
+    def _captions_of(self, record):
         """[(caption, origin)] of a record; None where it holds something else."""
         texts = record.get(self.args.caption_column)
         texts = texts if isinstance(texts, list) else [texts]
@@ -182,31 +172,30 @@ class CaptionedFolder:
 
     def _find_sidecars(self, unsafe):
         waiting = [entry for entry in self.entries if not entry.captions]
-        found = [e.name for e in waiting if any(e.picture.with_suffix(end).is_file() for end in (".txt", ".caption"))]
-        if found:
-            gather = f"`prepare_dataset.py convert sidecar {self.root} --output NEW`"
-            kind = f"pictures with a caption file beside them (gather these: {gather}, or leave them out: --overwrite)"
-            unsafe.faults[kind] = found
+        for entry in waiting:
+            if any(entry.image.with_suffix(end).is_file() for end in (".txt", ".caption")):
+                advice = f"`prepare_dataset.py convert sidecar {self.root} --output NEW`"
+                unsafe.error("caption_file_beside", entry.name, advice=advice)
 
 
 class Journal:
-    """What an interrupted captioning has done: its settings, then a line for each picture."""
+    """What an interrupted captioning has done: its settings, then a line for each image."""
 
     def __init__(self, root, settings):
-        """Raises DatasetProblem where the folder holds an interrupted captioning with other settings."""
+        """Raises DatasetError where the folder holds an interrupted captioning with other settings."""
         self.path, self.settings, self.file = Path(root) / JOURNAL, settings, None
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
-        started, *lines = [told for line in text.split("\n") if (told := _parsed(line))] or [settings]
-        self.done = {told["name"]: told["text"] for told in lines}
+        started, *lines = [found for line in text.split("\n") if (found := _parsed(line))] or [settings]
+        self.done = {line["name"]: line["text"] for line in lines}
         changed = [key for key, value in settings.items() if started.get(key) != value]
         if self.done and changed:
-            raise DatasetProblem(
+            raise DatasetError(
                 f"{root} holds an interrupted captioning with other settings ({', '.join(changed)}): give the same "
                 f"ones to go on, or remove {self.path} and with it {len(self.done)} captions"
             )
 
     def add(self, name, text):
-        """Take a picture's caption, at once on the disk."""
+        """Take an image's caption, at once on the disk."""
         if self.file is None:
             self.file = open(self.path, "a" if self.done else "w", encoding="utf-8")  # noqa: SIM115 (until the end)
             self.file.write("\n" if self.done else json.dumps(self.settings) + "\n")  # it may end in half a line

@@ -1,19 +1,17 @@
-"""Any model that talks about pictures, by its chat template: Qwen-VL, SmolVLM, LLaVA (JoyCaption), InternVL ..."""
+"""Any model that talks about images, by its chat template: Qwen-VL, SmolVLM, LLaVA (JoyCaption), InternVL ..."""
 
-from transformers import AutoModelForImageTextToText
-
-from finetuning.captioning.contract import Kind
-from finetuning.families.contract import ModelProblem
+from finetuning.captioning.kinds import Kind
+from finetuning.families.model_args import ModelError
 
 
-def encode(model, processor, pictures, prompt):
-    """One question to each picture. Raises ModelProblem where the model was not made for questions."""
+def encode(model, processor, images, prompt):
+    """One question to each image. Raises ModelError where the model was not made for questions."""
     template = processor.chat_template
     if not template:
-        raise ModelProblem(f"{model.name_or_path} has no chat template: take a model tuned to follow instructions")
+        raise ModelError(f"{model.name_or_path} has no chat template: take a model tuned to follow instructions")
     chats = [
-        [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]}]
-        for picture in pictures
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+        for image in images
     ]
     straight = {"enable_thinking": False} if "enable_thinking" in str(template) else {}  # thoughts are no caption
     inputs = processor.apply_chat_template(
@@ -24,6 +22,6 @@ def encode(model, processor, pictures, prompt):
 
 
 KIND = Kind(
-    AutoModelForImageTextToText, "Qwen/Qwen2.5-VL-3B-Instruct", encode, num_beams=1,
+    "AutoModelForImageTextToText", "Qwen/Qwen2.5-VL-3B-Instruct", encode, num_beams=1,
     default_prompt="Describe this image in one sentence, beginning with its subject.",
 )  # fmt: skip

@@ -1,6 +1,6 @@
-"""A caption and the terms that fit the picture best in the judgement of CLIP: the idea of CLIP Interrogator.
+"""A caption and the terms that fit the image best in the judgement of CLIP: the idea of CLIP Interrogator.
 
-Stable Diffusion reads prompts through CLIP, so words that CLIP finds in a picture are words that move the model. The
+Stable Diffusion reads prompts through CLIP, so words that CLIP finds in an image are words that move the model. The
 terms stand in terms/*.txt, a file for each kind: medium, style, light, colours, camera, composition, mood.
 """
 
@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import CLIPModel
 
-from finetuning.captioning.captioner import open_model
 from finetuning.cli import flag
 
 TERMS = Path(__file__).parent / "terms"
@@ -23,14 +21,14 @@ class InterrogatorArgs:
 
     clip_model: str = flag("openai/clip-vit-large-patch14", "CLIP that judges; this one is Stable Diffusion 1.x's own")
     terms: str | None = flag(None, "folder of your own term lists, .txt with a term a line (none: this project's)")
-    max_terms: int = flag(6, "most terms added to a caption; fewer where no more would fit the picture better")
-    from_captions: bool = flag(False, "begin with the caption that a picture has, in place of BLIP's")
+    max_terms: int = flag(6, "most terms added to a caption; fewer where no more would fit the image better", min=0)
+    from_captions: bool = flag(
+        False, "begin with the caption that an image has, in place of BLIP's", requires="captioner=clip-interrogator"
+    )
 
     def problems(self):
         if self.terms is not None and not read_terms(self.terms):
             yield f"--terms {self.terms} must be a folder with .txt files, a term a line"
-        if self.max_terms < 0:
-            yield f"--max_terms {self.max_terms} must not be negative"
 
 
 def read_terms(folder):
@@ -40,30 +38,32 @@ def read_terms(folder):
 
 
 class Interrogator:
-    """CLIP and the embedded terms. Opening it raises ModelProblem."""
+    """CLIP and the embedded terms. Opening it raises ModelError."""
 
     def __init__(self, args: InterrogatorArgs, device, dtype, shortlist=48):
+        from finetuning.captioning.captioner import open_model  # which loads transformers
+
         self.max_terms, self.shortlist, self.device, self.dtype = args.max_terms, shortlist, device, dtype
-        self.processor, self.model = open_model(CLIPModel, args.clip_model, device, dtype)
+        self.processor, self.model = open_model("CLIPModel", args.clip_model, device, dtype)
         self.longest = self.model.config.text_config.max_position_embeddings  # 77
         self.terms = read_terms(args.terms or TERMS)
         self.embedded = self.embed_texts(self.terms)
 
-    def __call__(self, pictures, captions):
-        """[caption, term, term ...] for each RGB picture; an empty caption stays empty."""
-        pairs = zip(self.embed_pictures(pictures), captions, strict=True)
-        return [self._with_terms(picture, text) if text else "" for picture, text in pairs]
+    def __call__(self, images, captions):
+        """[caption, term, term ...] for each RGB image; an empty caption stays empty."""
+        pairs = zip(self.embed_images(images), captions, strict=True)
+        return [self._with_terms(image, text) if text else "" for image, text in pairs]
 
-    def _with_terms(self, picture, text):
-        """Add the term with which the whole text is most like the picture, as long as that makes it more so."""
-        best = self.embed_texts([text])[0] @ picture
-        likely = (self.embedded @ picture).topk(min(self.shortlist, len(self.terms))).indices.tolist()
+    def _with_terms(self, image, text):
+        """Add the term with which the whole text is most like the image, as long as that makes it more so."""
+        best = self.embed_texts([text])[0] @ image
+        likely = (self.embedded @ image).topk(min(self.shortlist, len(self.terms))).indices.tolist()
         for _ in range(self.max_terms):
             tried = [f"{text}, {self.terms[i]}" for i in likely if not _says(text, self.terms[i])]
             tried = [longer for longer in tried if self._length(longer) <= self.longest]
             if not tried:
                 break
-            likeness = self.embed_texts(tried) @ picture
+            likeness = self.embed_texts(tried) @ image
             if likeness.max() <= best:
                 break
             best, text = likeness.max(), tried[likeness.argmax()]
@@ -81,9 +81,9 @@ class Interrogator:
         return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
     @torch.inference_mode()
-    def embed_pictures(self, pictures):
-        """Unit vectors [pictures, width], fp32."""
-        inputs = self.processor.image_processor(images=pictures, return_tensors="pt").to(self.device, self.dtype)
+    def embed_images(self, images):
+        """Unit vectors [images, width], fp32."""
+        inputs = self.processor.image_processor(images=images, return_tensors="pt").to(self.device, self.dtype)
         return torch.nn.functional.normalize(self.model.get_image_features(**inputs).pooler_output.float(), dim=-1)
 
     def _length(self, text):

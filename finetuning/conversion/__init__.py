@@ -1,1 +1,1 @@
-"""From the ways that people keep pictures and captions to one that training reads. A source is one file here."""
+"""From the ways that people keep images and captions to one that training reads. A source is one file here."""

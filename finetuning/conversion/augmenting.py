@@ -1,7 +1,7 @@
-"""Altered copies of the training pictures, written beside them: mirrored, brighter or darker, cut, turned, noisy.
+"""Altered copies of the training images, written beside them: mirrored, brighter or darker, cut, turned, noisy.
 
 Training mirrors and crops by itself, anew in each epoch (--random_flip); copies on disk are for what it does not do,
-and for other trainers. Only train/ grows. Validation and test are taken over as they are; a training picture that
+and for other trainers. Only train/ grows. Validation and test are taken over as they are; a training image that
 stands there too gets no copies, nor does a copy appear that would equal one of theirs.
 """
 
@@ -13,26 +13,27 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
+import numpy as np
 import torch
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+from PIL import Image, ImageEnhance, ImageOps
 from tqdm.auto import tqdm
 
-from finetuning.cli import as_dict, flag, write_json
+from finetuning.cli import as_dict, flag
 from finetuning.conversion.copying import (
     CopyArgs,
     accept,
     new_folder,
     new_names,
     read_splits,
-    take_pictures,
+    take_images,
     write_metadata,
 )
-from finetuning.conversion.writing import encoded
+from finetuning.conversion.writer import encoded, shortened
 from finetuning.data.captions import MirrorArgs, may_mirror, swap_sides
-from finetuning.data.pictures import UnreadablePicture, open_rgb
-from finetuning.data.reading import DatasetProblem, Findings
-from finetuning.draws import python_random, torch_generator
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.images import UnreadableImage, open_rgb
+from finetuning.files import write_json
+from finetuning.rng import python_random, torch_generator
 
 WRITTEN = {".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP"}  # copies of others: PNG
 
@@ -42,16 +43,26 @@ class AugmentArgs(MirrorArgs, CopyArgs):
     """Altered copies"""
 
     alter: list[str] = flag(
-        ["flip", "brightness"], "one copy of each training picture for each of these: flip, brightness, crop, rotate, "
+        ["flip", "brightness"], "one copy of each training image for each of these: flip, brightness, crop, rotate, "
         "noise, or several joined by + for one copy altered in all these ways",
     )  # fmt: skip
-    copies: int = flag(1, "how many copies of each kind, each drawn anew")
-    brightness: float = flag(0.3, "make copies brighter or darker by up to this share, and at least half of it")
-    crop: float = flag(0.1, "cut up to this share off height and width, and at least half of it, at a random place")
-    rotate: float = flag(5.0, "turn by up to so many degrees, and at least half of it; empty corners are cut off")
-    noise: float = flag(0.02, "add Gaussian noise of up to this deviation, and at least half of it (white is 1)")
+    copies: int = flag(1, "how many copies of each kind, each drawn anew", min=1)
+    brightness: float = flag(
+        0.3, "make copies brighter or darker by up to this share, and at least half of it", above=0, below=1
+    )
+    crop: float = flag(
+        0.1, "cut up to this share off height and width, and at least half of it, at a random place", above=0, below=1
+    )
+    rotate: float = flag(
+        5.0, "turn by up to so many degrees, and at least half of it; empty corners are cut off", above=0, below=45
+    )
+    noise: float = flag(
+        0.02, "add Gaussian noise of up to this deviation, and at least half of it (white is 1)", above=0, below=1
+    )
     seed: int = flag(0, "seed of the draws")
-    workers: int | None = flag(None, "threads that decode and encode (none: one for each core)")
+    workers: int | None = flag(
+        None, "threads that decode and encode (none: one for each core)", min=1, affects_result=False
+    )
 
     def problems(self):
         for kind in self.alter:
@@ -62,13 +73,7 @@ class AugmentArgs(MirrorArgs, CopyArgs):
             if count > 1 or len(set(kind.split("+"))) < len(kind.split("+")):
                 yield f"--alter says {kind} twice: ask for more copies of a kind with --copies"
         if "flip" in self.alter and self.copies > 1:
-            yield f"--copies {self.copies}: a picture has one mirror image; join flip to another way, as flip+crop"
-        for name, limit in (("brightness", 1), ("crop", 1), ("rotate", 45), ("noise", 1)):
-            if not 0 < getattr(self, name) < limit:
-                yield f"--{name} {getattr(self, name)} must lie between 0 and {limit}; --alter says which ways are used"
-        for name in ("copies", "workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                yield f"--{name} {getattr(self, name)} must be at least 1"
+            yield f"--copies {self.copies}: an image has one mirror image; join flip to another way, as flip+crop"
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Copy:
 
     name: str  # file name in train/
     kind: str  # "flip+crop"
-    original: str  # file name in train/ of the picture that it is made from
+    original: str  # file name in train/ of the image that it is made from
     number: int  # 1, 2, ... of its kind
 
     @property
@@ -86,9 +91,9 @@ class Copy:
 
 
 def augment(args: AugmentArgs, say=print):
-    """Write the dataset with its copies; {split: how many pictures}.
+    """Write the dataset with its copies; {split: how many images}.
 
-    Raises DatasetProblem with every fault that training would name, unless --on_bad_rows skip; nothing is written then.
+    Raises DatasetError with every error that training would name, unless --on_bad_rows skip; nothing is written then.
     """
     findings = Findings()
     splits = read_splits(args, findings)
@@ -97,23 +102,23 @@ def augment(args: AugmentArgs, say=print):
     with new_folder(args.output) as folder:
         done = _write_all_copies(folder / "train", splits, plan, args, findings)
         made = done["train"]
-        splits = {split: [row for row in rows if row.picture in done[split]] for split, rows in splits.items()}
+        splits = {split: [row for row in rows if row.image in done[split]] for split, rows in splits.items()}
         accept(splits, args, findings, say)
         for split in splits:
-            take_pictures(folder / split, {picture: names[split][picture] for picture in done[split]}, args)
-        entries = {split: [(names[split][row.picture], row) for row in rows] for split, rows in splits.items()}
-        copied = [(copy, row) for row in splits["train"] for copy in made[row.picture]]
+            take_images(folder / split, {image: names[split][image] for image in done[split]}, args)
+        entries = {split: [(names[split][row.image], row) for row in rows] for split, rows in splits.items()}
+        copied = [(copy, row) for row in splits["train"] for copy in made[row.image]]
         entries["train"] += [(copy.name, _row_of_copy(copy, row, args)) for copy, row in copied]
         write_metadata(folder, entries, args)
-        originals = {split: len(pictures) for split, pictures in done.items()}
+        originals = {split: len(images) for split, images in done.items()}
         kinds = dict(Counter(copy.kind for copies in made.values() for copy in copies))
         settings = {name: value for name, value in as_dict(args).items() if name != "workers"}
-        write_json(folder / "augmentation.json", {"settings": settings, "pictures": originals, "copies": kinds})
+        write_json(folder / "augmentation.json", {"settings": settings, "images": originals, "copies": kinds})
     return _counted(originals, kinds, args, say)
 
 
 def _counted(originals, kinds, args, say):
-    """Say what is written; {split: how many pictures}."""
+    """Say what is written; {split: how many images}."""
     counts = originals | {"train": originals["train"] + sum(kinds.values())}
     told = {split: f"{count} {split}" for split, count in counts.items()}
     told["train"] += f" ({originals['train']}{''.join(f' + {count} {kind}' for kind, count in kinds.items())})"
@@ -121,57 +126,58 @@ def _counted(originals, kinds, args, say):
     if not counts.get("validation"):
         say(
             "  - there is no validation split, and rows that training holds out (--validation_fraction) would have "
-            "copies in train: divide the pictures before (`prepare_dataset.py convert imagefolder`)"
+            "copies in train: divide the images before (`prepare_dataset.py convert imagefolder`)"
         )
     return counts
 
 
-def altered(picture, copy: Copy, args: AugmentArgs):
+def altered(image, copy: Copy, args: AugmentArgs):
     """RGB -> RGB, in each way of the copy's kind; drawn from (seed, way, file name of the original, number)."""
     for way in copy.kind.split("+"):
-        picture = WAYS[way](picture, getattr(args, way, None), args.seed, (copy.original, copy.number))
-    return picture
+        image = WAYS[way](image, getattr(args, way, None), args.seed, (copy.original, copy.number))
+    return image
 
 
-def _flip(picture, _most, _seed, _place):
-    return F.hflip(picture)
+def _flip(image, _most, _seed, _place):
+    return ImageOps.mirror(image)
 
 
-def _brightness(picture, most, seed, place):
+def _brightness(image, most, seed, place):
     rng = python_random(seed, "augment brightness", *place)
-    return F.adjust_brightness(picture, 1 + rng.choice((-1, 1)) * _amount(rng, most))
+    return ImageEnhance.Brightness(image).enhance(1 + rng.choice((-1, 1)) * _amount(rng, most))
 
 
-def _crop(picture, most, seed, place):
+def _crop(image, most, seed, place):
     rng = python_random(seed, "augment crop", *place)
     share = 1 - _amount(rng, most)
-    height, width = max(1, round(share * picture.height)), max(1, round(share * picture.width))
-    return F.crop(
-        picture, rng.randint(0, picture.height - height), rng.randint(0, picture.width - width), height, width
-    )
+    height, width = max(1, round(share * image.height)), max(1, round(share * image.width))
+    top, left = rng.randint(0, image.height - height), rng.randint(0, image.width - width)
+    return image.crop((left, top, left + width, top + height))
 
 
-def _rotate(picture, most, seed, place):
+def _rotate(image, most, seed, place):
     rng = python_random(seed, "augment rotate", *place)
     angle = rng.choice((-1, 1)) * _amount(rng, most)
-    # The largest upright rectangle of the same aspect inside the turned picture, less a pixel of blended border.
+    # The largest upright rectangle of the same aspect inside the turned image, less a pixel of blended border.
     cos, sin = math.cos(math.radians(angle)), abs(math.sin(math.radians(angle)))
-    width, height = picture.size
+    width, height = image.size
     share = min(width / (width * cos + height * sin), height / (width * sin + height * cos))
-    inside = [max(1, int(share * side) - 2) for side in (height, width)]
-    return F.center_crop(F.rotate(picture, angle, InterpolationMode.BICUBIC), inside)
+    inside_width, inside_height = (max(1, int(share * side) - 2) for side in (width, height))
+    left, top = round((width - inside_width) / 2), round((height - inside_height) / 2)
+    turned = image.rotate(angle, Image.Resampling.BICUBIC)
+    return turned.crop((left, top, left + inside_width, top + inside_height))
 
 
-def _noise(picture, most, seed, place):
+def _noise(image, most, seed, place):
     deviation = _amount(python_random(seed, "augment noise", *place), most)
-    values = F.pil_to_tensor(picture).float()  # [3, height, width], 0..255
-    # v2's own gaussian_noise draws from torch's global generator, which the threads share.
+    values = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # [3, height, width], 0..255
     noise = torch.randn(values.shape, generator=torch_generator(seed, "augment noise values", *place))
-    return F.to_pil_image((values + 255 * deviation * noise).round().clamp(0, 255).to(torch.uint8))
+    noisy = (values + 255 * deviation * noise).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(noisy.permute(1, 2, 0).contiguous().numpy())
 
 
 def _amount(rng, most):
-    """At least half of the most: a copy that is hardly altered would be the same picture twice."""
+    """At least half of the most: a copy that is hardly altered would be the same image twice."""
     return rng.uniform(most / 2, most)
 
 
@@ -179,27 +185,26 @@ WAYS = {"flip": _flip, "brightness": _brightness, "crop": _crop, "rotate": _rota
 
 
 def _planned(rows, names, args, findings):
-    """{picture: [Copy, ...]}. Raises DatasetProblem where a picture has the name of a copy already."""
+    """{image: [Copy, ...]}. Raises DatasetError where an image has the name of a copy already."""
     captions = defaultdict(list)
     for row in rows:
-        captions[row.picture] += row.captions
+        captions[row.image] += row.captions
     kinds = [(kind, number) for kind in args.alter for number in range(1, args.copies + 1)]
     plan, unmirrored = {}, []
-    for picture, name in names.items():
+    for image, name in names.items():
         copies = [Copy(_copy_name(name, kind, number), kind, name, number) for kind, number in kinds]
-        plan[picture] = copies
-        if not may_mirror(captions[picture], args.flip_captions):
-            plan[picture] = [copy for copy in copies if not copy.is_mirrored]
-        if len(plan[picture]) < len(copies):
+        plan[image] = copies
+        if not may_mirror(captions[image], args.flip_captions):
+            plan[image] = [copy for copy in copies if not copy.is_mirrored]
+        if len(plan[image]) < len(copies):
             unmirrored.append(name)
-    if unmirrored:
-        kind = "pictures that are not mirrored, as a caption says left or right (--flip_captions swap exchanges them)"
-        findings.notes[kind] = unmirrored
+    for name in unmirrored:
+        findings.warn("not_mirrored", name)
     there = {name.lower() for name in names.values()}
     taken = [copy.name for copies in plan.values() for copy in copies if copy.name.lower() in there]
     if taken:
-        raise DatasetProblem(
-            f"{args.path} has pictures with the names of copies ({', '.join(taken[:3])}): it seems to be augmented "
+        raise DatasetError(
+            f"{args.path} has images with the names of copies ({', '.join(taken[:3])}): it seems to be augmented "
             "already; start from the dataset without copies"
         )
     return plan
@@ -208,7 +213,7 @@ def _planned(rows, names, args, findings):
 def _copy_name(name, kind, number):
     path = PurePosixPath(name)
     stem, ending = (path.stem, path.suffix) if path.suffix.lower() in WRITTEN else (path.name, ".png")
-    return str(path.with_name(f"{stem}~{kind}{number if number > 1 else ''}{ending}"))
+    return str(path.with_name(f"{shortened(stem)}~{kind}{number if number > 1 else ''}{ending}"))
 
 
 def _row_of_copy(copy, row, args):
@@ -217,44 +222,42 @@ def _row_of_copy(copy, row, args):
 
 
 def _write_all_copies(folder, splits, plan, args, findings):
-    """{split: {picture that can be read: what of it is kept}}: of train the copies that are written, else a digest."""
+    """{split: {image that can be read: what of it is kept}}: of train the copies that are written, else a digest."""
     with ThreadPoolExecutor(args.workers or len(os.sched_getaffinity(0))) as pool:
-        digest = lambda picture: _digest(open_rgb(picture))
+        digest = lambda image: _digest(open_rgb(image))
         apart = {name: rows for name, rows in splits.items() if name != "train"}
         digests = {name: _of_readable(pool, digest, rows, findings) for name, rows in apart.items()}
         held_out = {one for of_split in digests.values() for one in of_split.values()}
-        write = lambda picture: _write_copies(picture, plan[picture], folder, held_out, args)
+        write = lambda image: _write_copies(image, plan[image], folder, held_out, args)
         made = _of_readable(pool, write, splits["train"], findings)
-    left_out = [copy.name for picture in made for copy in plan[picture] if copy not in made[picture]]
-    if left_out:
-        kind = "copies that would show a picture of validation or test, or just the original (left out)"
-        findings.notes[kind] = left_out
+    for copy in (copy for image in made for copy in plan[image] if copy not in made[image]):
+        findings.warn("copy_left_out", copy.name)
     return {"train": made, **digests}
 
 
 def _of_readable(pool, work, rows, findings):
-    """{picture: work(picture)} of the rows' pictures; those that cannot be read are faults."""
+    """{image: work(image)} of the rows' images; those that cannot be read are errors."""
 
-    def tried(picture):
+    def tried(image):
         try:
-            return work(picture)
-        except UnreadablePicture as error:
+            return work(image)
+        except UnreadableImage as error:
             return error
 
-    origins = {row.picture: row.origin for row in rows}
+    origins = {row.image: row.origin for row in rows}
     tries = tqdm(pool.map(tried, origins), total=len(origins), leave=False, delay=2)
     results = {}
-    for picture, result in zip(origins, tries, strict=True):
-        if isinstance(result, UnreadablePicture):
-            findings.faults["pictures that cannot be read"].append(f"{origins[picture]} ({result})")
+    for image, result in zip(origins, tries, strict=True):
+        if isinstance(result, UnreadableImage):
+            findings.error("unreadable_image", origins[image], result)
         else:
-            results[picture] = result
+            results[image] = result
     return results
 
 
-def _write_copies(picture, copies, folder, held_out, args):
-    """The copies that are written: none that shows, before or after it is altered, a picture of `held_out`."""
-    image = open_rgb(picture)
+def _write_copies(path, copies, folder, held_out, args):
+    """The copies that are written: none that shows, before or after it is altered, an image of `held_out`."""
+    image = open_rgb(path)
     original = _digest(image)
     if original in held_out:
         return []
@@ -262,7 +265,7 @@ def _write_copies(picture, copies, folder, held_out, args):
     for copy in copies:
         changed = altered(image, copy, args)
         digest = _digest(changed)
-        if digest in held_out or digest == original:  # the mirror image of a symmetric picture, say
+        if digest in held_out or digest == original:  # the mirror image of a symmetric image, say
             continue
         changed.info["icc_profile"] = image.info.get("icc_profile")  # it says what the pixels mean
         target = folder / copy.name

@@ -1,6 +1,6 @@
 """What every changed copy of a dataset has in common: read and accepted as training does, written whole or not at all.
 
-Pictures that need no change are hard-linked. Columns of the metadata besides the caption are taken along, other files
+Images that need no change are hard-linked. Columns of the metadata besides the caption are taken along, other files
 are not.
 """
 
@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.cli import REQUIRED, flag
-from finetuning.conversion.writing import take_over
+from finetuning.conversion.writer import take_over
 from finetuning.data.captions import origin_column
-from finetuning.data.reading import METADATA_NAMES, SPLIT_NAMES, DatasetProblem, Findings, read_folder, read_records
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.folders import SPLIT_NAMES, split_meant
+from finetuning.data.reading import metadata_files, read_folder, read_records
+from finetuning.files import overlap
 
 
 @dataclass
@@ -23,19 +26,19 @@ class CopyArgs:
 
     path: str = flag(REQUIRED, "folder of a dataset that training reads; it is never changed", positional=True)
     output: str = flag(REQUIRED, "folder of the new dataset; it appears when all of it is written")
-    image_column: str = flag("image", "metadata key of the picture, besides file_name")
+    image_column: str = flag("image", "metadata key of the image, besides file_name")
     caption_column: str = flag("text", "metadata key of the caption or list of captions")
-    allow_outside_paths: bool = flag(False, "let metadata and links reach pictures outside PATH")
+    allow_outside_paths: bool = flag(False, "let metadata and links reach images outside PATH")
     on_bad_rows: str = flag("error", "what to do with rows that cannot be trained on", choices=("error", "skip"))
-    link: bool = flag(True, "hard-link pictures that need no change; copy them where that cannot be or with --no-link")
+    link: bool = flag(True, "hard-link images that need no change; copy them where that cannot be or with --no-link")
 
     def problems(self):
         if not Path(self.path).is_dir():
             yield f"PATH {self.path}: there is no such folder"
         if not self.output:
             return
-        output, source = Path(self.output).resolve(), Path(self.path).resolve()
-        if source == output or source in output.parents or output in source.parents:
+        output = Path(self.output)
+        if overlap(output, self.path):
             yield f"--output {self.output} and PATH lie inside one another: name a folder elsewhere"
         elif output.exists() and not (output.is_dir() and not any(output.iterdir())):
             yield f"--output {self.output} is already there: name a new folder"
@@ -49,67 +52,60 @@ def read_splits(args: CopyArgs, findings):
 
 
 def accept(splits, args: CopyArgs, findings, say):
-    """Say what is left out and noted. Raises DatasetProblem with all faults, as training does."""
-    report = findings.report()
-    if findings.faults and args.on_bad_rows == "error":
-        raise DatasetProblem(
-            f"{args.path} has {findings.count()} faults (x):\n{report}\n"
-            "  mend them, or leave those rows out with --on_bad_rows skip"
-        )
-    if report:
-        say(f"{args.path}, left out (x) and noted (-):\n{report}")
+    """Say what is left out and what is to be known. Raises DatasetError with all errors, as training does."""
+    findings.refuse(args.path, args.on_bad_rows, say)
     if not splits["train"]:
-        raise DatasetProblem(f"{args.path}: no row is left to train on")
+        raise DatasetError(f"{args.path}: no row is left to train on")
 
 
 @contextmanager
 def new_folder(path):
     """A folder to fill: it gets the name `path` when the block ends well, and is removed when it does not.
 
-    Raises DatasetProblem where the disk refuses.
+    Raises DatasetError where the disk refuses.
     """
     path = Path(path).resolve()
-    aside = path.with_name(f".{path.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    temporary = path.with_name(f".{path.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
-        aside.mkdir(parents=True)
-        yield aside
+        temporary.mkdir(parents=True)
+        yield temporary
         if path.is_dir():
             path.rmdir()  # only an empty one can be
-        os.rename(aside, path)
+        os.rename(temporary, path)
     except OSError as error:
-        raise DatasetProblem(f"{path} is not written: {error}") from error
+        raise DatasetError(f"{path} is not written: {error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def new_names(rows, split, args: CopyArgs):
-    """{picture: its name in the copy's split}: with the source's subfolders, and no two that differ in case alone."""
+    """{image: its name in the copy's split}: with the source's subfolders, and no two that differ in case alone."""
     root, names, taken = Path(args.path), {}, set()
-    for picture in dict.fromkeys(row.picture for row in rows):
-        plain = name = _inside(picture, root, split)
+    for image in dict.fromkeys(row.image for row in rows):
+        plain = name = _inside(image, root, split)
         number = 1
         while str(name).lower() in taken:  # some disks take such names for equal
             number += 1
             name = plain.with_stem(f"{plain.stem}~{number}")
         taken.add(str(name).lower())
-        names[picture] = name.as_posix()
+        names[image] = name.as_posix()
     return names
 
 
-def _inside(picture, root, split):
-    """The picture's path in its split; its bare name where it stands outside the dataset."""
-    if root not in picture.parents:
-        return Path(picture.name)
-    parts = picture.relative_to(root).parts
-    return Path(*(parts[1:] if parts[0] in SPLIT_NAMES[split] else parts))
+def _inside(image, root, split):
+    """The image's path in its split; its bare name where it stands outside the dataset."""
+    if root not in image.parents:
+        return Path(image.name)
+    parts = image.relative_to(root).parts
+    return Path(*(parts[1:] if len(parts) > 1 and split_meant(parts[0]) == split else parts))
 
 
-def take_pictures(folder, names, args: CopyArgs):
-    """Link or copy the pictures to their names in `folder`."""
-    for picture, name in names.items():
+def take_images(folder, names, args: CopyArgs):
+    """Link or copy the images to their names in `folder`."""
+    for image, name in names.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        take_over(picture, folder / name, args.link)
+        take_over(image, folder / name, args.link)
 
 
 def write_metadata(folder, entries, args: CopyArgs):
@@ -126,33 +122,31 @@ def write_metadata(folder, entries, args: CopyArgs):
         # What is no UTF-8 (half a character, or a byte of a file name) is escaped: a valid escape in JSON too.
         with open(folder / split / "metadata.jsonl", "w", encoding="utf-8", errors="backslashreplace") as file:
             for name, row in sorted(pairs, key=lambda pair: pair[0]):
-                record = {"file_name": name, **_told(row, others.get(row.origin, {}), several, args.caption_column)}
+                record = {"file_name": name, **_said_of(row, others.get(row.origin, {}), several, args.caption_column)}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _told(row, others, several, column):
+def _said_of(row, others, several, column):
     """The captions of a row and its other columns; of captions that are left out the origins go too."""
     if column == "none":
         return others
     shape = lambda kept: kept if several else kept[0]
-    told = {column: shape([*filter(None, row.captions)]), **others}
-    origins = told.get(origin_column(column))
+    record = {column: shape([*filter(None, row.captions)]), **others}
+    origins = record.get(origin_column(column))
     if isinstance(origins, list):
         kept = [origin for origin, caption in zip(origins, row.captions, strict=False) if caption]
-        told[origin_column(column)] = shape(kept) if len(origins) == len(row.captions) else None
-    return told
+        record[origin_column(column)] = shape(kept) if len(origins) == len(row.captions) else None
+    return record
 
 
 def _other_columns(rows, args):
     """{origin of a row: what its metadata says besides file name and caption}, ready for JSON."""
-    root = Path(args.path)
+    root, wanted = Path(args.path), {row.origin for row in rows}
     ours = {"file_name", f"{args.image_column}_file_name", args.image_column, args.caption_column}
-    files = [Path(name) for name in dict.fromkeys(row.origin.rsplit(" ", 2)[0] for row in rows)]  # of "x.jsonl line 7"
     others = {
         where: {key: value for key, value in record.items() if key not in ours}
-        for file in files
-        if file.name in METADATA_NAMES
-        for where, record in read_records(root / file, root, Findings())
-        if record.keys() - ours
+        for file in metadata_files(root)
+        for where, record in read_records(file, root, Findings())
+        if where in wanted and record.keys() - ours
     }
     return json.loads(json.dumps(others, default=str))  # a parquet file may hold dates

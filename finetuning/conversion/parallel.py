@@ -4,57 +4,61 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.cli import flag
-from finetuning.conversion.contract import (
-    SPLIT_OF,
-    CaptionFileArgs,
-    Sample,
-    existing_folder,
-    place_in_split,
-    split_folders,
-    walk,
-)
 from finetuning.conversion.sidecar import CAPTION_ENDINGS, captioned
-from finetuning.data.pictures import EXTENSIONS
-from finetuning.data.reading import DatasetProblem
+from finetuning.conversion.splits import place_in_split
+from finetuning.data import folders
+from finetuning.data.findings import DatasetError
+from finetuning.data.folders import existing_folder, split_meant, walk
+from finetuning.data.images import EXTENSIONS
+from finetuning.data.samples import CaptionFileArgs, Sample
 
 
 @dataclass
 class ParallelArgs(CaptionFileArgs):
     """Parallel folders"""
 
-    pictures_folder: str = flag("images", "parallel: name of the folder with the pictures")
+    images_folder: str = flag("images", "parallel: name of the folder with the images", was=("pictures_folder",))
     captions_folder: str = flag("captions", "parallel: name of the folder with a text file for each")
 
     def problems(self):
-        if self.pictures_folder == self.captions_folder:
-            yield "--pictures_folder and --captions_folder are the same: convert `sidecar` reads such a folder"
+        if self.images_folder == self.captions_folder:
+            yield "--images_folder and --captions_folder are the same: convert `sidecar` reads such a folder"
 
 
 def read(path, args, findings):
-    """Each picture with the caption file of its name; what lacks its other half is a fault, and named.
+    """Each image with the caption file of its name; what lacks its other half is an error.
 
     Splits are folders named train, validation, test (or the like) above the two folders, or first thing inside them.
     """
     root = existing_folder(path)
-    tops = [top for name in ("", *SPLIT_OF) if ((top := root / name) / args.pictures_folder).is_dir()]
-    missing = [str(root / args.pictures_folder)] if not tops else []
+    tops = [top for top in (root, *folders.split_folders(root).values()) if (top / args.images_folder).is_dir()]
+    missing = [str(root / args.images_folder)] if not tops else []
     missing += [str(folder) for top in tops if not (folder := top / args.captions_folder).is_dir()]
     if missing:
-        raise DatasetProblem(
-            f"there is no folder {' or '.join(missing)}: name the two folders with --pictures_folder "
+        raise DatasetError(
+            f"there is no folder {' or '.join(missing)}: name the two folders with --images_folder "
             "and --captions_folder"
         )
-    pictures, texts = (
+    images, texts = (
         {str(inside): file for top in tops for inside, file in _files(top, name, endings, root, args, findings)}
-        for name, endings in ((args.pictures_folder, EXTENSIONS), (args.captions_folder, CAPTION_ENDINGS))
+        for name, endings in ((args.images_folder, EXTENSIONS), (args.captions_folder, CAPTION_ENDINGS))
     )
-    if not pictures and not findings.faults:
-        raise DatasetProblem(f"there are no pictures in {', '.join(str(top / args.pictures_folder) for top in tops)}")
-    splits = split_folders(root, {Path(name).parts[0] for name in pictures})
-    for name, captions in captioned(pictures, texts, root, args, findings):
+    if not images and not findings.errors:
+        raise DatasetError(f"there are no images in {', '.join(str(top / args.images_folder) for top in tops)}")
+    splits = _splits(root, {Path(name).parts[0] for name in images})
+    for name, captions in captioned(images, texts, root, args, findings):
         split, below = place_in_split(Path(name), splits, findings)
         if below:
-            yield Sample(str(below), pictures[name], captions, str(pictures[name].relative_to(root)), split)
+            yield Sample(str(below), images[name], captions, str(images[name].relative_to(root)), split)
+
+
+def _splits(root, names):
+    """{name: split} of those names of folders that mean a split. Raises DatasetError for two of one."""
+    found = {name: split for name in sorted(names) if (split := split_meant(name))}
+    for split in found.values():
+        if len(same := [name for name in found if found[name] == split]) > 1:
+            raise DatasetError(f"{root} has several folders for one split: {' and '.join(same)}: put them into one")
+    return found
 
 
 def _files(top, name, endings, root, args, findings):

@@ -5,7 +5,7 @@
     sbu.json                    [{"image": ..., "url": ..., "caption": ...}, ...] (LAVIS)
     00000/000000000.jpg, .txt, .json      what img2dataset fetched, with --output_format files
 
-The first three name pictures by address; a picture's file has the last part of the address for its name.
+The first three name images by address; an image's file has the last part of the address for its name.
 """
 
 import hashlib
@@ -15,23 +15,23 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetuning.conversion.contract import Sample, walk
 from finetuning.conversion.download import arrived, place
-from finetuning.data.pictures import EXTENSIONS
-from finetuning.data.reading import DatasetProblem
+from finetuning.data.findings import DatasetError
+from finetuning.data.folders import is_image_name, walk
+from finetuning.data.samples import Sample
 
 URLS, CAPTIONS = "SBU_captioned_photo_dataset_urls.txt", "SBU_captioned_photo_dataset_captions.txt"
 JSON_NAMES = ("sbu-captions-all.json", "sbu.json")
 
 
 def read(path, args, findings):
-    """Each picture once with all of its captions, in the order of the file. Raises DatasetProblem."""
+    """Each image once with all of its captions, in the order of the file. Raises DatasetError."""
     path = Path(path)
     if not path.exists():
-        raise DatasetProblem(f"there is no {path}")
+        raise DatasetError(f"there is no {path}")
     lists = _lists(path)
     if len(lists) > 1:
-        raise DatasetProblem(f"{path} holds {' and '.join(file.name for file in lists)}: name the file that counts")
+        raise DatasetError(f"{path} holds {' and '.join(file.name for file in lists)}: name the file that counts")
     if not lists:
         yield from _shards(path, args, findings)
         return
@@ -54,19 +54,19 @@ def _line_pairs(urls, findings):
     """Yield (where, url, caption, None) of two files that belong together line by line."""
     captions = urls.with_name(urls.name.replace("urls", "captions"))
     if captions == urls or not captions.is_file():
-        raise DatasetProblem(f"{urls} needs {CAPTIONS} beside it, a line for each of its own")
+        raise DatasetError(f"{urls} needs {CAPTIONS} beside it, a line for each of its own")
     url_lines, caption_lines = _lines(urls), _lines(captions)
     if len(url_lines) != len(caption_lines):
-        raise DatasetProblem(
+        raise DatasetError(
             f"{urls.name} has {len(url_lines)} lines and {captions.name} {len(caption_lines)}: no one can know which "
-            "caption belongs to which picture; fetch both again"
+            "caption belongs to which image; fetch both again"
         )
     for number, (url, caption) in enumerate(zip(url_lines, caption_lines, strict=True), 1):
         where = f"{urls.name} line {number}"
         try:
             yield where, url.decode(), caption.decode(), None
         except UnicodeDecodeError:
-            findings.faults["lines that are not UTF-8"].append(where)
+            findings.error("lines_not_utf8", where)
 
 
 def _lines(path):
@@ -80,16 +80,16 @@ def _json(path):
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise DatasetProblem(f"{path} cannot be read as JSON: {error}") from error
+        raise DatasetError(f"{path} cannot be read as JSON: {error}") from error
     if isinstance(content, dict):
         urls, captions = content.get("image_urls"), content.get("captions")
         if not (isinstance(urls, list) and isinstance(captions, list) and len(urls) == len(captions)):
-            raise DatasetProblem(f"{path} must hold image_urls and captions, lists of one length")
+            raise DatasetError(f"{path} must hold image_urls and captions, lists of one length")
         rows = ((url, caption, None) for url, caption in zip(urls, captions, strict=True))
     elif isinstance(content, list) and all(isinstance(record, dict) for record in content):
         rows = ((record.get("url"), record.get("caption"), record.get("image")) for record in content)
     else:
-        raise DatasetProblem(f"{path} must hold image_urls and captions, or a list of records {{image, url, caption}}")
+        raise DatasetError(f"{path} must hold image_urls and captions, or a list of records {{image, url, caption}}")
     for number, row in enumerate(rows, 1):
         yield f"{path.name} record {number}", *row
 
@@ -108,14 +108,14 @@ def _photos(rows, findings):
     for where, url, caption, name in rows:
         url, caption, name = (value.strip() if isinstance(value, str) else "" for value in (url, caption, name))
         if not (url or name):
-            findings.faults["rows without an address"].append(where)
+            findings.error("no_address", where)
             continue
         if not caption:
-            findings.faults["rows with an empty caption"].append(where)
+            findings.error("no_caption", where)
             continue
         photo = photos.setdefault(url or name, _Photo(url or None, name or file_name(url), where))
         if photo.captions:
-            findings.notes["addresses of more than one row (one picture, all its captions)"].append(where)
+            findings.warn("address_twice", where)
         if caption not in photo.captions:
             photo.captions.append(caption)
     return list(photos.values())
@@ -130,21 +130,20 @@ def _placed(photos, images, args, findings):
         name = photo.name
         if sharing[name.lower()] > 1:
             name = _distinct(photo)
-        picture = place(images, name)
-        if picture is None:
-            findings.faults["rows whose image would be outside the folder"].append(f"{photo.where} ({name})")
-        elif name != photo.name and not args.download and not picture.is_file() and (images / photo.name).is_file():
-            kind = "pictures whose name fits several addresses (--download fetches each by a name of its own)"
-            findings.faults[kind].append(f"{photo.where} ({photo.name})")
+        image = place(images, name)
+        if image is None:
+            findings.error("outside", photo.where, name)
+        elif name != photo.name and not args.download and not image.is_file() and (images / photo.name).is_file():
+            findings.error("ambiguous_address", photo.where, photo.name)
         else:
-            yield Sample(name, picture, tuple(photo.captions), photo.where), photo.url
+            yield Sample(name, image, tuple(photo.captions), photo.where), photo.url
 
 
 def file_name(url):
     """The last part of an address, fit for a file: "http://host/2723/43850_b0f29.jpg?zz=1" -> "43850_b0f29.jpg"."""
     last = re.split(r"[?#]", url)[0].rsplit("/", 1)[-1]
     last = re.sub(r"[^\w.~-]", "_", last, flags=re.ASCII).lstrip(".")
-    ending = Path(last).suffix if Path(last).suffix.lower() in EXTENSIONS else ""
+    ending = Path(last).suffix if is_image_name(last) else ""
     stem = last.removesuffix(ending)
     return f"{stem if 0 < len(stem) <= 150 else _hash(url)}{ending or '.jpg'}"
 
@@ -167,41 +166,40 @@ def _shards(root, args, findings):
         shards += 1
         files = defaultdict(dict)
         for file in (folder / name for name in names):
-            kind = "picture" if file.suffix.lower() in EXTENSIONS else file.suffix
-            if kind in ("picture", ".json", ".txt"):
+            kind = "image" if is_image_name(file) else file.suffix
+            if kind in ("image", ".json", ".txt"):
                 files[file.stem][kind] = file
         for key, parts in files.items():
             where = f"{folder.name}/{key}"
             if caption := _shard_caption(where, parts, findings):
-                yield Sample(f"{folder.name}/{parts['picture'].name}", parts["picture"], (caption,), where)
+                yield Sample(f"{folder.name}/{parts['image'].name}", parts["image"], (caption,), where)
                 count += 1
                 if count == args.limit:
                     return
-    if not shards and not findings.faults:
-        raise DatasetProblem(
+    if not shards and not findings.errors:
+        raise DatasetError(
             f"{root} holds none of what SBU comes as: {URLS} with {CAPTIONS}, {' or '.join(JSON_NAMES)}, or folders "
             "00000, 00001, ... of img2dataset (its .tar files are read by `convert webdataset`)"
         )
 
 
 def _shard_caption(where, parts, findings):
-    """The caption of a picture that was fetched; none, with a fault, where one is lacking."""
+    """The caption of an image that was fetched; none, with an error, where one is lacking."""
     try:
         record = json.loads(parts[".json"].read_text(encoding="utf-8")) if ".json" in parts else {}
         text = parts[".txt"].read_text(encoding="utf-8") if ".txt" in parts else ""
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
     except ValueError as error:
-        findings.faults["captions of img2dataset that cannot be read"].append(f"{where} ({error})")
+        findings.error("bad_fetched_caption", where, error)
         return None
     if (status := record.get("status", "success")) != "success":
-        reason = record.get("error_message") or status
-        findings.faults["pictures that img2dataset could not fetch"].append(f"{where} ({reason})")
+        findings.error("not_fetched_before", where, record.get("error_message") or status)
         return None
-    if "picture" not in parts:
-        findings.faults["captions of img2dataset without a picture"].append(where)
+    if "image" not in parts:
+        findings.error("fetched_caption_alone", where)
         return None
     caption = str(record.get("caption") or text).strip()
     if not caption:
-        findings.faults["pictures of img2dataset without a caption"].append(where)
+        findings.error("fetched_without_caption", where)
     return caption or None

@@ -3,7 +3,7 @@
 PATH/
     Images/n02085620-Chihuahua/n02085620_7.jpg     or images.tar
     Annotation/n02085620-Chihuahua/n02085620_7     or annotation.tar: XML without an ending, needed for --crop_to_dogs
-    train_list.mat, test_list.mat                  or lists.tar; without them a picture's content decides on its split
+    train_list.mat, test_list.mat                  or lists.tar; without them an image's content decides on its split
 """
 
 import io
@@ -13,12 +13,13 @@ from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
 import numpy as np
-from scipy.io import loadmat
 
 from finetuning.cli import flag
-from finetuning.conversion.contract import Sample, existing_folder, members, template_problems, walk
-from finetuning.data.pictures import EXTENSIONS
-from finetuning.data.reading import DatasetProblem
+from finetuning.conversion.templates import template_problems
+from finetuning.data.findings import DatasetError
+from finetuning.data.folders import existing_folder, is_image_name, walk
+from finetuning.data.samples import Sample
+from finetuning.data.tars import members
 
 LISTS = {"train": "train_list.mat", "test": "test_list.mat"}
 TEMPLATE_WORDS = ("name", "a_name")
@@ -33,31 +34,31 @@ class StanfordDogsArgs:
     )
     lower_case_breeds: bool = flag(False, "write every breed in small letters")
     use_lists: bool = flag(True, "split as train_list.mat and test_list.mat say, where they are there")
-    crop_to_dogs: bool = flag(False, "cut each picture to its bounding box, or to the box around all of its dogs")
+    crop_to_dogs: bool = flag(False, "cut each image to its bounding box, or to the box around all of its dogs")
 
     def problems(self):
         yield from template_problems("--dog_captions", self.dog_captions, TEMPLATE_WORDS)
 
 
 def read(path, args, findings):
-    """Each picture with its breed for a caption, by folder and file name."""
+    """Each image with its breed for a caption, by folder and file name."""
     files = _files(existing_folder(path), args, findings)
-    pictures = {name: file for name, file in files.items() if name.suffix.lower() in EXTENSIONS}
-    if not pictures and not findings.faults:
-        raise DatasetProblem(
-            f"{path} has neither folders such as Images/n02085620-Chihuahua with pictures nor images.tar: "
+    images = {name: file for name, file in files.items() if is_image_name(name)}
+    if not images and not findings.errors:
+        raise DatasetError(
+            f"{path} has neither folders such as Images/n02085620-Chihuahua with images nor images.tar: "
             "name the folder that holds them"
         )
-    splits = _splits(path, files, pictures, findings) if args.use_lists else {}
-    for name, picture in sorted(pictures.items()):
+    splits = _splits(path, files, images, findings) if args.use_lists else {}
+    for name, image in sorted(images.items()):
         if splits and name not in splits:
-            findings.faults["pictures in neither list (--no-use_lists splits by content)"].append(str(name))
+            findings.error("in_no_list", name)
             continue
         box = None
         if args.crop_to_dogs and not (box := _box(name, files, findings)):
             continue
         captions = tuple(template.format(**_words(name, args)) for template in args.dog_captions)
-        yield Sample(str(name), picture, captions, str(name), splits.get(name), box)
+        yield Sample(str(name), image, captions, str(name), splits.get(name), box)
 
 
 def _files(root, args, findings):
@@ -74,7 +75,7 @@ def _files(root, args, findings):
             continue
         short = PurePosixPath(*parts[-2:] if in_breed else parts[-1:])
         if short in files:
-            findings.notes["files that are there twice (unpacked ones come before tars)"].append(str(short))
+            findings.warn("there_twice", short)
         files.setdefault(short, file)
     return files
 
@@ -83,32 +84,34 @@ def _content(file):
     return file.read_bytes() if isinstance(file, Path) else file.read()
 
 
-def _splits(path, files, pictures, findings):
-    """{picture: split}; empty where there are no lists."""
+def _splits(path, files, images, findings):
+    """{image: split}; empty where there are no lists."""
     missing = [name for name in LISTS.values() if PurePosixPath(name) not in files]
     if len(missing) == len(LISTS):
         return {}
     if missing:
-        raise DatasetProblem(f"{path} has no {missing[0]}: add it, or split by content with --no-use_lists")
+        raise DatasetError(f"{path} has no {missing[0]}: add it, or split by content with --no-use_lists")
+    from scipy.io import loadmat  # a slow import that other sources do not need
+
     splits = {}
     for split, name in LISTS.items():
         try:
             cells = loadmat(io.BytesIO(_content(files[PurePosixPath(name)])), squeeze_me=True)["file_list"]
             listed = [PurePosixPath(cell) for cell in np.atleast_1d(cells).tolist()]
         except Exception as error:  # on broken files loadmat raises more than MatReadError
-            raise DatasetProblem(f"{path}: {name} is no list of Stanford Dogs ({error})") from error
+            raise DatasetError(f"{path}: {name} is no list of Stanford Dogs ({error})") from error
         for entry in listed:
             if splits.setdefault(entry, split) != split:
-                findings.faults["pictures in both lists"].append(str(entry))
-            if entry not in pictures:
-                findings.faults["listed pictures that are not there"].append(f"{name}: {entry}")
+                findings.error("in_both_lists", entry)
+            if entry not in images:
+                findings.error("listed_not_there", f"{name}: {entry}")
     return splits
 
 
 def _box(name, files, findings):
-    """(left, top, right, bottom) around all dogs of a picture; None, and a fault, where the annotation has none."""
+    """(left, top, right, bottom) around all dogs of an image; None, and an error, where the annotation has none."""
     if name.with_suffix("") not in files:
-        findings.faults["pictures without an annotation (needed for --crop_to_dogs)"].append(str(name))
+        findings.error("no_annotation", name)
         return None
     try:
         tree = ElementTree.fromstring(_content(files[name.with_suffix("")]))
@@ -116,19 +119,19 @@ def _box(name, files, findings):
         boxes = [[int(box.findtext(edge)) for edge in ("xmin", "ymin", "xmax", "ymax")] for box in tree.iter("bndbox")]
         left, top, right, bottom = zip(*boxes, strict=True)
     except (ElementTree.ParseError, TypeError, ValueError) as error:
-        findings.faults["annotations that cannot be read"].append(f"{name.with_suffix('')} ({error})")
+        findings.error("bad_annotation", name.with_suffix(""), error)
         return None
     if len(boxes) > 1:
-        findings.notes["pictures of several dogs (cut to the box around all of them)"].append(str(name))
+        findings.warn("several_dogs", name)
     around = (max(min(left), 0), max(min(top), 0), min(max(right), width), min(max(bottom), height))
     if around[0] >= around[2] or around[1] >= around[3]:
-        findings.faults["boxes with nothing of the picture in them"].append(f"{name} {around}")
+        findings.error("empty_box", name, around)
         return None
     return around
 
 
 def _words(name, args):
-    """What the templates may say of a picture: n02085936-Maltese_dog is "Maltese dog"."""
+    """What the templates may say of an image: n02085936-Maltese_dog is "Maltese dog"."""
     breed = name.parent.name.partition("-")[2].replace("_", " ")
     if args.lower_case_breeds:
         breed = breed.lower()

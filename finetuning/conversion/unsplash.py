@@ -1,6 +1,6 @@
-"""The Unsplash Lite dataset: photos.tsv000 and keywords.tsv000 (or .csv000, ...), pictures by photo_id.
+"""The Unsplash Lite dataset: photos.tsv000 and keywords.tsv000 (or .csv000, ...), images by photo_id.
 
-Also the manifest.json that scrapers of the Unsplash API leave beside their pictures.
+Also the manifest.json that scrapers of the Unsplash API leave beside their images.
 """
 
 import csv
@@ -13,10 +13,10 @@ from sys import intern
 from urllib.parse import parse_qsl, urlencode
 
 from finetuning.cli import flag
-from finetuning.conversion.contract import Sample, existing_folder, walk
 from finetuning.conversion.download import arrived, place
-from finetuning.data.pictures import EXTENSIONS
-from finetuning.data.reading import DatasetProblem, Findings
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.folders import existing_folder, is_image_name, walk
+from finetuning.data.samples import Sample
 
 COLUMNS = {"description": "photo_description", "ai_description": "ai_description"}
 MANIFEST_KEYS = {"description": "description", "ai_description": "alt_description", "query": "query"}
@@ -33,25 +33,23 @@ class UnsplashArgs:
         "search; none leaves an empty text, for caption_images.py to fill",
         choices=("ai_description", "description", "keywords", "query", "none"),
     )  # fmt: skip
-    keyword_confidence: float = flag(50.0, "keywords that an AI gave with less are left out, 0 to 100; a person's stay")
-    keyword_count: int = flag(10, "at most so many keywords for a photo, the surest first")
-    download_side: int = flag(1024, "fetch photos of the tables with this shorter side, in pixels (0: as they are)")
+    keyword_confidence: float = flag(
+        50.0, "keywords that an AI gave with less are left out; a person's stay", min=0, max=100
+    )
+    keyword_count: int = flag(10, "at most so many keywords for a photo, the surest first", min=1)
+    download_side: int = flag(
+        1024, "fetch photos of the tables with this shorter side, in pixels (0: as they are)", min=0
+    )
 
     def problems(self):
         if not self.caption_from:
             yield "--caption_from needs a value"
         if "none" in self.caption_from[:-1]:
             yield "--caption_from: what follows none is never used, so none stands last"
-        if not 0 <= self.keyword_confidence <= 100:
-            yield f"--keyword_confidence {self.keyword_confidence} must be from 0 to 100"
-        if self.keyword_count < 1:
-            yield f"--keyword_count {self.keyword_count} must be at least 1"
-        if self.download_side < 0:
-            yield f"--download_side {self.download_side} must be at least 0"
 
 
 def read(path, args, findings):
-    """Each photo once, in the order of the files, with one caption. Raises DatasetProblem."""
+    """Each photo once, in the order of the files, with one caption. Raises DatasetError."""
     path = Path(path)
     manifest = path if path.suffix == ".json" else path / "manifest.json"
     photos = _manifest(manifest, args, findings) if manifest.is_file() else _tables(path, args, findings)
@@ -61,10 +59,10 @@ def read(path, args, findings):
 def _tables(root, args, findings):
     """(sample, url) of each row of photos.*"""
     if "query" in args.caption_from:
-        raise DatasetProblem("--caption_from query is for a manifest.json: the tables do not say what was searched for")
+        raise DatasetError("--caption_from query is for a manifest.json: the tables do not say what was searched for")
     if not args.images:
-        raise DatasetProblem(
-            "the dataset has addresses, not pictures: name the folder that has them with --images, or that shall have "
+        raise DatasetError(
+            "the dataset has addresses, not images: name the folder that has them with --images, or that shall have "
             "them with --images and --download"
         )
     columns = {"photo_id", *(COLUMNS[kind] for kind in args.caption_from if kind in COLUMNS)}
@@ -74,63 +72,62 @@ def _tables(root, args, findings):
     for where, row in _rows(root, "photos", columns, findings):
         photo = row["photo_id"]
         if not PHOTO_ID.fullmatch(photo):
-            findings.faults["rows without a usable photo_id"].append(where)
+            findings.error("no_photo_id", where)
             continue
         if photo in seen:
-            findings.notes["photos listed again (the first row counts)"].append(f"{where} ({photo})")
+            findings.warn("listed_twice", where, photo)
             continue
         seen.add(photo)
         texts = {kind: row.get(column) for kind, column in COLUMNS.items()} | {"keywords": keywords.get(photo)}
         if captions := _captions(texts, where, photo, args, findings):
-            picture = standing.get(photo) or Path(args.images) / f"{photo}.jpg"
+            image = standing.get(photo) or Path(args.images) / f"{photo}.jpg"
             url = _resized(row, args.download_side) if args.download else None
-            yield Sample(f"{photo}{picture.suffix}", picture, captions, where), url
+            yield Sample(f"{photo}{image.suffix}", image, captions, where), url
 
 
 def _manifest(path, args, findings):
     """(sample, url) of each record of a scraper's [{id, url, file_name, query, alt_description}, ...]."""
     if "keywords" in args.caption_from:
-        raise DatasetProblem(f"{path} has no keywords: --caption_from takes {', '.join(MANIFEST_KEYS)} or none of it")
+        raise DatasetError(f"{path} has no keywords: --caption_from takes {', '.join(MANIFEST_KEYS)} or none of it")
     images, seen, files = Path(args.images) if args.images else path.parent, set(), set()
     for number, record in enumerate(_json_records(path), 1):
         where = f"{path.name} record {number}"
         photo, url = str(record.get("id") or ""), str(record.get("url") or "")
         name = str(record.get("file_name") or f"{photo}.jpg")
-        picture = place(images, name)
-        if not photo or picture is None:
-            findings.faults["records without an id, or with a file_name outside the folder"].append(f"{where} ({name})")
+        image = place(images, name)
+        if not photo or image is None:
+            findings.error("bad_record", where, name)
             continue
         if photo in seen:
-            findings.notes["photos listed again (the first record counts)"].append(f"{where} ({photo})")
+            findings.warn("listed_twice", where, photo)
             continue
-        if picture in files:
-            findings.faults["records whose file_name belongs to an earlier one"].append(f"{where} ({name})")
+        if image in files:
+            findings.error("shared_file_name", where, name)
             continue
         seen.add(photo)
-        files.add(picture)
+        files.add(image)
         texts = {kind: record.get(key) for kind, key in MANIFEST_KEYS.items()}
         if captions := _captions(texts, where, photo, args, findings):
-            yield Sample(str(picture.relative_to(images)), picture, captions, where), url
+            yield Sample(str(image.relative_to(images)), image, captions, where), url
 
 
 def _json_records(path):
     try:
         records = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise DatasetProblem(f"{path} cannot be read as JSON: {error}") from error
+        raise DatasetError(f"{path} cannot be read as JSON: {error}") from error
     if not (isinstance(records, list) and all(isinstance(record, dict) for record in records)):
-        raise DatasetProblem(f"{path} must be a list of records {{id, url, file_name, query, alt_description}}")
+        raise DatasetError(f"{path} must be a list of records {{id, url, file_name, query, alt_description}}")
     return records
 
 
 def _captions(texts, where, photo, args, findings):
-    """The first text that there is, on one line; () and a fault where there is none."""
+    """The first text that there is, on one line; () and an error where there is none."""
     for kind in args.caption_from:
         text = " ".join(str(texts.get(kind) or "").split())
         if text or kind == "none":
             return (text,)
-    kind = f"photos without {' or '.join(args.caption_from)} (add another to --caption_from, the last may be none)"
-    findings.faults[kind].append(f"{where} ({photo})")
+    findings.error("no_text", where, photo, wanted=" or ".join(args.caption_from))
     return ()
 
 
@@ -159,10 +156,10 @@ def _number(text):
 
 
 def _rows(root, table, columns, findings):
-    """Yield (where, {column: text}) of all shards of a table. Raises DatasetProblem."""
+    """Yield (where, {column: text}) of all shards of a table. Raises DatasetError."""
     shards = sorted(file for file in existing_folder(root).iterdir() if re.match(rf"{table}\.[tc]sv", file.name))
     if not shards:
-        raise DatasetProblem(f"{root} has no {table}.tsv or .csv, whatever follows (.tsv000), and no manifest.json")
+        raise DatasetError(f"{root} has no {table}.tsv or .csv, whatever follows (.tsv000), and no manifest.json")
     for shard in shards:
         try:
             with open(shard, encoding="utf-8-sig", newline="") as file:
@@ -170,28 +167,28 @@ def _rows(root, table, columns, findings):
                 file.seek(0)
                 yield from _records(csv.DictReader(file, delimiter=delimiter), shard, columns, findings)
         except UnicodeDecodeError as error:
-            raise DatasetProblem(f"{shard} is not UTF-8 text ({error}): unpack it, or fetch it again") from error
+            raise DatasetError(f"{shard} is not UTF-8 text ({error}): unpack it, or fetch it again") from error
         except csv.Error as error:
-            raise DatasetProblem(f"{shard} cannot be read: {error} (a quote that is never closed?)") from error
+            raise DatasetError(f"{shard} cannot be read: {error} (a quote that is never closed?)") from error
 
 
 def _records(reader, shard, columns, findings):
     if missing := sorted(columns - set(reader.fieldnames or [])):
         there = ", ".join(reader.fieldnames or ["nothing"])
-        raise DatasetProblem(f"{shard} has no column {' or '.join(missing)}, only {there}")
+        raise DatasetError(f"{shard} has no column {' or '.join(missing)}, only {there}")
     for row in reader:
         where = f"{shard.name} line {reader.line_num}"
         if None in row or None in row.values():
-            findings.faults["rows with more or fewer fields than columns"].append(where)
+            findings.error("wrong_fields", where)
         else:
             yield where, row
 
 
 def _standing(images):
-    """{photo_id: picture} of the folder and those in it, however they were fetched."""
+    """{photo_id: image} of the folder and those in it, however they were fetched."""
     standing = {}
     for folder, names in walk(images, True, Findings()):
-        for path in (folder / name for name in names if Path(name).suffix.lower() in EXTENSIONS):
+        for path in (folder / name for name in names if is_image_name(name)):
             website = WEBSITE_NAME.fullmatch(path.stem)
             standing.setdefault(website["id"] if website else path.stem, path)
     return standing

@@ -1,1 +1,1 @@
-"""Imagefolder reading and checking, pictures, captions, transforms and the order of the rows."""
+"""Imagefolder reading and checking, images, captions, transforms and the order of the rows."""

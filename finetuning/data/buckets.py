@@ -1,6 +1,6 @@
-"""Aspect-ratio buckets: pictures of several shapes are trained on, each at the shape nearest to its own.
+"""Aspect-ratio buckets: images of several shapes are trained on, each at the shape nearest to its own.
 
-A bucket is a size (height, width) in pixels. No picture is distorted: it is resized until it covers its bucket, and
+A bucket is a size (height, width) in pixels. No image is distorted: it is resized until it covers its bucket, and
 what stands out is cropped.
 """
 
@@ -17,32 +17,28 @@ class BucketArgs:
     """Aspect-ratio buckets"""
 
     aspect_buckets: bool = flag(
-        False, "train on several shapes of at most --resolution x --resolution pixels, each picture at the nearest to "
+        False, "train on several shapes of at most --resolution x --resolution pixels, each image at the nearest to "
         "its own; every step has one shape",
     )  # fmt: skip
-    bucket_step: int = flag(64, "the buckets' sides are multiples of this, in pixels")
-    min_side: int | None = flag(None, "shortest side of a bucket, in pixels (none: half of --resolution)")
-    max_side: int | None = flag(None, "longest side of a bucket, in pixels (none: twice --resolution)")
-    max_upscale: float = flag(
-        1.5, "enlarge a picture by no more than this; one that is too small goes to a smaller bucket; 1 enlarges none"
+    bucket_step: int = flag(64, "the buckets' sides are multiples of this, in pixels", min=1, requires="aspect_buckets")
+    min_side: int | None = flag(
+        None, "shortest side of a bucket, in pixels (none: half of --resolution)", min=1, requires="aspect_buckets"
     )
+    max_side: int | None = flag(
+        None, "longest side of a bucket, in pixels (none: twice --resolution)", min=1, requires="aspect_buckets"
+    )
+    max_upscale: float = flag(
+        1.5, "enlarge an image by no more than this; one that is too small goes to a smaller bucket; 1 enlarges none",
+        min=1, requires="aspect_buckets",
+    )  # fmt: skip
 
     def problems(self):
-        if self.aspect_buckets and self.check_pictures == "none":
-            yield "--aspect_buckets needs every picture's size: --check_pictures header is the quickest that tells it"
+        if self.aspect_buckets and getattr(self, "check_images", "full") == "none":
+            yield "--aspect_buckets needs every image's size: --check_images header is the quickest that tells it"
         if not self.aspect_buckets:
-            for name in ("bucket_step", "min_side", "max_side", "max_upscale"):
-                if getattr(self, name) != getattr(BucketArgs, name):
-                    yield f"--{name} only goes with --aspect_buckets"
             return
-        if self.random_resized_crop_scale is not None:
-            yield "--aspect_buckets keeps as much of a picture as fits: leave --random_resized_crop_scale out"
-        if self.bucket_step < 1:
-            yield f"--bucket_step {self.bucket_step} must be at least 1"
-        if not 1 <= self.max_upscale < math.inf:
-            yield f"--max_upscale {self.max_upscale} must be a number from 1 on (1: no picture is enlarged)"
-        if self.min_side is not None and self.min_side < 1:
-            yield f"--min_side {self.min_side} must be at least 1"
+        if getattr(self, "random_resized_crop_scale", None) is not None:
+            yield "--aspect_buckets keeps as much of an image as fits: leave --random_resized_crop_scale out"
         sides = set(self.resolution.lower().split("x"))
         if len(sides) > 1:
             yield f"--aspect_buckets finds the shapes by itself: --resolution {self.resolution} must be one side"
@@ -50,7 +46,7 @@ class BucketArgs:
             yield from self._problems_with_the_side(*map(int, sides))
 
     def _problems_with_the_side(self, side):
-        step = max(1, self.bucket_step)
+        step = self.bucket_step
         if side % step:
             near = max(step, round(side / step) * step)
             yield f"--resolution {side} must be a multiple of --bucket_step {step}, e.g. {near}; or lower --bucket_step"
@@ -81,7 +77,7 @@ def _sizes(sides, area, height, width):
 
 
 def bucket_of(args, size):
-    """The bucket of a picture of `size`, both (height, width); None where --max_upscale lets it fill none."""
+    """The bucket of an image of `size`, both (height, width); None where --max_upscale lets it fill none."""
     most = [side * args.max_upscale for side in size]
     bucket = _nearest(bucket_sizes(args), size)
     if bucket[0] <= most[0] and bucket[1] <= most[1]:
@@ -97,9 +93,9 @@ def _nearest(buckets, size):
 
 
 def sort_into_buckets(args, rows, sizes, findings):
-    """(rows, their buckets), of rows whose pictures have `sizes`, all (height, width). Without --aspect_buckets, one.
+    """(rows, their buckets), of rows whose images have `sizes`, all (height, width). Without --aspect_buckets, one.
 
-    Pictures too small for any bucket go into the faults; what is enlarged and cropped, and by how much, into the notes.
+    Images too small for any bucket are errors; what is enlarged and cropped, and by how much, are warnings.
     """
     if not args.aspect_buckets:
         return rows, [args.size] * len(rows)
@@ -108,34 +104,30 @@ def sort_into_buckets(args, rows, sizes, findings):
     for number, (row, size) in enumerate(zip(rows, sizes, strict=True)):
         bucket = fitting(size)
         if bucket is None:
-            kind = "pictures too small for any bucket, height x width (raise --max_upscale or lower --min_side)"
-            findings.faults[kind].append(f"{row.origin} ({_shown(size)})")
+            findings.error("image_too_small", row.origin, _shown(size))
         else:
             kept.append(number)
             placed.append((row, size, bucket))
-    _note(args, placed, findings.notes)
+    _note(args, placed, findings)
     return rows.take(kept), [bucket for _, _, bucket in placed]
 
 
-def _note(args, placed, notes):
-    counts = Counter(bucket for _, _, bucket in placed).most_common()
-    if counts:
-        notes["buckets, height x width: rows"] += [f"{_shown(bucket)}: {count}" for bucket, count in counts]
+def _note(args, placed, findings):
+    for bucket, count in Counter(bucket for _, _, bucket in placed).most_common():
+        findings.warn("buckets", f"{_shown(bucket)}: {count}")
     full = set(bucket_sizes(args))
-    smaller = [f"{row.origin} ({_shown(size)})" for row, size, bucket in placed if bucket not in full]
-    if smaller:
-        notes["pictures too small for a bucket of --resolution (a smaller one is used), height x width"] += smaller
+    for row, size, bucket in placed:
+        if bucket not in full:
+            findings.warn("smaller_bucket", row.origin, _shown(size))
     factors = [(_enlargement(size, bucket), row.origin) for row, size, bucket in placed]
     enlarged = sorted((one for one in factors if one[0] > 1), reverse=True)
-    if enlarged:
-        kind = f"pictures enlarged to cover their bucket, by at most {enlarged[0][0]:.2f}"
-        notes[kind] += [f"{origin} (by {factor:.2f})" for factor, origin in enlarged]
+    for factor, origin in enlarged:
+        findings.warn("enlarged", origin, f"by {factor:.2f}", most=f"{enlarged[0][0]:.2f}")
     shares = [(_cropped(size, bucket), row.origin) for row, size, bucket in placed]
     cropped = sorted((one for one in shares if one[0] > 0), reverse=True)
-    if cropped:
-        mean = sum(share for share, _ in cropped) / len(cropped)
-        kind = f"pictures cropped to their bucket, by {mean:.1%} on average and at most {cropped[0][0]:.1%} of the area"
-        notes[kind] += [f"{origin} ({share:.1%})" for share, origin in cropped]
+    mean = sum(share for share, _ in cropped) / max(1, len(cropped))
+    for share, origin in cropped:
+        findings.warn("cropped", origin, f"{share:.1%}", mean=f"{mean:.1%}", most=f"{cropped[0][0]:.1%}")
 
 
 def _enlargement(size, bucket):
@@ -143,7 +135,7 @@ def _enlargement(size, bucket):
 
 
 def _cropped(size, bucket):
-    """The share of the picture's area that does not fit into the bucket."""
+    """The share of the image's area that does not fit into the bucket."""
     across, along = bucket[0] * size[1], bucket[1] * size[0]
     return 1 - min(across, along) / max(across, along)
 

@@ -1,10 +1,8 @@
-"""Caption text: words of direction in mirrored pictures, tags, prefixes, and which caption a row is trained with.
+"""Caption text: words of direction in mirrored images, tags, prefixes, and which caption a row is trained with.
 
-Which words are sides is decided by a small rule, for English alone. "left" and "right" are, by themselves, joined by a
-hyphen or an underscore (left-hand, upper_right) or with an ending (rightmost, leftwards); not inside other words
-(bright, upright, cleft, leftovers). Phrases that can hardly mean a side are set aside: all right, right now, right
-angle, right side up, left over from, "was left behind", "has left the room". Whatever is in doubt ("the right answer")
-counts as a side: at worst a picture is then not mirrored that might have been.
+"left" and "right" are sides wherever they stand by themselves, joined by a hyphen or an underscore (left-hand,
+upper_right) or with an ending (rightmost, leftwards); not inside other words (bright, upright, cleft, leftovers). "All
+right" counts as a side too: at worst an image is then not mirrored that might have been. English alone.
 """
 
 import re
@@ -12,28 +10,15 @@ from dataclasses import dataclass
 
 from finetuning.cli import flag
 
-_OTHER_MEANINGS = (  # a space stands for any gap between words
-    "all right(?![-_]| (?:of|side|hand))",
-    r"(?<!the\s)right (?:now|away(?! from)|angled?|angles|side up|way up)",  # "the right now" may be the side
-    "left-overs?|left overs|left over(?= from)",
-    # The verb; "was left of the house" and "has left arm raised" are sides.
-    r"(?:was|were|been|being) left(?= (?:behind|over|out|alone|open|unattended|empty|standing|in|on|there|here)\b)",
-    r"(?:has|have|had) left(?= (?:the|a|an|his|her|its|their|this|that)\b)",
-)
-_DIRECTIONS = re.compile(
-    r"(?<![^\W\d_])(?:(?:"
-    + "|".join(_OTHER_MEANINGS).replace(" ", r"[\s_-]+")
-    + r")(?![^\W\d_])|(?P<side>left|right)(?=(?:most|wards?|hand(?:ed)?|side)?(?![^\W\d_])))",
-    re.IGNORECASE,
-)
+_SIDE = re.compile(r"(?<![^\W\d_])(left|right)(?=(?:most|wards?|hand(?:ed)?|side)?(?![^\W\d_]))", re.IGNORECASE)
 
 
 @dataclass
 class MirrorArgs:
-    """Mirrored pictures"""
+    """Mirrored images"""
 
     flip_captions: str = flag(
-        "skip", "where a picture would be mirrored and its caption says left or right: swap the two words, skip the "
+        "skip", "where an image would be mirrored and its caption says left or right: swap the two words, skip the "
         "mirroring, or ignore what it says", choices=("swap", "skip", "ignore"),
     )  # fmt: skip
 
@@ -44,17 +29,13 @@ class CaptionArgs(MirrorArgs):
 
     caption_prefix: str = flag("", 'words put before every caption that is not dropped, as "interior design,"')
     caption_choice: str = flag(
-        "random", "of a picture with several captions, train on a random one each epoch or on the first",
+        "random", "of an image with several captions, train on a random one each epoch or on the first",
         choices=("random", "first"),
     )  # fmt: skip
-    shuffle_tags: bool = flag(False, "put the parts of a caption between commas in a new order each epoch")
-    keep_tokens: int = flag(0, "with --shuffle_tags: how many of the first tags stay in front (kohya's name for it)")
-
-    def problems(self):
-        if self.keep_tokens < 0:
-            yield f"--keep_tokens {self.keep_tokens} must not be negative"
-        if self.keep_tokens > 0 and not self.shuffle_tags:
-            yield f"--keep_tokens {self.keep_tokens} says which tags stay in front of shuffled ones: add --shuffle_tags"
+    shuffle_tags: bool = flag(False, "put the tags of a caption, between commas, in a new order each epoch")
+    keep_tokens: int = flag(
+        0, "how many of the first tags stay in front (kohya's name for it)", min=0, requires="shuffle_tags"
+    )
 
 
 def origin_column(caption_column):
@@ -63,7 +44,7 @@ def origin_column(caption_column):
 
 
 def chosen_caption(captions, flipped, args: CaptionArgs, rng):
-    """The text that a row with these captions is trained with; `flipped`: its picture is mirrored this time.
+    """The text that a row with these captions is trained with; `flipped`: its image is mirrored this time.
 
     Takes from `rng` (random.Random) first the choice, which is drawn under every setting, then the order of the tags.
     """
@@ -77,18 +58,18 @@ def chosen_caption(captions, flipped, args: CaptionArgs, rng):
 
 
 def may_mirror(captions, flip_captions):
-    """Whether a picture with these captions can be mirrored under --flip_captions, whichever of them is chosen."""
+    """Whether an image with these captions can be mirrored under --flip_captions, whichever of them is chosen."""
     return flip_captions != "skip" or not any(map(names_a_side, captions))
 
 
 def names_a_side(text):
     """Whether a text says left or right; when in doubt, yes."""
-    return any(match["side"] for match in _DIRECTIONS.finditer(text))
+    return _SIDE.search(text) is not None
 
 
 def swap_sides(text):
     """left <-> right wherever `names_a_side` sees one, with the case of each word kept."""
-    return _DIRECTIONS.sub(lambda match: _opposite(match[0]) if match["side"] else match[0], text)
+    return _SIDE.sub(lambda match: _opposite(match[0]), text)
 
 
 def _opposite(side):

@@ -1,21 +1,22 @@
-"""What a training run would take of a dataset, and what it would refuse: every fault found before the first step."""
+"""What a training run would take of a dataset, and what it would refuse: every error found before the first step."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
 from finetuning.data.buckets import sort_into_buckets
 from finetuning.data.captions import may_mirror, with_prefix
-from finetuning.data.pictures import UnreadablePicture, frames, open_rgb
-from finetuning.data.reading import DatasetProblem, Findings, read_folder, read_hub
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.folders import STATE_FILES, is_saved_dataset, split_meant
+from finetuning.data.images import UnreadableImage, open_rgb, remarks, size_in_header
+from finetuning.data.reading import read_folder, read_hub
 from finetuning.data.rows import Rows
-from finetuning.draws import python_random
+from finetuning.rng import python_random
 
-TOGETHER = 10_000  # rows whose pictures are looked at, or whose captions are counted, as one lot: memory stays flat
+TOGETHER = 10_000  # rows whose images are looked at, or whose captions are counted, as one lot: memory stays flat
 
 
 @dataclass
@@ -26,52 +27,55 @@ class Checked:
     held_out: Rows | None
     sizes: list  # (height, width) that each row is trained at
     held_out_sizes: list
-    pictures: object  # the Hub dataset's column of pictures; None for a folder, whose rows have paths
-    held_out_pictures: object
+    images: object  # the Hub dataset's column of images; None for a folder, whose rows have paths
+    held_out_images: object
     findings: Findings
 
 
 def read_checked(args, tokenizer, seed, validation_fraction=0.0, cache_dir=None):
-    """Read a dataset (flags: DataArgs, CaptionArgs, BucketArgs) and open every picture, unless --check_pictures none.
+    """Read a dataset (flags: DataArgs, CaptionArgs, BucketArgs) and open every image, unless --check_images none.
 
     The held out rows are the folder's own validation split, else the share `validation_fraction` of the rows. Raises
-    DatasetProblem if nothing is there.
+    DatasetError if nothing is there.
     """
     findings = Findings()
-    rows, held_out, pictures, held_out_pictures = _read(args, findings, cache_dir)
+    rows, held_out, images, held_out_images = _read(args, findings, cache_dir)
     if held_out is None and validation_fraction:
         held_out, rows = _split_off(rows, validation_fraction, seed)
-        held_out_pictures = pictures
+        held_out_images = images
         if held_out and not rows:
-            raise DatasetProblem(f"no row is left to train on: {validation_fraction} of {len(held_out)} are held out")
+            raise DatasetError(f"no row is left to train on: {validation_fraction} of {len(held_out)} are held out")
     if args.max_train_samples is not None:
         if args.max_train_samples > len(rows):
-            kind = "--max_train_samples above the number of rows (all are used)"
-            findings.notes[kind].append(f"{args.max_train_samples} of {len(rows)}")
-        rows = _sample(rows, args.max_train_samples, seed)  # before the pictures are opened: only these are needed
+            findings.warn("max_train_samples", f"{args.max_train_samples} of {len(rows)}")
+        rows = _sample(rows, args.max_train_samples, seed)  # before the images are opened: only these are needed
 
-    rows, sizes = _readable(rows, pictures, args, findings)
+    rows, sizes = _readable(rows, images, args, findings)
     rows, sizes = sort_into_buckets(args, rows, sizes, findings)
     held_out_sizes = []
     if held_out:
-        held_out, held_out_sizes = _readable(held_out, held_out_pictures, args, findings)
-        faults_only = Findings(findings.faults)  # the notes tell of the pictures that are trained on
-        held_out, held_out_sizes = sort_into_buckets(args, held_out, held_out_sizes, faults_only)
+        held_out, held_out_sizes = _readable(held_out, held_out_images, args, findings)
+        errors_only = Findings(findings.errors)  # the warnings are about the images that are trained on
+        held_out, held_out_sizes = sort_into_buckets(args, held_out, held_out_sizes, errors_only)
     _note_cut_captions(rows, tokenizer, args, findings)
     _note_sides(rows, args, findings)
-    return Checked(rows, held_out, sizes, held_out_sizes, pictures, held_out_pictures, findings)
+    return Checked(rows, held_out, sizes, held_out_sizes, images, held_out_images, findings)
 
 
 def _read(args, findings, cache_dir):
-    """(rows, validation rows or None, the Hub dataset's pictures or None, the same for validation)."""
+    """(rows, validation rows or None, the Hub dataset's images or None, the same for validation)."""
     source = args.train_data_dir or args.dataset_name
     if Path(source).is_dir() and not is_saved_dataset(Path(source)):
         columns = (args.image_column, args.caption_column, args.allow_outside_paths, findings)
         return read_folder(source, "train", *columns), read_folder(source, "validation", *columns), None, None
 
     splits = load_splits(source, args.dataset_config_name, cache_dir)
+    named = {}
+    for name in sorted(splits, key=lambda name: name in ("train", "validation")):  # the plain names count most
+        named[split_meant(name) or name] = splits[name]
+    splits = named
     if "train" not in splits:
-        raise DatasetProblem(f"{source} has no split named train, only {', '.join(splits)}")
+        raise DatasetError(f"{source} has no split named train, only {', '.join(splits)}")
     columns = (args.image_column, args.caption_column, findings)
     validation = splits.get("validation")
     return (
@@ -83,112 +87,92 @@ def _read(args, findings, cache_dir):
 
 
 def load_splits(source, config_name=None, cache_dir=None):
-    """{split: dataset} of a Hub name or of a folder that `datasets` wrote. Raises DatasetProblem."""
-    from datasets import DatasetDict, load_dataset, load_from_disk  # a slow import that a picture folder does not need
+    """{split: dataset} of a Hub name or of a folder that `datasets` wrote. Raises DatasetError."""
+    from datasets import DatasetDict, load_dataset, load_from_disk  # a slow import that an image folder does not need
     from datasets.exceptions import DatasetsError
 
     try:
-        if any((Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        if any((Path(source) / name).is_file() for name in STATE_FILES):
             loaded = load_from_disk(source)
             return loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
         return load_dataset(source, config_name, cache_dir=cache_dir)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         message = f"{source} with --dataset_config_name {config_name} cannot be loaded: {error}"
-        raise DatasetProblem(message) from error
+        raise DatasetError(message) from error
 
 
-def is_saved_dataset(folder):
-    """Parquet or Arrow files with the pictures inside them, as `datasets` writes them."""
-    return any(path.suffix in (".parquet", ".arrow") and path.stem != "metadata" for path in folder.rglob("*"))
-
-
-def _readable(rows, pictures, args, findings):
-    """(rows whose picture opens, their sizes); the others go into the findings. Decoding runs on all cores."""
-    if args.check_pictures == "none":
+def _readable(rows, images, args, findings):
+    """(rows whose image opens, their sizes); the others go into the findings. Decoding runs on all cores."""
+    if args.check_images == "none":
         return rows, [args.size] * len(rows)
 
     def look(row):
-        """((height, width) or None, what is to be said of the row or None)."""
+        """((height, width), [codes of warnings]), or (None, why the image cannot be read)."""
         try:
-            if isinstance(row.picture, int):
-                return _size(open_rgb(pictures[row.picture])), None
-            size = _size(open_rgb(row.picture)) if args.check_pictures == "full" else _size_in_header(row.picture)
-            return size, "animated" if frames(row.picture) > 1 else None
-        except (UnreadablePicture, OSError, ValueError, SyntaxError) as error:  # `datasets` decodes for itself
-            return None, f"{row.origin} ({error})"
+            if isinstance(row.image, int):
+                return _size(open_rgb(images[row.image])), []
+            size = _size(open_rgb(row.image)) if args.check_images == "full" else size_in_header(row.image)
+            return size, remarks(row.image)
+        except (UnreadableImage, OSError, ValueError, SyntaxError) as error:  # `datasets` decodes for itself
+            return None, str(error)
 
     kept, sizes, equal = [], [], {}
     with (
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
-        tqdm(total=len(rows), desc="checking pictures", leave=False, delay=2) as bar,
+        tqdm(total=len(rows), desc="checking images", leave=False, delay=2) as bar,
     ):
         for start in range(0, len(rows), TOGETHER):
             some = list(rows[start : start + TOGETHER])
-            for number, (size, remark) in enumerate(pool.map(look, some), start):
+            for number, (size, told) in enumerate(pool.map(look, some), start):
                 bar.update()
+                where = some[number - start].origin
                 if size is None:
-                    findings.faults["pictures that cannot be read"].append(remark)
+                    findings.error("unreadable_image", where, told)
                     continue
-                if remark == "animated":
-                    findings.notes["animated pictures (the first frame is used)"].append(some[number - start].origin)
+                for code in told:
+                    findings.warn(code, where)
                 kept.append(number)
                 sizes.append(equal.setdefault(size, size))
     return rows.take(kept), sizes
 
 
-def _size(picture):
-    return picture.height, picture.width
-
-
-def _size_in_header(path):
-    """(height, width) as `open_rgb` gives them, without decoding. Raises UnreadablePicture.
-
-    EXIF that stands behind the pixels of a PNG is not seen.
-    """
-    try:
-        with Image.open(path) as image:
-            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # a PNG's own would decode it
-            is_turned = orientation >= 5 and image.format != "TIFF"  # PIL has turned the size of a TIFF already
-            return _size(image)[::-1] if is_turned else _size(image)
-    except Exception as error:  # on broken files the decoders also raise IndexError, TypeError, struct.error, ...
-        raise UnreadablePicture(f"{path}: {error}") from error
+def _size(image):
+    return image.height, image.width
 
 
 def _note_cut_captions(rows, tokenizer, args, findings):
     """Captions longer than the text encoder reads; only their first tokens are trained on."""
-    if args.check_pictures == "none":
-        findings.notes["caption lengths are not counted"].append("--check_pictures none")
+    if args.check_images == "none":
+        findings.warn("uncounted_captions", "--check_images none")
         return
-    most, prefix = tokenizer.model_max_length, args.caption_prefix
-    kind = f"captions longer than {most} tokens (the end is not read)"
+    limit, prefix = tokenizer.model_max_length, args.caption_prefix
     marks = len(tokenizer("").input_ids)  # begin and end
     for start in range(0, len(rows), TOGETHER):
         texts = [(row.origin, with_prefix(t, prefix)) for row in rows[start : start + TOGETHER] for t in row.captions]
         # A token is at least a byte: most captions need not be taken apart to know that they fit
-        long = [(origin, text) for origin, text in texts if len(text.encode()) + marks > most]
+        long = [(origin, text) for origin, text in texts if len(text.encode()) + marks > limit]
         lengths = map(len, tokenizer([text for _, text in long], verbose=False).input_ids) if long else ()
         for (origin, _), length in zip(long, lengths, strict=True):
-            if length > most:
-                findings.notes[kind].append(f"{origin}, {length} tokens")
+            if length > limit:
+                findings.warn("cut_caption", origin, f"{length} tokens", limit=limit)
 
 
 def _note_sides(rows, args, findings):
     """Rows that --random_flip passes over."""
     if args.random_flip and args.flip_captions == "skip":
-        kind = "captions that say left or right: these pictures are not mirrored (--flip_captions swap mirrors both)"
-        findings.notes[kind] += [row.origin for row in rows if not may_mirror(row.captions, "skip")]
-        if not findings.notes[kind]:
-            del findings.notes[kind]
+        for row in rows:
+            if not may_mirror(row.captions, "skip"):
+                findings.warn("says_a_side", row.origin)
 
 
 def _split_off(rows, fraction, seed):
-    """(held out rows, the others); all rows of a picture go to the same side."""
-    pictures = rows.pictures()
-    different = list(dict.fromkeys(pictures))
+    """(held out rows, the others); all rows of an image go to the same side."""
+    images = rows.images()
+    different = list(dict.fromkeys(images))
     count = min(len(different), max(1, round(fraction * len(different))))
     chosen = {different[i] for i in _chosen(len(different), count, seed, "validation split")}
-    held_out = [number for number, picture in enumerate(pictures) if picture in chosen]
-    return rows.take(held_out), rows.take([number for number, picture in enumerate(pictures) if picture not in chosen])
+    held_out = [number for number, image in enumerate(images) if image in chosen]
+    return rows.take(held_out), rows.take([number for number, image in enumerate(images) if image not in chosen])
 
 
 def _sample(rows, count, seed):

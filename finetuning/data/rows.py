@@ -1,4 +1,4 @@
-"""The rows of a dataset: which picture, which captions, where they stand. A million of them fit in memory many times.
+"""The rows of a dataset: which image, which captions, where they stand. A million of them fit in memory many times.
 
 As Python objects a million rows take two gigabytes, and every loader process that looks at them copies its share. Here
 they are Arrow columns; a Row is made of them when one is asked for.
@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import pyarrow as pa
-
 TOGETHER = 10_000  # rows that are Python objects at the same time while they are read
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture and its captions. `picture` is a path, or an index into a Hub dataset."""
+    """One image and its captions. `image` is a path, or an index into a Hub dataset."""
 
-    picture: Path | int
+    image: Path | int
     captions: tuple[str, ...]
     origin: str  # where a person finds it: "train/metadata.jsonl line 12"
 
@@ -33,22 +31,28 @@ class Rows(Sequence):
     @classmethod
     def of(cls, rows):
         """From any iterable of Row."""
+        import pyarrow as pa
+
         rows, tables = iter(rows), []
         while some := list(islice(rows, TOGETHER)):
             tables.append(_table(some))
         return cls(pa.concat_tables(tables) if tables else _table([]))
 
-    def by_picture(self):
-        """Sorted by the picture's path; rows of one picture stay in the order they had."""
-        return Rows(self._table.take(pa.compute.sort_indices(self._table, [("picture", "ascending")])))
+    def by_image(self):
+        """Sorted by the image's path; rows of one image stay in the order they had."""
+        import pyarrow.compute as pc
+
+        return Rows(self._table.take(pc.sort_indices(self._table, [("image", "ascending")])))
 
     def take(self, indices):
         """The rows with these numbers, in this order."""
+        import pyarrow as pa
+
         return Rows(self._table.take(pa.array(indices, pa.int64())))
 
-    def pictures(self):
-        """The column of pictures, as paths or numbers that are equal where the picture is the same."""
-        return self._table["picture"].to_pylist()
+    def images(self):
+        """The column of images, as paths or numbers that are equal where the image is the same."""
+        return self._table["image"].to_pylist()
 
     def __len__(self):
         return self._table.num_rows
@@ -70,14 +74,16 @@ class Rows(Sequence):
 
 
 def _table(rows):
-    numbers = bool(rows) and isinstance(rows[0].picture, int)
-    pictures = [row.picture if numbers else os.fsencode(row.picture) for row in rows]  # names need not be UTF-8
+    import pyarrow as pa  # a slow import that `--help` does not need
+
+    numbers = bool(rows) and isinstance(rows[0].image, int)
+    images = [row.image if numbers else os.fsencode(row.image) for row in rows]  # names need not be UTF-8
     return pa.table({
-        "picture": pa.array(pictures, pa.int64() if numbers else pa.large_binary()),
+        "image": pa.array(images, pa.int64() if numbers else pa.large_binary()),
         "captions": pa.array([row.captions for row in rows], pa.list_(pa.large_string())),
         "origin": pa.array([row.origin for row in rows], pa.large_string()),
     })  # fmt: skip
 
 
-def _row(picture, captions, origin):
-    return Row(picture if isinstance(picture, int) else Path(os.fsdecode(picture)), tuple(captions), origin)
+def _row(image, captions, origin):
+    return Row(image if isinstance(image, int) else Path(os.fsdecode(image)), tuple(captions), origin)

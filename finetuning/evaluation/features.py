@@ -1,8 +1,8 @@
-"""Features of sets of pictures, kept by content: a picture is never computed again, and never taken for another.
+"""Features of sets of images, kept by content: an image is never computed again, and never taken for another.
 
 The cache holds a folder for each protocol, side and weights file, and in it a folder for what was computed together:
 
-    <cache>/clean-64-v1-<sha256 of the weights>/<hash of the pictures' hashes>/features.safetensors, manifest.json
+    <cache>/clean-64-v1-<sha256 of the weights>/<hash of the images' hashes>/features.safetensors, manifest.json
 """
 
 from functools import partial
@@ -13,28 +13,28 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from finetuning.evaluation.contract import EvaluationProblem
+from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.networks import exact
-from finetuning.evaluation.pictures import network_input, read_pictures
-from finetuning.training.files import BrokenFolder, check_whole, whole_folder
+from finetuning.evaluation.preprocessing import network_input, read_images
+from finetuning.files import BrokenFolder, atomic_folder, check_manifest
 
 VERSION = 1  # to be raised when the same files would give other features than before
 FILE = "features.safetensors"
 
 
 def features_of(paths, side, network, protocol, weights, cache_dir, batch_size, workers, device):
-    """The network's features of picture files, float64 [n, d]; files of the same content have the same row.
+    """The network's features of image files, float64 [n, d]; files of the same content have the same row.
 
-    paths      each is brought to side x side pixels by pictures.matched
+    paths      each is brought to side x side pixels by images.matched
     network    of networks.inception, on `device`; `weights` are its Weights
-    protocol   one of pictures.PROTOCOLS
+    protocol   one of images.PROTOCOLS
     cache_dir  where features are kept; None: nowhere
     workers    processes that read and resize; 0: this one
 
-    Raises EvaluationProblem naming every picture that cannot be read, or all whose features are not finite.
+    Raises EvaluationError naming every image that cannot be read, or all whose features are not finite.
     """
     if not paths:
-        raise EvaluationProblem("there are no pictures to take features of")
+        raise EvaluationError("there are no images to take features of")
     digests = {path: _digest(path) for path in paths}
     cache = Path(cache_dir) / f"{protocol}-{side}-v{VERSION}-{weights.sha256}" if cache_dir else None
     rows = _kept(cache, set(digests.values())) if cache else {}
@@ -49,7 +49,7 @@ def features_of(paths, side, network, protocol, weights, cache_dir, batch_size, 
 
 
 def _digest(path):
-    """The hash of a file's bytes, or the path itself where they cannot be read: opening it as a picture says why."""
+    """The hash of a file's bytes, or the path itself where they cannot be read: opening it as an image says why."""
     try:
         return xxhash.xxh3_128_digest(Path(path).read_bytes())
     except OSError:
@@ -59,19 +59,17 @@ def _digest(path):
 def _computed(paths, side, network, protocol, batch_size, workers, device):
     """float32 [n, d]."""
     parts = []
-    for inputs in read_pictures(
-        paths, side, batch_size, workers, partial(network_input, protocol=protocol), "features"
-    ):
+    for inputs in read_images(paths, side, batch_size, workers, partial(network_input, protocol=protocol), "features"):
         with exact(device):
             parts.append(network(inputs.to(device)).float().cpu().numpy())
     features = np.concatenate(parts)
     if strange := [str(path) for path, row in zip(paths, features, strict=True) if not np.isfinite(row).all()]:
-        raise EvaluationProblem(f"the features of {len(strange)} picture(s) are not finite: {', '.join(strange)}")
+        raise EvaluationError(f"the features of {len(strange)} image(s) are not finite: {', '.join(strange)}")
     return features
 
 
 def _kept(cache, wanted):
-    """{digest: float32 [d]} of what the cache has of the `wanted` digests. Raises EvaluationProblem."""
+    """{digest: float32 [d]} of what the cache has of the `wanted` digests. Raises EvaluationError."""
     found = {}
     for folder in sorted(cache.glob("[!.]*")):  # hidden ones are being written
         try:
@@ -79,10 +77,10 @@ def _kept(cache, wanted):
                 digests = [digest.tobytes() for digest in stored.get_tensor("digests")]
                 rows = {digest: row for row, digest in enumerate(digests) if digest in wanted}
                 if rows:
-                    check_whole(folder)
+                    check_manifest(folder)
                     features = stored.get_tensor("features")
         except (OSError, SafetensorError, BrokenFolder) as error:
-            raise EvaluationProblem(f"the cache of features has a broken part, delete {folder}: {error}") from error
+            raise EvaluationError(f"the cache of features has a broken part, delete {folder}: {error}") from error
         found |= {digest: features[row] for digest, row in rows.items()}
     return found
 
@@ -90,5 +88,5 @@ def _kept(cache, wanted):
 def _keep(cache, rows):
     """Writes {digest: float32 [d]} as a folder that is whole or not there."""
     digests = np.stack([np.frombuffer(digest, np.uint8) for digest in rows])
-    with whole_folder(cache / xxhash.xxh3_128_hexdigest(digests.tobytes())) as folder:
+    with atomic_folder(cache / xxhash.xxh3_128_hexdigest(digests.tobytes())) as folder:
         save_file({"digests": digests, "features": np.stack(list(rows.values()))}, folder / FILE)

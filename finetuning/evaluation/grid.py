@@ -1,4 +1,4 @@
-"""Pictures in rows and columns with their labels, as one PNG."""
+"""Images in rows and columns with their labels, as one PNG."""
 
 import textwrap
 
@@ -8,9 +8,9 @@ GAP = 6
 
 
 def labelled_grid(rows, row_labels, column_labels, scale_to=None):
-    """One picture of a grid: `rows` is a list of lists of PIL pictures (None leaves a cell empty).
+    """One image of a grid: `rows` is a list of lists of PIL images (None leaves a cell empty).
 
-    Small pictures are enlarged to a side of `scale_to` pixels without smoothing, so that their pixels can be seen.
+    Small images are enlarged to a side of `scale_to` pixels without smoothing, so that their pixels can be seen.
     """
     cell_width, cell_height = next(cell.size for row in rows for cell in row if cell is not None)
     if scale_to and max(cell_width, cell_height) < scale_to:

@@ -16,30 +16,25 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urlparse
 
-import huggingface_hub
-import lpips
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from torchvision.models import AlexNet_Weights
-from transformers import CLIPModel, CLIPProcessor
 
-from finetuning.evaluation.contract import EvaluationProblem
-from finetuning.evaluation.pictures import PROTOCOLS
+from finetuning.evaluation.metrics import EvaluationError
+from finetuning.evaluation.preprocessing import PROTOCOLS
 from finetuning.families.quiet import errors_only
-from finetuning.training.files import sha256
+from finetuning.files import sha256
 
 INCEPTION_SHA256 = "6726825d"  # of the published files: how their digests begin
 ALEXNET_SHA256 = "7be5be79"
 CLIP = "openai/clip-vit-base-patch32"
 CLIP_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # as transformers prefers them
-SMALLEST_LPIPS = 31  # pixels: AlexNet's poolings leave nothing of a smaller picture
-TOGETHER = 16  # pictures or captions that LPIPS and CLIP are given at once
+SMALLEST_LPIPS = 31  # pixels: AlexNet's poolings leave nothing of a smaller image
+TOGETHER = 16  # images or captions that LPIPS and CLIP are given at once
 
 
-class Unavailable(EvaluationProblem):
+class Unavailable(EvaluationError):
     """Weights that are not to be had here; the message names the flag that takes local ones."""
 
 
@@ -60,12 +55,14 @@ def inception(weights, protocol, device):
     """(network, Weights): FID's Inception up to its 2048 features, [n, 3, 299, 299] -> [n, 2048].
 
     weights   a .safetensors or .pth file of torch-fidelity's (and pytorch-fid's) keys; None: torch-fidelity's download
-    protocol  that of pictures.network_input, which makes the input; the layers are the same for all
+    protocol  that of images.network_input, which makes the input; the layers are the same for all
 
-    Raises EvaluationProblem; Unavailable where nothing was named and the download fails.
+    Raises EvaluationError; Unavailable where nothing was named and the download fails.
     """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
     if protocol not in PROTOCOLS:
-        raise EvaluationProblem(f"--protocol {protocol} must be one of {', '.join(PROTOCOLS)}")
+        raise EvaluationError(f"--protocol {protocol} must be one of {', '.join(PROTOCOLS)}")
     path, origin = _located(weights, URL_INCEPTION_V3, INCEPTION_SHA256, "--inception_weights")
     state = _state(path, "--inception_weights")
     # The constructor unpickles what it is given: it gets bytes that were written here, of tensors alone.
@@ -90,8 +87,11 @@ def lpips_network(trunk, device):
     trunk  a .safetensors or .pth file of torchvision's AlexNet; None: torchvision's download. The heads lie in the
            package.
 
-    Raises EvaluationProblem; Unavailable where nothing was named and the download fails.
+    Raises EvaluationError; Unavailable where nothing was named and the download fails.
     """
+    import lpips
+    from torchvision.models import AlexNet_Weights
+
     url = AlexNet_Weights.IMAGENET1K_V1.url
     path, origin = _located(trunk, url, ALEXNET_SHA256, "--lpips_trunk")
     heads = Path(lpips.__file__).parent / "weights/v0.1/alex.pth"
@@ -115,16 +115,16 @@ def lpips_network(trunk, device):
     return _still(network, device), found
 
 
-def lpips_of(network, pictures_a, pictures_b):
-    """LPIPS of each pair of pictures, float64 [n]; PIL RGB pictures or uint8 arrays, all of one size.
+def lpips_of(network, images_a, images_b):
+    """LPIPS of each pair of images, float64 [n]; PIL RGB images or uint8 arrays, all of one size.
 
-    Raises EvaluationProblem where the pictures do not pair or are smaller than AlexNet can see.
+    Raises EvaluationError where the images do not pair or are smaller than AlexNet can see.
     """
-    a, b = (np.stack([np.asarray(picture) for picture in pictures]) for pictures in (pictures_a, pictures_b))
+    a, b = (np.stack([np.asarray(image) for image in images]) for images in (images_a, images_b))
     if a.shape != b.shape:
-        raise EvaluationProblem(f"LPIPS needs pairs of one size, not {_sizes(a)} and {_sizes(b)} pictures")
+        raise EvaluationError(f"LPIPS needs pairs of one size, not {_sizes(a)} and {_sizes(b)} images")
     if min(a.shape[1:3]) < SMALLEST_LPIPS:
-        raise EvaluationProblem(f"LPIPS needs pictures of at least {SMALLEST_LPIPS} pixels: raise --resolutions")
+        raise EvaluationError(f"LPIPS needs images of at least {SMALLEST_LPIPS} pixels: raise --resolutions")
     device = next(network.parameters()).device
     distances = []
     with exact(device):
@@ -149,20 +149,24 @@ def _sizes(pixels):
 def clip(model, device):
     """(ClipScorer, Weights) of a CLIPModel: a folder, or a name on the Hub.
 
-    Raises EvaluationProblem; Unavailable where it is the default, which cannot be had from the Hub.
+    Raises EvaluationError; Unavailable where it is the default, which cannot be had from the Hub.
     """
+    import transformers
+
     folder, published = Path(model), None
     if not folder.is_dir():
         folder, published = _from_hub(model), (True if model == CLIP else None)
     files = _clip_files(folder, model)
     try:
         with errors_only():
-            processor = CLIPProcessor.from_pretrained(folder)
-            network, told = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+            processor = transformers.CLIPProcessor.from_pretrained(folder)
+            network, told = transformers.CLIPModel.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True
+            )
     except Exception as error:  # on broken folders the libraries also raise AttributeError, TypeError, ...
-        raise EvaluationProblem(f"--clip_model {model} cannot be opened as a CLIPModel: {error}") from error
+        raise EvaluationError(f"--clip_model {model} cannot be opened as a CLIPModel: {error}") from error
     if lost := sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]])):
-        raise EvaluationProblem(
+        raise EvaluationError(
             f"--clip_model {model} lacks {len(lost)} weights of a CLIPModel ({', '.join(lost[:3])} ...): it is not "
             "whole, or another kind of model"
         )
@@ -170,7 +174,7 @@ def clip(model, device):
 
 
 class ClipScorer:
-    """Pictures and captions as unit vectors of one space; their products are cosines.
+    """Images and captions as unit vectors of one space; their products are cosines.
 
     truncated  how many captions, each counted once, were longer than the text encoder reads and lost their end
     """
@@ -184,10 +188,10 @@ class ClipScorer:
     def truncated(self):
         return len(self._cut)
 
-    def images(self, pictures):
-        """PIL RGB pictures -> float64 [n, d]."""
+    def images(self, images):
+        """PIL RGB images -> float64 [n, d]."""
         prepare = lambda some: self.processor.image_processor(images=some, return_tensors="pt")
-        return self._vectors(self.network.get_image_features, prepare, pictures)
+        return self._vectors(self.network.get_image_features, prepare, images)
 
     def texts(self, captions):
         """Captions -> float64 [n, d]."""
@@ -212,6 +216,8 @@ class ClipScorer:
 
 def _from_hub(name):
     """The folder of a Hub model's files; the pickle is fetched only where there are no safetensors."""
+    import huggingface_hub
+
     try:
         for weights in ("*.safetensors", "pytorch_model.bin"):
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.txt", weights]))
@@ -220,16 +226,16 @@ def _from_hub(name):
         reason = "it has no weights"
     except (OSError, ValueError) as error:
         reason = textwrap.shorten(str(error), 200)
-    kind = Unavailable if name == CLIP else EvaluationProblem  # what was named must be there
+    kind = Unavailable if name == CLIP else EvaluationError  # what was named must be there
     raise kind(f"--clip_model {name} cannot be had from the Hub, name a folder: {reason}")
 
 
 def _clip_files(folder, model):
-    """The files that hold the weights. Raises EvaluationProblem."""
+    """The files that hold the weights. Raises EvaluationError."""
     for name in CLIP_FILES:
         if (folder / name).is_file():
             return sorted(folder.glob("model-*.safetensors")) if name.endswith(".json") else [folder / name]
-    raise EvaluationProblem(f"--clip_model {model} has no weights: {', '.join(CLIP_FILES)}")
+    raise EvaluationError(f"--clip_model {model} has no weights: {', '.join(CLIP_FILES)}")
 
 
 def _digests(files):
@@ -263,17 +269,19 @@ def _located(given, url, digest, flag):
     """(path, origin) of weights: the named file, or the library's download, which is kept in torch.hub's folder."""
     if given:
         if not Path(given).is_file():
-            raise EvaluationProblem(f"{flag} {given}: there is no such file")
+            raise EvaluationError(f"{flag} {given}: there is no such file")
         return Path(given), str(given)
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
     if not path.is_file():
         _download(url, path, digest, flag)
     if not sha256(path).startswith(digest):
-        raise EvaluationProblem(f"{path} is not the published file (sha256 {digest}...): delete it, or use {flag}")
+        raise EvaluationError(f"{path} is not the published file (sha256 {digest}...): delete it, or use {flag}")
     return path, url
 
 
 def _download(url, path, digest, flag):
+    import huggingface_hub
+
     help = f"name a local file with {flag}, or put it at {path}"
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise Unavailable(f"{url} is not on this machine and HF_HUB_OFFLINE is set: {help}")
@@ -285,7 +293,7 @@ def _download(url, path, digest, flag):
 
 
 def _state(path, flag):
-    """{name: tensor} of a file, on the CPU; nothing else is unpickled. Raises EvaluationProblem."""
+    """{name: tensor} of a file, on the CPU; nothing else is unpickled. Raises EvaluationError."""
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -293,11 +301,11 @@ def _state(path, flag):
             state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # on broken files the libraries raise more than OSError
         reason = textwrap.shorten(str(error), 300)
-        raise EvaluationProblem(f"{flag} {path} cannot be read as a file of tensors alone: {reason}") from error
+        raise EvaluationError(f"{flag} {path} cannot be read as a file of tensors alone: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise EvaluationProblem(f"{flag} {path} is not a state dict, a mapping of names to tensors")
+        raise EvaluationError(f"{flag} {path} is not a state dict, a mapping of names to tensors")
     if broken := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise EvaluationProblem(f"{flag} {path} has weights that are not finite: {', '.join(broken[:3])}")
+        raise EvaluationError(f"{flag} {path} has weights that are not finite: {', '.join(broken[:3])}")
     return state
 
 
@@ -308,4 +316,4 @@ def _strictly(path, flag):
         yield
     except RuntimeError as error:
         lines = [textwrap.shorten(line, 300) for line in str(error).splitlines()[1:6]]
-        raise EvaluationProblem("\n  ".join([f"{flag} {path} does not fit the network:", *lines])) from error
+        raise EvaluationError("\n  ".join([f"{flag} {path} does not fit the network:", *lines])) from error

@@ -2,37 +2,37 @@
 
     kernel_estimate(features, truth).as_dict()          # {"value": ..., "low": ..., "high": ..., "n": 500}
     frechet_difference(tuned, original, truth)          # paired: row i of all three is of the same caption
-    small_sample_warning(features, truth)               # how much of this FID comes from the number of pictures alone
+    frechet_bias(features, truth)                       # how much of this FID comes from the number of images alone
 
-An interval says how far the figure would move with other captions and pictures, as many as these.
+An interval says how far the value would move with other captions and images, as many as these.
 
-It is made by resampling what each picture adds to the figure: its influence, the derivative of the figure by the weight
-of the picture (the infinitesimal jackknife; Jaeckel 1972). The pictures themselves cannot be resampled for FID: a
-repeated picture adds nothing to the rank of the covariance, so the resampled FIDs are too large.
+It is made by resampling what each image adds to the value: its influence, the derivative of the figure by the weight
+of the image (the infinitesimal jackknife; Jaeckel 1972). The images themselves cannot be resampled for FID: a
+repeated image adds nothing to the rank of the covariance, so the resampled FIDs are too large.
 The influence has no such bias, needs one decomposition instead of hundreds, and makes a paired difference a plain
-subtraction. In the simulations of the tests (10 to 200 pictures, 200 intervals each) the intervals held the expected
-FID in 95 to 99 % of cases and the expected KID in 94 to 100 %, the percentiles of resampled pictures in none of 40.
+subtraction. In the simulations of the tests (10 to 200 images, 200 intervals each) the intervals held the expected
+FID in 95 to 99 % of cases and the expected KID in 94 to 100 %, the percentiles of resampled images in none of 40.
 Between equal distributions, as with two seeds of one model, they are up to half as wide again as need be.
 """
 
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy.stats import norm, t
 
-from finetuning.draws import python_random
-from finetuning.evaluation.contract import EvaluationProblem
+from finetuning.cli import first_few
+from finetuning.evaluation.metrics import EvaluationError
+from finetuning.rng import python_random
 
 ROUNDS = 4000  # of each bootstrap
 DRAWN_AT_ONCE = 2**20  # numbers, so that no bootstrap fills the memory
 KERNEL_ROWS = 1024  # of the kernel matrix in memory at once
-ENOUGH = 2048  # pictures: the width of Inception's features, and what pytorch-fid asks for
+ENOUGH = 2048  # images for an FID without a warning: the width of Inception's features; pytorch-fid's limit too
 ROUNDING = 1e-12  # an FID below this share of the sets' variances is rounding
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure of `n` rows or pictures, and the interval [low, high] that holds it in 95 of 100 such samples."""
+    """A value of `n` rows or images, and the interval [low, high] that holds it in 95 of 100 such samples."""
 
     value: float
     low: float
@@ -55,7 +55,7 @@ class Estimate:
 def mean_of(values, *, seed=0):
     """The mean of `values` [rows] as an Estimate. Rows that are all equal give an interval without width.
 
-    Raises EvaluationProblem for NaN, infinity, or fewer than 2 rows.
+    Raises EvaluationError for NaN, infinity, or fewer than 2 rows.
     """
     (values,) = _checked_rows(values=values)
     return _estimate(values.mean(), values, seed=seed)
@@ -76,20 +76,20 @@ def frechet(a, b):
         |mean a - mean b|^2 + tr cov a + tr cov b - 2 tr (cov a cov b)^(1/2)
 
     The last trace is the nuclear norm of A B^T / ((n - 1)(m - 1))^(1/2), where A and B are the centred features: the
-    singular values of [n, m] in place of a root of [d, d]. A set of more than d pictures is first replaced by the
+    singular values of [n, m] in place of a root of [d, d]. A set of more than d images is first replaced by the
     triangular factor [d, d] of its QR decomposition, which leaves the nuclear norm as it is. What rounding leaves of
     equal sets is 0.
 
-    Raises EvaluationProblem for NaN, infinity, sets of fewer than 2 pictures or of different width.
+    Raises EvaluationError for NaN, infinity, sets of fewer than 2 images or of different width.
     """
     return _frechet(*_checked(a=a, b=b))
 
 
 def frechet_influence(a, b):
-    """What each picture adds to frechet(a, b): (value, of a [n], of b [m]), each of mean 0.
+    """What each image adds to frechet(a, b): (value, of a [n], of b [m]), each of mean 0.
 
-    With the singular value decomposition A B^T = U S V^T, the share of picture i of `a` in the nuclear norm is
-    (U S U^T)_ii; the derivative by the weight of the picture holds half of it.
+    With the singular value decomposition A B^T = U S V^T, the share of image i of `a` in the nuclear norm is
+    (U S U^T)_ii; the derivative by the weight of the image holds half of it.
     """
     a, b = _checked(a=a, b=b)
     shift = a.mean(0) - b.mean(0)
@@ -107,7 +107,7 @@ def frechet_influence(a, b):
 
 
 def frechet_estimate(a, truth, *, seed=0):
-    """FID as an Estimate: the interval is for the FID at this number of pictures, with its bias (see frechet_bias).
+    """FID as an Estimate: the interval is for the FID at this number of images, with its bias (see frechet_bias).
 
     Sets of equal length are resampled together: row i of both is of the same caption. Errors: see frechet.
     """
@@ -124,18 +124,18 @@ def frechet_difference(a, b, truth, *, seed=0):
 
 
 def frechet_bias(a, b, *, splits=5, seed=0):
-    """(expected bias of frechet(a, b), the FID of infinitely many pictures), in units of FID.
+    """(expected bias of frechet(a, b), the FID of infinitely many images), in units of FID.
 
     FID falls in a line in 1/n (Chong and Forsyth 2020, arXiv 1911.07023): the line goes through the FID of the whole
-    sets and the mean FID of their halves, in `splits` random splits. With fewer pictures than features the true bias is
-    larger: for equal Gaussians of 2,048 features with variances 1/i the line found 1.36 of 3.84 at 500 pictures, and
+    sets and the mean FID of their halves, in `splits` random splits. With fewer images than features the true bias is
+    larger: for equal Gaussians of 2,048 features with variances 1/i the line found 1.36 of 3.84 at 500 images, and
     1.14 of 1.42 at 2,000.
 
-    Raises EvaluationProblem as frechet does, and for fewer than 4 pictures.
+    Raises EvaluationError as frechet does, and for fewer than 4 images.
     """
     a, b = _checked(a=a, b=b)
     if min(len(a), len(b)) < 4:
-        raise EvaluationProblem("the bias of FID is measured on halves: it takes 4 pictures at least")
+        raise EvaluationError("the bias of FID is measured on halves: it takes 4 images at least")
     whole, of_halves = _frechet(a, b), []
     for split in range(splits):
         draw = _generator(seed, "halves", split)
@@ -144,22 +144,6 @@ def frechet_bias(a, b, *, splits=5, seed=0):
         of_halves += [_frechet(a[one], b[other]) for one, other in zip(halves, others, strict=True)]
     bias = float(np.mean(of_halves) - whole)
     return bias, whole - bias
-
-
-def small_sample_warning(a, truth):
-    """A sentence with both figures of frechet_bias, or None where both sets have 2,048 pictures or more."""
-    pictures = min(len(a), len(truth))
-    if pictures >= ENOUGH:
-        return None
-    advice = "look at KID, and compare FID only between models with as many pictures"
-    if pictures < 4:
-        return f"FID of {pictures} pictures is biased, by how much cannot be measured below 4: {advice}"
-    bias, infinite = frechet_bias(a, truth)
-    at_least = "at least " if pictures <= np.shape(a)[1] else ""
-    return (
-        f"FID of {pictures} pictures is biased: {at_least}about {bias:+.3g} of its {bias + infinite:.3g} comes from "
-        f"their number alone, and with very many it would be near {infinite:.3g} (a line in 1/n): {advice}"
-    )
 
 
 def _frechet(a, b):
@@ -187,14 +171,14 @@ def _degrees(a, b):
 def kernel_distance(a, b):
     """KID of features a [n, d] and b [m, d]: the squared maximum mean discrepancy (Bińkowski et al. 2018).
 
-    The kernel is (x.y / d + 1)^3. The estimate is the unbiased one over the full sets, no picture beside itself: for
+    The kernel is (x.y / d + 1)^3. The estimate is the unbiased one over the full sets, no image beside itself: for
     equal distributions it is 0 on average, so it may be below 0. Errors: see frechet.
     """
     return kernel_influence(a, b)[0]
 
 
 def kernel_influence(a, b):
-    """What each picture adds to kernel_distance(a, b): (value, of a [n], of b [m]), each of mean 0."""
+    """What each image adds to kernel_distance(a, b): (value, of a [n], of b [m]), each of mean 0."""
     a, b = _checked(a=a, b=b)
     among = _kernel_means(a, a, among=True), _kernel_means(b, b, among=True)
     across = _kernel_means(a, b), _kernel_means(b, a)
@@ -233,24 +217,30 @@ def _estimate(value, *sides, seed, least=-np.inf):
     """`value` with the interval of what its rows add to it; each of `sides` [rows] is resampled on its own.
 
     Percentiles of the bootstrap, set as much wider as Student's t asks for few rows (the expanded percentile interval;
-    Hesterberg 2015, arXiv 1411.5279). Not BCa: it divides by zero where all rows are equal, as where every picture is
+    Hesterberg 2015, arXiv 1411.5279). Not BCa: it divides by zero where all rows are equal, as where every image is
     right.
     """
-    moved = sum(_resampled_means(side - side.mean(), seed, number) for number, side in enumerate(sides))
+    from scipy.stats import norm, t
+
+    moved = sum(resampled_means(side - side.mean(), seed, "bootstrap", number) for number, side in enumerate(sides))
     fewest = min(map(len, sides))
     tail = norm.cdf(np.sqrt(fewest / (fewest - 1)) * t.ppf(0.025, fewest - 1))
     low, high = value + np.quantile(moved, (tail, 1 - tail))
     return Estimate(float(value), float(max(low, least)), float(high), len(sides[0]))
 
 
-def _resampled_means(values, seed, number):
-    """Means [ROUNDS] of as many of the values [rows], drawn with replacement."""
-    generator, means = _generator(seed, "bootstrap", number), []
-    at_once = max(1, DRAWN_AT_ONCE // len(values))
-    for done in range(0, ROUNDS, at_once):
-        drawn = generator.integers(len(values), size=(min(at_once, ROUNDS - done), len(values)))
-        means.append(values[drawn].mean(1))
-    return np.concatenate(means)
+def resampled_means(values, seed, purpose, *position, rounds=ROUNDS):
+    """Means [..., rounds] of `values` [..., rows]: each round draws as many rows, with replacement, the same for all.
+
+    The one bootstrap of this project. The draws depend on the seed, the purpose and the position alone.
+    """
+    rows = values.shape[-1]
+    generator, means = _generator(seed, purpose, *position), []
+    at_once = max(1, DRAWN_AT_ONCE // values.size)
+    for done in range(0, rounds, at_once):
+        drawn = generator.integers(rows, size=(min(at_once, rounds - done), rows))
+        means.append(values[..., drawn].mean(-1))
+    return np.concatenate(means, -1)
 
 
 def _generator(seed, purpose, *position):
@@ -265,7 +255,7 @@ def _joined(sides):
 def _difference(influence, a, b, truth, seed):
     a, b, truth = _checked(a=a, b=b, truth=truth)
     if len(a) != len(b):
-        raise EvaluationProblem(f"a has {len(a)} pictures and b {len(b)}: a difference is paired, caption by caption")
+        raise EvaluationError(f"a has {len(a)} images and b {len(b)}: a difference is paired, caption by caption")
     (value_a, own_a, truth_a), (value_b, own_b, truth_b) = influence(a, truth), influence(b, truth)
     return _estimate(value_a - value_b, *_joined([own_a - own_b, truth_a - truth_b]), seed=seed)
 
@@ -274,37 +264,36 @@ def _difference(influence, a, b, truth, seed):
 
 
 def _checked(**sets):
-    """The sets of features as float64 arrays. Raises EvaluationProblem with all that is wrong with them."""
+    """The sets of features as float64 arrays. Raises EvaluationError with all that is wrong with them."""
     sets = {name: np.asarray(one, dtype=np.float64) for name, one in sets.items()}
     problems = [
-        f"{name} must be [pictures, features], not {list(one.shape)}" for name, one in sets.items() if one.ndim != 2
+        f"{name} must be [images, features], not {list(one.shape)}" for name, one in sets.items() if one.ndim != 2
     ]
     if not problems and len({one.shape[1] for one in sets.values()}) > 1:
         widths = ", ".join(f"{name} {one.shape[1]}" for name, one in sets.items())
         problems = [f"the sets must have features of one width, not {widths}: take one network for all"]
-    _raise(problems + [said for name, one in sets.items() for said in _row_problems(name, one, "pictures")])
+    _raise(problems + [problem for name, one in sets.items() for problem in _row_problems(name, one, "images")])
     return sets.values()
 
 
 def _checked_rows(**columns):
-    """The values as float64 arrays [rows] of equal length. Raises EvaluationProblem as _checked does."""
+    """The values as float64 arrays [rows] of equal length. Raises EvaluationError as _checked does."""
     columns = {name: np.asarray(one, dtype=np.float64) for name, one in columns.items()}
     problems = [f"{name} must be [rows], not {list(one.shape)}" for name, one in columns.items() if one.ndim != 1]
     if not problems and len({len(one) for one in columns.values()}) > 1:
         problems = [f"{' and '.join(f'{name} has {len(one)} rows' for name, one in columns.items())}: they must pair"]
-    _raise(problems + [said for name, one in columns.items() for said in _row_problems(name, one, "rows")])
+    _raise(problems + [problem for name, one in columns.items() for problem in _row_problems(name, one, "rows")])
     return columns.values()
 
 
 def _row_problems(name, rows, what):
     if rows.ndim and len(rows) < 2:
-        yield f"{name} has {len(rows)} {what}: a figure with an interval takes 2 at least"
+        yield f"{name} has {len(rows)} {what}: an interval takes 2 at least"
     bad = np.flatnonzero(~np.isfinite(rows.reshape(len(rows), -1)).all(1)) if rows.size and rows.ndim else []
     if len(bad):
-        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-        yield f"{name} has values that are not finite numbers in rows {', '.join(map(str, bad[:10]))}{more}"
+        yield f"{name} has values that are not finite numbers in rows {first_few(bad, 10)}"
 
 
 def _raise(problems):
     if problems:
-        raise EvaluationProblem("\n".join(problems))
+        raise EvaluationError("\n".join(problems))

@@ -5,8 +5,8 @@ The one form is a `Layer` for each adapted linear layer or convolution W. With t
     V = W + s * alpha / rank * up @ down    LoRA (arXiv 2106.09685, section 4.1)
     m * V / ||V||                           DoRA (arXiv 2402.09353, eq. 5), the norm over the inputs of each output
 
-in its place. diffusers and PEFT say lora_A and lora_B for down and up. Layers are named by their part and module, as in
-"unet.mid_block.attentions.0.proj_in".
+in its place. diffusers and PEFT say lora_A and lora_B for down and up. Layers are named by component and module, as in
+"unet.mid_block.attentions.0.proj_in". What files put before a module's name, the model's family declares.
 """
 
 import hashlib
@@ -17,27 +17,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from finetuning.families.contract import ModelProblem
+from finetuning.cli import first_few
+from finetuning.families.folders import RAW, of_checkpoint
+from finetuning.families.model_args import ModelError
+from finetuning.families.table import FAMILIES
+from finetuning.families.tensors import first_not_finite, read_header, read_json
 
-DIFFUSERS_NAME = LORA_WEIGHT_NAME_SAFE  # pytorch_lora_weights.safetensors, which load_lora_weights(folder) looks for
-RAW_NAME = "pytorch_lora_weights.non_ema.safetensors"
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"  # which diffusers' load_lora_weights(folder) looks for
+RAW_NAME = f"pytorch_lora_weights.{RAW}.safetensors"
 KOHYA_NAME = "kohya_lora_weights.safetensors"
 PEFT_NAME = "adapter_model.safetensors"
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's configurations
 
-# What stands before a module's name, in diffusers' files and in kohya's. CLIP's modules are called text_model.* in all
-# files; transformers 5 calls them so no longer.
-DIFFUSERS_PREFIX = {"unet": "unet.", "text_encoder": "text_encoder.text_model."}
-KOHYA_PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
-
-# DoRA's magnitudes, as diffusers' loader looks for them, and as transformers' does.
-MAGNITUDE_KEY = {"unet": ".lora_magnitude_vector", "text_encoder": ".lora_magnitude_vector.weight"}
+DEFAULT_FAMILY = next(iter(FAMILIES.values()))
 
 DOWN, UP, ALPHA, MAGNITUDE, DORA_SCALE = "down", "up", "alpha", "magnitude", "dora_scale"
 ENDINGS = (
@@ -47,6 +40,10 @@ ENDINGS = (
     (r"\.lora_magnitude_vector(?:\.\w+)*", MAGNITUDE),
     (r"\.dora_scale", DORA_SCALE),
 )
+LORA_KEY = re.compile(r"[._]lora(_\w+)?[._]|^lora_(unet|te)")
+
+# Layers of which sd-scripts reads nothing and older versions of diffusers garble the names.
+NOT_FOR_KOHYA = re.compile(r"unet\.(time_embedding|add_embedding|class_embedding)\.")
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Layer:
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
         return (scale * self.alpha / self.rank * product).reshape(self.up.shape[0], *self.down.shape[1:])
 
-    def folded(self, weight, scale=1.0):
+    def fused(self, weight, scale=1.0):
         """The weight that has the layer in it, fp32."""
         moved = weight.float() + self.delta(scale)
         return moved * self.stretch(moved)
@@ -108,19 +105,23 @@ class Lora:
         )
 
 
-def adaptable(parts):
-    """{layer name: module} of all that can carry an adapter; `parts` are the models by the name of their part."""
+def adaptable(components):
+    """{layer name: module} of all that can carry an adapter, of {name: model}."""
     return {
-        f"{part}.{name}": module
-        for part, model in parts.items()
+        f"{component}.{name}": module
+        for component, model in components.items()
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
     }
 
 
-def parts_of(pipeline):
-    """The parts of a diffusers pipeline that LoRAs are made for."""
-    return {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+def adaptable_components(pipeline):
+    """{name: model} of the components of a diffusers pipeline that LoRAs are made for."""
+    return {component.name: getattr(pipeline, component.name) for component in _family_of(pipeline).adaptable}
+
+
+def _family_of(pipeline):
+    return FAMILIES.get(type(pipeline).__name__, DEFAULT_FAMILY)
 
 
 def weights_hash(model):
@@ -135,18 +136,35 @@ def weights_hash(model):
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def read_lora(source, parts, weights="ema", cache_dir=None):
-    """A LoRA from wherever it lies, checked against the models in `parts`. Raises ModelProblem.
+def is_lora_key(key):
+    """Whether a tensor of this name belongs to a LoRA."""
+    return bool(LORA_KEY.search(key))
 
-    source   .safetensors file (diffusers, kohya or PEFT), output folder or checkpoint-N of a run, PEFT folder, or a Hub
-             name: owner/repository, or owner/repository/file.safetensors
-    parts    {"unet": ..., "text_encoder": ...} without adapters of their own
-    weights  "ema" or "raw": which of the two a run has kept; where only one is there, that one
+
+def is_lora_path(path):
+    """Whether a file or folder is, by its names, a LoRA or a run of train_lora.py."""
+    files = (DIFFUSERS_NAME, RAW_NAME, PEFT_NAME, KOHYA_NAME)
+    return path.name in files or (path / "lora").is_dir() or any((path / file).is_file() for file in files)
+
+
+def read_lora(source, components, weights="ema", cache_dir=None, family=DEFAULT_FAMILY):
+    """A LoRA from wherever it lies, checked against the models in `components`. Raises ModelError.
+
+    source      .safetensors file (diffusers, kohya or PEFT), output folder or checkpoint-N of a run, PEFT folder, or a
+                Hub name: owner/repository, or owner/repository/file.safetensors
+    components  {"unet": ..., "text_encoder": ...} of the family, without adapters of their own
+    weights     "ema" or "raw": which of the two a run has kept; where only one is there, that one
     """
     path = find_lora(source, weights, cache_dir)
-    tensors, metadata = _load(path)
-    modules = adaptable(parts)
-    spellings = {spelled: name for name in modules for spelled in _spellings(name)}
+    references, metadata = read_header(path)
+    tensors = {key: reference.read() for key, reference in references.items()}
+    if key := first_not_finite(tensors):
+        raise ModelError(f"{path} holds NaN or infinite values ({key}): the training that made it went wrong")
+    modules = adaptable(components)
+    spellings = {}
+    for name in modules:
+        for spelled in _spellings(name, family):
+            spellings.setdefault(spelled, name)
     found, strange = {}, []
     for key, value in tensors.items():
         stem, kind = _split(key)
@@ -159,22 +177,22 @@ def read_lora(source, parts, weights="ema", cache_dir=None):
         reason = "has no such layer in this model: it was made for another kind of base"
         if foreign:
             reason = "is of LyCORIS's Tucker form" if ".lora_mid." in foreign[0] else "is no LoRA layer"
-        raise ModelProblem(
+        raise ModelError(
             f"{path}: {len(strange)} of its {len(tensors)} tensors do not fit, {(foreign or strange)[0]} {reason} "
-            f"({_origin(metadata)}); LoRA, LoCon and DoRA for Stable Diffusion 1.x and 2.x can be read"
+            f"({_made_for(metadata)}); LoRA, LoCon and DoRA for {family.pipeline} can be read"
         )
-    scales = _scales(path, metadata)
+    alpha_of = _alphas(path, metadata, components)
     layers, wrong = {}, []
     for name, one in found.items():
-        layer = _layer(one, tuple(modules[name].weight.shape), lambda rank, name=name: scales(name, rank))
+        layer = _layer(one, tuple(modules[name].weight.shape), lambda rank, name=name: alpha_of(name, rank))
         if isinstance(layer, str):
             wrong.append(f"{name}: {layer}")
         else:
             layers[name] = layer
     if wrong or not layers:
         listed = "\n  ".join(wrong[:5]) or "it has no layers"
-        raise ModelProblem(
-            f"{path} does not fit this model, {len(wrong)} layers differ ({_origin(metadata)}):\n  {listed}"
+        raise ModelError(
+            f"{path} does not fit this model, {len(wrong)} layers differ ({_made_for(metadata)}):\n  {listed}"
         )
     return Lora(path, layers, metadata)
 
@@ -185,41 +203,27 @@ def find_lora(source, weights="ema", cache_dir=None):
     if path.is_file():
         return path
     if path.is_dir():
-        folders = [path / "lora_ema", path / "lora"] if weights == "ema" else [path / "lora"]
-        names = [DIFFUSERS_NAME, PEFT_NAME] if weights == "ema" else [RAW_NAME, DIFFUSERS_NAME, PEFT_NAME]
-        candidates = [*(folder / DIFFUSERS_NAME for folder in folders), *(path / name for name in names)]
-        for candidate in candidates:
+        finished = (DIFFUSERS_NAME, PEFT_NAME) if weights == "ema" else (RAW_NAME, DIFFUSERS_NAME, PEFT_NAME)
+        for candidate in (of_checkpoint(path, "lora", weights) / DIFFUSERS_NAME, *(path / name for name in finished)):
             if candidate.is_file():
                 return candidate
         single = sorted(path.glob("*.safetensors"))
         if len(single) == 1:
             return single[0]
-        there = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-        raise ModelProblem(f"{path} holds no {DIFFUSERS_NAME}, only {there}: name the LoRA's file")
+        there = first_few(sorted(entry.name for entry in path.iterdir()), 8) or "nothing"
+        raise ModelError(f"{path} holds no {DIFFUSERS_NAME}, only {there}: name the LoRA's file")
+    from huggingface_hub import hf_hub_download
+
     repository, name = str(source), DIFFUSERS_NAME
     if str(source).count("/") > 1 and str(source).endswith(".safetensors"):
         *owner, name = str(source).split("/", 2)
         repository = "/".join(owner)
     try:
         return Path(hf_hub_download(repository, name, cache_dir=cache_dir))
-    except (OSError, ValueError, HFValidationError, HfHubHTTPError) as error:
-        raise ModelProblem(
+    except (OSError, ValueError) as error:  # the Hub's own errors are of these kinds
+        raise ModelError(
             f"{source} is neither a LoRA file or folder, nor one to be had from the Hub: {error}"
         ) from error
-
-
-def _load(path):
-    """(tensors, metadata). Nothing but safetensors is opened: a pickle can run code."""
-    if path.suffix != ".safetensors":
-        raise ModelProblem(
-            f"{path} is not a .safetensors file. A .pt, .bin or .ckpt is a pickle, which can run code when it is "
-            "loaded: have it converted by whoever made it, or look for its .safetensors"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelProblem(f"{path} is broken or cut ({error}): copy or download it again") from error
 
 
 def _split(key):
@@ -230,39 +234,55 @@ def _split(key):
     return key, None
 
 
-def _spellings(name):
+def _spellings(name, family):
     """How files write a layer: diffusers now and of 2023, PEFT, kohya for SD and for SDXL's first text encoder."""
-    part, module = name.split(".", 1)
+    component, module = _in_family(name, family)
     flat = module.replace(".", "_")
-    yield f"{DIFFUSERS_PREFIX[part]}{module}"
-    yield f"{KOHYA_PREFIX[part]}{flat}"
+    yield f"{component.lora_prefix}{module}"
+    yield f"{component.kohya_prefix}{flat}"
     yield f"base_model.model.{module}"
-    if part == "unet":
+    if component.name == family.denoiser:
         processor = re.sub(r"\.(attn\d)\.(to_\w+)(\.0)?$", r".\1.processor.\2", module)
-        yield from (module, f"unet.{processor}", processor)
+        yield from (module, f"{component.lora_prefix}{processor}", processor)
     else:
-        yield from (f"text_encoder.{module}", f"base_model.model.text_model.{module}", f"lora_te1_text_model_{flat}")
         old = re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", module)
-        yield from (f"text_encoder.text_model.{old}", f"text_encoder.{old}")
+        yield from (f"{component.name}.{module}", f"{component.lora_prefix}{old}", f"{component.name}.{old}")
+        yield f"base_model.model.{component.file_prefix}{module}"
+        yield re.sub("^lora_te_", "lora_te1_", f"{component.kohya_prefix}{flat}")
 
 
-def _scales(path, metadata):
+def _in_family(name, family):
+    """(Component, module's name) of a layer's name."""
+    component, module = name.split(".", 1)
+    return family.by_name[component], module
+
+
+def _alphas(path, metadata, components):
     """A function (layer name, rank) -> alpha, for layers without an alpha of their own in the file."""
     configs = {}
-    if raw := metadata.get(LORA_ADAPTER_METADATA_KEY):
-        for key, value in json.loads(raw).items():
-            part, field = key.split(".", 1)
-            configs.setdefault(part, {})[field] = value
     beside = path.with_name("adapter_config.json")
+    try:
+        for key, value in json.loads(metadata.get(METADATA_KEY) or "{}").items():
+            component, setting = key.split(".", 1)
+            configs.setdefault(component, {})[setting] = value
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: its metadata {METADATA_KEY} is damaged ({error}), so its alphas are lost") from error
     if path.name == PEFT_NAME and beside.is_file():
-        config = json.loads(beside.read_text(encoding="utf-8"))
-        configs = {part: config for part in DIFFUSERS_PREFIX}
+        configs = dict.fromkeys(components, read_json(beside))
+    for config in configs.values():
+        patterns = config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict) or not all(
+            isinstance(alpha, int | float) for alpha in (config.get("lora_alpha"), *patterns.values())
+        ):
+            raise ModelError(f"{path}: what its configuration says of alpha is damaged (lora_alpha, alpha_pattern)")
 
     def alpha(name, rank):
-        part, module = name.split(".", 1)
-        config = configs.get(part)
+        component, module = name.split(".", 1)
+        config = configs.get(component)
         if config is None:
             return float(rank)  # what every reader takes a missing alpha for
+        from peft.utils.other import get_pattern_key
+
         patterns = config.get("alpha_pattern") or {}
         value = patterns.get(get_pattern_key(patterns, module), config["lora_alpha"])
         return float(value) * (rank**0.5 if config.get("use_rslora") else 1)
@@ -293,9 +313,9 @@ def _layer(one, weight, alpha_of):
     )
 
 
-def _origin(metadata):
-    told = metadata.get("base_model") or metadata.get("ss_sd_model_name") or metadata.get("ss_base_model_version")
-    return f"it says it was made for {told}" if told else "it does not say what it was made for"
+def _made_for(metadata):
+    name = metadata.get("base_model") or metadata.get("ss_sd_model_name") or metadata.get("ss_base_model_version")
+    return f"it says it was made for {name}" if name else "it does not say what it was made for"
 
 
 # -- putting into a pipeline ---------------------------------------------------------------------------------------
@@ -303,15 +323,22 @@ def _origin(metadata):
 
 def attach(pipeline, lora: Lora, name="lora"):
     """Load the layers into a diffusers pipeline as the adapter `name`, by diffusers' own loader, at scale 1."""
-    state = diffusers_tensors({key: layer.with_alpha(layer.rank) for key, layer in lora.layers.items()})
-    if any(key.startswith("unet.") for key in state):
-        pipeline.load_lora_into_unet(state, None, pipeline.unet, adapter_name=name)
-    if any(key.startswith("text_encoder.") for key in state):
-        pipeline.load_lora_into_text_encoder(state, None, pipeline.text_encoder, adapter_name=name)
+    family = _family_of(pipeline)
+    layers = {key: layer.with_alpha(layer.rank) for key, layer in lora.layers.items()}
+    state = diffusers_tensors(layers, family)
+    for component in family.adaptable:
+        if not any(key.startswith(f"{component.name}.") for key in layers):
+            continue
+        model = getattr(pipeline, component.name)
+        if component.name == family.denoiser:
+            load = getattr(pipeline, f"load_lora_into_{component.name}")
+            load(state, None, model, adapter_name=name)
+        else:
+            pipeline.load_lora_into_text_encoder(state, None, model, prefix=component.name, adapter_name=name)
 
 
 def set_scale(pipeline, scale, name="lora"):
-    """How strongly the adapter acts. At 0 it is switched off, so the pictures are the base's to the last bit."""
+    """How strongly the adapter acts. At 0 it is switched off, so the images are the base's to the last bit."""
     if scale == 0:
         pipeline.disable_lora()
     else:
@@ -327,40 +354,59 @@ def detach(pipeline):
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
-def diffusers_tensors(layers):
+def diffusers_tensors(layers, family=DEFAULT_FAMILY):
     """{key: tensor} as diffusers and PEFT name them. They do not hold alpha: it stands in the file's metadata."""
     tensors = {}
     for name, layer in layers.items():
-        part, module = name.split(".", 1)
-        stem = DIFFUSERS_PREFIX[part] + module
+        component, module = _in_family(name, family)
+        stem = component.lora_prefix + module
         tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = layer.down, layer.up
         if layer.magnitude is not None:
             shape = (-1,) if layer.down.ndim == 2 else (1, -1, 1, 1)
-            tensors[stem + MAGNITUDE_KEY[part]] = layer.magnitude.reshape(shape)
+            tensors[stem + magnitude_ending(component)] = layer.magnitude.reshape(shape)
     return tensors
 
 
-def write_diffusers(path, layers, facts):
+def magnitude_ending(component):
+    """What DoRA's magnitudes are called, as diffusers' loader looks for them, or transformers'."""
+    return ".lora_magnitude_vector.weight" if component.is_text_encoder else ".lora_magnitude_vector"
+
+
+def write_diffusers(path, layers, facts, family=DEFAULT_FAMILY):
     """Write `layers` as they are; their alphas go into the metadata that diffusers reads (from 0.34 on)."""
-    metadata = {**facts, LORA_ADAPTER_METADATA_KEY: json.dumps(_configs(layers), sort_keys=True)}
-    _write(path, diffusers_tensors(layers), metadata)
+    metadata = {**facts, METADATA_KEY: json.dumps(_configs(layers), sort_keys=True)}
+    _write(path, diffusers_tensors(layers, family), metadata)
 
 
-def write_diffusers_for_all(path, layers, facts):
+def write_diffusers_for_all(path, layers, facts, family=DEFAULT_FAMILY):
     """The same with alpha = rank in every layer: what a reader takes for granted that knows nothing of the metadata."""
-    write_diffusers(path, {name: layer.with_alpha(layer.rank) for name, layer in layers.items()}, facts)
+    write_diffusers(path, {name: layer.with_alpha(layer.rank) for name, layer in layers.items()}, facts, family)
 
 
-def write_kohya(path, layers, facts):
+def for_kohya(layers):
+    """(the layers that a kohya file can hold, a notice of those it cannot, or None)."""
+    held = {name: layer for name, layer in layers.items() if not NOT_FOR_KOHYA.match(name)}
+    left_out = [name for name in layers if name not in held]
+    if not left_out:
+        return held, None
+    return held, (
+        f"{KOHYA_NAME} leaves out {len(left_out)} layers ({first_few(left_out, 2)}): sd-scripts does not read them and "
+        f"older versions of diffusers garble them. {DIFFUSERS_NAME} has them"
+    )
+
+
+def write_kohya(path, layers, facts, family=DEFAULT_FAMILY):
     """Write the layout of sd-scripts, which A1111 and ComfyUI load. LoRA only: they apply DoRA by other formulas.
 
     Every layer has the same alpha, the most common one: diffusers' reader of this layout loses alphas that differ.
+    Without the layers that `for_kohya` leaves out.
     """
-    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+    layers, _ = for_kohya(layers)
+    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0] if layers else 0
     tensors = {}
     for name, layer in layers.items():
-        part, module = name.split(".", 1)
-        stem, layer = KOHYA_PREFIX[part] + module.replace(".", "_"), layer.with_alpha(alpha)
+        component, module = _in_family(name, family)
+        stem, layer = component.kohya_prefix + module.replace(".", "_"), layer.with_alpha(alpha)
         tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = layer.down, layer.up
         tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
     _write(path, tensors, facts)
@@ -368,29 +414,31 @@ def write_kohya(path, layers, facts):
 
 def _write(path, tensors, metadata):
     """safetensors with its metadata sorted: the library writes it in any order, and equal files should be equal."""
+    from safetensors.torch import save
+
     content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     start = 8 + int.from_bytes(content[:8], "little")
     # The hash that A1111 shows and looks files up by is the one of the tensors
     metadata = {"format": "pt", **metadata, "sshs_model_hash": hashlib.sha256(content[start:]).hexdigest()}
-    told = {key: str(metadata[key]) for key in sorted(metadata)}
-    header = json.dumps({"__metadata__": told, **json.loads(content[8:start])}, ensure_ascii=False).encode()
+    ordered = {key: str(metadata[key]) for key in sorted(metadata)}
+    header = json.dumps({"__metadata__": ordered, **json.loads(content[8:start])}, ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[start:])
 
 
 def _configs(layers):
-    """What PEFT's LoraConfig needs to build the same layers again, by part."""
+    """What PEFT's LoraConfig needs to build the same layers again, by component."""
     configs = {}
-    for part in sorted({name.split(".", 1)[0] for name in layers}):
-        own = {name.split(".", 1)[1]: layer for name, layer in layers.items() if name.startswith(f"{part}.")}
+    for component in sorted({name.split(".", 1)[0] for name in layers}):
+        own = {name.split(".", 1)[1]: layer for name, layer in layers.items() if name.startswith(f"{component}.")}
         ranks, alphas = ({name: getattr(one, what) for name, one in own.items()} for what in ("rank", "alpha"))
         rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
         configs |= {
-            f"{part}.r": rank,
-            f"{part}.lora_alpha": alpha,
-            f"{part}.rank_pattern": {name: value for name, value in ranks.items() if value != rank},
-            f"{part}.alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
-            f"{part}.target_modules": sorted(own),
-            f"{part}.use_dora": any(layer.magnitude is not None for layer in own.values()),
+            f"{component}.r": rank,
+            f"{component}.lora_alpha": alpha,
+            f"{component}.rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+            f"{component}.alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+            f"{component}.target_modules": sorted(own),
+            f"{component}.use_dora": any(layer.magnitude is not None for layer in own.values()),
         }
     return configs

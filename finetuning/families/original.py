@@ -13,7 +13,7 @@ The names that this project works with ("canonical") are those of diffusers' mod
 import re
 from typing import NamedTuple
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 
 PREFIX = {
     "unet": "model.diffusion_model.",
@@ -79,11 +79,11 @@ class Block(NamedTuple):
 
 
 def original_names(part, keys):
-    """{canonical key: key in the file} of one part. Raises ModelProblem for a key that the layout has no name for."""
+    """{canonical key: key in the file} of one part. Raises ModelError for a key that the layout has no name for."""
     keys = list(keys)
     if part == "text_encoder":
         if _count(r"encoder\.layers\.(\d+)\.", keys) == SD2_LAYERS:
-            raise ModelProblem(
+            raise ModelError(
                 "the text encoder of SD 2.x is not written in the original layout, which has a 24th layer that "
                 "diffusers' folders lack: leave --single_file out"
             )
@@ -92,7 +92,7 @@ def original_names(part, keys):
     names = {key: _renamed(key, modules) for key in keys}
     nameless = [key for key, name in names.items() if name is None]
     if nameless:
-        raise ModelProblem(
+        raise ModelError(
             f"{len(nameless)} tensor(s) of the {part} have no name in the original layout of SD 1.x and 2.x, "
             f"{nameless[0]} first: leave --single_file out"
         )
@@ -125,10 +125,10 @@ def canonical_parts(tensors, weights="ema"):
 
     weights   "ema" takes the UNet's average where the file has one, "raw" the weights that were trained
     strange   keys that belong to no part, and are not among those that such files are known to have besides
-    Raises ModelProblem: SDXL, an average that is not whole, one tensor under two names.
+    Raises ModelError: SDXL, an average that is not whole, one tensor under two names.
     """
     if any(key.startswith(SDXL) for key in tensors):
-        raise ModelProblem("it is a Stable Diffusion XL model; this reads SD 1.x and 2.x")
+        raise ModelError("it is a Stable Diffusion XL model; this reads SD 1.x and 2.x")
     average = {
         key: stored for key, stored in tensors.items() if key.startswith(AVERAGE) and not KNOWN_EXTRAS.fullmatch(key)
     }
@@ -138,7 +138,7 @@ def canonical_parts(tensors, weights="ema"):
             strange.append(key)
         elif name is not None:
             if (part, name) in came_from:
-                raise ModelProblem(f"{came_from[part, name]} and {key} are two names of one tensor: remove one")
+                raise ModelError(f"{came_from[part, name]} and {key} are two names of one tensor: remove one")
             came_from[part, name] = key
             parts.setdefault(part, {})[name] = stored
     if average and weights == "ema" and "unet" in parts:
@@ -147,7 +147,7 @@ def canonical_parts(tensors, weights="ema"):
             parts["unet"][name] = average.pop(AVERAGE + dotless, None)
         lacking = [came_from["unet", name] for name, stored in parts["unet"].items() if stored is None]
         if lacking:
-            raise ModelProblem(
+            raise ModelError(
                 f"its average ({AVERAGE}*) lacks {len(lacking)} tensor(s) of the UNet, {lacking[0]} first: take the "
                 "weights that were trained, --weights raw"
             )

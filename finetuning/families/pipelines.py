@@ -1,16 +1,17 @@
-"""A pipeline to draw with, from whatever a person has: a folder, a Hub name, or a checkpoint of a run."""
+"""A pipeline to generate with, from whatever a person has: see opening.open_source."""
 
-import json
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.folders import STATE
 from finetuning.families.lora_files import DIFFUSERS_NAME, RAW_NAME
+from finetuning.families.model_args import ModelError
+from finetuning.families.opening import open_component, open_source
+from finetuning.families.quiet import errors_only
+from finetuning.families.table import FAMILIES
 
 SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
@@ -21,7 +22,6 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-TRAINABLE = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
 
 
 @dataclass(frozen=True)
@@ -44,64 +44,43 @@ class ModelSource:
 
 
 def open_pipeline(
-    source, *, weights="ema", variant=None, base=None, vae=None, scheduler=None, device="cpu", dtype=torch.float32
+    name, *, weights="ema", variant=None, base=None, vae=None, scheduler=None, device="cpu", dtype=torch.float32
 ):
-    """A diffusers pipeline with its progress bar off. Raises ModelProblem.
+    """A diffusers pipeline with its progress bar off. Raises ModelError.
 
-    source     folder of a pipeline, Hub name, or checkpoint-N folder of a run, whose other parts come from `base`
-               (none: the model that the run started from)
+    name       whatever open_source takes; what it lacks comes from `base`
     weights    "ema" or "raw": which of the two a run has kept; where only one is there, that one
     variant    of the files of a pipeline, e.g. fp16
     vae        folder or Hub name of another autoencoder
     scheduler  a key of SCHEDULERS; none keeps the pipeline's own
     """
-    path = Path(source)
-    if (path / "lora").is_dir() or (path / DIFFUSERS_NAME).is_file():
-        raise ModelProblem(f"{source} holds a LoRA, not a whole model: name its base with --model, and it with --lora")
-    whole, prediction_type = {"variant": variant} if variant else {}, None
-    try:
-        if (path / "training_state.json").is_file():
-            started = json.loads((path / "training_state.json").read_text(encoding="utf-8"))["args"]
-            prediction_type = started["prediction_type"]
-            whole = {} if base else {name: started[name] for name in ("revision", "variant", "cache_dir")}
-            base = base or started["pretrained_model_name_or_path"]
-            parts = _checkpoint_parts(path, weights, dtype)
-        else:
-            parts = _raw_parts(source, dtype) if weights == "raw" else {}
-        if vae:
-            subfolder = "vae" if (Path(vae) / "vae").is_dir() else None
-            parts["vae"] = AutoencoderKL.from_pretrained(vae, subfolder=subfolder, dtype=dtype)
-        pipeline = DiffusionPipeline.from_pretrained(
-            base or source, safety_checker=None, requires_safety_checker=False, dtype=dtype, **whole, **parts
+    import diffusers
+
+    if (Path(name) / STATE).is_file():
+        variant = None  # the flag is about the other models of the command: a checkpoint has no variants
+    wanted = {"scheduler"}.union(*({one.name for one in family.components} | set(family.tokenizers.values())
+                                   for family in FAMILIES.values()))  # fmt: skip
+    source = open_source(name, weights=weights, variant=variant, base=base, only=wanted)
+    family = source.family
+    components = {
+        one.name: open_component(vae, one, family, dtype=dtype)
+        if vae and one.name == "vae"
+        else source.open(one.name, dtype)
+        for one in family.components
+    }
+    if problems := list(family.problems(components)):
+        raise ModelError(f"{name}: " + "; ".join(problems))
+    others = {folder: source.tokenizer(folder) for folder in family.tokenizers.values()}
+    kind = getattr(diffusers, family.pipeline)
+    parameters = inspect.signature(kind.__init__).parameters
+    settings = {key: value for key, value in source.settings().items() if key in parameters}
+    with errors_only():
+        pipeline = kind(
+            **components, **others, scheduler=source.scheduler(), **(settings | dict(family.pipeline_options))
         )
-    except (OSError, ValueError) as error:
-        hint = "; name the model that the run started from with --base" if prediction_type is not None or whole else ""
-        raise ModelProblem(f"{source} cannot be opened as a diffusers pipeline: {error}{hint}") from error
-    if prediction_type:  # of the run, which may have changed it
-        config = {**pipeline.scheduler.config, "prediction_type": prediction_type}
-        pipeline.scheduler = type(pipeline.scheduler).from_config(config)
-    if scheduler:
-        options = {"skip_prk_steps": True} if scheduler == "pndm" else {}  # PLMS, Stable Diffusion's own kind of PNDM
-        pipeline.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipeline.scheduler.config, **options)
+        if scheduler:
+            options = {"skip_prk_steps": True} if scheduler == "pndm" else {}  # PLMS, Stable Diffusion's kind of PNDM
+            own = pipeline.scheduler.config
+            pipeline.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(own, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
-
-
-def _raw_parts(source, dtype):
-    """The parts that are there as the variant non_ema, in a folder or on the Hub."""
-    parts = {}
-    for part, kind in TRAINABLE.items():
-        try:
-            parts[part] = kind.from_pretrained(source, subfolder=part, variant="non_ema", dtype=dtype)
-        except (OSError, ValueError):
-            continue  # this part has one set of weights, which the pipeline loads
-    return parts
-
-
-def _checkpoint_parts(folder, weights, dtype):
-    """The trained parts of a checkpoint; the rest is the base's."""
-    suffix = "_ema" if weights == "ema" and (folder / "unet_ema").is_dir() else ""
-    parts = {"unet": UNet2DConditionModel.from_pretrained(folder / f"unet{suffix}", dtype=dtype)}
-    if (folder / f"text_encoder{suffix}").is_dir():
-        parts["text_encoder"] = CLIPTextModel.from_pretrained(folder / f"text_encoder{suffix}", dtype=dtype)
-    return parts

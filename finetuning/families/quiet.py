@@ -1,23 +1,24 @@
-"""What the libraries say while they load that tells a person nothing."""
+"""What the libraries say while they load that helps nobody."""
 
 from contextlib import contextmanager
-
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
-
-for _library in (diffusers_logging, transformers_logging):
-    _library.disable_progress_bar()  # a bar for every part of a model that is loaded says nothing
 
 
 @contextmanager
 def errors_only():
-    """No warnings of diffusers and transformers within the block: for what is checked here anyway."""
-    libraries = (diffusers_logging, transformers_logging)
-    kept = [library.get_verbosity() for library in libraries]
+    """No warnings and no progress bars of diffusers and transformers within the block: for what is checked here
+    anyway, and for bars of a second."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    libraries = (of_diffusers, of_transformers)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:
         library.set_verbosity_error()
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        for library, level in zip(libraries, kept, strict=True):
+        for library, (level, bars) in zip(libraries, before, strict=True):
             library.set_verbosity(level)
+            if bars:
+                library.enable_progress_bar()

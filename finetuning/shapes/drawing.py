@@ -36,7 +36,7 @@ def outline(shape, x, y, radius):
 
 
 def places(scene: Scene, rng: random.Random):
-    """A centre (x, y) in pixels for each thing, inside the picture, and beside each other as the relation says."""
+    """A centre (x, y) in pixels for each thing, inside the image, and beside each other as the relation says."""
     radii = [RADII[thing.size] for thing in scene.things]
     low, high = [r + 1 for r in radii], [SIDE - 1 - r for r in radii]
     if len(radii) == 1:
@@ -56,7 +56,7 @@ def places(scene: Scene, rng: random.Random):
 
 
 def draw(scene: Scene, seed: int, style="filled"):
-    """An RGB picture of SIDE x SIDE pixels; the seed decides the places and the strokes of the chalk."""
+    """An RGB image of SIDE x SIDE pixels; the seed decides the places and the strokes of the chalk."""
     rng = random.Random(seed)
     canvas = Image.new("RGB", (SIDE * SUPERSAMPLE,) * 2, BACKGROUNDS[scene.background])
     pen = ImageDraw.Draw(canvas)

@@ -1,6 +1,6 @@
 """Scenes of one or two coloured shapes, their captions, and the combinations that are never trained on.
 
-A caption names everything that a picture shows, and every picture can be drawn from its caption alone plus a
+A caption names everything that an image shows, and every image can be drawn from its caption alone plus a
 seed for the position: "a small red circle above a large blue square on a white background".
 """
 
@@ -20,7 +20,7 @@ COLORS = {
     "purple": (140, 45, 170),
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (15, 15, 15), "gray": (128, 128, 128), "pink": (255, 195, 210)}
-RADII = {"small": 10, "large": 15}  # in pixels of a 64 px picture
+RADII = {"small": 10, "large": 15}  # in pixels of a 64 px image
 RELATIONS = ("above", "below", "to the left of", "to the right of")
 SIDE = 64
 

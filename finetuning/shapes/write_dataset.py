@@ -17,7 +17,7 @@ from finetuning.shapes.scenes import SHAPES, draw_scene
 
 
 def write(folder: Path, count, style, shapes, pair_share, held_out, seed):
-    """Write `count` pictures and their metadata.jsonl into `folder`."""
+    """Write `count` images and their metadata.jsonl into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"{seed} {folder.name}")
     lines = []
@@ -33,8 +33,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--style", choices=STYLES, default="filled")
-    parser.add_argument("--train", type=int, required=True, help="pictures in train/")
-    parser.add_argument("--validation", type=int, default=0, help="pictures in validation/ (default %(default)s)")
+    parser.add_argument("--train", type=int, required=True, help="images in train/")
+    parser.add_argument("--validation", type=int, default=0, help="images in validation/ (default %(default)s)")
     parser.add_argument("--leave_out", nargs="*", choices=SHAPES, default=[], help="shapes that never appear")
     parser.add_argument("--pair_share", type=float, default=0.5, help="share with two things (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

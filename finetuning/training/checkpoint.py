@@ -19,51 +19,12 @@ from pathlib import Path
 
 import torch
 
-from finetuning.cli import as_dict, flag, write_json
-from finetuning.training.files import BrokenFolder, check_whole, remove_leftovers, whole_folder
+from finetuning.cli import UserError, as_dict, flag, flags_without_effect
+from finetuning.files import BrokenFolder, atomic_folder, check_manifest, remove_leftovers, write_json
 from finetuning.training.optim import load_optimizer
 
-# Flags that cannot change what a run computes: where it writes, how often it looks, how it is watched.
-WITHOUT_EFFECT = frozenset(
-    {
-        "cache_dir",
-        "check_pictures",
-        "checkpointing_epochs",
-        "checkpointing_minutes",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "clip_model",
-        "dataloader_num_workers",
-        "evaluate_every",
-        "evaluate_with",
-        "foreach_ema",
-        "general_prompts",
-        "hub_model_id",
-        "hub_token",
-        "local_rank",
-        "logging_dir",
-        "num_validation_images",
-        "offload_ema",
-        "on_bad_rows",
-        "output_dir",
-        "push_to_hub",
-        "report_to",
-        "resume_from_checkpoint",
-        "retain_dataset",
-        "retain_rows",
-        "retain_split",
-        "save_kohya",
-        "stop_when_kept_below",
-        "tracker_project_name",
-        "validation_epochs",
-        "validation_guidance_scale",
-        "validation_inference_steps",
-        "validation_loss_rows",
-        "validation_prompt",
-        "validation_prompts",
-        "validation_steps",
-    }
-)
+# 2: crops are drawn apart from the image, and the dropout of adapters once for each step (1: per image and row)
+DRAWS = 2
 
 
 @dataclass
@@ -71,29 +32,39 @@ class CheckpointArgs:
     """Checkpoints and resuming"""
 
     checkpointing_steps: int = flag(
-        500, "write a checkpoint every N optimizer steps; 0: only by the other two, and at the end"
-    )
-    checkpointing_epochs: int = flag(0, "write a checkpoint every N epochs")
+        500, "write a checkpoint every N optimizer steps; 0: only by the other two, and at the end", min=0,
+        affects_result=False,
+    )  # fmt: skip
+    checkpointing_epochs: int = flag(0, "write a checkpoint every N epochs", min=0, affects_result=False)
     checkpointing_minutes: float = flag(
-        0.0, "write a checkpoint every N minutes (miniGLIDE's checkpoint-time, in minutes)"
+        0.0, "write a checkpoint every N minutes (miniGLIDE's checkpoint-time, in minutes)", min=0, affects_result=False
     )
     checkpoints_total_limit: int | None = flag(
-        None, "keep the newest N checkpoints; older ones go after the new one stands"
+        None, "keep the newest N checkpoints; older ones are deleted after the new one is complete", min=1,
+        affects_result=False,
+    )  # fmt: skip
+    resume_from_checkpoint: str | None = flag(
+        None, '"latest" (the newest complete checkpoint of --output_dir), or a checkpoint folder', affects_result=False
     )
-    resume_from_checkpoint: str | None = flag(None, '"latest" whole checkpoint of --output_dir, or a checkpoint folder')
-
-    def problems(self):
-        for name in ("checkpointing_steps", "checkpointing_epochs", "checkpointing_minutes"):
-            if getattr(self, name) < 0:
-                yield f"--{name} {getattr(self, name)} must not be negative"
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            yield f"--checkpoints_total_limit {self.checkpoints_total_limit} must be at least 1"
 
 
 def checkpoints_in(folder):
     """[(step, path)] of every checkpoint-N, oldest first. Other names (checkpoint-best) are not ours to touch."""
     found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*")]
     return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+
+
+def harmless_flags():
+    """The names of all training flags that cannot change what a run computes, for a run whose script is not known."""
+    from finetuning.data.training_set import DataArgs
+    from finetuning.families.model_args import ModelArgs
+    from finetuning.training.ema import EMAArgs
+    from finetuning.training.evaluator import RetentionArgs, ValidationArgs
+    from finetuning.training.lora_layout import LoraArgs
+    from finetuning.training.run import RunArgs
+
+    groups = (RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, LoraArgs, DataArgs, ModelArgs)
+    return frozenset().union(*map(flags_without_effect, groups))
 
 
 def seed_of_resumed_run(args):
@@ -110,20 +81,21 @@ def seed_of_resumed_run(args):
     return None
 
 
-class CheckpointProblem(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that was asked for cannot be used; the message says why and what to do."""
 
 
-class NonFinite(ArithmeticError):
+class NonFinite(UserError):
     """A loss, a gradient or a weight is not a number; nothing of it has reached a checkpoint."""
 
 
 class Checkpointer:
     """Writes and reads the state of one run. `due` is asked after each step, `save` writes, `resume` goes back."""
 
-    def __init__(self, args: CheckpointArgs, family, ema, optimizer, run, order, dataset_id):
-        self.args, self.family, self.ema, self.optimizer = args, family, ema, optimizer
-        self.order, self.dataset_id, self.run, self.say = order, dataset_id, run, run.say
+    def __init__(self, args: CheckpointArgs, model, ema, optimizer, run, data):
+        self.args, self.model, self.ema, self.optimizer = args, model, ema, optimizer
+        self.run, self.say = run, run.say
+        self.steps_per_epoch, self.dataset_id = data.batch_sampler.steps_per_epoch or 0, data.training.fingerprint()
         self.folder = Path(args.output_dir)
         self.written_at = time.monotonic()
         self.last_saved = None
@@ -136,7 +108,7 @@ class Checkpointer:
         """Whether a checkpoint belongs after `step` optimizer steps."""
         args = self.args
         by_steps = args.checkpointing_steps and step % args.checkpointing_steps == 0
-        epoch_length = self.order.steps_per_epoch * args.checkpointing_epochs
+        epoch_length = self.steps_per_epoch * args.checkpointing_epochs
         return bool(by_steps or (epoch_length and step % epoch_length == 0) or self.time_is_up())
 
     def time_is_up(self):
@@ -150,11 +122,11 @@ class Checkpointer:
         The main process writes; the others wait, because one that ends first would have the launcher end them all.
         """
         self.written_at = time.monotonic()
-        broken = [name for name, value in self.family.trained_parameters().items() if not value.isfinite().all()]
+        broken = [name for name, value in self.model.trained_parameters().items() if not value.isfinite().all()]
         if broken:
             raise NonFinite(
                 f"after step {step} {len(broken)} weights are not finite, {broken[0]} first: no checkpoint is written. "
-                "Lower --learning_rate and go on from the last one with --resume_from_checkpoint latest"
+                f"Lower --learning_rate. {self.advice()}"
             )
         if self.run.is_main and self.last_saved != step:
             self._write(step)
@@ -162,12 +134,19 @@ class Checkpointer:
         self.last_saved = step
         self.run.wait_for_everyone()
 
+    def advice(self):
+        """How to go on after a failure."""
+        newest = checkpoints_in(self.folder)[-1:]
+        if not newest:
+            return "There is no checkpoint yet: start again in a new --output_dir, or delete this one"
+        return f"{newest[0][1]} is complete: --resume_from_checkpoint latest goes on from it"
+
     def _write(self, step):
         scaler = self.run.scaler
-        with whole_folder(self.folder / f"checkpoint-{step}") as folder:
-            self.family.save_trained(folder)
+        with atomic_folder(self.folder / f"checkpoint-{step}") as folder:
+            self.model.save_trained(folder)
             if self.ema.shadow is not None:
-                self.family.save_trained(folder, "_ema", self.ema.shadow)
+                self.model.save_trained(folder, "_ema", self.ema.shadow)
             state = {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
             torch.save(state, folder / "optimizer.pt")
             write_json(folder / "training_state.json", self._state(step))
@@ -175,7 +154,7 @@ class Checkpointer:
     def resume(self, total_steps):
         """Load what --resume_from_checkpoint asks for; the number of optimizer steps that are done.
 
-        Raises CheckpointProblem where it cannot be used, or where the run is already longer than it should become.
+        Raises CheckpointError where it cannot be used, or where the run is already longer than it should become.
         """
         wanted = self.args.resume_from_checkpoint
         if wanted is None:
@@ -187,12 +166,12 @@ class Checkpointer:
             return 0
         state = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
         if state["step"] > total_steps:
-            raise CheckpointProblem(
+            raise CheckpointError(
                 f"{folder} has {state['step']} steps done and this run would end at {total_steps}: raise "
                 "--max_train_steps, or name an older checkpoint"
             )
         self._name_changes(state, folder)
-        ema_shadow = self.family.load_trained(folder, ema=self.ema.shadow is not None)
+        ema_shadow = self.model.load_trained(folder, ema=self.ema.shadow is not None)
         if ema_shadow is not None:
             self.ema.load(ema_shadow, state["ema_updates"])
         saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
@@ -210,6 +189,7 @@ class Checkpointer:
             "ema_updates": self.ema.updates,
             "dataset": self.dataset_id,
             "versions": {"torch": torch.__version__},
+            "draws": DRAWS,
             "precision": self.run.accelerator.mixed_precision,
             "processes": self.run.accelerator.num_processes,
             "args": as_dict(self.args) | {"hub_token": None},
@@ -237,7 +217,7 @@ class Checkpointer:
     def _latest(self):
         for _, path in reversed(self._all()):
             try:
-                check_whole(path)
+                check_manifest(path)
                 return path
             except BrokenFolder as problem:
                 self.say(f"{problem}; looking for an older one")
@@ -248,19 +228,19 @@ class Checkpointer:
         folder = next((path for path in candidates if path.is_dir()), None)
         if folder is None:
             there = ", ".join(path.name for _, path in self._all()) or "none"
-            raise CheckpointProblem(
+            raise CheckpointError(
                 f"--resume_from_checkpoint {wanted}: there is no such folder; {self.folder} has {there}"
             )
         try:
-            check_whole(folder)
+            check_manifest(folder)
         except BrokenFolder as problem:
-            raise CheckpointProblem(f"--resume_from_checkpoint: {problem}; name another, or take latest") from problem
+            raise CheckpointError(f"--resume_from_checkpoint: {problem}; name another, or take latest") from problem
         return folder
 
     def _refuse_older_checkpoints(self):
         found = self._all()
         if found:
-            raise CheckpointProblem(
+            raise CheckpointError(
                 f"--output_dir {self.folder} holds checkpoints of an earlier run (newest: {found[-1][1].name}): go on "
                 "with --resume_from_checkpoint latest, or name another --output_dir"
             )
@@ -269,16 +249,16 @@ class Checkpointer:
         before, now = state["args"], as_dict(self.args)
         for name in ("optimizer", "use_8bit_adam"):
             if before.get(name) != now.get(name):
-                raise CheckpointProblem(
+                raise CheckpointError(
                     f"{folder} holds the state of another optimizer (--{name} {before.get(name)}): ask for the same, "
                     "or start a new run"
                 )
         if before.get("use_ema") != now.get("use_ema") and now.get("use_ema"):
-            raise CheckpointProblem(
+            raise CheckpointError(
                 f"{folder} was trained without --use_ema, so there is no average to go on with: leave --use_ema out, "
                 "or start a new run from the checkpoint's weights"
             )
-        harmless = set(WITHOUT_EFFECT)
+        harmless = flags_without_effect(type(self.args))
         if now["lr_scheduler"].startswith("constant"):  # the other schedules depend on how long the run will be
             harmless |= {"max_train_steps", "num_train_epochs"}
         changed = [
@@ -288,6 +268,8 @@ class Checkpointer:
         ]
         present = self._state(state["step"])
         changed += [f"{n} {state[n]} -> {present[n]}" for n in ("precision", "processes") if state[n] != present[n]]
+        if state.get("draws", 1) != DRAWS and (not now["center_crop"] or now.get("lora_dropout")):
+            changed.append("how random crops and dropout are drawn, in a newer version of this project")
         if state["dataset"] != self.dataset_id:
             changed.append("the dataset's rows, captions or buckets")
         if state["versions"]["torch"] != torch.__version__:

@@ -22,23 +22,22 @@ class EMAArgs:
     """Averaged weights (EMA)"""
 
     use_ema: bool = flag(False, "keep an exponential moving average of the trained weights, and export it")
-    ema_decay: float = flag(0.9999, "share of the average that remains at each step")
+    ema_decay: float = flag(
+        0.9999, "share of the average that remains at each step", min=0, below=1, requires="use_ema"
+    )
     ema_start: str | None = flag(
         None, "warm: constant decay, decay^N of the loaded EMA weights remains; ramp: decay (1+n)/(10+n), the start is "
         "forgotten at step 1 (diffusers). none: warm where non-EMA weights were loaded apart, else ramp",
-        choices=("warm", "ramp"),
+        choices=("warm", "ramp"), requires="use_ema",
     )  # fmt: skip
     offload_ema: bool = flag(
-        False, "keep the average in the CPU's memory: slower, saves one copy of the model on the GPU"
-    )
-    foreach_ema: bool = flag(False, "accepted; the average always uses torch's multi-tensor operations")
-
-    def problems(self):
-        if not 0 <= self.ema_decay < 1:
-            yield f"--ema_decay {self.ema_decay} must be at least 0 and below 1"
-        for name in ("ema_start", "offload_ema", "foreach_ema"):
-            if getattr(self, name) and not self.use_ema:
-                yield f"--{name} does nothing without --use_ema"
+        False, "keep the average in the CPU's memory: slower, saves one copy of the model on the GPU",
+        requires="use_ema", affects_result=False,
+    )  # fmt: skip
+    foreach_ema: bool = flag(
+        False, "accepted; the average always uses torch's multi-tensor operations", requires="use_ema",
+        affects_result=False,
+    )  # fmt: skip
 
 
 class AveragedWeights:

@@ -3,11 +3,14 @@
 import re
 from dataclasses import dataclass
 
+import diffusers
 import torch
-from diffusers.optimization import SchedulerType, get_scheduler
 
 from finetuning.cli import flag
 
+SCHEDULES = (  # diffusers' SchedulerType
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant",
+)  # fmt: skip
 FROM_FLAGS = ("lr", "betas", "weight_decay", "eps")
 
 
@@ -15,21 +18,23 @@ FROM_FLAGS = ("lr", "betas", "weight_decay", "eps")
 class OptimArgs:
     """Optimizer and schedule"""
 
-    learning_rate: float = flag(1e-4, "learning rate of the denoiser")
-    text_encoder_lr: float | None = flag(None, "learning rate of the text encoder (none: as the denoiser)")
+    learning_rate: float = flag(1e-4, "learning rate of the denoiser", min=0)
+    text_encoder_lr: float | None = flag(
+        None, "learning rate of the text encoder (none: as the denoiser)", min=0, requires="train_text_encoder"
+    )
     scale_lr: bool = flag(False, "multiply the learning rates by batch size x accumulation x processes")
-    lr_scheduler: str = flag("constant", "learning-rate schedule", choices=[kind.value for kind in SchedulerType])
-    lr_warmup_steps: int = flag(500, "optimizer steps of linear warm-up, for the schedules that have one")
-    lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts")
-    lr_power: float = flag(1.0, "power of the polynomial schedule")
+    lr_scheduler: str = flag("constant", "learning-rate schedule", choices=SCHEDULES)
+    lr_warmup_steps: int = flag(500, "optimizer steps of linear warm-up, for the schedules that have one", min=0)
+    lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts", requires="lr_scheduler=cosine_with_restarts")
+    lr_power: float = flag(1.0, "power of the polynomial schedule", requires="lr_scheduler=polynomial")
     lr_step_rules: str | None = flag(None, "rules of piecewise_constant, e.g. 1:10,0.1:20,0.01")
     optimizer: str = flag("adamw", "optimizer", choices=("adamw", "adamw8bit", "adafactor", "prodigy"))
     use_8bit_adam: bool = flag(False, "AdamW with 8-bit states from bitsandbytes; the same as --optimizer adamw8bit")
-    adam_beta1: float = flag(0.9, "decay of the first moment (GLIDE's momentum)")
-    adam_beta2: float = flag(0.999, "decay of the second moment")
-    adam_weight_decay: float = flag(1e-2, "decoupled weight decay")
-    adam_epsilon: float = flag(1e-8, "epsilon of Adam")
-    max_grad_norm: float = flag(1.0, "clip the norm of the whole gradient at this; 0 only measures it")
+    adam_beta1: float = flag(0.9, "decay of the first moment (GLIDE's momentum)", min=0, below=1)
+    adam_beta2: float = flag(0.999, "decay of the second moment", min=0, below=1)
+    adam_weight_decay: float = flag(1e-2, "decoupled weight decay", min=0)
+    adam_epsilon: float = flag(1e-8, "epsilon of Adam", min=0)
+    max_grad_norm: float = flag(1.0, "clip the norm of the whole gradient at this; 0 only measures it", min=0)
 
     def problems(self):
         if self.optimizer == "prodigy" and self.learning_rate < 0.1:
@@ -38,20 +43,15 @@ class OptimArgs:
             yield f"--use_8bit_adam and --optimizer {self.optimizer} name two optimizers: give one"
         if self.optimizer == "prodigy" and self.text_encoder_lr not in (None, self.learning_rate):
             yield "--text_encoder_lr: --optimizer prodigy finds one learning rate for all: leave the flag out"
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"--{name} {getattr(self, name)} must be at least 0 and below 1"
-        for name in ("learning_rate", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "max_grad_norm"):
-            if not getattr(self, name) >= 0:
-                yield f"--{name} {getattr(self, name)} must not be negative"
         if (self.lr_scheduler == "piecewise_constant") != (self.lr_step_rules is not None):
             yield "--lr_scheduler piecewise_constant and --lr_step_rules go together"
         elif self.lr_step_rules and not re.fullmatch(r"(\d+:[\d.e+-]+,)*[\d.e+-]+", self.lr_step_rules):
             yield f"--lr_step_rules {self.lr_step_rules} must look like 1:10,0.1:20,0.01"
 
 
-def build_optimizer(args: OptimArgs, groups):
-    """The optimizer over `groups`, [{"params": [...], "lr": ...}]; nothing is prepared for a device here."""
+def build_optimizer(args: OptimArgs, model, total_batch_size):
+    """The optimizer of a model's trained parameters; `total_batch_size` rows make one optimizer step."""
+    groups = model.parameter_groups(*learning_rates(args, total_batch_size))
     common = {"lr": groups[0]["lr"], "weight_decay": args.adam_weight_decay}
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, **common}
     kind = "adamw8bit" if args.use_8bit_adam else args.optimizer
@@ -65,12 +65,13 @@ def build_optimizer(args: OptimArgs, groups):
         from prodigyopt import Prodigy
 
         return Prodigy(groups, **adam, safeguard_warmup=True, use_bias_correction=True)
-    return torch.optim.AdamW(groups, **adam)
+    # One kernel for all weights on a GPU; on a CPU the plain one, whose last bits older checkpoints were trained with.
+    return torch.optim.AdamW(groups, **adam, fused=groups[0]["params"][0].is_cuda or None)
 
 
-def learning_rates(args: OptimArgs, group_size):
-    """(denoiser's, text encoder's) peak learning rate; `group_size` rows make one optimizer step."""
-    factor = group_size if args.scale_lr else 1
+def learning_rates(args: OptimArgs, total_batch_size):
+    """(denoiser's, text encoder's) peak learning rate; `total_batch_size` rows make one optimizer step."""
+    factor = total_batch_size if args.scale_lr else 1
     text = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
     return args.learning_rate * factor, text * factor
 
@@ -92,7 +93,7 @@ def build_schedule(args: OptimArgs, optimizer, total_steps, first_step=0):
     """
     for group in optimizer.param_groups:
         group.pop("initial_lr", None)
-    schedule = get_scheduler(
+    schedule = diffusers.optimization.get_scheduler(
         args.lr_scheduler,
         optimizer=optimizer,
         step_rules=args.lr_step_rules,

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 import os
 import random
 import signal
@@ -13,47 +12,51 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, gather_object, parse_flag_from_env
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
-from finetuning.cli import as_dict, flag, write_json
-from finetuning.families.contract import ModelProblem
-from finetuning.training.checkpoint import NonFinite, seed_of_resumed_run
+from finetuning.cli import UserError, as_dict, flag
+from finetuning.files import write_json, write_text
+from finetuning.training.checkpoint import seed_of_resumed_run
 
 TRACKERS = ("tensorboard", "wandb", "all", "none")
+
+# What accelerate would read besides the flags, and what would change the result without a word
+ENVIRONMENT_OF_OTHERS = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
 
 
 @dataclass
 class RunArgs:
     """Run"""
 
-    output_dir: str = flag("sd-model-finetuned", "where everything goes: the result, checkpoints, logs, args.json")
-    num_train_epochs: int = flag(100, "passes over the dataset; --max_train_steps wins over it")
-    max_train_steps: int | None = flag(None, "optimizer steps in all, exactly, those before a resume included")
-    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
-    seed: int | None = flag(None, "seed of every draw; none: drawn once, written to args.json and kept on resume")
+    output_dir: str = flag(
+        "sd-model-finetuned", "where everything goes: the result, checkpoints, logs, args.json", affects_result=False
+    )
+    num_train_epochs: int = flag(100, "passes over the dataset; --max_train_steps wins over it", min=1)
+    max_train_steps: int | None = flag(None, "optimizer steps in all, exactly, those before a resume included", min=1)
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", min=1)
+    seed: int | None = flag(
+        None, "seed of everything random; none: chosen once, written to args.json and kept on resume"
+    )
     mixed_precision: str | None = flag(
         None, "precision of activations; none: what `accelerate launch` or accelerate_config.yaml says",
         choices=("no", "fp16", "bf16"),
     )  # fmt: skip
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere GPUs and later: faster, a little less exact")
-    report_to: str = flag("tensorboard", "where logs go besides metrics.jsonl", choices=TRACKERS)
-    logging_dir: str = flag("logs", "folder of the TensorBoard logs, inside --output_dir")
-    tracker_project_name: str = flag("text2image-fine-tune", "project's name for the trackers")
-    push_to_hub: bool = flag(False, "upload the finished result, without checkpoints, to the Hub")
-    hub_token: str | None = flag(None, "token for the Hub; better logged in with `hf auth login`")
-    hub_model_id: str | None = flag(None, "repository on the Hub (none: the output folder's name)")
-    local_rank: int = flag(-1, "accepted for older launchers; accelerate reads the environment itself")
+    report_to: str = flag("tensorboard", "where logs go besides metrics.jsonl", choices=TRACKERS, affects_result=False)
+    logging_dir: str = flag("logs", "folder of the TensorBoard logs, inside --output_dir", affects_result=False)
+    tracker_project_name: str = flag(
+        "text2image-fine-tune", "name of the project for the trackers", affects_result=False
+    )
+    push_to_hub: bool = flag(False, "upload the finished result, without checkpoints, to the Hub", affects_result=False)
+    hub_token: str | None = flag(None, "token for the Hub; better logged in with `hf auth login`", affects_result=False)
+    hub_model_id: str | None = flag(
+        None, "repository on the Hub (none: the output folder's name)", requires="push_to_hub", affects_result=False
+    )
+    local_rank: int = flag(
+        -1, "accepted for older launchers; accelerate reads the environment itself", affects_result=False
+    )
 
     def problems(self):
-        for name in ("num_train_epochs", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                yield f"--{name} {getattr(self, name)} must be at least 1"
-        if self.max_train_steps is not None and self.max_train_steps < 1:
-            yield f"--max_train_steps {self.max_train_steps} must be at least 1"
         if self.report_to in ("wandb", "tensorboard") and importlib.util.find_spec(self.report_to) is None:
             yield f"--report_to {self.report_to}: it is not installed: pip install {self.report_to}"
         if Path(self.output_dir).is_file():
@@ -64,12 +67,18 @@ class Run:
     """What belongs to the process rather than to the model: accelerate, logs, signals."""
 
     def __init__(self, args: RunArgs):
+        from accelerate import Accelerator, PartialState
+        from accelerate.utils import ProjectConfiguration, parse_flag_from_env
+
         self.args = args
         # A shell starts what it puts in the background with Ctrl-C ignored: until `begin`, it ends the process.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         # Asked here first, accelerate would keep the answer: it has to hear of --cpu and use_cpu now.
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        _check_processes(state)
+        for name in ENVIRONMENT_OF_OTHERS:
+            os.environ.pop(name, None)
         precision = "no" if wanted == "fp16" and state.device.type == "cpu" else wanted
         self.output_dir = Path(args.output_dir)
         trackers = [] if args.report_to == "none" else args.report_to
@@ -81,6 +90,8 @@ class Run:
             ),
         )
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.processes, self.process = self.accelerator.num_processes, self.accelerator.process_index
+        self.autocast = self.accelerator.autocast
         self.bar = None
         self.stop_signal = None
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizing happens in forked loader processes
@@ -161,43 +172,39 @@ class Run:
             return bool(flag)
         return self.total(torch.tensor(float(bool(flag)), device=self.device)) > 0
 
-    def check_finite(self, loss, norm, training_set, rows):
-        """Raises NonFinite, naming the rows of the step, before anything of it can reach the weights.
+    def gathered(self, items):
+        """The lists of all processes, one after another."""
+        from accelerate.utils import gather_object
 
-        Under fp16 an overflowing gradient is ordinary: the loss scaler skips that step and lowers its scale.
-        """
-        overflow_is_ordinary = self.scaler is not None and self.scaler.get_scale() >= 1
-        if not math.isfinite(loss):
-            what = f"the loss is {loss}"
-        elif not torch.isfinite(norm) and not overflow_is_ordinary:
-            what = f"the gradient's norm is {norm.item()}"
-        else:
-            return
-        raise NonFinite(
-            f"{what}; the rows of this step were\n{training_set.describe(gather_object(rows))}\n"
-            "Usual causes: too high a --learning_rate, fp16 without --mixed_precision bf16 where the GPU has it, or a "
-            "broken picture. The last checkpoint is whole: go on from it with --resume_from_checkpoint latest"
-        )
+        return gather_object(items)
+
+    def shared(self, items, compute):
+        """compute(items), a list of a result for each item; the processes share the items out, and all get all."""
+        parts = self.gathered([compute(items[self.process :: self.processes])])
+        results = [None] * len(items)
+        for process, part in enumerate(parts):
+            results[process :: self.processes] = part
+        return results
 
     def log(self, values, step):
         """Numbers of one step, to metrics.jsonl and the trackers."""
-        self.accelerator.log(values, step=step)
+        self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
         if self.is_main:
             with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
 
-    def log_pictures(self, name, pictures, step):
-        """PIL pictures of one size, to the trackers that show them."""
+    def log_images(self, name, images, step):
+        """PIL images of one size, to the trackers that show them."""
         from torchvision.transforms.v2.functional import pil_to_tensor
 
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                for number, picture in enumerate(pictures):
-                    tracker.writer.add_image(f"{name}/{number}", pil_to_tensor(picture), step)
+                for number, image in enumerate(images):
+                    tracker.writer.add_image(f"{name}/{number}", pil_to_tensor(image), step)
             elif tracker.name == "wandb":
                 import wandb
 
-                tracker.log({name: [wandb.Image(picture) for picture in pictures]}, step=step)
+                tracker.log({name: [wandb.Image(image) for image in images]}, step=step)
 
     def tick(self, **shown):
         """One step further on the bar."""
@@ -243,58 +250,14 @@ class Run:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
             kept = [line for line, one in whole if one["step"] < step or (one["step"] == step and "train_loss" in one)]
-            path.write_text("".join(kept), encoding="utf-8")
+            write_text(path, "".join(kept))
 
 
-class HubUpload:
-    """The repository that --push_to_hub uploads to, made before the first step: a wrong token fails at once.
-
-    `tags` go into the model card.
-    """
-
-    def __init__(self, run: Run, tags=()):
-        self.run, self.tags = run, tags
-        self.api = HfApi(token=run.args.hub_token)
-        name = run.args.hub_model_id or run.output_dir.resolve().name
-        try:
-            self.repo = self.api.create_repo(name, exist_ok=True)
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            message = f"--push_to_hub: no repository {name} to be had: {error}; log in with `hf auth login`"
-            raise ModelProblem(message) from error
-
-    def push(self):
-        """Upload the finished result with a model card; checkpoints and logs stay here. Whether it went well."""
-        args = self.run.args
-        base = args.pretrained_model_name_or_path
-        known_base = "" if Path(base).is_dir() else f"base_model: {base}\n"  # the Hub refuses what it does not know
-        tags = f"tags: [{', '.join(self.tags)}]\n" if self.tags else ""
-        (self.run.output_dir / "README.md").write_text(
-            f"---\n{known_base}library_name: diffusers\npipeline_tag: text-to-image\n{tags}---\n\n"
-            f"{base}, fine-tuned on {args.dataset_name or 'own pictures'}. "
-            "All arguments stand in args.json.\n",
-            encoding="utf-8",
+def _check_processes(state):
+    """Raises UserError where a launcher started several processes that know nothing of each other."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != state.num_processes:
+        raise UserError(
+            f"{started} processes were started, and each would train alone: accelerate sees {state.num_processes}. "
+            "Without a GPU, start them with `accelerate launch --cpu --num_processes N`"
         )
-        stays = ["checkpoint-*", "abandoned-*", ".incomplete-*", "metrics.jsonl", "validation/*"]
-        try:
-            self.api.upload_folder(
-                repo_id=self.repo.repo_id,
-                folder_path=self.run.output_dir,
-                commit_message="Fine-tuned Stable Diffusion",
-                ignore_patterns=[*stays, f"{Path(args.logging_dir)}/*"],
-            )
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            self.run.say(
-                f"the upload failed ({error}); the result is whole in {self.run.output_dir}: "
-                f"`hf upload {self.repo.repo_id} {self.run.output_dir} --exclude 'checkpoint-*'` tries again"
-            )
-            return False
-        self.run.say(f"uploaded: {self.repo}")
-        return True
-
-
-class NoUpload:
-    """The same call without --push_to_hub, and on all processes but the main one."""
-
-    def push(self):
-        """Nothing to upload, so nothing went wrong."""
-        return True

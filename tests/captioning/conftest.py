@@ -42,8 +42,8 @@ TEMPLATE = """{% for message in messages %}<user>{% for part in message.content 
 
 
 @pytest.fixture(scope="session")
-def pictures():
-    """Four RGB pictures of different sizes."""
+def images():
+    """Four RGB images of different sizes."""
     sizes = ((24, 20), (16, 16), (60, 20), (20, 40))
     noise = [np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8) for i, size in enumerate(sizes)]
     return [Image.fromarray(one) for one in noise]
@@ -81,7 +81,7 @@ def tiny_captioner(tmp_path_factory, words_tokenizer):
             torch.manual_seed(4)
             model, processor = builders[name](words_tokenizer)
             for parameter in model.parameters():
-                if parameter.dim() > 1:  # strong enough for a picture to change the words
+                if parameter.dim() > 1:  # strong enough for an image to change the words
                     torch.nn.init.normal_(parameter, std=1.0)
             model.save_pretrained(made[name])
             processor.save_pretrained(made[name])

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from finetuning.captioning import CAPTIONERS
 from finetuning.captioning.captioner import Captioner, SeededNucleus, without_prompt
-from finetuning.captioning.contract import GenerationArgs
-from finetuning.cli import write_json
-from finetuning.data.reading import Findings
-from finetuning.draws import torch_generator
-from finetuning.families.contract import ModelProblem
+from finetuning.captioning.kinds import GenerationArgs
+from finetuning.data.findings import Findings
+from finetuning.families.model_args import ModelError
+from finetuning.files import write_json
+from finetuning.rng import torch_generator
 
 NAMES = ["train/a.png", "train/b.png", "train/c.png", "train/d.png"]
 FOLDERS = ["blip", "blip2", "blip2-t5", "instructblip", "git", "florence2", "image-text-to-text"]
@@ -29,15 +29,15 @@ def opened(folder, name, findings=None, **settings):
 
 @pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.parametrize("way", WAYS)
-def test_a_batch_says_what_single_pictures_say(tiny_captioner, pictures, name, way):
+def test_a_batch_says_what_single_images_say(tiny_captioner, images, name, way):
     captioner = opened(tiny_captioner(name), name, **WAYS[way])
-    together = captioner(pictures, NAMES)
-    assert together == [captioner([picture], [key])[0] for picture, key in zip(pictures, NAMES, strict=True)]
+    together = captioner(images, NAMES)
+    assert together == [captioner([image], [key])[0] for image, key in zip(images, NAMES, strict=True)]
     assert len(set(together)) > 1 and all(together)
 
 
 @pytest.mark.parametrize("name", ["blip", "blip2", "blip2-t5", "instructblip", "git", "image-text-to-text"])
-def test_of_the_output_only_the_new_tokens_are_taken(tiny_captioner, pictures, name):
+def test_of_the_output_only_the_new_tokens_are_taken(tiny_captioner, images, name):
     """With a fixed number of new words the caption has just as many, whatever the model repeats before them.
 
     A prompt of one word, which is not looked for in the text.
@@ -46,7 +46,7 @@ def test_of_the_output_only_the_new_tokens_are_taken(tiny_captioner, pictures, n
     said = []
     generate = captioner.model.generate
     captioner.model.generate = lambda **given: said.append(generate(**given)) or said[-1]
-    texts = captioner(pictures, NAMES)
+    texts = captioner(images, NAMES)
     decode = captioner.processor.tokenizer.batch_decode
     assert texts == [" ".join(text.split()) for text in decode(said[0][:, -6:], skip_special_tokens=True)]
     repeats = all(text.startswith("table") for text in decode(said[0], skip_special_tokens=True))
@@ -54,10 +54,10 @@ def test_of_the_output_only_the_new_tokens_are_taken(tiny_captioner, pictures, n
 
 
 @pytest.mark.parametrize("name", ["blip", "blip2", "instructblip", "git", "image-text-to-text"])
-def test_a_prompt_changes_what_is_said(tiny_captioner, pictures, name):
+def test_a_prompt_changes_what_is_said(tiny_captioner, images, name):
     captioner, said = opened(tiny_captioner(name), name), []
     for captioner.prompt in ("a dog", "the sky"):
-        said.append(captioner(pictures[:1], NAMES[:1]))
+        said.append(captioner(images[:1], NAMES[:1]))
     assert said[0] != said[1]
 
 
@@ -83,7 +83,7 @@ def test_a_prompt_in_the_caption_is_cut_off_in_whole_words(text, prompt, left):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_captions_that_may_be_cut_short_are_named(tiny_captioner, pictures, name):
+def test_captions_that_may_be_cut_short_are_named(tiny_captioner, images, name):
     """The end token is made the likeliest of all or impossible; Florence-2 forces one onto the last place."""
     findings = Findings()
     captioner = opened(tiny_captioner(name), name, findings, num_beams=1, min_length=2, max_length=5)
@@ -99,20 +99,20 @@ def test_captions_that_may_be_cut_short_are_named(tiny_captioner, pictures, name
 
     captioner.model.generate = steered
     likely["end"] = 1e9
-    captioner(pictures, NAMES)
+    captioner(images, NAMES)
     likely["end"] = -1e9
-    assert not findings.notes
-    captioner(pictures, NAMES)
-    assert findings.notes == {"captions as long as --max_length allows, so perhaps cut short": NAMES}
+    assert not findings.warnings
+    captioner(images, NAMES)
+    assert findings.as_dict()["warnings"] == {"captions as long as --max_length allows, so perhaps cut short": NAMES}
 
 
-def test_a_nucleus_draw_depends_on_the_seed_and_the_name(tiny_captioner, pictures):
+def test_a_nucleus_draw_depends_on_the_seed_and_the_name(tiny_captioner, images):
     captioner = opened(tiny_captioner("blip"), "blip", top_p=1.0, temperature=3.0)
-    first = captioner(pictures, NAMES)
-    assert first == captioner(pictures, NAMES)
-    assert first != captioner(pictures, [f"other/{name}" for name in NAMES])
+    first = captioner(images, NAMES)
+    assert first == captioner(images, NAMES)
+    assert first != captioner(images, [f"other/{name}" for name in NAMES])
     captioner.args.seed = 1
-    assert first != captioner(pictures, NAMES)
+    assert first != captioner(images, NAMES)
 
 
 def test_seeded_draws_follow_the_nucleus():
@@ -131,8 +131,8 @@ def test_temperature_flattens():
 
 @pytest.mark.parametrize("name", ["blip2", "instructblip"])
 @pytest.mark.parametrize("has_room", [True, False])
-def test_an_old_checkpoint_without_a_picture_token_is_completed(tiny_captioner, pictures, tmp_path, name, has_room):
-    """Of before 2024: neither the processor nor the model says how a picture stands in the text."""
+def test_an_old_checkpoint_without_an_image_token_is_completed(tiny_captioner, images, tmp_path, name, has_room):
+    """Of before 2024: neither the processor nor the model says how an image stands in the text."""
     old = tmp_path / "old"
     shutil.copytree(tiny_captioner(name), old)
     config, processor = (json.loads((old / file).read_text()) for file in ("config.json", "processor_config.json"))
@@ -145,8 +145,8 @@ def test_an_old_checkpoint_without_a_picture_token_is_completed(tiny_captioner, 
     save_file(weights, old / "model.safetensors", metadata={"format": "pt"})
     write_json(old / "config.json", config)
     write_json(old / "processor_config.json", processor)
-    torch.manual_seed(0)  # of the row that is added for the picture's token
-    said = [opened(folder, name, num_beams=1)(pictures, NAMES) for folder in (old, tiny_captioner(name))]
+    torch.manual_seed(0)  # of the row that is added for the image's token
+    said = [opened(folder, name, num_beams=1)(images, NAMES) for folder in (old, tiny_captioner(name))]
     assert said[0] == said[1]
 
 
@@ -159,7 +159,7 @@ def test_an_old_checkpoint_without_a_picture_token_is_completed(tiny_captioner, 
     ],
 )
 def test_a_model_of_another_kind_is_refused(tiny_captioner, name, of, said):
-    with pytest.raises(ModelProblem, match=said):
+    with pytest.raises(ModelError, match=said):
         opened(tiny_captioner(of), name)
 
 
@@ -187,12 +187,12 @@ def spoil(folder, how):
 def test_a_model_that_is_not_whole_is_refused(tiny_captioner, tmp_path, how, said):
     shutil.copytree(tiny_captioner("florence2"), tmp_path / "model")
     spoil(tmp_path / "model", how)
-    with pytest.raises(ModelProblem, match=said):
+    with pytest.raises(ModelError, match=said):
         opened(tmp_path / "model", "florence2")
 
 
-def test_a_model_without_a_chat_template_is_named(tiny_captioner, pictures):
+def test_a_model_without_a_chat_template_is_named(tiny_captioner, images):
     captioner = opened(tiny_captioner("image-text-to-text"), "image-text-to-text")
     captioner.processor.chat_template = None
-    with pytest.raises(ModelProblem, match="has no chat template"):
-        captioner(pictures, NAMES)
+    with pytest.raises(ModelError, match="has no chat template"):
+        captioner(images, NAMES)

@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 import caption_images
 from finetuning.captioning.interrogator import TERMS, Interrogator, InterrogatorArgs, read_terms
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 
 SIZE = {"height": 16, "width": 16}
 LAYERS = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -54,9 +54,9 @@ def test_the_terms_that_come_along_are_many_and_clean():
     assert all(line == line.strip() and 0 < len(line) < 40 and "," not in line for line in lines)
 
 
-def by_hand(interrogator, picture, text, limit):
+def by_hand(interrogator, image, text, limit):
     """The greedy chain over all terms."""
-    similarity = lambda t: (interrogator.embed_texts([t])[0] @ interrogator.embed_pictures([picture])[0]).item()
+    similarity = lambda t: (interrogator.embed_texts([t])[0] @ interrogator.embed_images([image])[0]).item()
     for _ in range(limit):
         tried = [f"{text}, {term}" for term in interrogator.terms if term not in text]
         best = max(tried, key=similarity, default=text)
@@ -67,50 +67,50 @@ def by_hand(interrogator, picture, text, limit):
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3])
-def test_the_chain_is_the_greedy_one(clip_folder, term_folder, pictures, limit):
+def test_the_chain_is_the_greedy_one(clip_folder, term_folder, images, limit):
     interrogator = Interrogator(InterrogatorArgs(str(clip_folder), str(term_folder), limit), *CPU)
-    texts = interrogator(pictures, ["a dog"] * 4)
-    assert texts == [by_hand(interrogator, picture, "a dog", limit) for picture in pictures]
+    texts = interrogator(images, ["a dog"] * 4)
+    assert texts == [by_hand(interrogator, image, "a dog", limit) for image in images]
     assert all(text.startswith("a dog") for text in texts)
     assert max(text.count(",") for text in texts) <= limit
-    assert texts == [interrogator([picture], ["a dog"])[0] for picture in pictures]
+    assert texts == [interrogator([image], ["a dog"])[0] for image in images]
 
 
-def test_a_term_that_helps_is_added_and_one_that_is_said_is_not(clip_folder, term_folder, pictures):
+def test_a_term_that_helps_is_added_and_one_that_is_said_is_not(clip_folder, term_folder, images):
     interrogator = Interrogator(InterrogatorArgs(str(clip_folder), str(term_folder), 3), *CPU)
-    added = interrogator(pictures, ["a dog"] * 4)
+    added = interrogator(images, ["a dog"] * 4)
     assert any("," in text for text in added)
     said = "red blue green small house star large tree"
-    assert interrogator(pictures, [said] * 4) == [said] * 4
+    assert interrogator(images, [said] * 4) == [said] * 4
 
 
-def test_what_clip_cannot_read_is_not_added(clip_folder, term_folder, pictures):
+def test_what_clip_cannot_read_is_not_added(clip_folder, term_folder, images):
     interrogator = Interrogator(InterrogatorArgs(str(clip_folder), str(term_folder), 6), *CPU)
     long = " ".join(["dog"] * 15)
-    texts = interrogator(pictures, [long] * 4)
+    texts = interrogator(images, [long] * 4)
     assert all(interrogator._length(text) <= 20 for text in texts)
     endless = " ".join(["dog"] * 40)
-    assert interrogator(pictures, [endless] * 4) == [endless] * 4
+    assert interrogator(images, [endless] * 4) == [endless] * 4
 
 
-def test_an_empty_caption_stays_empty(clip_folder, term_folder, pictures):
+def test_an_empty_caption_stays_empty(clip_folder, term_folder, images):
     interrogator = Interrogator(InterrogatorArgs(str(clip_folder), str(term_folder), 3), *CPU)
-    assert interrogator(pictures, [""] * 4) == [""] * 4
+    assert interrogator(images, [""] * 4) == [""] * 4
 
 
 @pytest.mark.parametrize("term", ["f/2.8", "(red)", "C++"])
-def test_a_term_is_said_once_whatever_letters_it_is_of(clip_folder, tmp_path, pictures, term):
+def test_a_term_is_said_once_whatever_letters_it_is_of(clip_folder, tmp_path, images, term):
     (tmp_path / "terms.txt").write_text(term)
     interrogator = Interrogator(InterrogatorArgs(str(clip_folder), str(tmp_path), 3), *CPU)
-    assert interrogator(pictures, [f"a dog, {term}"] * 4) == [f"a dog, {term}"] * 4
+    assert interrogator(images, [f"a dog, {term}"] * 4) == [f"a dog, {term}"] * 4
 
 
-def test_terms_are_embedded_once(clip_folder, term_folder, pictures, monkeypatch):
+def test_terms_are_embedded_once(clip_folder, term_folder, images, monkeypatch):
     interrogator = Interrogator(InterrogatorArgs(str(clip_folder), str(term_folder), 1), *CPU)
     seen = []
     embed = interrogator.embed_texts
     monkeypatch.setattr(interrogator, "embed_texts", lambda texts: seen.extend(texts) or embed(texts))
-    interrogator(pictures, ["a dog"] * 4)
+    interrogator(images, ["a dog"] * 4)
     assert seen and not set(seen) & set(interrogator.terms)
 
 
@@ -119,17 +119,17 @@ def test_problems_are_named(tmp_path, tiny_captioner):
         f"--terms {tmp_path} must be a folder with .txt files, a term a line",
         "--max_terms -1 must not be negative",
     ]
-    with pytest.raises(ModelProblem, match="is a git model, not clip"):
+    with pytest.raises(ModelError, match="is a git model, not clip"):
         Interrogator(InterrogatorArgs(str(tiny_captioner("git"))), *CPU)
 
 
 @pytest.fixture
-def interrogate(clip_folder, term_folder, tiny_captioner, pictures, tmp_path, fresh_accelerate):
-    """Run the script over two pictures, of which the first has a caption; {file name: row}."""
+def interrogate(clip_folder, term_folder, tiny_captioner, images, tmp_path, fresh_accelerate):
+    """Run the script over two images, of which the first has a caption; {file name: row}."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    for name, picture in zip("ab", pictures, strict=False):
-        picture.save(folder / f"{name}.png")
+    for name, image in zip("ab", images, strict=False):
+        image.save(folder / f"{name}.png")
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "my dog"}\n')
 
     def run(*flags, status=0):
@@ -156,7 +156,7 @@ def test_the_script_adds_terms_to_captions_that_are_there(interrogate, clip_fold
     assert list(found) == ["a.png"]
     assert found["a.png"]["text"][0] == "my dog" and found["a.png"]["text"][1].startswith("my dog, ")
     assert found["a.png"]["text_origin"] == ["given", f"clip-interrogator:{clip_folder.name}"]
-    assert "1 pictures without a caption to begin with: b.png" in capsys.readouterr().err
+    assert "1 images without a caption to begin with: b.png" in capsys.readouterr().err
     interrogate()
     capsys.readouterr()
     interrogate("--from_captions", "--overwrite")  # now all of them have one

@@ -1,4 +1,4 @@
-"""prepare_dataset.py augment: what each alteration does to pixels, and which pictures and captions get copies."""
+"""prepare_dataset.py augment: what each alteration does to pixels, and which images and captions get copies."""
 
 import json
 import os
@@ -12,8 +12,9 @@ from PIL import Image, ImageCms
 
 from finetuning.cli import read
 from finetuning.conversion.augmenting import AugmentArgs, Copy, altered, augment
-from finetuning.data.pictures import open_rgb
-from finetuning.data.reading import DatasetProblem, Findings, read_folder
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.images import open_rgb
+from finetuning.data.reading import read_folder
 
 
 def lines(path):
@@ -25,18 +26,18 @@ def names(folder):
 
 
 def coordinates(width, height):
-    """A picture whose red is the column and whose green is the row."""
+    """An image whose red is the column and whose green is the row."""
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([columns, rows, 0 * rows], -1).astype(np.uint8))
 
 
 def noisy(number):
-    """A picture that no other number has, not symmetric."""
+    """An image that no other number has, not symmetric."""
     return Image.fromarray(np.random.default_rng(number).integers(60, 180, (12, 16, 3), dtype=np.uint8))
 
 
 def write(folder, captions, ending=".png"):
-    """{stem: caption} as pictures, all different, and their metadata.jsonl."""
+    """{stem: caption} as images, all different, and their metadata.jsonl."""
     folder.mkdir(parents=True)
     rows = []
     for stem, caption in captions.items():
@@ -61,12 +62,12 @@ def quiet(_):
     return None
 
 
-def alter(picture, kind, number=1, name="a.png", **flags):
-    return altered(picture, Copy("", kind, name, number), AugmentArgs(**flags))
+def alter(image, kind, number=1, name="a.png", **flags):
+    return altered(image, Copy("", kind, name, number), AugmentArgs(**flags))
 
 
-def values(picture):
-    return np.asarray(picture, dtype=np.float64)
+def values(image):
+    return np.asarray(image, dtype=np.float64)
 
 
 def test_flip_mirrors_left_and_right():
@@ -86,7 +87,7 @@ def test_brightness_changes_all_values_by_one_factor_in_both_directions():
     assert min(factors) < 0.75 and max(factors) > 1.25
 
 
-def test_crop_cuts_both_sides_alike_and_reaches_the_whole_picture():
+def test_crop_cuts_both_sides_alike_and_reaches_the_whole_image():
     starts = []
     for number in range(60):
         shown = values(alter(coordinates(100, 200), "crop", number, crop=0.2)).astype(int)
@@ -142,8 +143,8 @@ def test_several_ways_alter_one_copy():
 
 @pytest.mark.parametrize("kind", ["brightness", "crop", "rotate", "noise"])
 def test_draws_are_a_function_of_seed_name_and_number(kind):
-    picture = noisy(0).resize((256, 256))
-    draw = lambda seed, name, number: alter(picture, kind, number, name, seed=seed).tobytes()
+    image = noisy(0).resize((256, 256))
+    draw = lambda seed, name, number: alter(image, kind, number, name, seed=seed).tobytes()
     places = [(seed, name, number) for seed in range(2) for name in "ab" for number in (1, 2)]
     forwards = [draw(*place) for place in places]
     before = random.getstate(), torch.get_rng_state()
@@ -152,7 +153,7 @@ def test_draws_are_a_function_of_seed_name_and_number(kind):
     assert len(set(forwards)) == len(places)
 
 
-def test_every_training_picture_gets_its_copies_and_nothing_else_does(dataset):
+def test_every_training_image_gets_its_copies_and_nothing_else_does(dataset):
     source = {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file()}
     said = []
     counts = augment(args(dataset, flip_captions="ignore"), said.append)
@@ -204,13 +205,13 @@ def test_training_reads_the_result_without_a_fault(dataset):
         ("skip", {"a~crop.png": "a dog on the left", "b~flip.png": "a bright cat"}),
     ],
 )
-def test_captions_of_mirrored_pictures(dataset, flip_captions, expected):
+def test_captions_of_mirrored_images(dataset, flip_captions, expected):
     said = []
     augment(args(dataset, alter=["flip", "crop"], flip_captions=flip_captions), said.append)
     texts = {row["file_name"]: row["text"] for row in lines(dataset.parent / "new/train/metadata.jsonl")}
     assert texts == expected | {"a.png": "a dog on the left", "b.png": "a bright cat", "b~crop.png": "a bright cat"}
     assert ("a~flip.png" in names(dataset.parent / "new/train")) == ("a~flip.png" in expected)
-    assert ("1 pictures that are not mirrored" in said[0] and "a.png" in said[0]) == (flip_captions == "skip")
+    assert ("are not mirrored" in said[0] and "a.png" in said[0]) == (flip_captions == "skip")
 
 
 def test_one_caption_with_a_side_among_several_forbids_the_mirror_image(tmp_path):
@@ -222,7 +223,7 @@ def test_one_caption_with_a_side_among_several_forbids_the_mirror_image(tmp_path
     assert texts["a~flip.png"] == ["a dog", "a dog at the right"]
 
 
-def test_all_rows_of_a_picture_stand_for_its_copies_too(dataset):
+def test_all_rows_of_an_image_stand_for_its_copies_too(dataset):
     with open(dataset / "train/metadata.jsonl", "a", encoding="utf-8") as file:
         file.write('{"file_name": "b.png", "text": "a cat on the right", "by": "blip"}\n')
     augment(args(dataset, alter=["flip"]), quiet)
@@ -232,16 +233,15 @@ def test_all_rows_of_a_picture_stand_for_its_copies_too(dataset):
     assert [(row["text"], row.get("by")) for row in rows] == [("a bright cat", None), ("a cat on the right", "blip")]
 
 
-def test_a_training_picture_that_is_held_out_too_gets_no_copies(dataset):
-    open_rgb(dataset / "validation/c.png").save(dataset / "train/b.png", compress_level=0)  # other bytes, same picture
+def test_a_training_image_that_is_held_out_too_gets_no_copies(dataset):
+    open_rgb(dataset / "validation/c.png").save(dataset / "train/b.png", compress_level=0)  # other bytes, same image
     said = []
     augment(args(dataset, flip_captions="ignore"), said.append)
     assert names(dataset.parent / "new/train") == ["a.png", "a~brightness.png", "a~flip.png", "b.png"]
-    assert "2 copies that would show a picture of validation or test" in said[0]
-    assert "b~flip.png; b~brightness.png" in said[0]
+    assert "just the original (2): b~flip.png; b~brightness.png" in said[0]
 
 
-def test_a_copy_that_would_equal_a_held_out_picture_is_left_out(dataset):
+def test_a_copy_that_would_equal_a_held_out_image_is_left_out(dataset):
     Image.fromarray(values(open_rgb(dataset / "train/b.png"))[:, ::-1].astype(np.uint8)).save(dataset / "test/d.png")
     augment(args(dataset, flip_captions="ignore"), quiet)
     assert names(dataset.parent / "new/train") == [
@@ -256,10 +256,10 @@ def test_a_copy_that_would_equal_its_original_is_left_out(tmp_path):
     said = []
     augment(args(tmp_path / "dogs"), said.append)
     assert names(tmp_path / "new/train") == ["a.png", "a~brightness.png"]
-    assert "or just the original (left out): a~flip.png" in said[0]
+    assert "or just the original (1): a~flip.png" in said[0]
 
 
-def test_result_does_not_depend_on_the_number_of_threads_or_on_other_pictures(dataset):
+def test_result_does_not_depend_on_the_number_of_threads_or_on_other_images(dataset):
     flags = {"alter": ["brightness", "crop+rotate+noise"], "flip_captions": "ignore"}
     augment(args(dataset, **flags), quiet)
     several = args(dataset, "several", **flags)
@@ -304,7 +304,7 @@ def test_same_stems_with_other_endings_get_copies_of_their_own(tmp_path):
     assert len(names(tmp_path / "new/train")) == 6
 
 
-def test_a_phone_picture_is_copied_upright_with_its_colours(tmp_path):
+def test_a_phone_image_is_copied_upright_with_its_colours(tmp_path):
     write(tmp_path / "dogs/train", {"a": "a dog"}, ".jpg")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -335,7 +335,7 @@ def test_without_a_validation_split_the_leak_to_come_is_named(tmp_path):
     assert "no validation split" in said[-1] and "--validation_fraction" in said[-1]
 
 
-def test_pictures_without_captions_can_be_copied_too(tmp_path):
+def test_images_without_captions_can_be_copied_too(tmp_path):
     write(tmp_path / "dogs/train", {"a": "a dog at the left"})
     (tmp_path / "dogs/train/metadata.jsonl").unlink()
     augment(args(tmp_path / "dogs", caption_column="none"), quiet)
@@ -347,12 +347,12 @@ def test_pictures_without_captions_can_be_copied_too(tmp_path):
 
 def test_an_augmented_dataset_is_not_augmented_again(dataset):
     augment(args(dataset), quiet)
-    with pytest.raises(DatasetProblem, match=r"b~flip\.png.*augmented already"):
+    with pytest.raises(DatasetError, match=r"b~flip\.png.*augmented already"):
         augment(args(dataset.parent / "new", "again"), quiet)
     assert not (dataset.parent / "again").exists()
 
 
-def break_pictures(dataset):
+def break_images(dataset):
     """One cut in train, one cut in validation, one in train that no row names."""
     for name in ("train/b.png", "validation/c.png"):
         (dataset / name).write_bytes((dataset / name).read_bytes()[:200])
@@ -360,18 +360,18 @@ def break_pictures(dataset):
 
 
 def test_what_training_refuses_is_refused_all_at_once(dataset):
-    break_pictures(dataset)
-    with pytest.raises(DatasetProblem) as caught:
+    break_images(dataset)
+    with pytest.raises(DatasetError) as caught:
         augment(args(dataset), quiet)
     message = str(caught.value)
-    assert "3 faults" in message and "--on_bad_rows skip" in message
+    assert "3 errors" in message and "--on_bad_rows skip" in message
     for name in ("b.png", "c.png", "nobody.png"):
         assert name in message
     assert sorted(path.name for path in dataset.parent.iterdir()) == ["dogs"]
 
 
 def test_bad_rows_are_left_out_and_named_where_that_is_asked(dataset):
-    break_pictures(dataset)
+    break_images(dataset)
     said = []
     counts = augment(args(dataset, on_bad_rows="skip", alter=["crop"]), said.append)
     assert counts == {"train": 2, "validation": 0, "test": 1}
@@ -385,7 +385,7 @@ def test_an_error_of_the_disk_leaves_nothing_behind(dataset, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("finetuning.conversion.augmenting.encoded", full)
-    with pytest.raises(DatasetProblem, match="No space left"):
+    with pytest.raises(DatasetError, match="No space left"):
         augment(args(dataset), quiet)
     assert sorted(path.name for path in dataset.parent.iterdir()) == ["dogs"]
 
@@ -397,7 +397,7 @@ def test_an_error_of_the_disk_leaves_nothing_behind(dataset, monkeypatch):
         (["--alter", "crop+"], "'' is not one of"),
         (["--alter", "crop+flip", "flip+crop"], "crop+flip twice"),
         (["--alter", "crop+crop"], "crop+crop twice"),
-        (["--copies", "2"], "a picture has one mirror image"),
+        (["--copies", "2"], "an image has one mirror image"),
         (["--copies", "0"], "--copies 0 must be at least 1"),
         (["--workers", "0"], "--workers 0 must be at least 1"),
         (["--brightness", "0"], "--brightness 0.0 must lie between 0 and 1"),

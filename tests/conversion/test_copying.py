@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from finetuning.cli import read
-from finetuning.conversion.captions import RewriteArgs, rewrite
+from finetuning.conversion.caption_files import RewriteArgs, rewrite
 from finetuning.conversion.copying import CopyArgs, new_folder
-from finetuning.data.reading import DatasetProblem
+from finetuning.data.findings import DatasetError
 
 
 def lines(path):
@@ -19,7 +19,7 @@ def lines(path):
 
 
 def write(folder, rows):
-    """Pictures, all different, and their metadata.jsonl."""
+    """Images, all different, and their metadata.jsonl."""
     folder.mkdir(parents=True)
     for number, row in enumerate(rows):
         path = folder / row["file_name"]
@@ -51,10 +51,10 @@ def test_no_link_makes_files_of_their_own(dataset):
 
 
 def test_a_folder_without_splits_becomes_train(tmp_path):
-    write(tmp_path / "dogs", [{"file_name": "pictures/a.png", "text": "a dog"}])
+    write(tmp_path / "dogs", [{"file_name": "images/a.png", "text": "a dog"}])
     rewrite(args(tmp_path / "dogs", prefix="sks"), print)
-    assert lines(tmp_path / "new/train/metadata.jsonl") == [{"file_name": "pictures/a.png", "text": "sks a dog"}]
-    assert (tmp_path / "new/train/pictures/a.png").is_file()
+    assert lines(tmp_path / "new/train/metadata.jsonl") == [{"file_name": "images/a.png", "text": "sks a dog"}]
+    assert (tmp_path / "new/train/images/a.png").is_file()
 
 
 def test_all_splits_go_by_their_usual_names(tmp_path):
@@ -93,12 +93,10 @@ def test_what_training_refuses_is_refused_all_at_once(dataset):
     Image.new("RGB", (4, 4)).save(dataset / "train/nobody.png")
     with open(dataset / "validation/metadata.jsonl", "a", encoding="utf-8") as file:
         file.write('{"file_name": "gone.png", "text": "a ghost"}\n')
-    with pytest.raises(DatasetProblem) as caught:
+    with pytest.raises(DatasetError) as caught:
         rewrite(args(dataset, prefix="sks"), print)
     message = str(caught.value)
-    assert (
-        "2 faults" in message and "nobody.png" in message and "gone.png" in message and "--on_bad_rows skip" in message
-    )
+    assert all(word in message for word in ("2 errors", "nobody.png", "gone.png", "--on_bad_rows skip"))
     assert sorted(path.name for path in dataset.parent.iterdir()) == ["dogs"]
     said = []
     rewrite(args(dataset, prefix="sks", on_bad_rows="skip"), said.append)
@@ -106,7 +104,7 @@ def test_what_training_refuses_is_refused_all_at_once(dataset):
     assert not (dataset.parent / "new/train/nobody.png").exists()
 
 
-def test_pictures_from_outside_with_one_name_are_kept_apart(tmp_path):
+def test_images_from_outside_with_one_name_are_kept_apart(tmp_path):
     (tmp_path / "dogs").mkdir()
     for number, name in enumerate(("one/a.png", "two/a.png", "three/A.png")):
         (tmp_path / name).parent.mkdir()
@@ -165,7 +163,7 @@ def test_what_is_no_text_is_copied_as_it_is(tmp_path):
 
 def test_an_error_of_the_disk_is_named_and_leaves_nothing_behind(tmp_path):
     with (
-        pytest.raises(DatasetProblem, match=r"new is not written: .*No space left"),
+        pytest.raises(DatasetError, match=r"new is not written: .*No space left"),
         new_folder(tmp_path / "new") as new,
     ):
         (new / "half.png").touch()

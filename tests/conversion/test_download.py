@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from finetuning.cli import read
-from finetuning.conversion.contract import Sample
 from finetuning.conversion.download import DownloadArgs, Fetcher, Turns, Unfetched, arrived, place
-from finetuning.conversion.writing import WritingArgs
-from finetuning.data.pictures import open_rgb
-from finetuning.data.reading import DatasetProblem, Findings
+from finetuning.conversion.writer import WritingArgs
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.images import open_rgb
+from finetuning.data.samples import Sample
 
 
 def png(color="red", size=(4, 4)):
@@ -125,21 +125,21 @@ def item(tmp_path, name, url):
 
 def take(items, args):
     findings = Findings()
-    return [sample.name for sample in arrived(items, args, findings)], dict(findings.faults)
+    return [sample.name for sample in arrived(items, args, findings)], findings.as_dict()["errors"]
 
 
 def files(folder):
     return sorted(path.name for path in Path(folder).rglob("*") if path.is_file())
 
 
-def test_pictures_are_fetched_once_in_order_and_under_our_name(tmp_path, server):
+def test_images_are_fetched_once_in_order_and_under_our_name(tmp_path, server):
     names = [f"{number}.png" for number in range(12)]
     colors = [(20 * number, 0, 0) for number in range(12)]
     urls = [server.on(f"/{name}", Reply(body=png(color))) for name, color in zip(names, colors, strict=True)]
     items = [item(tmp_path, *pair) for pair in zip(names, urls, strict=True)]
     args = settings(tmp_path, download_workers=2)
     assert take(items, args) == (names, {})
-    assert [open_rgb(sample.picture).getpixel((0, 0)) for sample, _ in items] == colors
+    assert [open_rgb(sample.image).getpixel((0, 0)) for sample, _ in items] == colors
     assert take(items, args) == (names, {})
     assert set(server.asked.values()) == {1}
     assert files(args.images) == sorted(names)
@@ -152,10 +152,10 @@ def test_without_download_nothing_is_asked_for(tmp_path, server):
     Path(args.images).mkdir()
     (tmp_path / "images/here.png").write_bytes(png())
     items = [item(tmp_path, name, server.on(f"/{name}", Reply())) for name in ("away.png", "here.png")]
-    names, faults = take(items, args)
+    names, errors = take(items, args)
     assert names == ["here.png"]
-    ((kind, examples),) = faults.items()
-    assert "--download" in kind and examples == ["list line away.png (away.png)"]
+    ((kind, examples),) = errors.items()
+    assert kind == "image_not_here" and examples == ["list line away.png (away.png)"]
     assert not server.asked
 
 
@@ -166,10 +166,10 @@ def test_without_download_nothing_is_asked_for(tmp_path, server):
         (Reply(410, b"", "text/html"), "HTTP 410 Gone", 1),
         (Reply(403, b"", "text/html"), "HTTP 403 Forbidden", 1),
         (Reply(500), "HTTP 500 Internal Server Error", 3),
-        (Reply(body=b"<html>log in</html>", kind="text/html; charset=utf-8"), "text/html instead of a picture", 1),
-        (Reply(body=b"not one"), "not a whole picture", 1),
-        (Reply(body=png(size=(64, 64))[:-60]), "not a whole picture", 1),
-        (Reply(body=b""), "not a whole picture", 1),
+        (Reply(body=b"<html>log in</html>", kind="text/html; charset=utf-8"), "text/html instead of an image", 1),
+        (Reply(body=b"not one"), "not a whole image", 1),
+        (Reply(body=png(size=(64, 64))[:-60]), "not a whole image", 1),
+        (Reply(body=b""), "not a whole image", 1),
         (Reply(body=png()[:-5], promised=len(png())), "RemoteProtocolError", 3),
         (Reply(body=bytes(2100)), "larger than --download_max_mb 0.002", 1),
         (Reply(302, headers=[("Location", "ftp://127.0.0.1/x.png")]), "ftp://", 1),
@@ -233,12 +233,12 @@ def test_a_pause_that_a_site_asks_for_as_a_date_is_kept(tmp_path, server, fetche
 def test_a_site_that_wants_to_be_left_in_peace_ends_the_run(tmp_path, server):
     urls = [server.on(f"/{n}.png", Reply(429, headers=[("Retry-After", "3600")])) for n in range(200)]
     items = [item(tmp_path, f"{n}.png", url) for n, url in enumerate(urls)]
-    with pytest.raises(DatasetProblem, match=r"127\.0\.0\.1 asks to be left in peace for 3600 s \(HTTP 429"):
+    with pytest.raises(DatasetError, match=r"127\.0\.0\.1 asks to be left in peace for 3600 s \(HTTP 429"):
         take(items, settings(tmp_path, download_workers=2))
     assert sum(server.asked.values()) < 20
 
 
-def test_a_picture_that_drips_is_given_up(tmp_path, server, fetcher):
+def test_an_image_that_drips_is_given_up(tmp_path, server, fetcher):
     fetch, _ = fetcher(download_tries=1, download_timeout=5.0)
     ticks = iter(range(0, 1000, 3))
     fetch.clock = lambda: next(ticks)  # three seconds pass at every look
@@ -289,11 +289,11 @@ def test_what_failed_is_listed_and_the_rest_taken(tmp_path, server):
     good = server.on("/good.png", Reply())
     bad = server.on("/bad.png", Reply(body=b"<html>", kind="text/html"))
     items = [item(tmp_path, "bad.png", bad), item(tmp_path, "gone.png", f"{server.address}/gone.png")]
-    names, faults = take([*items, item(tmp_path, "good.png", good)], settings(tmp_path))
+    names, errors = take([*items, item(tmp_path, "good.png", good)], settings(tmp_path))
     assert names == ["good.png"]
-    assert faults == {
-        "pictures that could not be fetched (the same command tries again)": [
-            f"list line bad.png ({bad}: text/html instead of a picture)",
+    assert errors == {
+        "not_fetched": [
+            f"list line bad.png ({bad}: text/html instead of an image)",
             f"list line gone.png ({server.address}/gone.png: HTTP 404 Not Found)",
         ]
     }
@@ -306,10 +306,10 @@ def test_what_is_gone_is_not_asked_for_again_and_what_failed_is(tmp_path, server
     assert take(items, args)[0] == []
     with open(tmp_path / "images/gone.jsonl", "a", encoding="utf-8") as file:
         file.write('{"url": "http')  # a killed run's last line
-    names, faults = take(items, args)
+    names, errors = take(items, args)
     assert names == ["failing.png"]
     assert server.asked == {"/failing.png": 2, "/gone.png": 1}
-    (told,) = faults["pictures that could not be fetched (the same command tries again)"]
+    (told,) = errors["not_fetched"]
     assert "HTTP 404 Not Found, as " in told and "gone.jsonl says" in told
     (tmp_path / "images/gone.jsonl").unlink()
     server.on("/gone.png", Reply())
@@ -325,14 +325,14 @@ def test_the_journal_names_what_is_gone_alone(tmp_path, server):
     assert json.loads(line) == {"url": f"{server.address}/gone.png", "reason": "HTTP 404 Not Found"}
 
 
-def test_flickrs_picture_for_deleted_photos_is_not_taken(tmp_path, server):
+def test_flickrs_image_for_deleted_photos_is_not_taken(tmp_path, server):
     server.on("/images/en-us/photo_unavailable.png", Reply())
     dead = server.on("/1_a.jpg", Reply(302, headers=[("Location", "/images/en-us/photo_unavailable.png")]))
     moved = server.on("/2_b.jpg", Reply(302, headers=[("Location", "/elsewhere/2_b.jpg")]))
     server.on("/elsewhere/2_b.jpg", Reply())
-    names, faults = take([item(tmp_path, "1.jpg", dead), item(tmp_path, "2.jpg", moved)], settings(tmp_path))
+    names, errors = take([item(tmp_path, "1.jpg", dead), item(tmp_path, "2.jpg", moved)], settings(tmp_path))
     assert names == ["2.jpg"]
-    assert "deleted photos" in str(faults)
+    assert "deleted photos" in str(errors)
     assert dead in (tmp_path / "images/gone.jsonl").read_text()
 
 
@@ -344,10 +344,10 @@ def test_an_interrupted_download_goes_on_where_it_was(tmp_path, server):
     results.close()
     stood = set(files(args.images))
     assert {"0.png", "1.png", "2.png"} <= stood < {sample.name for sample, _ in items}
-    (tmp_path / "images/.9.png.part").write_bytes(b"half")  # what a kill leaves
+    (tmp_path / "images/.incomplete-1-9.png").write_bytes(b"half")  # what a kill leaves
     assert take(items, args)[0] == [sample.name for sample, _ in items]
     assert set(server.asked.values()) == {1}
-    assert set(files(args.images)) == {sample.name for sample, _ in items}
+    assert set(files(args.images)) - {".incomplete-1-9.png"} == {sample.name for sample, _ in items}
 
 
 def test_an_interruption_does_not_wait_for_the_pauses_that_a_site_asked_for(tmp_path, server):
@@ -363,7 +363,7 @@ def test_an_interruption_does_not_wait_for_the_pauses_that_a_site_asked_for(tmp_
 
 
 @pytest.mark.parametrize("download", [True, False])
-def test_limit_counts_pictures_that_are_there_and_ends_the_work(tmp_path, server, download):
+def test_limit_counts_images_that_are_there_and_ends_the_work(tmp_path, server, download):
     items = [item(tmp_path, f"{n}.png", server.on(f"/{n}.png", Reply())) for n in range(100)]
     del server.replies["/0.png"]
     args = settings(tmp_path, download_workers=1, limit=3, download=download)
@@ -371,15 +371,15 @@ def test_limit_counts_pictures_that_are_there_and_ends_the_work(tmp_path, server
         Path(args.images).mkdir()
         for n in range(1, 100):
             (tmp_path / f"images/{n}.png").write_bytes(png())
-    names, faults = take(items, args)
+    names, errors = take(items, args)
     assert names == ["1.png", "2.png", "3.png"]
-    assert len(faults) == 1
+    assert len(errors) == 1
     assert len(server.asked) < 20
 
 
 def test_a_folder_that_cannot_be_written_ends_the_run(tmp_path, server):
     (tmp_path / "images").write_text("a file")
-    with pytest.raises(DatasetProblem, match=r"one\.png cannot be written"):
+    with pytest.raises(DatasetError, match=r"one\.png cannot be written"):
         take([item(tmp_path, "one.png", server.on("/one.png", Reply()))], settings(tmp_path))
 
 
@@ -407,13 +407,13 @@ def test_a_name_stays_inside_its_folder(folder, name, found):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--download", "--download needs --images DIR"),
+        ("--download", "--images"),
         ("--images nowhere", "--images nowhere: there is no such folder"),
-        ("--download --images out --output out", "must not be inside --output out"),
-        ("--download --images out/pictures --output ./out", "must not be inside --output ./out"),
-        ("--download_rate 0 --download_timeout -1", "--download_rate 0.0 must be above 0"),
-        ("--download_max_mb nan", "--download_max_mb nan must be above 0"),
-        ("--download_workers 0 --download_tries 0", "--download_tries 0 must be at least 1"),
+        ("--download --images out --output out", "lie one in the other"),
+        ("--download --images out/images --output ./out", "lie one in the other"),
+        ("--download_rate 0 --download_timeout -1", "--download_rate 0"),
+        ("--download_max_mb nan", "--download_max_mb nan"),
+        ("--download_workers 0 --download_tries 0", "--download_tries 0"),
     ],
 )
 def test_flags_that_cannot_work_are_told(flags, told):

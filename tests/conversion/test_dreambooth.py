@@ -7,7 +7,7 @@ from PIL import Image
 
 from finetuning import cli
 from finetuning.conversion import dreambooth
-from finetuning.data.reading import DatasetProblem, Findings
+from finetuning.data.findings import DatasetError, Findings
 
 TABLE = """Classes
 
@@ -41,7 +41,7 @@ class Args(dreambooth.DreamBoothArgs):
     allow_outside_paths: bool = False
 
 
-def pictures(root, *names):
+def images(root, *names):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(root / name)
@@ -50,7 +50,7 @@ def pictures(root, *names):
 @pytest.fixture
 def published(tmp_path):
     """The repository's folder with three of its subjects."""
-    pictures(tmp_path / "dataset", "bear_plushie/00.jpg", "dog/01.jpg", "dog/00.jpg", "dog2/00.jpg")
+    images(tmp_path / "dataset", "bear_plushie/00.jpg", "dog/01.jpg", "dog/00.jpg", "dog2/00.jpg")
     (tmp_path / "dataset/prompts_and_classes.txt").write_text(TABLE)
     (tmp_path / "dataset/references_and_licenses.txt").write_text("dog: unsplash.com/...")
     return tmp_path
@@ -72,11 +72,11 @@ def test_captions_are_the_prompt_with_token_and_class(published, path):
         "dog2/00.jpg": ("a photo of sks dog, dog2",),
     }
     assert list(samples) == ["bear_plushie/00.jpg", "dog/00.jpg", "dog/01.jpg", "dog2/00.jpg"]
-    assert (dict(findings.faults), dict(findings.notes)) == ({}, {})
-    assert samples["dog/01.jpg"].picture == published / "dataset/dog/01.jpg"
+    assert findings.report() == ""
+    assert samples["dog/01.jpg"].image == published / "dataset/dog/01.jpg"
 
 
-def test_all_pictures_are_for_training(published):
+def test_all_images_are_for_training(published):
     assert {sample.split for sample in read(published)[0].values()} == {"train"}
 
 
@@ -88,11 +88,11 @@ def test_several_prompts_and_another_token(published):
     }
 
 
-def test_subjects_with_equal_captions_are_noted(published):
+def test_subjects_with_equal_captions_are_warnings(published):
     _, findings = read(published)
-    assert list(findings.notes.values()) == [["dog, dog2"]]
+    assert list(findings.as_dict()["warnings"].values()) == [["dog, dog2"]]
     _, findings = read(published, subject=["dog", "bear_plushie"])
-    assert not findings.notes
+    assert not findings.warnings
 
 
 def test_one_subject_folder_takes_its_class_from_the_table_beside_it(published):
@@ -103,43 +103,43 @@ def test_one_subject_folder_takes_its_class_from_the_table_beside_it(published):
 
 
 def test_a_folder_of_ones_own_needs_no_table_where_the_prompt_says_the_class(tmp_path):
-    pictures(tmp_path / "mine", "b.jpg", "a.png")
+    images(tmp_path / "mine", "b.jpg", "a.png")
     samples, findings = read(tmp_path / "mine", instance_prompt=["a photo of {token} cat"])
     assert {name: sample.captions for name, sample in samples.items()} == {
         "mine/a.png": ("a photo of sks cat",), "mine/b.jpg": ("a photo of sks cat",),
     }  # fmt: skip
-    assert not findings.faults
+    assert not findings.errors
 
 
-def test_pictures_beside_the_subjects_are_named(published):
-    pictures(published / "dataset", "loose.jpg")
+def test_images_beside_the_subjects_are_named(published):
+    images(published / "dataset", "loose.jpg")
     samples, findings = read(published)
-    assert list(findings.faults.values()) == [["loose.jpg"]]
+    assert list(findings.as_dict()["errors"].values()) == [["loose.jpg"]]
     assert len(samples) == 4
 
 
 def test_links_that_lead_out_are_followed_only_by_leave(published, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    pictures(elsewhere, "00.jpg")
+    images(elsewhere, "00.jpg")
     (published / "dataset/vase").symlink_to(elsewhere)
-    pictures(published / "dataset", "dog/._00.jpg")  # what macOS leaves on other disks
+    images(published / "dataset", "dog/._00.jpg")  # what macOS leaves on other disks
     samples, findings = read(published)
     assert len(samples) == 4
-    kind = "links that lead out of the folder (--allow_outside_paths follows them)"
-    assert dict(findings.faults) == {kind: ["vase"]}
+    kind = "link_outside"
+    assert findings.as_dict()["errors"] == {kind: ["vase"]}
     samples, findings = read(published, allow_outside_paths=True)
-    assert list(samples)[-1] == "vase/00.jpg" and not findings.faults
+    assert list(samples)[-1] == "vase/00.jpg" and not findings.errors
 
 
 def test_subjects_without_a_class_are_refused_together(published):
-    pictures(published / "dataset", "cat9/00.jpg", "Prompts/00.jpg")
-    with pytest.raises(DatasetProblem, match=r"prompts_and_classes\.txt says no class for Prompts, cat9: .*prompt"):
+    images(published / "dataset", "cat9/00.jpg", "Prompts/00.jpg")
+    with pytest.raises(DatasetError, match=r"prompts_and_classes\.txt says no class for Prompts, cat9: .*prompt"):
         read(published)
     assert len(read(published, instance_prompt=["{subject}"])[0]) == 6
 
 
 def test_unknown_subjects_are_refused_with_those_there_are(published):
-    with pytest.raises(DatasetProblem, match=r"--subject dog4 vase: .*only bear_plushie, dog, dog2"):
+    with pytest.raises(DatasetError, match=r"--subject dog4 vase: .*only bear_plushie, dog, dog2"):
         read(published, subject=["dog4", "dog", "vase"])
 
 
@@ -153,14 +153,14 @@ def test_unknown_subjects_are_refused_with_those_there_are(published):
 def test_a_table_that_cannot_be_read_is_named(published, table, message):
     path = published / "dataset/prompts_and_classes.txt"
     path.write_bytes(table if isinstance(table, bytes) else table.encode())
-    with pytest.raises(DatasetProblem, match=rf"prompts_and_classes\.txt .*{message}"):
+    with pytest.raises(DatasetError, match=rf"prompts_and_classes\.txt .*{message}"):
         read(published)
 
 
 @pytest.mark.parametrize("folder", ["empty", "gone"])
-def test_a_folder_without_pictures_is_refused(tmp_path, folder):
+def test_a_folder_without_images_is_refused(tmp_path, folder):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetProblem, match=rf"no (pictures in|folder) .*{folder}"):
+    with pytest.raises(DatasetError, match=rf"no (images in|folder) .*{folder}"):
         read(tmp_path / folder)
 
 

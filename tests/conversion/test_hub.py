@@ -1,4 +1,4 @@
-"""Datasets with the pictures inside: what save_to_disk, to_parquet and the Hub's own Parquet files hold."""
+"""Datasets with the images inside: what save_to_disk, to_parquet and the Hub's own Parquet files hold."""
 
 import io
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from datasets import Dataset, DatasetDict, Features, Image, Value, config
 from PIL import Image as PILImage
 
 from finetuning.conversion import hub
-from finetuning.data.pictures import UnreadablePicture
-from finetuning.data.reading import DatasetProblem, Findings
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.images import UnreadableImage
 
 
 @dataclass
@@ -34,11 +34,11 @@ def encoded(side, kind="JPEG"):
     return content.getvalue()
 
 
-def table(*captions, pictures=None, image="image", text="text"):
-    """Rows whose pictures are squares of 1, 2, 3 ... pixels, in the Hub's schema."""
-    pictures = pictures or [{"bytes": encoded(side), "path": None} for side in range(1, len(captions) + 1)]
+def table(*captions, images=None, image="image", text="text"):
+    """Rows whose images are squares of 1, 2, 3 ... pixels, in the Hub's schema."""
+    images = images or [{"bytes": encoded(side), "path": None} for side in range(1, len(captions) + 1)]
     return Dataset.from_dict(
-        {image: pictures, text: list(captions)}, features=Features({image: Image(), text: Value("string")})
+        {image: images, text: list(captions)}, features=Features({image: Image(), text: Value("string")})
     )
 
 
@@ -49,7 +49,7 @@ def read(path, **flags):
 
 def clean(path, **flags):
     samples, findings = read(path, **flags)
-    assert (dict(findings.faults), dict(findings.notes)) == ({}, {})
+    assert findings.report() == ""
     return samples
 
 
@@ -64,7 +64,7 @@ def written(folder, how, **splits):
 
 
 @pytest.mark.parametrize("how", ["save_to_disk", "parquet"])
-def test_rows_of_every_split_with_the_pictures_as_they_were_encoded(tmp_path, how):
+def test_rows_of_every_split_with_the_images_as_they_were_encoded(tmp_path, how):
     folder = written(tmp_path / "d", how, train=table("one", "two "), validation=table("held out"))
     samples = clean(folder)
     assert [(sample.name, sample.split, sample.captions) for sample in samples] == [
@@ -72,7 +72,7 @@ def test_rows_of_every_split_with_the_pictures_as_they_were_encoded(tmp_path, ho
         ("train/00000001", "train", ("two",)),
         ("validation/00000000", "validation", ("held out",)),
     ]
-    assert [sample.picture.read() for sample in samples] == [encoded(1), encoded(2), encoded(1)]
+    assert [sample.image.read() for sample in samples] == [encoded(1), encoded(2), encoded(1)]
     assert [sample.open().width for sample in samples] == [1, 2, 1]
     assert samples[1].origin == "train row 1"
 
@@ -85,18 +85,18 @@ def test_a_dataset_of_one_split_is_undivided(tmp_path, split):
     ]  # fmt: skip
 
 
-def test_splits_that_say_nothing_are_faults(tmp_path):
+def test_splits_that_say_nothing_are_errors(tmp_path):
     folder = tmp_path / "d"
     DatasetDict(train=table("one"), unlabeled=table("two", "three"), val=table("four")).save_to_disk(folder)
     samples, findings = read(folder)
     assert [(sample.captions, sample.split) for sample in samples] == [(("one",), "train"), (("four",), "validation")]
-    assert list(findings.faults.values()) == [["unlabeled, 2 rows"]]
+    assert list(findings.as_dict()["errors"].values()) == [["unlabeled (2 rows)"]]
 
 
 def test_the_columns_may_have_other_names(tmp_path):
     folder = written(tmp_path / "d", "parquet", train=table("one", image="jpg", text="prompt"))
     assert clean(folder, image_column="jpg", caption_column="prompt")[0].captions == ("one",)
-    with pytest.raises(DatasetProblem, match="--image_column and --caption_column"):
+    with pytest.raises(DatasetError, match="--image_column and --caption_column"):
         read(folder)
 
 
@@ -104,14 +104,14 @@ def test_empty_captions_are_named_with_their_split(tmp_path):
     folder = written(tmp_path / "d", "parquet", train=table("one", " "), test=table(None, "two"))
     samples, findings = read(folder)
     assert [(sample.name, sample.open().width) for sample in samples] == [("train/00000000", 1), ("test/00000001", 2)]
-    assert dict(findings.faults) == {"rows with an empty caption": ["train row 1", "test row 0"]}
+    assert findings.as_dict()["errors"] == {"no_caption": ["train row 1", "test row 0"]}
 
 
-def test_rows_without_a_picture_or_with_a_broken_one_are_unreadable(tmp_path):
-    pictures = [None, {"bytes": b"<html>", "path": None}, {"bytes": encoded(1, "PNG")[:40], "path": "x.png"}]
-    folder = written(tmp_path / "d", "parquet", train=table("a", "b", "c", pictures=pictures))
+def test_rows_without_an_image_or_with_a_broken_one_are_unreadable(tmp_path):
+    images = [None, {"bytes": b"<html>", "path": None}, {"bytes": encoded(1, "PNG")[:40], "path": "x.png"}]
+    folder = written(tmp_path / "d", "parquet", train=table("a", "b", "c", images=images))
     for number, sample in enumerate(clean(folder)):
-        with pytest.raises(UnreadablePicture, match=rf"^train row {number}: "):
+        with pytest.raises(UnreadableImage, match=rf"^train row {number}: "):
             sample.open()
 
 
@@ -124,12 +124,12 @@ def test_a_row_does_not_reach_outside_the_dataset(tmp_path):
     (folder / "link.png").symlink_to(private)
     outside = [private, folder / "../private.png", folder / "link.png", "https://example.org/dog.jpg", "dog.jpg"]
     names = [str(name) for name in (folder / "own.png", *outside)]
-    pictures = [{"bytes": None, "path": name} for name in names]
-    pyarrow.parquet.write_table(table(*names, pictures=pictures).data.table, folder / "train.parquet")
+    images = [{"bytes": None, "path": name} for name in names]
+    pyarrow.parquet.write_table(table(*names, images=images).data.table, folder / "train.parquet")
     own, *others = clean(folder)
     assert own.open().width == 3
     for sample in others:
-        with pytest.raises(UnreadablePicture, match=r"outside the dataset .*--allow_outside_paths"):
+        with pytest.raises(UnreadableImage, match=r"outside the dataset .*--allow_outside_paths"):
             sample.open()
     assert clean(folder, allow_outside_paths=True)[1].open().width == 7
 
@@ -144,10 +144,10 @@ def test_a_row_does_not_reach_outside_the_dataset(tmp_path):
 def test_a_folder_that_holds_no_dataset_is_refused(tmp_path, make, message):
     (tmp_path / "d").mkdir()
     make(tmp_path / "d")
-    with pytest.raises(DatasetProblem, match=message):
+    with pytest.raises(DatasetError, match=message):
         read(tmp_path / "d")
 
 
 def test_a_name_that_cannot_be_had_is_refused(tmp_path):
-    with pytest.raises(DatasetProblem, match=r"nobody/nothing with --dataset_config_name big cannot be loaded"):
+    with pytest.raises(DatasetError, match=r"nobody/nothing with --dataset_config_name big cannot be loaded"):
         read("nobody/nothing", dataset_config_name="big")

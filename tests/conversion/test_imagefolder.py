@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from finetuning.conversion.imagefolder import read
-from finetuning.data.reading import DatasetProblem, Findings
+from finetuning.data.findings import DatasetError, Findings
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Args:
     allow_outside_paths: bool = False
 
 
-def pictures(folder, *names):
+def images(folder, *names):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (2, 2)).save(folder / name)
@@ -35,9 +35,9 @@ def samples(root, **settings):
     """{(split, name): captions} of a folder in which nothing is wrong."""
     findings = Findings()
     found = list(read(str(root), Args(**settings), findings))
-    assert not findings.faults
+    assert not findings.errors
     assert len({one.key for one in found}) == len(found)
-    assert all(one.picture.is_file() for one in found)
+    assert all(one.image.is_file() for one in found)
     return {(one.split, one.name): one.captions for one in found}
 
 
@@ -46,8 +46,8 @@ CATS = {(None, "a.png"): ("a cat",), (None, "below/b.png"): ("two cats",)}
 
 @pytest.fixture
 def cats(tmp_path):
-    """Two pictures, one in a folder below, still without metadata."""
-    pictures(tmp_path, "a.png", "below/b.png")
+    """Two images, one in a folder below, still without metadata."""
+    images(tmp_path, "a.png", "below/b.png")
     return tmp_path
 
 
@@ -72,15 +72,15 @@ def test_absolute_names_inside_the_folder(cats):
 
 
 def test_columns_of_other_names(cats):
-    lines = [{"picture": "a.png", "alt": "a cat"}, {"picture": "below/b.png", "alt": "two cats"}]
+    lines = [{"image": "a.png", "alt": "a cat"}, {"image": "below/b.png", "alt": "two cats"}]
     (cats / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    assert samples(cats, image_column="picture", caption_column="alt") == CATS
+    assert samples(cats, image_column="image", caption_column="alt") == CATS
 
 
 @pytest.mark.parametrize(("validation", "test"), [("validation", "test"), ("val", "testing"), ("dev", "test")])
 def test_split_folders_with_metadata_in_each(tmp_path, validation, test):
     for folder in ("train", validation, test):
-        pictures(tmp_path / folder, "1.png", "below/2.png")
+        images(tmp_path / folder, "1.png", "below/2.png")
         jsonl(tmp_path / folder, ("1.png", f"1 {folder}"), ("below/2.png", f"2 {folder}"))
     assert samples(tmp_path) == {
         (split, name): (f"{number} {folder}",)
@@ -90,19 +90,19 @@ def test_split_folders_with_metadata_in_each(tmp_path, validation, test):
 
 
 def test_metadata_above_the_splits(tmp_path):
-    pictures(tmp_path, "train/1.png", "test/1.png")
+    images(tmp_path, "train/1.png", "test/1.png")
     jsonl(tmp_path, ("train/1.png", "first"), ("test/1.png", "second"))
     assert samples(tmp_path) == {("train", "1.png"): ("first",), ("test", "1.png"): ("second",)}
 
 
 def test_a_folder_with_a_test_split_alone_is_taken(tmp_path):
-    pictures(tmp_path / "test", "1.png")
+    images(tmp_path / "test", "1.png")
     jsonl(tmp_path / "test", ("1.png", "first"))
     assert samples(tmp_path) == {("test", "1.png"): ("first",)}
 
 
-def test_pictures_beside_a_validation_folder_are_for_training(tmp_path):
-    pictures(tmp_path, "1.png", "more/2.png", "validation/1.png")
+def test_images_beside_a_validation_folder_are_for_training(tmp_path):
+    images(tmp_path, "1.png", "more/2.png", "validation/1.png")
     jsonl(tmp_path, ("1.png", "first"), ("more/2.png", "second"))
     jsonl(tmp_path / "validation", ("1.png", "third"))
     assert samples(tmp_path) == {
@@ -112,30 +112,28 @@ def test_pictures_beside_a_validation_folder_are_for_training(tmp_path):
     }
 
 
-def test_pictures_beside_train_are_named(tmp_path):
-    pictures(tmp_path, "train/1.png", "1.png", "more/2.png", ".hidden/3.png")
+def test_images_beside_train_are_named(tmp_path):
+    images(tmp_path, "train/1.png", "1.png", "more/2.png", ".hidden/3.png")
     jsonl(tmp_path / "train", ("1.png", "first"))
     findings = Findings()
     assert [one.name for one in read(str(tmp_path), Args(), findings)] == ["1.png"]
-    assert dict(findings.faults) == {
-        "pictures beside the folders of splits (move them into one)": ["1.png", "more/2.png"]
-    }
+    assert findings.as_dict()["errors"] == {"beside_splits": ["1.png", "more/2.png"]}
 
 
-def test_a_link_in_a_circle_is_no_picture_beside_the_splits(tmp_path):
-    pictures(tmp_path / "test", "1.png")
+def test_a_link_in_a_circle_is_no_image_beside_the_splits(tmp_path):
+    images(tmp_path / "test", "1.png")
     jsonl(tmp_path / "test", ("1.png", "first"))
     (tmp_path / "again").symlink_to(tmp_path)
     assert samples(tmp_path) == {("test", "1.png"): ("first",)}
 
 
 def test_two_folders_for_one_split_are_refused(tmp_path):
-    pictures(tmp_path, "train/1.png", "val/1.png", "dev/2.png")
-    with pytest.raises(DatasetProblem, match=r"val and dev \(validation\): put them into one"):
+    images(tmp_path, "train/1.png", "val/1.png", "dev/2.png")
+    with pytest.raises(DatasetError, match="dev/ and val/"):
         samples(tmp_path)
 
 
-def test_rows_of_one_picture_become_one_sample_with_all_captions(cats):
+def test_rows_of_one_image_become_one_sample_with_all_captions(cats):
     jsonl(cats, ("a.png", "a cat"), ("below/b.png", "two cats"), ("./a.png", "a tabby"), ("a.png", "a cat"))
     found = samples(cats)
     assert sorted(found[None, "a.png"]) == ["a cat", "a tabby"]
@@ -147,10 +145,10 @@ def test_several_captions_in_a_list(cats):
     assert samples(cats) == {**CATS, (None, "a.png"): ("a cat", "a tabby")}
 
 
-def test_pictures_outside_keep_apart_from_those_inside(tmp_path):
+def test_images_outside_keep_apart_from_those_inside(tmp_path):
     inside, outside = tmp_path / "inside", tmp_path / "outside"
-    pictures(inside, "a.png")
-    pictures(outside, "x/a.png", "y/a.png")
+    images(inside, "a.png")
+    images(outside, "x/a.png", "y/a.png")
     jsonl(inside, ("a.png", "in"), (outside / "x/a.png", "x"), (outside / "y/a.png", "y"))
     assert samples(inside, allow_outside_paths=True) == {
         (None, "a.png"): ("in",),
@@ -159,20 +157,18 @@ def test_pictures_outside_keep_apart_from_those_inside(tmp_path):
     }
 
 
-def test_what_training_would_refuse_is_a_fault_here(cats):
+def test_what_training_would_refuse_is_an_error_here(cats):
     jsonl(cats, ("a.png", "a cat"), ("gone.png", "nothing"), ("/etc/hostname", "no"))
     findings = Findings()
     assert [one.name for one in read(str(cats), Args(), findings)] == ["a.png"]
-    assert dict(findings.faults) == {
-        "pictures that no metadata row names": ["below/b.png"],
-        "rows whose picture is not there": ["metadata.jsonl line 2 (gone.png)"],
-        "rows that reach outside the dataset's folder (--allow_outside_paths permits it)": [
-            "metadata.jsonl line 3 (/etc/hostname)"
-        ],
+    assert findings.as_dict()["errors"] == {
+        "unnamed_image": ["below/b.png"],
+        "image_missing": ["metadata.jsonl line 2 (gone.png)"],
+        "outside": ["metadata.jsonl line 3 (/etc/hostname)"],
     }
 
 
-def test_pictures_without_captions_at_all(cats):
+def test_images_without_captions_at_all(cats):
     assert samples(cats, caption_column="none") == dict.fromkeys(CATS, ("",))
 
 
@@ -183,10 +179,10 @@ def test_a_folder_given_relative_to_the_current_one(cats, monkeypatch):
         assert samples(spelled) == CATS
 
 
-@pytest.mark.parametrize(("make", "message"), [(False, "there is no folder"), (True, "there are no pictures")])
+@pytest.mark.parametrize(("make", "message"), [(False, "there is no folder"), (True, "there are no images")])
 def test_nothing_there(tmp_path, make, message):
     root = Path(tmp_path, "data")
     if make:
         root.mkdir()
-    with pytest.raises(DatasetProblem, match=message):
+    with pytest.raises(DatasetError, match=message):
         samples(root)

@@ -1,4 +1,4 @@
-"""Pictures in one folder and captions in another, as in gm2-datasets: 37 dogs, one line each, no splits."""
+"""Images in one folder and captions in another, as in gm2-datasets: 37 dogs, one line each, no splits."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 from finetuning import cli
 from finetuning.conversion import parallel
-from finetuning.data.reading import DatasetProblem, Findings
+from finetuning.data.findings import DatasetError, Findings
 
 
 @dataclass
@@ -17,9 +17,9 @@ class Args(parallel.ParallelArgs):
     allow_outside_paths: bool = False
 
 
-def lay(root, pictures=(), captions=()):
-    """Write pictures, and captions {name: text or bytes}."""
-    for name in pictures:
+def lay(root, images=(), captions=()):
+    """Write images, and captions {name: text or bytes}."""
+    for name in images:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(root / name)
     for name, text in dict(captions).items():
@@ -34,18 +34,18 @@ def read(root, **flags):
 
 def clean(root, **flags):
     samples, findings = read(root, **flags)
-    assert (dict(findings.faults), dict(findings.notes)) == ({}, {})
+    assert findings.report() == ""
     return samples
 
 
-def test_pictures_find_the_caption_of_their_name(tmp_path):
+def test_images_find_the_caption_of_their_name(tmp_path):
     names = [f"{number:03}" for number in (2, 0, 1)]
     lay(tmp_path, [f"images/{name}.jpg" for name in names], {f"captions/{n}.txt": f"a dog, {n} \n" for n in names})
     samples = clean(tmp_path)
     assert [sample.name for sample in samples] == ["000.jpg", "001.jpg", "002.jpg"]
     assert [sample.captions for sample in samples] == [("a dog, 000",), ("a dog, 001",), ("a dog, 002",)]
     assert [sample.split for sample in samples] == [None] * 3
-    assert samples[1].picture == tmp_path / "images/001.jpg" and samples[1].origin == "images/001.jpg"
+    assert samples[1].image == tmp_path / "images/001.jpg" and samples[1].origin == "images/001.jpg"
     assert samples[1].open().size == (4, 4)
 
 
@@ -57,12 +57,12 @@ def test_equal_captions_are_two_samples(tmp_path):
 @pytest.mark.parametrize(("lines", "captions"), [("all", ("a dog", "ein Hündchen")), ("first", ("a dog",))])
 def test_several_lines_byte_order_mark_and_carriage_returns(tmp_path, lines, captions):
     lay(tmp_path, ["images/0.jpg"], {"captions/0.txt": "\ufeffa dog\r\n\r\n  ein Hündchen\r\n"})
-    assert clean(tmp_path, caption_lines=lines)[0].captions == captions
+    assert read(tmp_path, caption_lines=lines)[0][0].captions == captions
 
 
 def test_folders_inside_and_other_names_of_the_two(tmp_path):
     lay(tmp_path, ["img/a/0.png", "img/b/0.v2.png"], {"labels/a/0.txt": "one", "labels/b/0.v2.caption": "two"})
-    samples = clean(tmp_path, pictures_folder="img", captions_folder="labels")
+    samples = clean(tmp_path, images_folder="img", captions_folder="labels")
     assert [(sample.name, sample.captions) for sample in samples] == [("a/0.png", ("one",)), ("b/0.v2.png", ("two",))]
 
 
@@ -81,23 +81,23 @@ def test_splits_above_or_inside_the_two_folders(tmp_path, layout):
     assert len({sample.key for sample in samples}) == 3
 
 
-def test_pictures_beside_a_test_folder_are_for_training(tmp_path):
+def test_images_beside_a_test_folder_are_for_training(tmp_path):
     lay(tmp_path, ["images/test/0.jpg", "images/cats/0.jpg"], {"captions/test/0.txt": "a", "captions/cats/0.txt": "b"})
     assert [(sample.split, sample.name) for sample in clean(tmp_path)] == [("train", "cats/0.jpg"), ("test", "0.jpg")]
 
 
 @pytest.mark.parametrize("layout", ["train/{kind}/0", "{kind}/train/0"])
-def test_pictures_beside_train_are_named(tmp_path, layout):
-    pictures, captions = (layout.format(kind=kind) for kind in ("images", "captions"))
-    lay(tmp_path, [f"{pictures}.jpg", "images/1.jpg"], {f"{captions}.txt": "a", "captions/1.txt": "b"})
+def test_images_beside_train_are_named(tmp_path, layout):
+    images, captions = (layout.format(kind=kind) for kind in ("images", "captions"))
+    lay(tmp_path, [f"{images}.jpg", "images/1.jpg"], {f"{captions}.txt": "a", "captions/1.txt": "b"})
     samples, findings = read(tmp_path)
     assert [(sample.split, sample.name) for sample in samples] == [("train", "0.jpg")]
-    assert dict(findings.faults) == {"pictures beside the folders of splits (move them into one)": ["1.jpg"]}
+    assert findings.as_dict()["errors"] == {"beside_splits": ["1.jpg"]}
 
 
 def test_two_folders_for_one_split_are_refused(tmp_path):
     lay(tmp_path, ["images/val/0.jpg", "images/dev/0.jpg"], {"captions/val/0.txt": "a", "captions/dev/0.txt": "b"})
-    with pytest.raises(DatasetProblem, match=r"val and dev \(validation\): put them into one"):
+    with pytest.raises(DatasetError, match="dev and val"):
         read(tmp_path)
 
 
@@ -109,24 +109,21 @@ def test_links_that_lead_out_are_followed_only_by_leave(tmp_path):
     (root / "images/more").symlink_to(root / "images")  # a circle
     samples, findings = read(root)
     assert [sample.name for sample in samples] == ["0.jpg"]
-    assert dict(findings.faults) == {
-        "links that lead out of the folder (--allow_outside_paths follows them)": ["images/1.jpg"],
-        "caption files without a picture": ["captions/1.txt", "captions/2.txt"],
+    assert findings.as_dict()["errors"] == {
+        "link_outside": ["images/1.jpg"],
+        "caption_file_alone": ["captions/1.txt", "captions/2.txt"],
     }
     (root / "captions/2.txt").unlink()
     assert [sample.captions for sample in clean(root, allow_outside_paths=True)] == [("0",), ("1",)]
 
 
-def test_a_folder_of_pictures_may_be_a_link(tmp_path):
+def test_a_folder_of_images_may_be_a_link(tmp_path):
     root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
     lay(elsewhere, ["0.jpg"])
     lay(root, [], {"captions/0.txt": "a dog"})
     (root / "images").symlink_to(elsewhere)
     samples, findings = read(root)
-    assert (
-        samples == []
-        and "images" in findings.faults["links that lead out of the folder (--allow_outside_paths follows them)"]
-    )
+    assert samples == [] and "images" in findings.as_dict()["errors"]["link_outside"]
     assert [sample.name for sample in clean(root, allow_outside_paths=True)] == ["0.jpg"]
 
 
@@ -141,41 +138,41 @@ def test_what_lacks_its_other_half_is_named(tmp_path):
     )  # fmt: skip
     samples, findings = read(tmp_path)
     assert [sample.name for sample in samples] == ["0.jpg"]
-    assert dict(findings.faults) == {
-        "pictures without a caption file, or with an empty one": ["images/alone.jpg", "images/empty.jpg"],
-        "caption files that are not UTF-8 (save them again as UTF-8)": ["captions/latin.txt"],
-        "caption files without a picture": ["captions/orphan.txt"],
+    assert findings.as_dict()["errors"] == {
+        "no_caption_file": ["images/alone.jpg", "images/empty.jpg"],
+        "caption_not_utf8": ["captions/latin.txt"],
+        "caption_file_alone": ["captions/orphan.txt"],
     }
 
 
-def test_one_caption_file_for_two_pictures_and_two_for_one_are_noted(tmp_path):
+def test_one_caption_file_for_two_images_and_two_for_one_are_warnings(tmp_path):
     captions = {"captions/0.txt": "shared", "captions/1.txt": "unread", "captions/1.caption": "read"}
     lay(tmp_path, ["images/0.jpg", "images/0.png", "images/1.jpg"], captions)
     samples, findings = read(tmp_path)
     assert [sample.captions for sample in samples] == [("shared",), ("shared",), ("read",)]
-    assert not findings.faults
-    assert list(findings.notes.values()) == [["images/0.png"], ["captions/1.txt"]]
+    assert not findings.errors
+    assert list(findings.as_dict()["warnings"].values()) == [["images/0.png"], ["captions/1.txt"]]
 
 
 @pytest.mark.parametrize(
     ("there", "message"),
     [
-        ([], r"no folder .*images: name the two folders with --pictures_folder"),
+        ([], r"no folder .*images: name the two folders with --images_folder"),
         (["images/0.jpg"], r"no folder .*captions: name"),
-        (["images/.keep.jpg", "captions/.keep.jpg"], "no pictures in .*images"),
+        (["images/.keep.jpg", "captions/.keep.jpg"], "no images in .*images"),
     ],
 )
 def test_a_folder_that_is_not_like_this_is_refused(tmp_path, there, message):
     lay(tmp_path, there)
-    with pytest.raises(DatasetProblem, match=message):
+    with pytest.raises(DatasetError, match=message):
         read(tmp_path)
 
 
 def test_a_path_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(DatasetProblem, match=r"no folder .*gone"):
+    with pytest.raises(DatasetError, match=r"no folder .*gone"):
         read(tmp_path / "gone")
 
 
 def test_one_folder_for_both_is_refused():
     _, problems = cli.read(Args, "", ["--captions_folder", "images"])
-    assert len(problems) == 1 and "--pictures_folder" in problems[0] and "sidecar" in problems[0]
+    assert len(problems) == 1 and "--images_folder" in problems[0] and "sidecar" in problems[0]

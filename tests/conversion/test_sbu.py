@@ -12,9 +12,9 @@ from finetuning import cli
 from finetuning.cli import flag
 from finetuning.conversion.download import DownloadArgs, Fetcher
 from finetuning.conversion.sbu import file_name, read
-from finetuning.conversion.writing import WritingArgs
-from finetuning.data.pictures import open_rgb
-from finetuning.data.reading import DatasetProblem, Findings
+from finetuning.conversion.writer import WritingArgs
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.images import open_rgb
 
 HOST = "http://static.flickr.com"
 FIRST, SECOND, THIRD = f"{HOST}/2723/43_b0.jpg", f"{HOST}/1350/12_f6.jpg", f"{HOST}/55/77_aa.jpg"
@@ -38,7 +38,7 @@ def args(tmp_path):
     return make
 
 
-def picture(path, color="red"):
+def image(path, color="red"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (4, 4), color).save(path)
     return path
@@ -71,29 +71,29 @@ LISTS = [pairs, columnar, records]
 
 
 def taken(path, args):
-    """([(name, picture, captions)], findings)."""
+    """([(name, image, captions)], findings)."""
     findings = Findings()
     samples = list(read(path, args, findings))
     assert len({sample.key for sample in samples}) == len(samples)
-    return [(sample.name, sample.picture, sample.captions) for sample in samples], findings
+    return [(sample.name, sample.image, sample.captions) for sample in samples], findings
 
 
 @pytest.mark.parametrize("write", LISTS)
 @pytest.mark.parametrize("by", ["folder", "file"])
-def test_pictures_have_the_last_part_of_their_address_for_a_name(tmp_path, args, write, by):
+def test_images_have_the_last_part_of_their_address_for_a_name(tmp_path, args, write, by):
     root = write(tmp_path / "sbu", [FIRST, SECOND, THIRD], TEXTS)
     path = root if by == "folder" else next(iter(sorted(root.rglob("*.*"))))
-    kept = [picture(tmp_path / "images" / name) for name in ("43_b0.jpg", "12_f6.jpg")]
+    kept = [image(tmp_path / "images" / name) for name in ("43_b0.jpg", "12_f6.jpg")]
     rows, findings = taken(path, args("--images", tmp_path / "images"))
     assert rows == [("43_b0.jpg", kept[0], (TEXTS[0],)), ("12_f6.jpg", kept[1], (TEXTS[1],))]
-    ((kind, (example,)),) = findings.faults.items()
-    assert "--download fetches" in kind
+    ((kind, (example,)),) = findings.as_dict()["errors"].items()
+    assert kind == "image_not_here"
     assert re.fullmatch(r".* (line|record) 3 \(77_aa\.jpg\)", example)
 
 
-def test_pictures_are_looked_for_beside_the_list_where_torchvision_puts_them(tmp_path, args):
+def test_images_are_looked_for_beside_the_list_where_torchvision_puts_them(tmp_path, args):
     root = pairs(tmp_path, [FIRST], TEXTS[:1])
-    beside = picture(root / "dataset/43_b0.jpg")
+    beside = image(root / "dataset/43_b0.jpg")
     assert taken(root, args())[0] == [("43_b0.jpg", beside, (TEXTS[0],))]
 
 
@@ -102,13 +102,13 @@ def test_lines_are_matched_by_number_whatever_ends_them(tmp_path, args, encoding
     captions = ["a\u2028b\rc", "  second  ", "café"]  # these end a line for some, not here
     root = pairs(tmp_path, [FIRST, SECOND, THIRD], captions, encoding, end)
     for url in (FIRST, SECOND, THIRD):
-        picture(root / "dataset" / file_name(url))
+        image(root / "dataset" / file_name(url))
     assert [row[2] for row in taken(root, args())[0]] == [("a\u2028b\rc",), ("second",), ("café",)]
 
 
 def test_lists_of_different_length_are_refused(tmp_path, args):
     root = pairs(tmp_path, [FIRST, SECOND], TEXTS)
-    with pytest.raises(DatasetProblem, match=r"has 2 lines and .*captions\.txt 3"):
+    with pytest.raises(DatasetError, match=r"has 2 lines and .*captions\.txt 3"):
         taken(root, args())
 
 
@@ -116,28 +116,30 @@ def test_lines_that_cannot_be_taken_are_named(tmp_path, args):
     root = pairs(tmp_path, [FIRST, "", SECOND, THIRD], [TEXTS[0], "b", "  ", "d"])
     captions = root / "dataset/SBU_captioned_photo_dataset_captions.txt"
     captions.write_bytes(captions.read_bytes().replace(b"\nd\n", b"\ncaf\xe9\n"))
-    picture(root / "dataset/43_b0.jpg")
+    image(root / "dataset/43_b0.jpg")
     rows, findings = taken(root, args())
     assert len(rows) == 1
-    assert {kind: [one.split(".txt ")[1] for one in examples] for kind, examples in findings.faults.items()} == {
-        "rows without an address": ["line 2"],
-        "rows with an empty caption": ["line 3"],
-        "lines that are not UTF-8": ["line 4"],
+    assert {
+        kind: [one.split(".txt ")[1] for one in examples] for kind, examples in findings.as_dict()["errors"].items()
+    } == {
+        "no_address": ["line 2"],
+        "no_caption": ["line 3"],
+        "lines_not_utf8": ["line 4"],
     }
 
 
 @pytest.mark.parametrize("write", LISTS)
-def test_an_address_of_several_rows_is_one_picture_with_all_its_captions(tmp_path, args, write):
+def test_an_address_of_several_rows_is_one_image_with_all_its_captions(tmp_path, args, write):
     root = write(tmp_path / "sbu", [FIRST, SECOND, FIRST, FIRST], ["one", "other", "two", "one"])
     for name in ("43_b0.jpg", "12_f6.jpg"):
-        picture(tmp_path / "images" / name)
+        image(tmp_path / "images" / name)
     rows, findings = taken(root, args("--images", tmp_path / "images"))
     assert [(name, captions) for name, _, captions in rows] == [
         ("43_b0.jpg", ("one", "two")),
         ("12_f6.jpg", ("other",)),
     ]
-    assert not findings.faults
-    assert [len(examples) for examples in findings.notes.values()] == [2]
+    assert not findings.errors
+    assert [len(examples) for examples in findings.as_dict()["warnings"].values()] == [2]
 
 
 COLORS = {FIRST: (255, 0, 0), f"{HOST}/9/43_b0.jpg": (0, 255, 0), f"{HOST}/9/43_B0.jpg": (0, 0, 255)}
@@ -160,30 +162,30 @@ def fetched(monkeypatch):
 @pytest.mark.parametrize("urls", [list(COLORS), list(COLORS)[::2]])  # the latter differ in case alone
 def test_addresses_that_end_alike_are_not_confused(tmp_path, args, write, urls, fetched):
     root = write(tmp_path / "sbu", urls, [f"caption of {url}" for url in urls])
-    picture(tmp_path / "images/43_b0.jpg", "white")  # of one of them, by another program
+    image(tmp_path / "images/43_b0.jpg", "white")  # of one of them, by another program
     for download in ("--download", "--download", "--no-download"):
         rows, findings = taken(root, args("--images", tmp_path / "images", download))
-        assert not findings.faults
+        assert not findings.errors
         assert [captions for _, _, captions in rows] == [(f"caption of {url}",) for url in urls]
         assert [open_rgb(path).getpixel((0, 0)) for _, path, _ in rows] == [COLORS[url] for url in urls]
         assert len({path.name.lower() for _, path, _ in rows} - {"43_b0.jpg"}) == len(urls)
     assert sorted(fetched) == sorted(urls)  # threads fetch in any order
 
 
-def test_a_picture_that_could_be_of_two_addresses_is_not_guessed_at(tmp_path, args):
+def test_an_image_that_could_be_of_two_addresses_is_not_guessed_at(tmp_path, args):
     root = pairs(tmp_path, list(COLORS), ["red", "green", "blue"])
-    picture(root / "dataset/43_b0.jpg")
+    image(root / "dataset/43_b0.jpg")
     rows, findings = taken(root, args())
     assert rows == []
-    fitting = "pictures whose name fits several addresses (--download fetches each by a name of its own)"
-    assert len(findings.faults[fitting]) == 2  # 43_B0.jpg is another name on this disk, and not there
-    assert sum(map(len, findings.faults.values())) == 3
+    fitting = "ambiguous_address"
+    assert len(findings.as_dict()["errors"][fitting]) == 2  # 43_B0.jpg is another name on this disk, and not there
+    assert sum(map(len, findings.as_dict()["errors"].values())) == 3
 
 
 def test_only_what_is_missing_is_fetched_and_no_more_than_the_limit(tmp_path, args, fetched):
     urls = [f"{HOST}/1/{number}_x.jpg" for number in range(100)]
     root = columnar(tmp_path / "sbu", urls, ["a photo"] * 100)
-    picture(tmp_path / "images/0_x.jpg")
+    image(tmp_path / "images/0_x.jpg")
     flags = ["--images", tmp_path / "images", "--download", "--download_workers", 1, "--limit", 3]
     rows, _ = taken(root, args(*flags, "--download_rate", 1000))
     assert [name for name, _, _ in rows] == ["0_x.jpg", "1_x.jpg", "2_x.jpg"]
@@ -208,14 +210,14 @@ def test_names_of_files_are_fit_for_a_disk(url, name):
     assert re.fullmatch(re.escape(name) if name else r"[0-9a-f]{12}\.jpg", file_name(url))
 
 
-def test_a_record_may_not_name_a_picture_elsewhere(tmp_path, args):
+def test_a_record_may_not_name_an_image_elsewhere(tmp_path, args):
     rows = [{"image": "../../secret.jpg", "url": FIRST, "caption": "a"}, {"image": "sub/b.jpg", "caption": "b"}]
     (tmp_path / "sbu").mkdir()
     (tmp_path / "sbu/sbu.json").write_text(json.dumps(rows))
-    below = picture(tmp_path / "sbu/sub/b.jpg")
+    below = image(tmp_path / "sbu/sub/b.jpg")
     rows, findings = taken(tmp_path / "sbu/sbu.json", args())
     assert rows == [("sub/b.jpg", below, ("b",))]
-    assert [*findings.faults] == ["rows whose image would be outside the folder"]
+    assert list(findings.errors) == ["outside"]
 
 
 def fetched_files(folder, key, caption="a photo", status="success", parts=("jpg", "txt", "json"), color="red"):
@@ -225,7 +227,7 @@ def fetched_files(folder, key, caption="a photo", status="success", parts=("jpg"
     if status != "success":
         record["error_message"] = "HTTP Error 404: Not Found"
     if "jpg" in parts:
-        picture(folder / f"{key}.jpg", color)
+        image(folder / f"{key}.jpg", color)
     if "txt" in parts:
         (folder / f"{key}.txt").write_text(caption or "")
     if "json" in parts:
@@ -252,25 +254,25 @@ def test_what_img2dataset_fetched_is_read_in_order(shards, args):
         ("00001/000010000.jpg", ("third",)),
     ]
     assert rows[0][1] == shards / "00000/000000000.jpg"
-    assert not findings.faults and not findings.notes
+    assert not findings.errors and not findings.warnings
     assert [name for name, _, _ in taken(shards, args("--limit", 2))[0]] == [row[0] for row in rows[:2]]
 
 
 @pytest.mark.parametrize(
     ("sample", "kind"),
     [
-        ({"status": "failed_to_download", "parts": ("json",)}, "pictures that img2dataset could not fetch"),
-        ({"status": "failed_to_resize"}, "pictures that img2dataset could not fetch"),
-        ({"parts": ("json", "txt")}, "captions of img2dataset without a picture"),
-        ({"parts": ("jpg",)}, "pictures of img2dataset without a caption"),
-        ({"caption": None}, "pictures of img2dataset without a caption"),
+        ({"status": "failed_to_download", "parts": ("json",)}, "not_fetched_before"),
+        ({"status": "failed_to_resize"}, "not_fetched_before"),
+        ({"parts": ("json", "txt")}, "fetched_caption_alone"),
+        ({"parts": ("jpg",)}, "fetched_without_caption"),
+        ({"caption": None}, "fetched_without_caption"),
     ],
 )
 def test_what_img2dataset_could_not_fetch_is_named(shards, args, sample, kind):
     fetched_files(shards / "00000", "000000002", **sample)
     rows, findings = taken(shards, args())
     assert len(rows) == 3
-    ((told, (example,)),) = findings.faults.items()
+    ((told, (example,)),) = findings.as_dict()["errors"].items()
     assert told == kind
     assert example.startswith("00000/000000002")
     assert ("404" in example) == ("status" in sample)
@@ -278,11 +280,11 @@ def test_what_img2dataset_could_not_fetch_is_named(shards, args, sample, kind):
 
 def test_other_files_and_links_that_lead_out_are_no_data(shards, args, tmp_path):
     (shards / "00000/000000003.npz").write_bytes(b"features")
-    (shards / "00000/000000004.jpg").symlink_to(picture(tmp_path / "elsewhere.jpg"))
+    (shards / "00000/000000004.jpg").symlink_to(image(tmp_path / "elsewhere.jpg"))
     (shards / "00002").symlink_to(tmp_path)
     rows, findings = taken(shards, args())
     assert len(rows) == 3
-    assert list(findings.faults.values()) == [["00002", "00000/000000004.jpg"]]
+    assert list(findings.as_dict()["errors"].values()) == [["00002", "00000/000000004.jpg"]]
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"])
@@ -290,7 +292,7 @@ def test_a_broken_record_of_img2dataset_is_named(shards, args, content):
     (shards / "00000/000000001.json").write_bytes(content)
     rows, findings = taken(shards, args())
     assert len(rows) == 2
-    (example,) = findings.faults["captions of img2dataset that cannot be read"]
+    (example,) = findings.as_dict()["errors"]["bad_fetched_caption"]
     assert example.startswith("00000/000000001 (")
 
 
@@ -314,10 +316,10 @@ def test_a_caption_in_a_text_file_alone_is_taken(shards, args):
 def test_a_source_that_cannot_be_read_says_why(tmp_path, args, files, told):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    with pytest.raises(DatasetProblem, match=told):
+    with pytest.raises(DatasetError, match=told):
         taken(tmp_path, args())
 
 
 def test_a_path_that_is_not_there_is_said(args):
-    with pytest.raises(DatasetProblem, match="there is no nowhere"):
+    with pytest.raises(DatasetError, match="there is no nowhere"):
         taken(Path("nowhere"), args())

@@ -10,8 +10,8 @@ from scipy.io import savemat
 
 from finetuning import cli
 from finetuning.conversion import stanford_dogs
-from finetuning.conversion.contract import Member
-from finetuning.data.reading import DatasetProblem, Findings
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.samples import Member
 
 CHIHUAHUA = "n02085620-Chihuahua/n02085620_7.jpg"
 RETRIEVER = "n02099429-curly-coated_retriever/n02099429_121.jpg"
@@ -34,25 +34,25 @@ class Args(stanford_dogs.StanfordDogsArgs):
     allow_outside_paths: bool = False
 
 
-def annotate(root, picture, *boxes, size=(20, 10)):
-    path = (root / "Annotation" / picture).with_suffix("")
+def annotate(root, image, *boxes, size=(20, 10)):
+    path = (root / "Annotation" / image).with_suffix("")
     path.parent.mkdir(parents=True, exist_ok=True)
     objects = "\n".join(OBJECT.format(*box) for box in boxes)
     path.write_text(ANNOTATION.format(width=size[0], height=size[1], objects=objects))
 
 
-def write_list(path, *pictures):
-    """As in lists.tar: cell arrays [pictures, 1] of names, and labels from 1."""
-    cells = np.empty((len(pictures), 1), dtype=object)
-    cells[:, 0] = pictures
-    savemat(path, {"file_list": cells, "annotation_list": cells, "labels": np.ones((len(pictures), 1), np.uint8)})
+def write_list(path, *images):
+    """As in lists.tar: cell arrays [images, 1] of names, and labels from 1."""
+    cells = np.empty((len(images), 1), dtype=object)
+    cells[:, 0] = images
+    savemat(path, {"file_list": cells, "annotation_list": cells, "labels": np.ones((len(images), 1), np.uint8)})
 
 
 @pytest.fixture
 def dogs(tmp_path):
-    """Three unpacked pictures of 20 x 10, without annotations and lists."""
-    for picture in (RETRIEVER, CHIHUAHUA, HOUND):
-        path = tmp_path / "Images" / picture
+    """Three unpacked images of 20 x 10, without annotations and lists."""
+    for image in (RETRIEVER, CHIHUAHUA, HOUND):
+        path = tmp_path / "Images" / image
         path.parent.mkdir(parents=True)
         Image.new("RGB", (20, 10)).save(path)
     return tmp_path
@@ -65,7 +65,7 @@ def read(root, **flags):
 
 def clean(root, **flags):
     samples, findings = read(root, **flags)
-    assert (dict(findings.faults), dict(findings.notes)) == ({}, {})
+    assert findings.report() == ""
     return samples
 
 
@@ -82,7 +82,7 @@ def test_a_breed_is_all_after_the_first_hyphen(dogs):
         ("a photo of a Chihuahua",), ("a photo of a curly-coated retriever",), ("a photo of an African hunting dog",),
     ]  # fmt: skip
     assert {sample.split for sample in samples.values()} == {None}
-    assert samples[HOUND].picture == dogs / "Images" / HOUND
+    assert samples[HOUND].image == dogs / "Images" / HOUND
 
 
 def test_templates_and_small_letters(dogs):
@@ -98,21 +98,21 @@ def test_lists_say_the_split(dogs):
     assert {sample.split for sample in clean(dogs, use_lists=False).values()} == {None}
 
 
-def test_lists_and_pictures_that_do_not_fit_are_named(dogs):
+def test_lists_and_images_that_do_not_fit_are_named(dogs):
     write_list(dogs / "train_list.mat", CHIHUAHUA, "n02085620-Chihuahua/gone.jpg")
     write_list(dogs / "test_list.mat", RETRIEVER, CHIHUAHUA)
     samples, findings = read(dogs)
     assert {name: sample.split for name, sample in samples.items()} == {CHIHUAHUA: "train", RETRIEVER: "test"}
-    assert dict(findings.faults) == {
-        "listed pictures that are not there": ["train_list.mat: n02085620-Chihuahua/gone.jpg"],
-        "pictures in both lists": [CHIHUAHUA],
-        "pictures in neither list (--no-use_lists splits by content)": [HOUND],
+    assert findings.as_dict()["errors"] == {
+        "listed_not_there": ["train_list.mat: n02085620-Chihuahua/gone.jpg"],
+        "in_both_lists": [CHIHUAHUA],
+        "in_no_list": [HOUND],
     }
 
 
 def test_one_list_without_the_other_is_refused(dogs):
     write_list(dogs / "train_list.mat", CHIHUAHUA)
-    with pytest.raises(DatasetProblem, match=r"no test_list\.mat: .*--no-use_lists"):
+    with pytest.raises(DatasetError, match=r"no test_list\.mat: .*--no-use_lists"):
         read(dogs)
 
 
@@ -120,18 +120,18 @@ def test_one_list_without_the_other_is_refused(dogs):
 def test_a_list_that_is_none_is_refused_by_name(dogs, content):
     write_list(dogs / "train_list.mat", CHIHUAHUA)
     (dogs / "test_list.mat").write_bytes(content)
-    with pytest.raises(DatasetProblem, match=r"test_list\.mat is no list of Stanford Dogs"):
+    with pytest.raises(DatasetError, match=r"test_list\.mat is no list of Stanford Dogs"):
         read(dogs)
 
 
-def test_crop_to_the_box_around_all_dogs_inside_the_picture(dogs):
+def test_crop_to_the_box_around_all_dogs_inside_the_image(dogs):
     annotate(dogs, CHIHUAHUA, (3, 1, 11, 9))
     annotate(dogs, RETRIEVER, (2, 3, 6, 8), (5, 1, 9, 4))
     annotate(dogs, HOUND, (-2, 4, 25, 12))
     samples, findings = read(dogs, crop_to_dogs=True)
     assert [sample.box for sample in samples.values()] == [(3, 1, 11, 9), (2, 1, 9, 8), (0, 4, 20, 10)]
-    assert not findings.faults
-    assert list(findings.notes.values()) == [[RETRIEVER]]
+    assert not findings.errors
+    assert list(findings.as_dict()["warnings"].values()) == [[RETRIEVER]]
     assert {sample.box for sample in clean(dogs).values()} == {None}
 
 
@@ -140,11 +140,11 @@ def test_annotations_that_give_no_box_are_named(dogs):
     annotate(dogs, HOUND)
     samples, findings = read(dogs, crop_to_dogs=True)
     assert samples == {}
-    faults = dict(findings.faults)
-    assert faults.pop("annotations that cannot be read")[0].startswith(HOUND.removesuffix(".jpg"))
-    assert faults == {
-        "pictures without an annotation (needed for --crop_to_dogs)": [CHIHUAHUA],
-        "boxes with nothing of the picture in them": [f"{RETRIEVER} (30, 1, 20, 9)"],
+    errors = findings.as_dict()["errors"]
+    assert errors.pop("bad_annotation")[0].startswith(HOUND.removesuffix(".jpg"))
+    assert errors == {
+        "no_annotation": [CHIHUAHUA],
+        "empty_box": [f"{RETRIEVER} (30, 1, 20, 9)"],
     }
 
 
@@ -162,15 +162,15 @@ def test_the_tars_are_read_without_unpacking(dogs, tmp_path_factory):
     assert [(s.key, s.captions, s.box) for s in samples.values()] == [
         (s.key, s.captions, s.box) for s in unpacked.values()
     ]
-    assert all(isinstance(sample.picture, Member) for sample in samples.values())
-    assert samples[HOUND].picture.read() == (dogs / "Images" / HOUND).read_bytes()
+    assert all(isinstance(sample.image, Member) for sample in samples.values())
+    assert samples[HOUND].image.read() == (dogs / "Images" / HOUND).read_bytes()
 
 
-def test_unpacked_files_come_before_tars_and_that_is_noted(dogs):
+def test_unpacked_files_come_before_tars_and_that_is_a_warning(dogs):
     pack(dogs / "images.tar", dogs, "Images")
     samples, findings = read(dogs)
-    assert samples[CHIHUAHUA].picture == dogs / "Images" / CHIHUAHUA
-    assert sorted(*findings.notes.values()) == [CHIHUAHUA, RETRIEVER, HOUND]
+    assert samples[CHIHUAHUA].image == dogs / "Images" / CHIHUAHUA
+    assert sorted(*findings.as_dict()["warnings"].values()) == [CHIHUAHUA, RETRIEVER, HOUND]
 
 
 def test_links_that_lead_out_are_followed_only_by_leave(dogs, tmp_path_factory):
@@ -178,14 +178,14 @@ def test_links_that_lead_out_are_followed_only_by_leave(dogs, tmp_path_factory):
     (linked / "Images").symlink_to(dogs / "Images")
     samples, findings = read(linked)
     assert samples == {}
-    assert list(findings.faults.values()) == [["Images"]]
+    assert list(findings.as_dict()["errors"].values()) == [["Images"]]
     assert list(clean(linked, allow_outside_paths=True)) == [CHIHUAHUA, RETRIEVER, HOUND]
 
 
 @pytest.mark.parametrize("folder", [".", "gone"])
 def test_a_folder_without_breeds_is_refused(tmp_path, folder):
     Image.new("RGB", (4, 4)).save(tmp_path / "dog.jpg")
-    with pytest.raises(DatasetProblem, match=r"gone|Images/n02085620-Chihuahua"):
+    with pytest.raises(DatasetError, match=r"gone|Images/n02085620-Chihuahua"):
         read(tmp_path / folder)
 
 

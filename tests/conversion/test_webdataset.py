@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from finetuning.conversion import webdataset
-from finetuning.data.pictures import UnreadablePicture
-from finetuning.data.reading import DatasetProblem, Findings
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.images import UnreadableImage
+from finetuning.data.tars import WebDatasetArgs
 
 
 @dataclass
-class Args(webdataset.WebDatasetArgs):
+class Args(WebDatasetArgs):
     """Every flag that the reader looks at."""
 
     allow_outside_paths: bool = False
@@ -28,7 +29,7 @@ def encoded(side=4, kind="JPEG"):
     return content.getvalue()
 
 
-PICTURE = encoded()
+IMAGE = encoded()
 
 
 def pack(path, files, mode="w", **options):
@@ -55,7 +56,7 @@ def read(path, **flags):
 
 def clean(path, **flags):
     samples, findings = read(path, **flags)
-    assert (dict(findings.faults), dict(findings.notes)) == ({}, {})
+    assert findings.report() == ""
     return samples
 
 
@@ -69,12 +70,12 @@ def test_a_shard_of_img2dataset(tmp_path, kind):
     key = "000000012" if kind == tarfile.USTAR_FORMAT else f"000000012{long}"
     record = {"caption": "a dog", "url": "https://example.org/1.jpg", "key": key, "status": "success"}
     shard = pack(
-        tmp_path / "00000.tar", {f"{key}.jpg": PICTURE, f"{key}.json": record, f"{key}.txt": "a dog"}, format=kind
+        tmp_path / "00000.tar", {f"{key}.jpg": IMAGE, f"{key}.json": record, f"{key}.txt": "a dog"}, format=kind
     )
     samples = clean(shard)
     assert captions(samples) == {f"00000/{key}.jpg": ("a dog",)}
     (sample,) = samples.values()
-    assert sample.picture.read() == PICTURE
+    assert sample.image.read() == IMAGE
     assert sample.open().size == (4, 4)
     assert sample.split is None and sample.origin == f"{shard}/{key}.jpg"
 
@@ -89,12 +90,12 @@ def test_samples_keep_the_order_of_the_tar_and_their_own_bytes(tmp_path):
 
 
 def test_files_of_a_key_need_not_stand_together(tmp_path):
-    files = {"./a.JPG": PICTURE, "./b.jpg": PICTURE, "./b.txt": "two", "./a.txt": "one"}
+    files = {"./a.JPG": IMAGE, "./b.jpg": IMAGE, "./b.txt": "two", "./a.txt": "one"}
     assert captions(clean(pack(tmp_path / "s.tar", files))) == {"s/a.jpg": ("one",), "s/b.jpg": ("two",)}
 
 
 def test_equal_keys_in_two_shards_and_in_two_folders_are_kept_apart(tmp_path):
-    files = {"0.jpg": PICTURE, "0.txt": "outer", "in/0.jpg": PICTURE, "in/0.txt": "inner"}
+    files = {"0.jpg": IMAGE, "0.txt": "outer", "in/0.jpg": IMAGE, "in/0.txt": "inner"}
     pack(tmp_path / "x/00000.tar", files)
     pack(tmp_path / "y/00000.tar", files)
     assert captions(clean(tmp_path)) == {
@@ -118,50 +119,50 @@ def test_equal_keys_in_two_shards_and_in_two_folders_are_kept_apart(tmp_path):
 )
 def test_patterns(tmp_path, pattern, shards):
     for number in range(3):
-        pack(tmp_path / f"{number:05}.tar", {"0.jpg": PICTURE, "0.txt": "x"})
+        pack(tmp_path / f"{number:05}.tar", {"0.jpg": IMAGE, "0.txt": "x"})
     if shards:
         assert list(clean(tmp_path / pattern)) == [f"{shard}/0.jpg" for shard in shards]
     else:
-        with pytest.raises(DatasetProblem, match="there is no"):
+        with pytest.raises(DatasetError, match="there is no"):
             read(f"{tmp_path}/{pattern}")
 
 
 def test_numbers_without_leading_zeros_get_none(tmp_path):
     for number in range(11):
-        pack(tmp_path / f"s{number}.tar", {"0.jpg": PICTURE, "0.txt": "x"})
+        pack(tmp_path / f"s{number}.tar", {"0.jpg": IMAGE, "0.txt": "x"})
     assert len(clean(tmp_path / "s{0..10}.tar")) == 11
 
 
 def test_shards_of_a_pattern_that_are_missing_are_named_together(tmp_path):
-    pack(tmp_path / "00001.tar", {"0.jpg": PICTURE, "0.txt": "x"})
-    with pytest.raises(DatasetProblem, match=r"there is no .*00000\.tar, .*00002\.tar$"):
+    pack(tmp_path / "00001.tar", {"0.jpg": IMAGE, "0.txt": "x"})
+    with pytest.raises(DatasetError, match=r"there is no .*00000\.tar, .*00002\.tar$"):
         read(tmp_path / "{00000..00002}.tar")
 
 
 def test_folders_and_hidden_files_that_are_called_like_shards_are_none(tmp_path):
-    pack(tmp_path / "folder.tar/0.tar", {"0.jpg": PICTURE, "0.txt": "x"})
+    pack(tmp_path / "folder.tar/0.tar", {"0.jpg": IMAGE, "0.txt": "x"})
     (tmp_path / "folder.tar/._0.tar").write_bytes(b"of a Mac")
     assert list(clean(tmp_path)) == ["0/0.jpg"]
 
 
 def test_links_that_lead_out_are_followed_only_by_leave(tmp_path):
-    pack(tmp_path / "elsewhere/0.tar", {"0.jpg": PICTURE, "0.txt": "x"})
+    pack(tmp_path / "elsewhere/0.tar", {"0.jpg": IMAGE, "0.txt": "x"})
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/more").symlink_to(tmp_path / "elsewhere")
     samples, findings = read(tmp_path / "shards")
-    assert samples == {} and list(findings.faults.values()) == [["more"]]
+    assert samples == {} and list(findings.as_dict()["errors"].values()) == [["more"]]
     assert list(clean(tmp_path / "shards", allow_outside_paths=True)) == ["0/0.jpg"]
 
 
 def test_a_json_file_of_no_end_is_named(tmp_path):
-    shard = pack(tmp_path / "s.tar", {"0.jpg": PICTURE, "0.json": "[" * 200_000})
+    shard = pack(tmp_path / "s.tar", {"0.jpg": IMAGE, "0.json": "[" * 200_000})
     samples, findings = read(shard)
-    assert samples == {} and list(findings.faults) == ["JSON files that have no text under 'caption' (--json_key)"]
+    assert samples == {} and list(findings.errors) == ["no_json_text"]
 
 
 @pytest.mark.parametrize("path", [".", "gone", "gone-*.tar"])
 def test_a_path_without_shards_is_refused(tmp_path, path):
-    with pytest.raises(DatasetProblem, match=r"there (are no shards|is no .*gone)"):
+    with pytest.raises(DatasetError, match=r"there (are no shards|is no .*gone)"):
         read(tmp_path / path)
 
 
@@ -175,37 +176,37 @@ def test_a_path_without_shards_is_refused(tmp_path, path):
 )
 def test_names_of_shards_and_folders_say_the_split_where_one_says_train(tmp_path, names, splits):
     for name in names:
-        pack(tmp_path / f"{name}.tar", {"0.jpg": PICTURE, "0.txt": name})
+        pack(tmp_path / f"{name}.tar", {"0.jpg": IMAGE, "0.txt": name})
     assert [sample.split for sample in clean(tmp_path).values()] == splits
 
 
-def test_a_shard_without_a_split_beside_others_is_noted(tmp_path):
+def test_a_shard_without_a_split_beside_others_is_a_warning(tmp_path):
     for name in ("train-0", "extra-0"):
-        pack(tmp_path / f"{name}.tar", {"0.jpg": PICTURE, "0.txt": name})
+        pack(tmp_path / f"{name}.tar", {"0.jpg": IMAGE, "0.txt": name})
     samples, findings = read(tmp_path)
     assert [sample.split for sample in samples.values()] == [None, "train"]
-    assert list(findings.notes.values()) == [[str(tmp_path / "extra-0.tar")]]
+    assert list(findings.as_dict()["warnings"].values()) == [[str(tmp_path / "extra-0.tar")]]
 
 
 # Keys, fields and captions
 
 
-def test_keys_with_dots_are_pictures_with_a_caption_each(tmp_path):
-    files = {"room.1.jpg": PICTURE, "room.1.txt": "one", "room.2.jpg": PICTURE, "room.2.txt": "two"}
+def test_keys_with_dots_are_images_with_a_caption_each(tmp_path):
+    files = {"room.1.jpg": IMAGE, "room.1.txt": "one", "room.2.jpg": IMAGE, "room.2.txt": "two"}
     assert captions(clean(pack(tmp_path / "s.tar", files))) == {"s/room.1.jpg": ("one",), "s/room.2.jpg": ("two",)}
 
 
 @pytest.mark.parametrize(
-    "fields", [{"jpg": PICTURE, "seg.png": PICTURE, "txt": "x"}, {"jpg": PICTURE, "png": PICTURE, "txt": "x"}]
+    "fields", [{"jpg": IMAGE, "seg.png": IMAGE, "txt": "x"}, {"jpg": IMAGE, "png": IMAGE, "txt": "x"}]
 )
-def test_of_several_pictures_none_is_taken_until_one_is_named(tmp_path, fields):
+def test_of_several_images_none_is_taken_until_one_is_named(tmp_path, fields):
     shard = pack(tmp_path / "s.tar", {f"0.{field}": content for field, content in fields.items()})
     samples, findings = read(shard)
     assert samples == {}
-    ((kind, examples),) = findings.faults.items()
-    assert "--picture_field" in kind and examples == [f"{shard}/0 has {', '.join(list(fields)[:2])}"]
+    ((kind, examples),) = findings.as_dict()["errors"].items()
+    assert kind == "several_images" and examples == [f"{shard}/0 ({', '.join(list(fields)[:2])})"]
     wanted = list(fields)[1]
-    assert captions(clean(shard, picture_field=wanted)) == {f"s/0.{wanted}": ("x",)}
+    assert captions(clean(shard, image_field=wanted)) == {f"s/0.{wanted}": ("x",)}
 
 
 @pytest.mark.parametrize(
@@ -220,52 +221,52 @@ def test_of_several_pictures_none_is_taken_until_one_is_named(tmp_path, fields):
 )
 def test_where_the_caption_comes_from(tmp_path, flags, expected):
     record = {"caption": " from json ", "tags": ["a", None, "b "]}
-    files = {"0.jpg": PICTURE, "0.json": record, "0.txt": "from txt\n", "0.blip.txt": "from blip\n\ntwice"}
+    files = {"0.jpg": IMAGE, "0.json": record, "0.txt": "from txt\n", "0.blip.txt": "from blip\n\ntwice"}
     assert captions(clean(pack(tmp_path / "s.tar", files), **flags)) == {"s/0.jpg": expected}
 
 
 def test_json_alone_gives_the_caption(tmp_path):
-    shard = pack(tmp_path / "s.tar", {"0.jpg": PICTURE, "0.json": {"caption": "ein Hündchen"}})
+    shard = pack(tmp_path / "s.tar", {"0.jpg": IMAGE, "0.json": {"caption": "ein Hündchen"}})
     assert captions(clean(shard)) == {"s/0.jpg": ("ein Hündchen",)}
 
 
 def test_faults_of_samples_are_named_and_the_rest_is_taken(tmp_path):
     files = {
-        "alone.txt": "of nothing", "bare.jpg": PICTURE, "bare.cls": "3", "latin.jpg": PICTURE,
-        "latin.txt": "café".encode("latin-1"), "empty.jpg": PICTURE, "empty.txt": " \n", "cut.jpg": PICTURE,
-        "cut.json": '{"caption": "a', "other.jpg": PICTURE, "other.json": {"text": "x", "url": "y"},
-        "number.jpg": PICTURE, "number.json": {"caption": 3}, "list.jpg": PICTURE, "list.json": ["x"],
-        "fine.jpg": PICTURE, "fine.txt": "fine", "README": "about", "._fine.jpg": b"of a Mac",
+        "alone.txt": "of nothing", "bare.jpg": IMAGE, "bare.cls": "3", "latin.jpg": IMAGE,
+        "latin.txt": "café".encode("latin-1"), "empty.jpg": IMAGE, "empty.txt": " \n", "cut.jpg": IMAGE,
+        "cut.json": '{"caption": "a', "other.jpg": IMAGE, "other.json": {"text": "x", "url": "y"},
+        "number.jpg": IMAGE, "number.json": {"caption": 3}, "list.jpg": IMAGE, "list.json": ["x"],
+        "fine.jpg": IMAGE, "fine.txt": "fine", "README": "about", "._fine.jpg": b"of a Mac",
     }  # fmt: skip
     shard = pack(tmp_path / "s.tar", files)
     samples, findings = read(shard)
     assert captions(samples) == {"s/fine.jpg": ("fine",)}
-    faults = dict(findings.faults)
-    json_faults = faults.pop("JSON files that have no text under 'caption' (--json_key)")
-    assert faults == {
-        "samples without a picture": [f"{shard}/alone has txt"],
-        "samples without a caption (--caption_field)": [f"{shard}/bare has jpg, cls"],
-        "captions that are not UTF-8 (pack them again as UTF-8)": [f"{shard}/latin.txt"],
-        "samples with an empty caption": [f"{shard}/empty.txt"],
+    errors = findings.as_dict()["errors"]
+    of_json = errors.pop("no_json_text")
+    assert errors == {
+        "sample_without_image": [f"{shard}/alone (it has txt)"],
+        "sample_without_caption": [f"{shard}/bare (it has jpg, cls)"],
+        "caption_not_utf8": [f"{shard}/latin.txt"],
+        "no_caption": [f"{shard}/empty.txt"],
     }
-    assert [fault.removeprefix(f"{shard}/").split(":")[0] for fault in json_faults] == [
+    assert [one.removeprefix(f"{shard}/").split(" ")[0] for one in of_json] == [
         "cut.json", "other.json", "number.json", "list.json",
     ]  # fmt: skip
-    assert json_faults[1].endswith("it has text, url") and json_faults[2].endswith("it has 3")
-    assert list(findings.notes.values()) == [[f"{shard}/README"]]
+    assert "it has text, url" in of_json[1] and "it has 3" in of_json[2]
+    assert list(findings.as_dict()["warnings"].values()) == [[f"{shard}/README"]]
 
 
 def test_a_file_that_stands_twice_is_named(tmp_path):
     shard = pack(tmp_path / "s.tar", {"0.jpg": encoded(3), "0.txt": "first"})
-    pack(shard, {"0.jpg": encoded(5), "1.jpg": PICTURE, "1.txt": "x"}, mode="a")
+    pack(shard, {"0.jpg": encoded(5), "1.jpg": IMAGE, "1.txt": "x"}, mode="a")
     samples, findings = read(shard)
     assert samples["s/0.jpg"].open().width == 3 and "s/1.jpg" in samples
-    assert list(findings.faults.values()) == [[f"{shard}/0.jpg"]]
+    assert list(findings.as_dict()["errors"].values()) == [[f"{shard}/0.jpg"]]
 
 
 def test_links_in_a_tar_are_named(tmp_path):
     path = tmp_path / "a.jpg"
-    path.write_bytes(PICTURE)
+    path.write_bytes(IMAGE)
     os.link(path, tmp_path / "b.jpg")
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         tar.add(path, "0.jpg")
@@ -273,9 +274,7 @@ def test_links_in_a_tar_are_named(tmp_path):
         for name in ("0.txt", "1.txt"):
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
     _, findings = read(tmp_path / "s.tar")
-    assert findings.faults["links and special files in a tar (pack the files themselves)"] == [
-        f"{tmp_path / 's.tar'}/1.jpg"
-    ]
+    assert findings.as_dict()["errors"]["tar_link"] == [f"{tmp_path / 's.tar'}/1.jpg"]
 
 
 # Shards that are not whole
@@ -284,7 +283,7 @@ def test_links_in_a_tar_are_named(tmp_path):
 def three(path):
     files = {}
     for number in range(3):
-        files |= {f"{number}.jpg": PICTURE, f"{number}.txt": "x"}
+        files |= {f"{number}.jpg": IMAGE, f"{number}.txt": "x"}
     return pack(path, files)
 
 
@@ -305,12 +304,12 @@ def offsets(path):
 def test_a_cut_shard_is_named_and_what_stands_before_the_cut_is_taken(tmp_path, member, part, beyond, whole, half):
     shard = three(tmp_path / "s.tar")
     os.truncate(shard, offsets(shard)[member][part] + beyond)
-    pack(tmp_path / "t.tar", {"0.jpg": PICTURE, "0.txt": "x"})
+    pack(tmp_path / "t.tar", {"0.jpg": IMAGE, "0.txt": "x"})
     samples, findings = read(tmp_path)
     assert list(samples) == [*(f"s/{number}.jpg" for number in range(whole)), "t/0.jpg"]
-    ((example,),) = (v for kind, v in findings.faults.items() if kind.startswith("damaged tars"))
+    ((example,),) = (v for kind, v in findings.as_dict()["errors"].items() if kind == "damaged_tar")
     assert example.startswith(f"{shard} (")
-    assert len(findings.faults) == 1 + half  # the picture whose caption is lost is named too
+    assert len(findings.errors) == 1 + half  # the image whose caption is lost is named too
 
 
 def test_a_damaged_header_in_the_middle_is_named(tmp_path):
@@ -321,28 +320,28 @@ def test_a_damaged_header_in_the_middle_is_named(tmp_path):
     shard.write_bytes(content)
     samples, findings = read(shard)
     assert list(samples) == ["s/0.jpg"]
-    ((kind, (example,)),) = findings.faults.items()
-    assert kind.startswith("damaged tars") and str(place) in example
+    ((kind, (example,)),) = findings.as_dict()["errors"].items()
+    assert kind == "damaged_tar" and str(place) in example
 
 
 def test_tars_joined_with_cat_are_named(tmp_path):
-    one, two = three(tmp_path / "s.tar"), pack(tmp_path / "t.tar", {"9.jpg": PICTURE, "9.txt": "x"})
+    one, two = three(tmp_path / "s.tar"), pack(tmp_path / "t.tar", {"9.jpg": IMAGE, "9.txt": "x"})
     one.write_bytes(one.read_bytes() + two.read_bytes())
     samples, findings = read(one)
     assert len(samples) == 3
-    assert "joined" in findings.faults["damaged tars (what stands before the damage is taken)"][0]
+    assert "joined" in findings.as_dict()["errors"]["damaged_tar"][0]
 
 
 @pytest.mark.parametrize(
     ("name", "mode"), [("a.tar.gz", "w:gz"), ("b.tgz", "w:gz"), ("c.tar", "w:bz2"), ("d.tar", "w:xz")]
 )
 def test_compressed_shards_are_refused_with_the_fix(tmp_path, name, mode):
-    shard = pack(tmp_path / name, {"0.jpg": PICTURE, "0.txt": "x"}, mode)
+    shard = pack(tmp_path / name, {"0.jpg": IMAGE, "0.txt": "x"}, mode)
     for path in (tmp_path, shard):
         samples, findings = read(path)
         assert samples == {}
-        ((kind, examples),) = findings.faults.items()
-        assert "gunzip" in kind and examples == [str(shard)]
+        ((kind, examples),) = findings.as_dict()["errors"].items()
+        assert kind == "compressed_tar" and examples == [str(shard)]
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404 not found</html>" * 100])
@@ -353,19 +352,19 @@ def test_a_file_that_is_no_tar_is_named(tmp_path, content):
     assert str(tmp_path / "s.tar") in findings.report()
 
 
-def test_a_broken_picture_is_told_with_its_place(tmp_path):
+def test_a_broken_image_is_told_with_its_place(tmp_path):
     noise = io.BytesIO()
     Image.effect_noise((32, 32), 50).save(noise, "PNG")
     files = {"0.jpg": b"<html>", "0.txt": "x", "1.png": noise.getvalue()[:-200], "1.txt": "x"}
     shard = pack(tmp_path / "s.tar", files)
     for name, sample in clean(shard).items():
-        with pytest.raises(UnreadablePicture) as caught:
+        with pytest.raises(UnreadableImage) as caught:
             sample.open()
         assert str(caught.value).startswith(f"{shard}/{Path(name).name}: ")
 
 
-def test_a_picture_of_absurd_size_is_unreadable(tmp_path, monkeypatch):
-    (sample,) = clean(pack(tmp_path / "s.tar", {"0.jpg": PICTURE, "0.txt": "x"})).values()
+def test_an_image_of_absurd_size_is_unreadable(tmp_path, monkeypatch):
+    (sample,) = clean(pack(tmp_path / "s.tar", {"0.jpg": IMAGE, "0.txt": "x"})).values()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
-    with pytest.raises(UnreadablePicture, match=r"0\.jpg: .*bomb"):
+    with pytest.raises(UnreadableImage, match=r"0\.jpg: .*bomb"):
         sample.open()

@@ -1,10 +1,10 @@
 """What people's folders really hold: over forty broken things, each with its stated outcome.
 
-LOADS     the row is trained on, with this caption and this size of picture
-COUNTED   the row is left out with --on_bad_rows skip, and named under this kind of fault; without it the run stops
+LOADS     the row is trained on, with this caption and this size of image
+COUNTED   the row is left out with --on_bad_rows skip, and named under this code; without it the run stops
 REFUSED   nothing can be trained on before this is mended; the message says these words
 
-Whatever it is, no picture and no row may vanish: each is trained on, or named.
+Whatever it is, no image and no row may vanish: each is trained on, or named.
 """
 
 import io
@@ -16,25 +16,21 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, features
+from PIL.PngImagePlugin import PngInfo
 from transformers import CLIPTokenizer
 
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.checking import read_checked
-from finetuning.data.pictures import EXTENSIONS, open_rgb
-from finetuning.data.reading import DatasetProblem
+from finetuning.data.findings import PROBLEMS, DatasetError
+from finetuning.data.images import EXTENSIONS, open_rgb
 from finetuning.data.training_set import DataArgs
 from models.make_start import vocabulary
 from prepare_dataset import main as prepare_dataset
 
 LOADS, COUNTED, REFUSED = "loads", "counted", "refused"
-UNREADABLE = "pictures that cannot be read"
-NOT_THERE = "rows whose picture is not there"
-OUTSIDE = "rows that reach outside the dataset's folder"
-EMPTY = "rows with an empty caption"
-NOT_JSON = "metadata lines that are not JSON"
-NO_ROW = "pictures that no metadata row names"
-NO_PICTURE = "rows that name no picture"
+UNREADABLE, NOT_THERE, OUTSIDE = "unreadable_image", "image_missing", "outside"
+EMPTY, NOT_JSON, NO_ROW, NO_IMAGE = "no_caption", "not_json", "unnamed_image", "no_image_named"
 
 
 @dataclass
@@ -43,14 +39,14 @@ class Args(BucketArgs, CaptionArgs, DataArgs):
 
 
 def noise(side=(10, 8), mode="RGB", seed=3):
-    """A PIL picture, width x height."""
+    """A PIL image, width x height."""
     shape = (side[1], side[0], len(mode)) if len(mode) > 1 else (side[1], side[0])
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8), mode)
 
 
-def encoded(picture, format="JPEG", **options):
+def encoded(image, format="JPEG", **options):
     file = io.BytesIO()
-    picture.save(file, format, **options)
+    image.save(file, format, **options)
     return file.getvalue()
 
 
@@ -58,7 +54,7 @@ def row(name, text="a thing"):
     return {"file_name": name, "text": text}
 
 
-def picture_case(name, content, text="a thing"):
+def image_case(name, content, text="a thing"):
     """A file with a row of its own."""
 
     def make(folder):
@@ -69,12 +65,12 @@ def picture_case(name, content, text="a thing"):
 
 
 def text_case(text):
-    """A sound picture whose row has this caption."""
-    return picture_case("x.png", lambda: encoded(noise(), "PNG"), text)
+    """A sound image whose row has this caption."""
+    return image_case("x.png", lambda: encoded(noise(), "PNG"), text)
 
 
 def row_case(record):
-    """A row, or a line as it stands, without a picture of its own."""
+    """A row, or a line as it stands, without an image of its own."""
     return lambda folder: [record]
 
 
@@ -88,6 +84,16 @@ def bomb():
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
     )
+
+
+def workflow():
+    """What image generators write into their PNGs."""
+    text = PngInfo()
+    text.add_text("workflow", json.dumps(list(range(1_000_000))), zip=True)
+    return text
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
 
 def animation():
@@ -143,7 +149,7 @@ def absolute_inside(folder):
 
 def other_machine(folder):
     noise().save(folder / "x.png")
-    return [row("C:\\Users\\me\\pictures\\x.png")]
+    return [row("C:\\Users\\me\\images\\x.png")]
 
 
 def named_folder(folder):
@@ -151,8 +157,8 @@ def named_folder(folder):
     return [row("x.png")]
 
 
-def not_a_picture(folder):
-    (folder / "notes.txt").write_text("no picture")
+def not_an_image(folder):
+    (folder / "notes.txt").write_text("no image")
     return [row("notes.txt")]
 
 
@@ -177,7 +183,7 @@ def unprintable(folder):
 
 
 def raw_metadata(content):
-    """The whole metadata file as bytes; {} stands for the sound picture's own row."""
+    """The whole metadata file as bytes; {} stands for the sound image's own row."""
 
     def make(folder):
         noise().save(folder / "x.png")
@@ -191,55 +197,62 @@ X = json.dumps(row("x.png")).encode()
 LATIN = '{"file_name": "x.png", "text": "ein Hündchen"}'.encode("latin-1")
 
 CASES = {
-    # pictures
-    "truncated JPEG": (picture_case("x.jpg", lambda: cut(encoded(noise((90, 80))))), COUNTED, UNREADABLE),
-    "truncated PNG": (picture_case("x.png", lambda: cut(encoded(noise((90, 80)), "PNG"))), COUNTED, UNREADABLE),
-    "truncated WebP": (picture_case("x.webp", lambda: cut(encoded(noise((90, 80)), "WEBP"))), COUNTED, UNREADABLE),
-    "zero bytes": (picture_case("x.png", b""), COUNTED, UNREADABLE),
-    "text named .jpg": (picture_case("x.jpg", b"<html>404</html>"), COUNTED, UNREADABLE),
-    "zeros named .png": (picture_case("x.png", bytes(500)), COUNTED, UNREADABLE),
+    # images
+    "truncated JPEG": (image_case("x.jpg", lambda: cut(encoded(noise((90, 80))))), COUNTED, UNREADABLE),
+    "truncated PNG": (image_case("x.png", lambda: cut(encoded(noise((90, 80)), "PNG"))), COUNTED, UNREADABLE),
+    "truncated WebP": (image_case("x.webp", lambda: cut(encoded(noise((90, 80)), "WEBP"))), COUNTED, UNREADABLE),
+    "zero bytes": (image_case("x.png", b""), COUNTED, UNREADABLE),
+    "text named .jpg": (image_case("x.jpg", b"<html>404</html>"), COUNTED, UNREADABLE),
+    "zeros named .png": (image_case("x.png", bytes(500)), COUNTED, UNREADABLE),
     "PNG with a wrong checksum": (
-        picture_case("x.png", lambda: encoded(noise(), "PNG").replace(b"IDAT", b"IDAX")), COUNTED, UNREADABLE,
+        image_case("x.png", lambda: encoded(noise(), "PNG").replace(b"IDAT", b"IDAX")), COUNTED, UNREADABLE,
     ),
-    "decompression bomb": (picture_case("x.png", bomb), COUNTED, UNREADABLE),
-    "PNG named .jpg": (picture_case("x.jpg", lambda: encoded(noise(), "PNG")), LOADS, (10, 8)),
-    "upper-case ending": (picture_case("X.JPG", lambda: encoded(noise())), LOADS, (10, 8)),
-    "CMYK": (picture_case("x.jpg", lambda: encoded(noise(mode="CMYK"))), LOADS, (10, 8)),
-    "16 bits": (picture_case("x.png", deep), LOADS, (10, 8)),
-    "grey": (picture_case("x.png", lambda: encoded(noise(mode="L"), "PNG")), LOADS, (10, 8)),
-    "one bit": (picture_case("x.png", lambda: encoded(noise(mode="L").convert("1"), "PNG")), LOADS, (10, 8)),
-    "palette": (picture_case("x.png", lambda: encoded(noise().quantize(8), "PNG")), LOADS, (10, 8)),
-    "transparent": (picture_case("x.png", lambda: encoded(noise(mode="RGBA"), "PNG")), LOADS, (10, 8)),
-    "animated": (picture_case("x.gif", animation), LOADS, (10, 8)),
-    "turned by EXIF": (picture_case("x.jpg", turned), LOADS, (8, 10)),
-    "a phone's HEIC": (picture_case("X.HEIC", lambda: encoded(noise(), "HEIF")), LOADS, (10, 8)),
-    "truncated HEIC": (picture_case("x.heic", lambda: cut(encoded(noise((90, 80)), "HEIF"))), COUNTED, UNREADABLE),
-    "one pixel": (picture_case("x.png", lambda: encoded(noise((1, 1)), "PNG")), LOADS, (1, 1)),
+    "decompression bomb": (image_case("x.png", bomb), COUNTED, UNREADABLE),
+    "PNG named .jpg": (image_case("x.jpg", lambda: encoded(noise(), "PNG")), LOADS, (10, 8)),
+    "upper-case ending": (image_case("X.JPG", lambda: encoded(noise())), LOADS, (10, 8)),
+    "CMYK": (image_case("x.jpg", lambda: encoded(noise(mode="CMYK"))), LOADS, (10, 8)),
+    "16 bits": (image_case("x.png", deep), LOADS, (10, 8)),
+    "grey": (image_case("x.png", lambda: encoded(noise(mode="L"), "PNG")), LOADS, (10, 8)),
+    "one bit": (image_case("x.png", lambda: encoded(noise(mode="L").convert("1"), "PNG")), LOADS, (10, 8)),
+    "palette": (image_case("x.png", lambda: encoded(noise().quantize(8), "PNG")), LOADS, (10, 8)),
+    "transparent": (image_case("x.png", lambda: encoded(noise(mode="RGBA"), "PNG")), LOADS, (10, 8)),
+    "animated": (image_case("x.gif", animation), LOADS, (10, 8)),
+    "turned by EXIF": (image_case("x.jpg", turned), LOADS, (8, 10)),
+    "a phone's HEIC": (image_case("X.HEIC", lambda: encoded(noise(), "HEIF")), LOADS, (10, 8)),
+    "truncated HEIC": (image_case("x.heic", lambda: cut(encoded(noise((90, 80)), "HEIF"))), COUNTED, UNREADABLE),
+    "EXIF that is text": (
+        image_case("x.png", lambda: encoded(noise(), "PNG", exif=b"Exif\0\0MM no TIFF")), LOADS, (10, 8),
+    ),
+    "Git LFS pointer": (image_case("x.png", LFS_POINTER), COUNTED, UNREADABLE),
+    "a megabyte of text in a PNG": (
+        image_case("x.png", lambda: encoded(noise(), "PNG", pnginfo=workflow())), LOADS, (10, 8),
+    ),
+    "one pixel": (image_case("x.png", lambda: encoded(noise((1, 1)), "PNG")), LOADS, (1, 1)),
     # where they lie
-    "link to a picture inside": (link_inside, LOADS, (10, 8)),
+    "link to an image inside": (link_inside, LOADS, (10, 8)),
     "link out of the folder": (link_outside, COUNTED, OUTSIDE),
-    "link to nothing": (dead_link, COUNTED, NOT_THERE),
+    "link to nothing": (dead_link, COUNTED, "dead_link"),
     "../ in a name": (above, COUNTED, OUTSIDE),
     "absolute name, outside": (absolute_outside, COUNTED, OUTSIDE),
     "absolute name, inside": (absolute_inside, LOADS, (10, 8)),
     "absolute name of another machine": (other_machine, LOADS, (10, 8)),
     "a URL": (row_case(row("https://example.org/x.png")), COUNTED, NOT_THERE),
-    "a picture that is not there": (row_case(row("gone.png")), COUNTED, NOT_THERE),
-    "a folder named as a picture": (named_folder, COUNTED, NOT_THERE),
-    "a file that is no picture": (not_a_picture, COUNTED, "rows that name a file that is not a picture"),
-    "a picture without a row": (unnamed, COUNTED, NO_ROW),
-    "a hidden picture": (hidden, COUNTED, "rows whose picture is hidden"),
+    "an image that is not there": (row_case(row("gone.png")), COUNTED, NOT_THERE),
+    "a folder named as an image": (named_folder, COUNTED, NOT_THERE),
+    "a file that is no image": (not_an_image, COUNTED, "not_an_image"),
+    "an image without a row": (unnamed, COUNTED, NO_ROW),
+    "a hidden image": (hidden, COUNTED, "hidden"),
     "a name with a space, a quote, U+2028": (unprintable, LOADS, (10, 8)),
     # rows
-    "two rows of one picture": (twice, LOADS, (10, 8)),
-    "no file_name": (row_case({"text": "a thing"}), COUNTED, NO_PICTURE),
-    "file_name is null": (row_case({"file_name": None, "text": "a thing"}), COUNTED, NO_PICTURE),
+    "two rows of one image": (twice, LOADS, (10, 8)),
+    "no file_name": (row_case({"text": "a thing"}), COUNTED, NO_IMAGE),
+    "file_name is null": (row_case({"file_name": None, "text": "a thing"}), COUNTED, NO_IMAGE),
     "file_name with half a character": (row_case(row("\ud83d.png")), COUNTED, NOT_THERE),
     "file_name with a NUL": (row_case(row("x\0.png")), COUNTED, NOT_THERE),
-    "file_name is a number": (row_case({"file_name": 7, "text": "a thing"}), COUNTED, NO_PICTURE),
+    "file_name is a number": (row_case({"file_name": 7, "text": "a thing"}), COUNTED, NO_IMAGE),
     "not JSON": (row_case("{'file_name': 'x.png'}"), COUNTED, NOT_JSON),
     "half a line": (row_case('{"file_name": "x.png", "te'), COUNTED, NOT_JSON),
-    "a list for a row": (row_case(["x.png", "a thing"]), COUNTED, "metadata lines that are not JSON objects"),
+    "a list for a row": (row_case(["x.png", "a thing"]), COUNTED, "not_an_object"),
     "caption is null": (text_case(None), COUNTED, EMPTY),
     "caption is empty": (text_case(""), COUNTED, EMPTY),
     "caption is blank": (text_case(" \t\n "), COUNTED, EMPTY),
@@ -250,7 +263,7 @@ CASES = {
     "caption is NaN": (text_case(float("nan")), REFUSED, ("metadata.jsonl line 2", "must be text", "nan")),
     "caption is a number": (text_case(12), REFUSED, ("metadata.jsonl line 2", "must be text", "12")),
     "caption is an object": (text_case({"en": "a thing"}), REFUSED, ("metadata.jsonl line 2", "must be text")),
-    "caption with half a character": (text_case("a \ud83d thing"), COUNTED, "captions that are not valid text"),
+    "caption with half a character": (text_case("a \ud83d thing"), COUNTED, "half_character"),
     "several captions": (text_case(["one", "two", None]), LOADS, (10, 8)),
     "a huge caption": (text_case("circle " * 20_000), LOADS, (10, 8)),
     # files
@@ -269,11 +282,11 @@ CASES = {
     "empty metadata": (raw_metadata(b""), COUNTED, NO_ROW),
 }  # fmt: skip
 if features.check("avif"):
-    CASES["AVIF"] = (picture_case("x.avif", lambda: encoded(noise(), "AVIF")), LOADS, (10, 8))
+    CASES["AVIF"] = (image_case("x.avif", lambda: encoded(noise(), "AVIF")), LOADS, (10, 8))
 
 
 def build(folder, make):
-    """A folder with a sound picture and the case's; the names of all pictures and the places of all rows in it."""
+    """A folder with a sound image and the case's; the names of all images and the places of all rows in it."""
     folder.mkdir(parents=True)
     noise(seed=1).save(folder / "sound.png")
     records = make(folder)
@@ -282,9 +295,9 @@ def build(folder, make):
         lines = [one if isinstance(one, str) else json.dumps(one) for one in [row("sound.png", "sound"), *records]]
         content = "".join(f"{line}\n" for line in lines).encode()
     (folder / "metadata.jsonl").write_bytes(content)
-    pictures = {path.name for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS}
+    images = {path.name for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS}
     lines = [n for n, line in enumerate(content.replace(b"\0", b"").split(b"\n"), 1) if line.strip()]
-    return {name for name in pictures if not name.startswith(".")}, [f"metadata.jsonl line {n}" for n in lines]
+    return {name for name in images if not name.startswith(".")}, [f"metadata.jsonl line {n}" for n in lines]
 
 
 @pytest.fixture(scope="module")
@@ -296,25 +309,24 @@ def tokenizer():
 @pytest.mark.parametrize(("make", "outcome", "expected"), CASES.values(), ids=CASES)
 def test_every_broken_thing_has_its_outcome(make, outcome, expected, tmp_path, tokenizer):
     folder = tmp_path / "data"
-    pictures, lines = build(folder, make)
+    images, lines = build(folder, make)
     args = Args(train_data_dir=str(folder))
     if outcome == REFUSED:
-        with pytest.raises(DatasetProblem) as problem:
+        with pytest.raises(DatasetError) as problem:
             read_checked(args, tokenizer, 0)
         assert all(words in str(problem.value) for words in expected), str(problem.value)
         return
 
     found = read_checked(args, tokenizer, 0)
-    told = "\n".join(one for kind in found.findings.faults.values() for one in kind)
-    trained = {one.picture.name for one in found.rows}
+    told = "\n".join(str(one) for examples in found.findings.errors.values() for one in examples)
+    trained = {one.image.name for one in found.rows}
     if outcome == LOADS:
-        assert not found.findings.faults
-        (loaded,) = {one.picture for one in found.rows if one.picture.name != "sound.png"} - {folder / "target.png"}
+        assert not found.findings.errors
+        (loaded,) = {one.image for one in found.rows if one.image.name != "sound.png"} - {folder / "target.png"}
         assert open_rgb(loaded).size == expected and open_rgb(loaded).mode == "RGB"
     else:
-        kinds = [kind for kind, examples in found.findings.faults.items() if examples and kind.startswith(expected)]
-        assert kinds, dict(found.findings.faults)
-    for name in pictures:
+        assert found.findings.errors[expected], dict(found.findings.errors)
+    for name in images:
         assert name in trained or name in told, f"{name} has vanished"
     rows_told = {one.origin for one in found.rows}
     for place in lines:
@@ -341,25 +353,25 @@ def all_at_once(tmp_path_factory):
 
 def test_check_refuses_all_of_them_in_one_message(all_at_once, capsys):
     assert prepare_dataset(["check", str(all_at_once)]) == 1
-    said = capsys.readouterr().out
-    kinds = {expected for _, outcome, expected in TOGETHER.values() if outcome == COUNTED}
-    assert [kind for kind in kinds if kind not in said] == []
+    printed = capsys.readouterr().out
+    codes = {expected for _, outcome, expected in TOGETHER.values() if outcome == COUNTED}
+    assert [code for code in codes if PROBLEMS[code][0] not in printed] == []
 
 
 def test_convert_takes_what_can_be_taken_and_names_the_rest(all_at_once, tmp_path, capsys):
     output = tmp_path / "out"
     command = ["convert", "imagefolder", str(all_at_once), "--output", str(output)]
     assert prepare_dataset(command) == 1
-    assert "faults (x)" in capsys.readouterr().err and not (output / "conversion.json").exists()
+    assert "--on_bad_rows skip" in capsys.readouterr().err and not (output / "conversion.json").exists()
     assert prepare_dataset([*command, "--on_bad_rows", "skip"]) == 0
     counts = json.loads((output / "conversion.json").read_text())
     loading = sum(outcome == LOADS for _, outcome, _ in TOGETHER.values())
     sound = len(TOGETHER) + 1  # one beside each case, and the target of the link
-    assert sum(counts["pictures"].values()) == loading + sound
+    assert sum(counts["images"].values()) == loading + sound
     unreadable = sum(expected == UNREADABLE for _, _, expected in TOGETHER.values())
     assert counts["failures"] == unreadable == len((output / "failures.jsonl").read_text().splitlines())
-    left_out = json.loads((output / "findings.json").read_text())["left out"]
+    errors = json.loads((output / "findings.json").read_text())["errors"]
     others = [expected for _, outcome, expected in TOGETHER.values() if outcome == COUNTED and expected != UNREADABLE]
-    for kind in set(others):
-        assert sum(len(found) for told, found in left_out.items() if told.startswith(kind)) >= others.count(kind)
+    for code in set(others):
+        assert len(errors[code]) >= others.count(code)
     assert prepare_dataset(["check", str(output)]) == 0

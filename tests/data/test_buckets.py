@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from finetuning.cli import problems_of
 from finetuning.data.buckets import BucketArgs, bucket_of, bucket_sizes, sort_into_buckets
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.reading import Findings
@@ -55,7 +56,7 @@ def test_with_the_bounds_at_the_resolution_there_is_one_size():
     assert bucket_sizes(flags(min_side=512, max_side=512)) == [(512, 512)]
 
 
-# Where a picture goes
+# Where an image goes
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_with_the_bounds_at_the_resolution_there_is_one_size():
         ((900, 9000), (256, 1024)),
     ],
 )
-def test_a_picture_goes_to_the_nearest_aspect_ratio(size, bucket):
+def test_an_image_goes_to_the_nearest_aspect_ratio(size, bucket):
     assert bucket_of(flags(), size) == bucket
     assert bucket_of(flags(), size[::-1]) == bucket[::-1]
 
@@ -98,7 +99,7 @@ def test_enlargement_is_bounded_by_a_smaller_bucket(size, most, bucket):
     assert bucket_of(args, size[::-1]) == (bucket and bucket[::-1])
 
 
-def test_no_picture_is_enlarged_beyond_the_bound_and_a_larger_bound_never_loses_one():
+def test_no_image_is_enlarged_beyond_the_bound_and_a_larger_bound_never_loses_one():
     rng = np.random.default_rng(0)
     for size in rng.integers(100, 900, (300, 2)).tolist():
         found = [bucket_of(flags(max_upscale=most), tuple(size)) for most in (1.0, 1.3, 2.0)]
@@ -107,7 +108,7 @@ def test_no_picture_is_enlarged_beyond_the_bound_and_a_larger_bound_never_loses_
         assert found == sorted(found, key=lambda bucket: bucket is not None)
 
 
-def test_no_picture_is_distorted():
+def test_no_image_is_distorted():
     """A circle stays as wide as high, and the bucket is filled to its edges."""
     y, x = np.mgrid[:90, :200]
     circle = Image.fromarray(np.where((y - 45) ** 2 + (x - 100) ** 2 < 30**2, 255, 128).astype(np.uint8)).convert("RGB")
@@ -128,7 +129,7 @@ def sorted_rows(sizes, **given):
     findings = Findings()
     rows = Rows.of(Row(index, ("",), f"row {index}") for index in range(len(sizes)))
     kept, buckets = sort_into_buckets(flags(**given), rows, sizes, findings)
-    return [row.picture for row in kept], buckets, findings
+    return [row.image for row in kept], buckets, findings
 
 
 def test_without_the_flag_all_rows_have_the_resolution():
@@ -137,7 +138,7 @@ def test_without_the_flag_all_rows_have_the_resolution():
     )  # fmt: skip
 
 
-def test_too_small_pictures_are_faults_with_their_size_and_the_flags_that_help():
+def test_too_small_images_are_faults_with_their_size_and_the_flags_that_help():
     kept, buckets, findings = sorted_rows([(100, 2000), (512, 512), (170, 170)])
     assert (kept, buckets) == ([1], [(512, 512)])
     [(kind, named)] = findings.faults.items()
@@ -153,10 +154,10 @@ def test_notes_count_the_buckets_what_is_enlarged_and_what_is_cropped():
     assert findings.report() == "\n".join(
         [
             "  - 3 buckets, height x width: rows: 512x512: 3; 448x576: 1; 448x448: 1",
-            "  - 1 pictures too small for a bucket of --resolution (a smaller one is used), height x width: "
+            "  - 1 images too small for a bucket of --resolution (a smaller one is used), height x width: "
             "row 4 (300x300)",
-            "  - 2 pictures enlarged to cover their bucket, by at most 1.49: row 4 (by 1.49); row 2 (by 1.28)",
-            "  - 1 pictures cropped to their bucket, by 2.8% on average and at most 2.8% of the area: row 3 (2.8%)",
+            "  - 2 images enlarged to cover their bucket, by at most 1.49: row 4 (by 1.49); row 2 (by 1.28)",
+            "  - 1 images cropped to their bucket, by 2.8% on average and at most 2.8% of the area: row 3 (2.8%)",
         ]
     )
 
@@ -164,7 +165,7 @@ def test_notes_count_the_buckets_what_is_enlarged_and_what_is_cropped():
 def test_the_most_cropped_stand_first():
     notes = sorted_rows([(512, 5120), (512, 540), (512, 512)])[2].notes
     # 512 x 5120 in 256 x 1024: 4 of 10 widths; 512 x 540 in 512 x 512: 28 of 540 columns
-    kind = "pictures cropped to their bucket, by 32.6% on average and at most 60.0% of the area"
+    kind = "images cropped to their bucket, by 32.6% on average and at most 60.0% of the area"
     assert notes[kind] == ["row 0 (60.0%)", "row 1 (5.2%)"]
 
 
@@ -184,7 +185,7 @@ def test_the_most_cropped_stand_first():
     ids=str,
 )
 def test_flags_that_go_together(given):
-    assert list(BucketArgs.problems(flags(**given))) == []
+    assert problems_of(flags(**given)) == []
 
 
 @pytest.mark.parametrize(
@@ -200,12 +201,15 @@ def test_flags_that_go_together(given):
         ({"max_side": 448}, ["--max_side 448 must be at least --resolution 512"]),
         *(({"max_upscale": value}, ["--max_upscale"]) for value in (0.9, float("nan"), float("inf"))),
         ({"max_upscale": 0, "min_side": 600, "bucket_step": 100}, ["--max_upscale", "--resolution", "--min_side"]),
-        ({"resolution": "big"}, []),  # the dataset's flags say so
-        ({"aspect_buckets": False, "bucket_step": 32, "min_side": 8}, ["--bucket_step only goes", "--min_side only"]),
+        ({"resolution": "big"}, ["--resolution big must be one side"]),
+        (
+            {"aspect_buckets": False, "bucket_step": 32, "min_side": 8},
+            ["--bucket_step does", "--min_side does"],
+        ),
     ],
     ids=str,
 )
 def test_each_wrong_flag_is_named(given, named):
-    problems = list(BucketArgs.problems(flags(**given)))
+    problems = problems_of(flags(**given))
     assert len(problems) == len(named)
     assert all(words in problem for words, problem in zip(named, problems, strict=True))

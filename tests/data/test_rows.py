@@ -34,20 +34,20 @@ def test_they_are_what_was_put_in(rows):
             rows[outside]
 
 
-def test_they_are_sorted_by_picture_and_keep_their_order_within_one(rows):
-    assert rows.by_picture() == sorted(SOME, key=lambda row: str(row.picture))
-    assert [row.origin for row in rows.by_picture()][:2] == ["line 2", "line 0"]
+def test_they_are_sorted_by_image_and_keep_their_order_within_one(rows):
+    assert rows.by_image() == sorted(SOME, key=lambda row: str(row.image))
+    assert [row.origin for row in rows.by_image()][:2] == ["line 2", "line 0"]
 
 
-def test_the_same_picture_is_the_same_in_the_column(rows):
-    pictures = rows.pictures()
-    assert pictures[1] == pictures[3] and len(set(pictures)) == 3
+def test_the_same_image_is_the_same_in_the_column(rows):
+    images = rows.images()
+    assert images[1] == images[3] and len(set(images)) == 3
 
 
 def test_rows_of_a_hub_dataset_have_numbers():
     numbered = [Row(5, ("a",), "row 5"), Row(0, ("b", "c"), "row 0")]
     rows = Rows.of(numbered)
-    assert rows == numbered and isinstance(rows[0].picture, int) and rows.pictures() == [5, 0]
+    assert rows == numbered and isinstance(rows[0].image, int) and rows.images() == [5, 0]
 
 
 def test_names_that_are_not_utf8_stay_as_they_are():
@@ -57,7 +57,7 @@ def test_names_that_are_not_utf8_stay_as_they_are():
 
 def test_no_rows_are_falsy_and_can_be_asked_everything():
     empty = Rows.of([])
-    assert not empty and list(empty) == [] and empty.by_picture() == [] and empty.pictures() == [] and empty[:5] == []
+    assert not empty and list(empty) == [] and empty.by_image() == [] and empty.images() == [] and empty[:5] == []
 
 
 def test_a_loader_process_can_be_sent_them(rows):

@@ -12,12 +12,13 @@ from datasets import Image as ImageFeature
 from PIL import ExifTags, Image
 from transformers import CLIPTokenizer
 
+from finetuning.cli import problems_of
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.order import Order, Place
-from finetuning.data.reading import DatasetProblem
+from finetuning.data.reading import DatasetError
 from finetuning.data.rows import Row, Rows
-from finetuning.data.training_set import DataArgs, PictureSet, load_pictures, tokens
+from finetuning.data.training_set import DataArgs, ImageSet, load_images, tokens
 from finetuning.data.transforms import Transform
 from models.make_start import vocabulary
 
@@ -43,7 +44,7 @@ def jsonl(path, rows):
 
 @pytest.fixture
 def folder(tmp_path):
-    """11 pictures of noise, 00.png to 10.png, captioned "circle", "circle circle", ..."""
+    """11 images of noise, 00.png to 10.png, captioned "circle", "circle circle", ..."""
     folder = tmp_path / "data"
     folder.mkdir()
     for index in range(11):
@@ -59,20 +60,20 @@ def load(folder, tokenizer):
     def load(seed=0, validation_fraction=0.0, train_data_dir=folder, **flags):
         said = []
         args = DataFlags(train_data_dir=train_data_dir and str(train_data_dir), resolution="8", **flags)
-        training, held_out = load_pictures(args, tokenizer, seed, validation_fraction, said.append)
+        training, held_out = load_images(args, tokenizer, seed, validation_fraction, said.append)
         return training, held_out, "\n".join(said)
 
     return load
 
 
-def names(pictures):
-    return [row.picture.name for row in pictures.rows]
+def names(images):
+    return [row.image.name for row in images.rows]
 
 
-def batches(pictures, first_step=0, last_step=5, workers=0, process=0, **layout):
+def batches(images, first_step=0, last_step=5, workers=0, process=0, **layout):
     layout = {"micro_batch": 4, "accumulation": 1, "processes": 1} | layout
-    order = Order(rows=len(pictures), process=process, seed=0, **layout)
-    return list(pictures.loader(order, first_step, last_step, workers))
+    order = Order(rows=len(images), process=process, seed=0, **layout)
+    return list(images.loader(order, first_step, last_step, workers))
 
 
 def content(batch):
@@ -99,16 +100,16 @@ def broken(folder):
 
 
 def test_all_faults_are_reported_at_once_with_counts_and_names(broken, load):
-    with pytest.raises(DatasetProblem) as caught:
+    with pytest.raises(DatasetError) as caught:
         load()
     message = str(caught.value)
     assert message.startswith("the dataset has 7 faults (x):")
     lines = [line.strip() for line in message.splitlines()]
     named = {
-        "x 2 pictures that cannot be read: ": ["00.png", "truncated", "01.png", "cannot identify"],
+        "x 2 images that cannot be read: ": ["00.png", "truncated", "01.png", "cannot identify"],
         "x 1 rows with an empty caption: ": ["metadata.jsonl line 3 (02.png)"],
-        "x 1 pictures that no metadata row names: ": ["03.png"],
-        "x 1 rows whose picture is not there: ": ["metadata.jsonl line 11 (gone.png)"],
+        "x 1 images that no metadata row names: ": ["03.png"],
+        "x 1 rows whose image is not there: ": ["metadata.jsonl line 11 (gone.png)"],
         "x 1 rows that reach outside": ["metadata.jsonl line 12 (../secret.png)", "--allow_outside_paths"],
         "x 1 metadata lines that are not JSON: ": ["metadata.jsonl line 13"],
     }
@@ -122,37 +123,37 @@ def test_skip_leaves_the_bad_rows_out_and_says_so(broken, load):
     training, _, said = load(on_bad_rows="skip")
     assert names(training) == [f"{index:02d}.png" for index in range(4, 11)]
     assert "left out (x)" in said
-    assert "x 2 pictures that cannot be read" in said
+    assert "x 2 images that cannot be read" in said
     assert "metadata.jsonl line 11 (gone.png)" in said
     assert sum(len(batch.rows) for batch in batches(training, last_step=2)) == 7
 
 
 def test_nothing_left_to_train_on_is_a_problem(folder, load):
     jsonl(folder / "metadata.jsonl", [("00.png", "")])
-    with pytest.raises(DatasetProblem, match="no row is left"):
+    with pytest.raises(DatasetError, match="no row is left"):
         load(on_bad_rows="skip")
 
 
-def test_header_check_misses_a_cut_picture_that_the_full_check_names(folder, load):
+def test_header_check_misses_a_cut_image_that_the_full_check_names(folder, load):
     (folder / "00.png").write_bytes((folder / "00.png").read_bytes()[:200])
-    assert len(load(check_pictures="header")[0]) == 11
-    with pytest.raises(DatasetProblem, match=r"1 pictures that cannot be read: metadata.jsonl line 1 .*00\.png"):
-        load(check_pictures="full")
+    assert len(load(check_images="header")[0]) == 11
+    with pytest.raises(DatasetError, match=r"1 images that cannot be read: metadata.jsonl line 1 .*00\.png"):
+        load(check_images="full")
 
 
-def test_header_check_names_what_is_no_picture_at_all(folder, load):
+def test_header_check_names_what_is_no_image_at_all(folder, load):
     (folder / "00.png").write_text("<html>not found</html>")
-    with pytest.raises(DatasetProblem, match="1 pictures that cannot be read"):
-        load(check_pictures="header")
+    with pytest.raises(DatasetError, match="1 images that cannot be read"):
+        load(check_images="header")
 
 
 @pytest.mark.parametrize("check", ["full", "header"])
-def test_animated_pictures_are_kept_and_noted(folder, load, check):
+def test_animated_images_are_kept_and_noted(folder, load, check):
     jsonl(folder / "metadata.jsonl", [*((f"{i:02d}.png", "circle") for i in range(11)), ("moving.gif", "star")])
     noise(0).save(folder / "moving.gif", save_all=True, append_images=[noise(1)])
-    training, _, said = load(check_pictures=check)
+    training, _, said = load(check_images=check)
     assert len(training) == 12
-    assert "- 1 animated pictures (the first frame is used): metadata.jsonl line 12" in said
+    assert "- 1 animated images (the first frame is used): metadata.jsonl line 12" in said
 
 
 def test_a_clean_dataset_needs_no_words(load):
@@ -170,8 +171,8 @@ def test_cut_captions_are_noted_with_their_length(folder, load):
 
 def test_faults_of_the_validation_split_count_too(folder, load):
     shutil.copytree(folder, folder / "validation")
-    (folder / "validation/00.png").write_text("no picture")
-    with pytest.raises(DatasetProblem, match=r"1 pictures that cannot be read: validation/metadata.jsonl line 1 "):
+    (folder / "validation/00.png").write_text("no image")
+    with pytest.raises(DatasetError, match=r"1 images that cannot be read: validation/metadata.jsonl line 1 "):
         load()
 
 
@@ -205,7 +206,7 @@ def test_held_out_rows_do_not_depend_on_max_train_samples(load):
     assert names(load(0, 0.25, max_train_samples=2)[1]) == names(load(0, 0.25)[1])
 
 
-def test_rows_of_one_picture_are_held_out_together(folder, load):
+def test_rows_of_one_image_are_held_out_together(folder, load):
     rows = [(f"{index:02d}.png", caption) for index in range(11) for caption in ("circle", "square", "star")]
     jsonl(folder / "metadata.jsonl", rows)
     training, held_out, _ = load(0, 0.25)
@@ -214,13 +215,13 @@ def test_rows_of_one_picture_are_held_out_together(folder, load):
 
 
 def test_a_fraction_that_leaves_nothing_to_train_on_is_a_problem(load):
-    with pytest.raises(DatasetProblem, match="no row is left"):
+    with pytest.raises(DatasetError, match="no row is left"):
         load(0, 0.99)
 
 
 def test_faults_are_named_even_where_they_leave_nothing_to_hold_out(folder, load):
     jsonl(folder / "metadata.jsonl", [(f"{index:02d}.png", "") for index in range(11)])
-    with pytest.raises(DatasetProblem, match="11 rows with an empty caption"):
+    with pytest.raises(DatasetError, match="11 rows with an empty caption"):
         load(0, 0.25)
 
 
@@ -232,10 +233,10 @@ def test_validation_split_of_the_folder_comes_before_the_fraction(folder, load):
     assert (len(training), names(held_out)) == (11, ["v.png"])
 
 
-def test_held_out_pictures_are_neither_cropped_nor_flipped_nor_stripped_of_captions_at_random(load):
+def test_held_out_images_are_neither_cropped_nor_flipped_nor_stripped_of_captions_at_random(load):
     _, held_out, _ = load(0, 0.5, random_flip=True, random_resized_crop_scale=0.3, proportion_empty_prompts=1.0)
     for row in range(len(held_out)):
-        pixels = [held_out.transform(held_out.picture(row), epoch, row) for epoch in range(6)]
+        pixels = [held_out.transform(held_out.image(row), epoch, row) for epoch in range(6)]
         assert all(torch.equal(pixels[0], other) for other in pixels)
         assert held_out.caption(row, 0) == held_out.rows[row].captions[0]
 
@@ -247,16 +248,16 @@ def captions_only(captions, dropout=0.0, seed=0, random_flip=False, **flags):
     rows = Rows.of(Row(index, texts, f"row {index}") for index, texts in enumerate(captions))
     transform = Transform(8, 8, True, random_flip, "box", None, seed)
     args = DataFlags(proportion_empty_prompts=dropout, **flags)
-    return PictureSet(rows, None, [(8, 8)] * len(rows), transform, None, args, seed)
+    return ImageSet(rows, None, [(8, 8)] * len(rows), transform, None, args, seed)
 
 
-def drawn(pictures, epoch=0):
-    return [pictures.caption(row, epoch) for row in range(len(pictures))]
+def drawn(images, epoch=0):
+    return [images.caption(row, epoch) for row in range(len(images))]
 
 
 def test_caption_dropout_has_the_share_asked_for():
-    pictures = captions_only([("circle",)] * 2000, dropout=0.1)
-    dropped = drawn(pictures).count("")
+    images = captions_only([("circle",)] * 2000, dropout=0.1)
+    dropped = drawn(images).count("")
     assert 133 < dropped < 267  # 200, five deviations of a binomial
     assert drawn(captions_only([("circle",)] * 100, dropout=0.0)).count("") == 0
     assert drawn(captions_only([("circle",)] * 100, dropout=1.0)).count("") == 100
@@ -300,12 +301,12 @@ SIDES = [("a cat to the left", "a cat"), ("a cat",)] * 20
     ],
 )
 def test_a_caption_that_names_a_side_is_not_wrong_after_mirroring(flip_captions, mirrored, texts):
-    pictures = captions_only(SIDES, random_flip=True, flip_captions=flip_captions)
+    images = captions_only(SIDES, random_flip=True, flip_captions=flip_captions)
     places = [(row, epoch) for row in range(40) for epoch in range(3)]
-    assert {row % 2 for row, epoch in places if pictures.is_mirrored(row, epoch)} == mirrored
-    assert {pictures.caption(row, epoch) for row, epoch in places} == texts
+    assert {row % 2 for row, epoch in places if images.is_mirrored(row, epoch)} == mirrored
+    assert {images.caption(row, epoch) for row, epoch in places} == texts
     if flip_captions == "swap":
-        told = {(pictures.is_mirrored(*place), pictures.caption(*place)) for place in places if place[0] % 2 == 0}
+        told = {(images.is_mirrored(*place), images.caption(*place)) for place in places if place[0] % 2 == 0}
         assert (True, "a cat to the left") not in told and (False, "a cat to the right") not in told
 
 
@@ -314,7 +315,7 @@ def test_pixels_are_mirrored_where_the_caption_allows_it_and_the_rest_is_counted
     jsonl(folder / "metadata.jsonl", rows)
     mirrored, _, said = load(random_flip=True, center_crop=True)
     plain = load(center_crop=True)[0]
-    assert "5 captions that say left or right: these pictures are not mirrored" in said
+    assert "5 captions that say left or right: these images are not mirrored" in said
     places = [Place(row, epoch, 0, 1.0, True) for row in range(11) for epoch in range(4)]
     for place in places:
         flipped = torch.equal(mirrored[place][1], plain[place][1].flip(-1))
@@ -322,12 +323,12 @@ def test_pixels_are_mirrored_where_the_caption_allows_it_and_the_rest_is_counted
     assert {place.row for place in places if mirrored.is_mirrored(place.row, place.epoch)} <= set(range(5, 11))
 
 
-def test_unchecked_pictures_are_named_when_their_turn_comes(folder, load):
-    (folder / "03.png").write_bytes(b"no picture")
-    training = load(check_pictures="none")[0]
-    assert len(training) == 11 and training.picture(2).size == (12, 12)
-    with pytest.raises(DatasetProblem, match=r"metadata.jsonl line 4: .*03\.png.*--check_pictures full names all"):
-        training.picture(3)
+def test_unchecked_images_are_named_when_their_turn_comes(folder, load):
+    (folder / "03.png").write_bytes(b"no image")
+    training = load(check_images="none")[0]
+    assert len(training) == 11 and training.image(2).size == (12, 12)
+    with pytest.raises(DatasetError, match=r"metadata.jsonl line 4: .*03\.png.*--check_images full names all"):
+        training.image(3)
 
 
 def test_cut_captions_are_counted_with_the_prefix(folder, load):
@@ -345,12 +346,12 @@ def test_caption_dropout_is_a_function_of_seed_epoch_and_row():
 
 
 def test_each_of_several_captions_is_drawn_as_often():
-    pictures = captions_only([("one", "two", "three")])
-    found = [pictures.caption(0, epoch) for epoch in range(900)]
+    images = captions_only([("one", "two", "three")])
+    found = [images.caption(0, epoch) for epoch in range(900)]
     assert [found.count(text) for text in ("one", "two", "three")] == pytest.approx([300] * 3, abs=71)
 
 
-def test_flags_reach_the_pictures_and_captions(load):
+def test_flags_reach_the_images_and_captions(load):
     training, _, _ = load(
         seed=3, proportion_empty_prompts=1.0, center_crop=True, random_flip=True, image_interpolation_mode="box",
         random_resized_crop_scale=0.4,
@@ -385,7 +386,7 @@ def test_fingerprint_changes_with_captions_rows_and_their_order_but_not_with_the
     assert training.fingerprint() != whole
 
 
-def test_rows_are_described_by_origin_picture_and_caption(folder, load):
+def test_rows_are_described_by_origin_image_and_caption(folder, load):
     assert load()[0].describe([0, 2]) == (
         f"  metadata.jsonl line 1: {folder / '00.png'} 'circle'\n"
         f"  metadata.jsonl line 3: {folder / '02.png'} 'circle circle circle'"
@@ -410,7 +411,7 @@ def test_a_batch_holds_what_its_places_say(load, tokenizer):
     assert third.weights.tolist() == pytest.approx([1 / 3] * 3)
     assert (third.step, third.epoch, third.ends_step) == (2, 0, True)
     for row, pixels in zip(first.rows, first.pixels, strict=True):
-        assert torch.equal(pixels, training.transform(training.picture(row), 0, row))
+        assert torch.equal(pixels, training.transform(training.image(row), 0, row))
 
 
 def test_black_and_white_become_minus_one_and_one(folder, load):
@@ -476,7 +477,7 @@ def saved_with_orientation(path, size, orientation):
 
 @pytest.fixture
 def load_shapes(tmp_path, tokenizer):
-    """A folder of 12 pictures of four sizes, every second one turned by EXIF, with a validation split alike."""
+    """A folder of 12 images of four sizes, every second one turned by EXIF, with a validation split alike."""
     for split, count in (("train", 12), ("validation", 4)):
         (tmp_path / split).mkdir()
         for index in range(count):
@@ -488,7 +489,7 @@ def load_shapes(tmp_path, tokenizer):
         said = []
         flags = {"aspect_buckets": True, "bucket_step": 4, "min_side": 8} | flags
         args = DataFlags(train_data_dir=str(tmp_path), resolution="16", **flags)
-        training, held_out = load_pictures(args, tokenizer, 0, say=said.append)
+        training, held_out = load_images(args, tokenizer, 0, say=said.append)
         return training, held_out, "\n".join(said)
 
     return load
@@ -496,7 +497,7 @@ def load_shapes(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("check", ["full", "header"])
 def test_each_row_is_trained_at_the_size_of_its_bucket(load_shapes, check):
-    training, held_out, said = load_shapes(check_pictures=check)
+    training, held_out, said = load_shapes(check_images=check)
     buckets = [(16, 16), (8, 24), (24, 8), (20, 12)]
     assert training.sizes == buckets * 3
     assert held_out.sizes == buckets
@@ -509,12 +510,12 @@ def test_each_row_is_trained_at_the_size_of_its_bucket(load_shapes, check):
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif", "avif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("check", ["full", "header"])
-def test_sizes_are_those_of_the_picture_as_it_is_shown(tmp_path, tokenizer, ending, orientation, check):
+def test_sizes_are_those_of_the_image_as_it_is_shown(tmp_path, tokenizer, ending, orientation, check):
     saved_with_orientation(tmp_path / f"x.{ending}", (12, 32), orientation)
     jsonl(tmp_path / "metadata.jsonl", [(f"x.{ending}", "circle")])
-    flags = {"aspect_buckets": True, "bucket_step": 4, "check_pictures": check}
+    flags = {"aspect_buckets": True, "bucket_step": 4, "check_images": check}
     args = DataFlags(train_data_dir=str(tmp_path), resolution="16", **flags)
-    assert load_pictures(args, tokenizer, 0, say=str)[0].sizes == [(8, 24)]
+    assert load_images(args, tokenizer, 0, say=str)[0].sizes == [(8, 24)]
 
 
 def test_batches_of_buckets_are_of_one_size_and_functions_of_their_place(load_shapes):
@@ -545,29 +546,29 @@ def test_fingerprint_changes_with_the_buckets_but_not_where_all_are_square(load_
 
     square = DataFlags(train_data_dir=str(folder), resolution="8", aspect_buckets=True, bucket_step=4)
     off = DataFlags(train_data_dir=str(folder), resolution="8")
-    assert load_pictures(square, tokenizer, 0, say=str)[0].fingerprint() == (
-        load_pictures(off, tokenizer, 0)[0].fingerprint()
+    assert load_images(square, tokenizer, 0, say=str)[0].fingerprint() == (
+        load_images(off, tokenizer, 0)[0].fingerprint()
     )
 
 
-def test_too_small_pictures_stop_the_run_or_are_left_out(load_shapes):
-    with pytest.raises(DatasetProblem) as caught:
+def test_too_small_images_stop_the_run_or_are_left_out(load_shapes):
+    with pytest.raises(DatasetError) as caught:
         load_shapes(min_side=16, max_upscale=1)  # 6 training rows and 2 held out have a side of 12
     assert "the dataset has 8 faults" in str(caught.value)
     assert "train/metadata.jsonl line 2 (12x32); train/metadata.jsonl line 3 (32x12)" in str(caught.value)
     training, held_out, said = load_shapes(min_side=16, max_upscale=1, on_bad_rows="skip")
     assert training.sizes == [(16, 16)] * 6 and held_out.sizes == [(16, 16)] * 2
-    assert [row.picture.name for row in training.rows] == ["00.png", "03.png", "04.png", "07.png", "08.png", "11.png"]
-    assert "x 8 pictures too small for any bucket" in said
+    assert [row.image.name for row in training.rows] == ["00.png", "03.png", "04.png", "07.png", "08.png", "11.png"]
+    assert "x 8 images too small for any bucket" in said
 
 
 def test_a_broken_header_is_named_and_not_a_stack_trace(load_shapes, tmp_path):
     (tmp_path / "train/00.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 30)
-    with pytest.raises(DatasetProblem, match=r"1 pictures that cannot be read: train/metadata.jsonl line 1 .*00\.png"):
-        load_shapes(check_pictures="header")
+    with pytest.raises(DatasetError, match=r"1 images that cannot be read: train/metadata.jsonl line 1 .*00\.png"):
+        load_shapes(check_images="header")
 
 
-def test_pictures_inside_a_dataset_go_into_buckets(tmp_path, tokenizer):
+def test_images_inside_a_dataset_go_into_buckets(tmp_path, tokenizer):
     columns = Features({"image": ImageFeature(), "text": Value("string")})
     for index, size in enumerate(SIZES):
         saved_with_orientation(tmp_path / f"{index}.png", size, SIDEWAYS)
@@ -576,28 +577,28 @@ def test_pictures_inside_a_dataset_go_into_buckets(tmp_path, tokenizer):
     part.to_parquet(tmp_path / "hub/train.parquet")
     flags = {"aspect_buckets": True, "bucket_step": 4}
     args = DataFlags(train_data_dir=str(tmp_path / "hub"), resolution="16", **flags)
-    training, _ = load_pictures(args, tokenizer, 0, say=str, cache_dir=str(tmp_path / "cache"))
+    training, _ = load_images(args, tokenizer, 0, say=str, cache_dir=str(tmp_path / "cache"))
     assert training.sizes == [(16, 16), (8, 24), (24, 8), (20, 12)]
 
 
-# Datasets with the pictures inside
+# Datasets with the images inside
 
 
 @pytest.fixture
 def hub_folder(tmp_path):
-    """A folder of parquet files as the Hub has them, train and validation, its first picture transparent."""
+    """A folder of parquet files as the Hub has them, train and validation, its first image transparent."""
     columns = Features({"image": ImageFeature(), "text": Value("string")})
     for split, count in (("train", 5), ("validation", 2)):
-        pictures = [Image.new("RGBA", (8, 8), (0, 0, 0, 0)), *map(noise, range(count - 1))]
-        part = Dataset.from_dict({"image": pictures, "text": ["circle"] * count}, features=columns)
+        images = [Image.new("RGBA", (8, 8), (0, 0, 0, 0)), *map(noise, range(count - 1))]
+        part = Dataset.from_dict({"image": images, "text": ["circle"] * count}, features=columns)
         part.to_parquet(tmp_path / f"hub/data/{split}-00000-of-00001.parquet")
     return tmp_path / "hub"
 
 
 @pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
-def test_parquet_with_pictures_inside_is_read_like_a_folder(hub_folder, tokenizer, tmp_path, flag):
+def test_parquet_with_images_inside_is_read_like_a_folder(hub_folder, tokenizer, tmp_path, flag):
     args = DataFlags(**{flag: str(hub_folder)}, resolution="8")
-    training, held_out = load_pictures(args, tokenizer, 0, cache_dir=str(tmp_path / "cache"))
+    training, held_out = load_images(args, tokenizer, 0, cache_dir=str(tmp_path / "cache"))
     assert (len(training), len(held_out)) == (5, 2)
     (batch,) = batches(training, last_step=1, micro_batch=5)
     assert batch.pixels[batch.rows.index(0)].min() == 1  # transparent is white
@@ -611,27 +612,27 @@ def test_a_dataset_saved_to_disk_is_read(hub_folder, tokenizer, tmp_path):
     assert isinstance(loaded, DatasetDict)
     loaded.save_to_disk(str(tmp_path / "saved"))
     args = DataFlags(train_data_dir=str(tmp_path / "saved"), resolution="8")
-    training, held_out = load_pictures(args, tokenizer, 0, cache_dir=str(tmp_path / "cache"))
+    training, held_out = load_images(args, tokenizer, 0, cache_dir=str(tmp_path / "cache"))
     assert (len(training), len(held_out)) == (5, 2)
 
 
-def test_broken_picture_inside_a_dataset_is_named_by_its_row(tmp_path, tokenizer):
-    stored = [{"bytes": b"no picture", "path": None}, {"bytes": b"", "path": None}]
+def test_broken_image_inside_a_dataset_is_named_by_its_row(tmp_path, tokenizer):
+    stored = [{"bytes": b"no image", "path": None}, {"bytes": b"", "path": None}]
     plain = Features({"image": {"bytes": Value("binary"), "path": Value("string")}, "text": Value("string")})
     part = Dataset.from_dict({"image": stored, "text": ["circle"] * 2}, features=plain)
     part = part.cast_column("image", ImageFeature())
     (tmp_path / "hub").mkdir()
     part.to_parquet(tmp_path / "hub/train.parquet")
     args = DataFlags(train_data_dir=str(tmp_path / "hub"), resolution="8")
-    with pytest.raises(DatasetProblem, match=r"2 pictures that cannot be read: row 0 .*row 1 "):
-        load_pictures(args, tokenizer, 0, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(DatasetError, match=r"2 images that cannot be read: row 0 .*row 1 "):
+        load_images(args, tokenizer, 0, cache_dir=str(tmp_path / "cache"))
 
 
 def test_dataset_without_a_train_split_lists_the_splits(hub_folder, tokenizer, tmp_path):
     (hub_folder / "data/train-00000-of-00001.parquet").unlink()
     args = DataFlags(train_data_dir=str(hub_folder), resolution="8")
-    with pytest.raises(DatasetProblem, match="no split named train, only validation"):
-        load_pictures(args, tokenizer, 0, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(DatasetError, match="no split named train, only validation"):
+        load_images(args, tokenizer, 0, cache_dir=str(tmp_path / "cache"))
 
 
 # Flags
@@ -641,14 +642,14 @@ def test_dataset_without_a_train_split_lists_the_splits(hub_folder, tokenizer, t
 def test_resolution_is_a_side_or_height_by_width(text, size):
     args = DataFlags(dataset_name="x", resolution=text)
     assert args.size == size
-    assert list(args.problems()) == []
+    assert problems_of(args) == []
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         ({}, "--train_data_dir"),
-        ({"dataset_name": "x", "train_data_dir": "."}, "two datasets"),
+        ({"dataset_name": "x", "train_data_dir": "."}, "--train_data_dir and --dataset_name cannot be given together"),
         ({"train_data_dir": "no/such/folder"}, "no such folder"),
         *(({"dataset_name": "x", "resolution": r}, f"--resolution {r} ") for r in ("0", "-8", "8x", "a", "1x2x3")),
         *(({"dataset_name": "x", "random_resized_crop_scale": s}, "--random_resized_crop_scale") for s in (0, 1.1)),
@@ -659,5 +660,5 @@ def test_resolution_is_a_side_or_height_by_width(text, size):
     ],
 )  # fmt: skip
 def test_each_wrong_flag_is_named(flags, named):
-    (problem,) = DataArgs.problems(DataFlags(**flags))
+    (problem,) = problems_of(DataFlags(**flags))
     assert named in problem

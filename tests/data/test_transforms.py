@@ -1,4 +1,4 @@
-"""From a picture to training pixels: positions worked out by hand, draws named by (seed, epoch, row)."""
+"""From an image to training pixels: positions worked out by hand, draws named by (seed, epoch, row)."""
 
 import random
 
@@ -15,13 +15,13 @@ def transform(height=8, width=8, center_crop=True, random_flip=False, interpolat
 
 
 def coordinates(width, height):
-    """A picture whose red is the column and whose green is the row."""
+    """An image whose red is the column and whose green is the row."""
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([columns, rows, 0 * rows], -1).astype(np.uint8))
 
 
 def columns_and_rows(pixels):
-    """Of a transformed `coordinates` picture: its source columns along the first line, its source rows."""
+    """Of a transformed `coordinates` image: its source columns along the first line, its source rows."""
     values = ((pixels + 1) * 127.5).round().int()
     return values[0, 0].tolist(), values[1, :, 0].tolist()
 
@@ -51,7 +51,7 @@ def test_non_square_crop_covers_height_by_width():
     assert torch.equal(pixels, torch.tensor([-1.0, 1.0, -1.0]).view(3, 1, 1).expand(3, 8, 16))
 
 
-def test_small_picture_is_enlarged_until_it_covers():
+def test_small_image_is_enlarged_until_it_covers():
     # 4 x 2 becomes 16 x 8; the middle 8 columns are the source columns 1 and 2.
     pixels = transform()(coordinates(4, 2), 0, 0)
     assert columns_and_rows(pixels) == ([1] * 4 + [2] * 4, [0] * 4 + [1] * 4)
@@ -59,7 +59,7 @@ def test_small_picture_is_enlarged_until_it_covers():
 
 @pytest.mark.parametrize("size", [(2, 2), (3, 50), (50, 3), (7, 9), (513, 511)])
 @pytest.mark.parametrize("scale", [None, 0.5])
-def test_any_size_of_picture_gives_the_size_asked_for(size, scale):
+def test_any_size_of_image_gives_the_size_asked_for(size, scale):
     pixels = transform(height=8, width=24, center_crop=False, scale=scale)(Image.new("RGB", size), 0, 0)
     assert pixels.shape == (3, 8, 24)
 
@@ -110,7 +110,7 @@ def test_random_crop_reaches_every_place_and_nothing_outside():
     assert all(rows == list(range(8)) for _, rows in found)
 
 
-def test_flip_mirrors_about_half_of_the_pictures():
+def test_flip_mirrors_about_half_of_the_images():
     image = coordinates(8, 8)
     flip = transform(random_flip=True)
     found = [columns_and_rows(flip(image, 0, row)) for row in range(400)]
@@ -145,7 +145,7 @@ def test_resized_crop_keeps_at_least_the_share_asked_for():
     assert share == pytest.approx(0.625, abs=0.08)  # drawn evenly from 0.25 to 1
 
 
-def test_resized_crop_of_share_1_is_the_whole_picture():
+def test_resized_crop_of_share_1_is_the_whole_image():
     assert set(crop_sizes(coordinates(60, 60), 60, 60, 1.0, count=10)) == {(60, 60)}
 
 

@@ -1,4 +1,4 @@
-"""FID and KID from picture files to figure are those of torch-fidelity's command and of pytorch-fid, same weights."""
+"""FID and KID from image files to figure are those of torch-fidelity's command and of pytorch-fid, same weights."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from pytorch_fid import fid_score
 from pytorch_fid import inception as pytorch_fid_inception
 from torch_fidelity import feature_extractor_inceptionv3 as torch_fidelity_inception
 
-from finetuning.evaluation.generating import Row
+from finetuning.evaluation.generation import Row
 from finetuning.evaluation.measuring import EvalNetworkArgs, measure, open_networks, summarise
 
 COUNT, SIDE = 8, 64
@@ -40,14 +40,14 @@ def inception_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Two folders of pictures of unlike kinds: coarse patches in warm colours, fine ones in cold colours."""
+    """Two folders of images of unlike kinds: coarse patches in warm colours, fine ones in cold colours."""
     generator, made = np.random.default_rng(0), {}
     for name, patches, tint in (("truth", 4, (255, 180, 90)), ("drawn", 16, (60, 120, 220))):
         made[name] = tmp_path_factory.mktemp(name)
         for number in range(COUNT):
             pixels = (generator.random((patches, patches, 3)) * tint).astype(np.uint8)
-            picture = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-            picture.save(made[name] / f"{number:05d}.png")
+            image = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            image.save(made[name] / f"{number:05d}.png")
     return made
 
 
@@ -57,10 +57,10 @@ def figures(folders, inception_file):
 
     @cache
     def of(protocol, drawn="drawn"):
-        rows = [Row(number, f"picture {number}", folders["truth"] / f"{number:05d}.png") for number in range(COUNT)]
-        pictures = {"model": {row.number: folders[drawn] / row.picture.name for row in rows}}
+        rows = [Row(number, f"image {number}", folders["truth"] / f"{number:05d}.png") for number in range(COUNT)]
+        images = {"model": {row.number: folders[drawn] / row.image.name for row in rows}}
         args = EvalNetworkArgs(["kid", "fid"], protocol, inception_weights=str(inception_file))
-        summary = summarise(measure(rows, pictures, open_networks(args), args))["summary"]
+        summary = summarise(measure(rows, images, open_networks(args), args))["summary"]
         return {metric: by_side[str(SIDE)]["model"]["value"] for metric, by_side in summary.items()}
 
     return of
@@ -68,7 +68,7 @@ def figures(folders, inception_file):
 
 @pytest.fixture(scope="session")
 def torch_fidelity_says(folders, inception_file):
-    """What torch-fidelity's own command prints for the same folders and weights, KID over all pictures at once."""
+    """What torch-fidelity's own command prints for the same folders and weights, KID over all images at once."""
     command = [sys.executable, "-m", "torch_fidelity.fidelity", "--cpu", "--json", "--silent"]
     command += ["--input1", folders["drawn"], "--input2", folders["truth"], "--fid", "--kid", "--no-cache"]
     command += ["--kid-subsets", "1", "--kid-subset-size", str(COUNT), "--batch-size", str(COUNT)]
@@ -92,8 +92,8 @@ def test_legacy_fid_is_pytorch_fids(figures, folders, inception_file, monkeypatc
         fid_score.get_activations(sorted(folders[name].glob("*.png")), network, COUNT, num_workers=0)
         for name in ("drawn", "truth")
     ]
-    # In a basis of the pictures' own span the distance is the same, and pytorch-fid's root takes no 23 s
-    basis = np.linalg.qr(np.concatenate(sets).astype(np.float64).T)[0]  # [2048, 2 x pictures]
+    # In a basis of the images' own span the distance is the same, and pytorch-fid's root takes no 23 s
+    basis = np.linalg.qr(np.concatenate(sets).astype(np.float64).T)[0]  # [2048, 2 x images]
     moments = [moment for one in sets for moment in ((one @ basis).mean(0), np.cov(one @ basis, rowvar=False))]
     assert figures("legacy")["fid"] == SAME(fid_score.calculate_frechet_distance(*moments), rel=1e-5)
 

@@ -9,16 +9,16 @@ from PIL import Image
 from torch import nn
 
 from finetuning.evaluation import features
-from finetuning.evaluation.contract import EvaluationProblem
 from finetuning.evaluation.features import features_of
+from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.networks import Weights
-from finetuning.evaluation.pictures import matched, network_input
+from finetuning.evaluation.preprocessing import matched, network_input
 
 WEIGHTS = Weights("inception", "here", "a" * 64, False)
 
 
 class Counting(nn.Module):
-    """A network of 12 features that counts the pictures it is given."""
+    """A network of 12 features that counts the images it is given."""
 
     def __init__(self):
         super().__init__()
@@ -37,8 +37,8 @@ def network():
 
 @pytest.fixture
 def paths(tmp_path):
-    """Seven pictures of three sizes."""
-    folder = tmp_path / "pictures"
+    """Seven images of three sizes."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for index in range(7):
         draw(folder / f"{index}.png", index)
@@ -75,7 +75,7 @@ def test_workers_give_the_same(paths, network):
 def test_without_a_cache_nothing_is_kept(paths, network, tmp_path):
     of(paths, network), of(paths, network)
     assert network.seen == 14
-    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_the_second_call_computes_nothing(paths, network, tmp_path):
@@ -87,7 +87,7 @@ def test_the_second_call_computes_nothing(paths, network, tmp_path):
     assert network.seen == 7
 
 
-def test_a_changed_picture_alone_is_computed_again(paths, network, tmp_path):
+def test_a_changed_image_alone_is_computed_again(paths, network, tmp_path):
     first = of(paths, network, tmp_path / "cache")
     status = paths[3].stat()
     draw(paths[3], 12)  # as large as before
@@ -139,10 +139,10 @@ def test_a_broken_part_of_the_cache_is_named(paths, network, tmp_path):
     (kept,) = (tmp_path / "cache").rglob(features.FILE)
     whole = kept.read_bytes()
     kept.write_bytes(whole[:-40] + bytes(40))
-    with pytest.raises(EvaluationProblem, match=f"delete {kept.parent}"):
+    with pytest.raises(EvaluationError, match=f"delete {kept.parent}"):
         of(paths, network, tmp_path / "cache")
     kept.write_bytes(whole[:100])
-    with pytest.raises(EvaluationProblem, match=f"delete {kept.parent}"):
+    with pytest.raises(EvaluationError, match=f"delete {kept.parent}"):
         of(paths, network, tmp_path / "cache")
 
 
@@ -154,12 +154,12 @@ def test_a_killed_write_is_no_part_of_the_cache(paths, network, tmp_path):
     assert network.seen == 14
 
 
-def test_every_picture_that_cannot_be_read_is_named_and_nothing_kept(paths, network, tmp_path):
+def test_every_image_that_cannot_be_read_is_named_and_nothing_kept(paths, network, tmp_path):
     for name in ("zero", "void"):
         paths.insert(2, tmp_path / f"{name}.png")
         paths[2].write_bytes(b"")
     paths.append(tmp_path / "gone.png")
-    with pytest.raises(EvaluationProblem, match=r"3 picture\(s\) cannot be read") as problem:
+    with pytest.raises(EvaluationError, match=r"3 image\(s\) cannot be read") as problem:
         of(paths, network, tmp_path / "cache")
     assert all(f"{name}.png" in str(problem.value) for name in ("zero", "void", "gone"))
     assert not (tmp_path / "cache").exists()
@@ -169,11 +169,11 @@ def test_features_that_are_not_finite_are_named(paths, network, tmp_path):
     dark = tmp_path / "dark.png"
     Image.new("RGB", (20, 20)).save(dark)
     undefined = lambda inputs: (inputs + 1).sqrt().log().nan_to_num(1, neginf=np.inf).flatten(1)[:, :5]
-    with pytest.raises(EvaluationProblem, match=r"features of 1 picture\(s\) are not finite.*dark.png"):
+    with pytest.raises(EvaluationError, match=r"features of 1 image\(s\) are not finite.*dark.png"):
         of([*paths, dark], undefined, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
-def test_no_pictures_are_no_set(network):
-    with pytest.raises(EvaluationProblem, match="no pictures"):
+def test_no_images_are_no_set(network):
+    with pytest.raises(EvaluationError, match="no images"):
         of([], network)

@@ -10,24 +10,25 @@ import torch
 from PIL import Image
 
 from finetuning.cli import read
+from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation import networks
-from finetuning.evaluation.contract import EvaluationProblem
+from finetuning.evaluation.checkers import load_checker
 from finetuning.evaluation.denoising import load_rows, row_losses
 from finetuning.evaluation.forgetting import (
     ForgettingArgs,
     forgetting,
     pipeline_losses,
 )
-from finetuning.evaluation.generating import Row, general_rows
+from finetuning.evaluation.generation import Row, general_rows
 from finetuning.evaluation.measuring import EvalNetworkArgs, Networks
+from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.networks import Weights
-from finetuning.evaluation.yardsticks import YARDSTICKS, learned_and_kept, ratio_of_means
-from finetuning.families.contract import ModelArgs
-from finetuning.families.loading import load_model
+from finetuning.evaluation.retention import RETENTION_MEASURES, learned_and_kept, ratio_of_means, retention_measure
+from finetuning.families.model import load_model
+from finetuning.families.model_args import ModelArgs
 from finetuning.families.pipelines import open_pipeline
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import parse
-from finetuning.training.noise import NoiseSchedule
 
 CAPTIONS = [
     "a small red circle on a white background",
@@ -35,13 +36,14 @@ CAPTIONS = [
     "a large green star on a black background",
     "a small purple cross on a white background",
 ]
+SHAPES = load_checker("finetuning.shapes.checker")
 NOISE_FLOOR = "original, seed 2"
 
 
 # -- the two numbers -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", YARDSTICKS)
+@pytest.mark.parametrize("by", ["checker", *RETENTION_MEASURES])
 def test_two_equal_models_learn_nothing_and_keep_everything(by):
     fit, retain = np.random.default_rng(0).uniform(0.5, 1.5, (2, 30))
     learned, kept = learned_and_kept(by, (fit, fit), (retain, retain))
@@ -49,7 +51,7 @@ def test_two_equal_models_learn_nothing_and_keep_everything(by):
     assert kept.value == 1 and kept.low <= 1 <= kept.high
 
 
-@pytest.mark.parametrize("by", YARDSTICKS)
+@pytest.mark.parametrize("by", ["checker", *RETENTION_MEASURES])
 def test_two_seeds_of_a_model_are_within_their_interval(by):
     first, second, third, fourth = np.random.default_rng(1).uniform(0.5, 1.5, (4, 50))
     learned, kept = learned_and_kept(by, (first, second), (third, fourth))
@@ -57,8 +59,8 @@ def test_two_seeds_of_a_model_are_within_their_interval(by):
 
 
 @pytest.mark.parametrize(("by", "fit", "retain", "learned", "kept"), [
-    ("shapes", ([1, 1, 0.5, 0.5], [0, 0, 0, 0.2]), ([1, 0, 1, 0], [1, 1, 1, 1]), 0.7, 0.5),
-    ("shapes", ([0, 0, 0, 0], [0, 0, 0, 0]), ([1, 1, 1, 1], [1, 1, 1, 1]), 0, 1),
+    ("checker", ([1, 1, 0.5, 0.5], [0, 0, 0, 0.2]), ([1, 0, 1, 0], [1, 1, 1, 1]), 0.7, 0.5),
+    ("checker", ([0, 0, 0, 0], [0, 0, 0, 0]), ([1, 1, 1, 1], [1, 1, 1, 1]), 0, 1),
     ("clip", ([30, 31, 32], [28, 29, 30]), ([24, 27, 21], [30, 30, 30]), 2, 0.8),
     ("loss", ([0.5, 0.25], [1, 0.5]), ([2, 4], [1, 2]), 0.5, 0.5),
     ("loss", ([2, 4], [1, 2]), ([0.5, 0.4], [0.5, 0.5]), -1, 1 / 0.9),
@@ -78,7 +80,7 @@ def test_the_loss_may_come_as_tensors():
 
 
 def test_unknown_yardsticks_are_refused():
-    with pytest.raises(ValueError, match="'fid' is none of shapes, clip, loss"):
+    with pytest.raises(ValueError, match="'fid' is none of checker, clip, loss"):
         learned_and_kept("fid", ([1, 2], [1, 2]), ([1, 2], [1, 2]))
 
 
@@ -97,7 +99,7 @@ def test_the_interval_of_a_ratio_is_that_of_the_delta_method():
 
 def test_a_ratio_needs_something_to_be_a_share_of():
     for reference in ([0, 0, 0, 0], [1, 0, 0, 0]):
-        with pytest.raises(EvaluationProblem, match="over 4 rows, not clearly above 0"):
+        with pytest.raises(EvaluationError, match="over 4 rows, not clearly above 0"):
             ratio_of_means([0, 0, 1, 1], reference)
     assert ratio_of_means([4, 0, 4, 0], [1, 4, 1, 4]).low == 0  # a share is never below 0
     with pytest.raises(ValueError):
@@ -111,8 +113,8 @@ def test_a_pipeline_has_the_loss_of_its_model(tiny_model, shapes_folder):
     model = load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0)
     pipeline = open_pipeline(tiny_model, scheduler="dpm++")
     for split, count in ((None, 4), ("train", 11)):
-        pictures, rows = load_rows(shapes_folder, model.tokenizer, (32, 32), split=split)
-        expected = row_losses(model, pictures, rows, NoiseSchedule.of(model.scheduler)).numpy()
+        images, rows = load_rows(shapes_folder, model.tokenizer, (32, 32), split=split)
+        expected = row_losses(model, images, rows, NoiseSchedule.of(model.scheduler)).numpy()
         found = pipeline_losses(pipeline, shapes_folder, split=split)
         assert found.dtype == np.float64 and len(found) == count
         np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -125,7 +127,7 @@ def test_a_pipeline_has_the_loss_of_its_model(tiny_model, shapes_folder):
 
 @pytest.mark.parametrize(("how", "said"), [({"split": "test"}, "no split test"), ({"most": 1}, "at least 2")])
 def test_a_loss_that_cannot_be_taken_is_said(how, said, tiny_model, shapes_folder):
-    with pytest.raises(EvaluationProblem, match=said):
+    with pytest.raises(EvaluationError, match=said):
         pipeline_losses(open_pipeline(tiny_model), shapes_folder, **how)
 
 
@@ -133,12 +135,12 @@ def test_a_loss_that_cannot_be_taken_is_said(how, said, tiny_model, shapes_folde
 
 
 class BrightnessClip:
-    """Stands in for ClipScorer: a picture is an angle, from 0 for black to a right angle for white; so is a caption."""
+    """Stands in for ClipScorer: an image is an angle, from 0 for black to a right angle for white; so is a caption."""
 
     truncated = 0
 
-    def images(self, pictures):
-        return self._vectors([np.asarray(picture).mean() / 255 for picture in pictures])
+    def images(self, images):
+        return self._vectors([np.asarray(image).mean() / 255 for image in images])
 
     def texts(self, captions):
         return self._vectors([0.0] * len(captions))
@@ -158,20 +160,20 @@ def opened(monkeypatch):
     difference = lambda network, a, b: np.array([abs(np.mean(x) - np.mean(y)) / 255 for x, y in zip(a, b, strict=True)])
     monkeypatch.setattr(networks, "lpips_of", difference)
     weights = lambda name: Weights(name, f"{name}.pth", "0" * 64, True)
-    return Networks({"lpips": (None, weights("lpips")), "clip": (BrightnessClip(), weights("clip"))}, {})
+    return Networks({"lpips": (None, weights("lpips")), "clip": (BrightnessClip(), weights("clip"))}, {}, SHAPES)
 
 
 @pytest.fixture
 def general(tmp_path):
     """General prompts of the shapes world, and what three models drew: the tuned one has two of four wrong."""
     rows = [Row(number, caption, None, "ab"[number % 2]) for number, caption in enumerate(CAPTIONS)]
-    pictures = {label: {} for label in ("original", "tuned", NOISE_FLOOR)}
-    for label, drawn in pictures.items():
+    images = {label: {} for label in ("original", "tuned", NOISE_FLOOR)}
+    for label, drawn in images.items():
         for row in rows:
             caption = CAPTIONS[0] if label == "tuned" and row.number in (1, 2) else row.caption
             drawn[row.number] = tmp_path / f"{label}-{row.number}.png"
             draw(parse(caption), 7 if label == NOISE_FLOOR else 3).save(drawn[row.number])
-    return rows, pictures
+    return rows, images
 
 
 @pytest.fixture
@@ -197,33 +199,33 @@ def test_the_shapes_world_is_judged_by_its_own_eyes(general, opened, args):
     dataset = measured_of(style=STYLE, clip_score=SCORES)
     found = forgetting(*general, opened, args, dataset=dataset, losses=LOSSES)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["by"] == "shapes" and list(found["all"]) == ["shapes", "clip", "loss"]
+    assert found["by"] == "checker" and list(found["all"]) == ["checker", "clip", "loss"]
     assert found["learned"]["tuned"]["value"] == pytest.approx(0.9)
     assert found["kept"]["tuned"]["value"] == pytest.approx(0.5)
     assert found["learned"][NOISE_FLOOR]["value"] == 0 and found["kept"][NOISE_FLOOR]["value"] == 1
     assert "original" not in found["learned"]
-    assert found["words"]["learned"] == YARDSTICKS["shapes"].learned and found["words"]["kept"]
+    assert found["words"]["learned"] == retention_measure("checker", SHAPES).learned and found["words"]["kept"]
     assert found["all"]["clip"]["learned"]["tuned"]["value"] == pytest.approx(3)
     assert found["all"]["loss"]["learned"] == {"tuned": found["all"]["loss"]["learned"]["tuned"]}
     assert found["all"]["loss"]["learned"]["tuned"]["value"] == pytest.approx(0.5)
     assert found["all"]["loss"]["kept"]["tuned"]["value"] == pytest.approx(0.8)
 
 
-def test_drift_is_measured_from_the_originals_picture(general, opened, args, tmp_path):
-    rows, pictures = general
-    found = forgetting(rows, pictures, opened, args, folder=tmp_path)
+def test_drift_is_measured_from_the_originals_image(general, opened, args, tmp_path):
+    rows, images = general
+    found = forgetting(rows, images, opened, args, folder=tmp_path)
     assert list(found["summary"]) == ["shapes", "clip_score", "drift_clip", "drift_lpips"]
     assert set(found["words"]) == {"learned", "kept", *found["summary"]}
     for label in ("tuned", NOISE_FLOOR):
         for number, record in enumerate(found["prompts"]):
-            apart = brightness(pictures[label][number]) - brightness(pictures["original"][number])
+            apart = brightness(images[label][number]) - brightness(images["original"][number])
             assert record["values"]["drift_lpips"][label] == pytest.approx(abs(apart))
             assert record["values"]["drift_clip"][label] == pytest.approx(100 - 100 * np.cos(apart * np.pi / 2))
     assert "original" not in found["summary"]["drift_lpips"] and "original" in found["summary"]["clip_score"]
     assert found["summary"]["shapes"]["tuned"]["value"] == 0.5
     record = found["prompts"][1]
     assert (record["row"], record["caption"], record["category"]) == (1, CAPTIONS[1], "b")
-    assert record["pictures"]["tuned"] == "tuned-1.png"
+    assert record["images"]["tuned"] == "tuned-1.png"
     assert set(record["values"]["clip_score"]) == {"original", "tuned", NOISE_FLOOR}
 
 
@@ -234,16 +236,16 @@ def test_without_a_yardstick_the_drift_still_stands(general, opened, args):
 
 
 def test_other_captions_are_judged_by_clip_and_without_it_by_the_loss(general, opened, args):
-    rows, pictures = general
+    rows, images = general
     rows = [replace(row, caption=f"a cat, {row.number}") for row in rows]
-    found = forgetting(rows, pictures, opened, args, dataset=measured_of(clip_score=SCORES), losses=LOSSES)
+    found = forgetting(rows, images, opened, args, dataset=measured_of(clip_score=SCORES), losses=LOSSES)
     assert found["by"] == "clip" and "shapes" not in found["summary"]
     expected = {
-        label: np.mean([np.cos(brightness(p) * np.pi / 2) for p in own.values()]) for label, own in pictures.items()
+        label: np.mean([np.cos(brightness(p) * np.pi / 2) for p in own.values()]) for label, own in images.items()
     }
     assert found["kept"]["tuned"]["value"] == pytest.approx(expected["tuned"] / expected["original"])
     blind = Networks({"lpips": opened.found["lpips"]}, {"clip": "no CLIP here: --clip_model"})
-    found = forgetting(rows, pictures, blind, args, dataset=measured_of(), losses=LOSSES)
+    found = forgetting(rows, images, blind, args, dataset=measured_of(), losses=LOSSES)
     assert found["by"] == "loss" and list(found["all"]) == ["loss"]
     assert {"metric": "drift_clip", "why": "no CLIP here: --clip_model"} in found["left_out"]
 
@@ -256,30 +258,30 @@ def test_without_general_prompts_there_is_the_loss(opened, args):
 
 
 def test_an_original_that_can_do_nothing_has_nothing_to_keep(general, opened, args):
-    rows, pictures = general
-    for path in pictures["original"].values():
+    rows, images = general
+    for path in images["original"].values():
         Image.new("RGB", (64, 64)).save(path)
-    found = forgetting(rows, pictures, opened, args, dataset=measured_of(style=STYLE), losses=LOSSES)
-    assert found["by"] == "loss" and "shapes" not in found["all"]
-    said = [one for one in found["left_out"] if one["metric"] == "learned and kept by shapes"]
+    found = forgetting(rows, images, opened, args, dataset=measured_of(style=STYLE), losses=LOSSES)
+    assert found["by"] == "loss" and "checker" not in found["all"]
+    said = [one for one in found["left_out"] if one["metric"] == "learned and kept by checker"]
     assert [one["why"].split(":")[0] for one in said] == ["tuned", NOISE_FLOOR]
     assert "not clearly above 0" in said[0]["why"]
 
 
 def test_metrics_that_were_named_for_the_dataset_choose_here_too(general, opened, args):
-    rows, pictures = general
+    rows, images = general
     named = replace(args, metrics=["shapes", "kid", "lpips"], resolutions=[32])
-    assert list(forgetting(rows, pictures, opened, named)["summary"]) == ["shapes", "drift_lpips"]
+    assert list(forgetting(rows, images, opened, named)["summary"]) == ["shapes", "drift_lpips"]
     rows = [replace(rows[0], caption="a cat"), *rows[1:]]
-    found = forgetting(rows, pictures, opened, named)
+    found = forgetting(rows, images, opened, named)
     assert [one["metric"] for one in found["left_out"]] == ["shapes"]
 
 
-def test_a_prompt_without_its_picture_is_named(general, opened, args):
-    rows, pictures = general
-    del pictures["original"][2]
-    with pytest.raises(EvaluationProblem, match="original: no picture for 1 of 4 captions: rows 2"):
-        forgetting(rows, pictures, opened, args)
+def test_a_prompt_without_its_image_is_named(general, opened, args):
+    rows, images = general
+    del images["original"][2]
+    with pytest.raises(EvaluationError, match="original: no image for 1 of 4 captions: rows 2"):
+        forgetting(rows, images, opened, args)
 
 
 # -- flags -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A grid shows every picture once, in its place, with its labels clear of the pictures."""
+"""A grid shows every image once, in its place, with its labels clear of the images."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_rows_may_be_of_different_lengths():
 
 
 @pytest.mark.parametrize(("scale_to", "side"), [(None, 8), (8, 8), (20, 16), (32, 32), (33, 32)])
-def test_small_pictures_are_enlarged_by_whole_factors_without_smoothing(scale_to, side):
+def test_small_images_are_enlarged_by_whole_factors_without_smoothing(scale_to, side):
     checkers = Image.fromarray((np.indices((8, 8)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
     sheet = np.asarray(labelled_grid([[checkers]], [], [], scale_to))
     cell = sheet[2 * GAP : 2 * GAP + side, GAP : GAP + side]
@@ -61,7 +61,7 @@ def test_small_pictures_are_enlarged_by_whole_factors_without_smoothing(scale_to
     assert sheet.shape[:2] == (3 * GAP + side, 2 * GAP + side)
 
 
-def test_large_pictures_are_not_reduced():
+def test_large_images_are_not_reduced():
     assert box(labelled_grid([[plain(RED, (200, 100))]], [], [], 64), RED) == (GAP, 2 * GAP, GAP + 200, 2 * GAP + 100)
 
 
@@ -84,7 +84,7 @@ LONG = "a small red circle to the left of a large purple triangle on a gray back
 @pytest.mark.parametrize(
     "label", [LONG, "W" * 40, "i" * 60, "MMMM WWWW " * 6, ""], ids=["words", "W", "i", "MW", "none"]
 )
-def test_long_labels_are_wrapped_and_leave_the_pictures_whole(label):
+def test_long_labels_are_wrapped_and_leave_the_images_whole(label):
     cells = [[plain(RED, (96, 96)), plain(GREEN, (96, 96))], [plain(BLUE, (96, 96)), plain((250, 250, 0), (96, 96))]]
     sheet = labelled_grid(cells, [label] * 2, [label] * 2)
     for color in (RED, GREEN, BLUE, (250, 250, 0)):
@@ -93,7 +93,7 @@ def test_long_labels_are_wrapped_and_leave_the_pictures_whole(label):
         assert (np.asarray(sheet)[top:bottom, left:right] == color).all()
     left = box(sheet, RED)[0]
     bare = labelled_grid(cells, [""] * 2, [label] * 2)
-    # Ink beside the pictures comes from the row labels alone, and ends before the pictures begin.
+    # Ink beside the images comes from the row labels alone, and ends before the images begin.
     assert not dark(sheet)[:, left - GAP : left].any()
     gap = slice(box(sheet, RED)[2], box(sheet, GREEN)[0])
     assert not dark(sheet)[:, gap].any()

@@ -9,11 +9,12 @@ from PIL import Image
 
 from finetuning.cli import read
 from finetuning.evaluation import features, networks, statistics
-from finetuning.evaluation.contract import METRICS, EvaluationProblem
-from finetuning.evaluation.generating import Row
+from finetuning.evaluation.checkers import load_checker
+from finetuning.evaluation.generation import Row
 from finetuning.evaluation.measuring import EvalNetworkArgs, Networks, measure, open_networks, summarise
+from finetuning.evaluation.metrics import EvaluationError, dataset_metrics
 from finetuning.evaluation.networks import Unavailable, Weights
-from finetuning.evaluation.pictures import matched
+from finetuning.evaluation.preprocessing import matched
 from finetuning.shapes.checker import share_in_chalk
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import parse
@@ -24,23 +25,24 @@ CAPTIONS = [
     "a large green star on a black background",
     "a small purple cross on a white background",
 ]
-ALL = tuple(METRICS)
+SHAPES = load_checker("finetuning.shapes.checker")
+ALL = dataset_metrics(SHAPES)
 OF_ROWS = ("clip_score", "clip_image", "lpips")
 
 
-def colour(picture):
+def colour(image):
     """A unit vector [3]: the mean colour, which is what the stand-in for CLIP sees."""
-    mean = np.asarray(picture, np.float64).mean((0, 1)) + 1e-9
+    mean = np.asarray(image, np.float64).mean((0, 1)) + 1e-9
     return mean / np.linalg.norm(mean)
 
 
 class ColourClip:
-    """Stands in for ClipScorer: a picture is its mean colour, and every caption asks for red."""
+    """Stands in for ClipScorer: an image is its mean colour, and every caption asks for red."""
 
     truncated = 0
 
-    def images(self, pictures):
-        return np.stack([colour(picture) for picture in pictures])
+    def images(self, images):
+        return np.stack([colour(image) for image in images])
 
     def texts(self, captions):
         return np.tile([1.0, 0.0, 0.0], (len(captions), 1))
@@ -52,37 +54,37 @@ def distance(a, b):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Networks that cost nothing: LPIPS is the mean difference, Inception's features the corners of a 2 x 2 picture."""
+    """Networks that cost nothing: LPIPS is the mean difference, Inception's features the corners of a 2 x 2 image."""
     weights = lambda name: Weights(name, f"{name}.pth", "0" * 64, True)
     monkeypatch.setattr(networks, "lpips_of", lambda network, a, b: np.array(list(map(distance, a, b))))
 
     def corners(paths, side, network, protocol, weights, cache_dir, batch_size, workers, device):
-        pictures = [matched(Image.open(path), side).resize((2, 2), Image.Resampling.BOX) for path in paths]
-        return np.stack([np.asarray(picture, np.float64).ravel() / 255 for picture in pictures])
+        images = [matched(Image.open(path), side).resize((2, 2), Image.Resampling.BOX) for path in paths]
+        return np.stack([np.asarray(image, np.float64).ravel() / 255 for image in images])
 
     monkeypatch.setattr(features, "features_of", corners)
     found = {name: (None, weights(name)) for name in ("inception", "lpips")}
-    return Networks(found | {"clip": (ColourClip(), weights("clip"))}, {})
+    return Networks(found | {"clip": (ColourClip(), weights("clip"))}, {}, SHAPES)
 
 
 @pytest.fixture
 def args():
-    return EvalNetworkArgs(eval_batch_size=3)  # 4 rows: the last batch is not full
+    return EvalNetworkArgs(eval_batch_size=3, checker=SHAPES.name)  # 4 rows: the last batch is not full
 
 
 @pytest.fixture
 def world(tmp_path):
-    """Write a picture for each caption: (rows, {"original": ..., "tuned": ...}); the tuned draws chalk elsewhere."""
+    """Write an image for each caption: (rows, {"original": ..., "tuned": ...}); the tuned draws chalk elsewhere."""
     rows = [Row(10 * index, caption, tmp_path / f"truth-{index}.png", None) for index, caption in enumerate(CAPTIONS)]
-    pictures = {"original": {}, "tuned": {}}
+    images = {"original": {}, "tuned": {}}
     for index, row in enumerate(rows):
         scene = parse(row.caption)
-        draw(scene, index, "chalk").save(row.picture)
+        draw(scene, index, "chalk").save(row.image)
         for seed, (label, style) in enumerate({"original": "filled", "tuned": "chalk"}.items(), 50):
             path = tmp_path / f"{label}-{index}.png"
             draw(scene, seed + index, style).save(path)
-            pictures[label][row.number] = path
-    return rows, pictures
+            images[label][row.number] = path
+    return rows, images
 
 
 @dataclass
@@ -94,13 +96,13 @@ class Flags(EvalNetworkArgs):
 
 
 def test_every_metric_has_its_value_by_hand(world, opened, args):
-    rows, pictures = world
-    measured = measure(rows, pictures, opened, args)
-    assert measured.metrics == list(ALL) and measured.sides == [64] and measured.models == ["original", "tuned"]
+    rows, images = world
+    measured = measure(rows, images, opened, args)
+    assert tuple(measured.metrics) == ALL and measured.sides == [64] and measured.models == ["original", "tuned"]
     values = {metric: by_side[64] for metric, by_side in measured.values.items()}
-    for label, own in pictures.items():
+    for label, own in images.items():
         for index, row in enumerate(rows):
-            drawn, truth = Image.open(own[row.number]), Image.open(row.picture)
+            drawn, truth = Image.open(own[row.number]), Image.open(row.image)
             assert values["clip_score"][label][index] == pytest.approx(100 * colour(drawn)[0])
             assert values["clip_image"][label][index] == pytest.approx(100 * colour(drawn) @ colour(truth))
             assert values["lpips"][label][index] == pytest.approx(distance(drawn, truth))
@@ -110,10 +112,10 @@ def test_every_metric_has_its_value_by_hand(world, opened, args):
 
 
 def test_the_shape_and_the_colour_have_to_be_right(world, opened, args):
-    rows, pictures = world
+    rows, images = world
     for number, caption in ((0, CAPTIONS[1]), (20, CAPTIONS[2].replace("green", "red"))):
-        draw(parse(caption), 0).save(pictures["original"][number])
-    right = measure(rows, pictures, opened, args).values["shapes"][64]["original"]
+        draw(parse(caption), 0).save(images["original"][number])
+    right = measure(rows, images, opened, args).values["shapes"][64]["original"]
     assert right.tolist() == [0, 1, 0, 1]
 
 
@@ -136,28 +138,28 @@ def test_it_does_not_matter_in_what_batches(how, world, opened, args):
     }
 
 
-def test_every_side_has_figures_of_matched_pictures(world, opened, args):
-    rows, pictures = world
-    measured = measure(rows, pictures, opened, replace(args, resolutions=[32, 64]))
+def test_every_side_has_figures_of_matched_images(world, opened, args):
+    rows, images = world
+    measured = measure(rows, images, opened, replace(args, resolutions=[32, 64]))
     for side in (32, 64):
-        drawn, truth = (matched(Image.open(path), side) for path in (pictures["tuned"][30], rows[3].picture))
+        drawn, truth = (matched(Image.open(path), side) for path in (images["tuned"][30], rows[3].image))
         assert drawn.size == (side, side)
         assert measured.values["lpips"][side]["tuned"][3] == pytest.approx(distance(drawn, truth))
     assert list(summarise(measured)["summary"]["fid"]) == ["32", "64"]
 
 
-def test_without_resolutions_the_side_is_that_of_the_first_models_pictures(world, opened, args):
-    rows, pictures = world
-    Image.new("RGB", (48, 40)).save(pictures["original"][10])
-    assert measure(rows, pictures, opened, args, offered=("lpips",)).sides == [40]
+def test_without_resolutions_the_side_is_that_of_the_first_models_images(world, opened, args):
+    rows, images = world
+    Image.new("RGB", (48, 40)).save(images["original"][10])
+    assert measure(rows, images, opened, args, offered=("lpips",)).sides == [40]
 
 
 # -- the summary -----------------------------------------------------------------------------------------------------
 
 
 def test_the_summary_has_every_estimate_and_difference(world, opened, args, tmp_path):
-    rows, pictures = world
-    measured = measure(rows, pictures, opened, args)
+    rows, images = world
+    measured = measure(rows, images, opened, args)
     report = json.loads(json.dumps(summarise(measured, tmp_path), allow_nan=False))
     assert list(report["summary"]) == list(report["differences"]) == list(ALL)
     assert report["reference"] == "original" and report["protocol"] == "clean" and report["sides"] == [64]
@@ -181,20 +183,20 @@ def test_the_summary_has_every_estimate_and_difference(world, opened, args, tmp_
 
 
 def test_the_rows_stand_as_the_report_wants_them(world, opened, args, tmp_path):
-    rows, pictures = world
-    Image.new("RGB", (64, 64)).save(pictures["tuned"][20])
-    measured = measure(rows, pictures, opened, replace(args, resolutions=[32, 64]))
+    rows, images = world
+    Image.new("RGB", (64, 64)).save(images["tuned"][20])
+    measured = measure(rows, images, opened, replace(args, resolutions=[32, 64]))
     record = summarise(measured, tmp_path / "report")["rows"][2]
     assert (record["row"], record["caption"], record["truth"]) == (20, CAPTIONS[2], "../truth-2.png")
-    assert record["pictures"] == {"original": "../original-2.png", "tuned": "../tuned-2.png"}
+    assert record["images"] == {"original": "../original-2.png", "tuned": "../tuned-2.png"}
     assert set(record["values"]) == {*OF_ROWS, "shapes", "style"}
     assert record["values"]["lpips"]["tuned"] == measured.values["lpips"][64]["tuned"][2]
     assert record["values"]["shapes"] == {"original": 1.0, "tuned": 0.0}
 
 
-def test_the_same_pictures_twice_do_not_differ(world, opened, args):
-    rows, pictures = world
-    twice = {"original": pictures["original"], "original, seed 2": pictures["original"]}
+def test_the_same_images_twice_do_not_differ(world, opened, args):
+    rows, images = world
+    twice = {"original": images["original"], "original, seed 2": images["original"]}
     report = summarise(measure(rows, twice, opened, args))
     for metric in ALL:
         found = report["differences"][metric]["64"]["original, seed 2"]
@@ -206,27 +208,26 @@ def test_the_same_pictures_twice_do_not_differ(world, opened, args):
 
 
 def test_other_captions_have_no_shapes(world, opened, args):
-    rows, pictures = world
+    rows, images = world
     strange = [replace(row, caption="a cat") for row in rows]
-    measured = measure(strange, pictures, opened, args)
-    assert not {"shapes", "style"} & set(measured.metrics) and measured.left_out == []
-    mixed = measure([*strange[:1], *rows[1:]], pictures, opened, args)
+    assert [one["metric"] for one in measure(strange, images, opened, args).left_out] == ["shapes", "style"]
+    mixed = measure([*strange[:1], *rows[1:]], images, opened, args)
     assert [one["metric"] for one in mixed.left_out] == ["shapes", "style"]
     assert "1 of 4 captions" in mixed.left_out[0]["why"] and "a cat" in mixed.left_out[0]["why"]
-    with pytest.raises(EvaluationProblem, match="--metrics shapes: 4 of 4 captions"):
-        measure(strange, pictures, opened, replace(args, metrics=["shapes"]))
+    with pytest.raises(EvaluationError, match="--metrics shapes: 4 of 4 captions"):
+        measure(strange, images, opened, replace(args, metrics=["shapes"]))
 
 
-def test_without_true_pictures_the_rest_is_measured(world, opened, args):
-    rows, pictures = world
-    rows = [*rows[:3], replace(rows[3], picture=None)]
-    measured = measure(rows, pictures, opened, args)
-    assert measured.metrics == ["shapes", "style", "clip_score"]
+def test_without_true_images_the_rest_is_measured(world, opened, args):
+    rows, images = world
+    rows = [*rows[:3], replace(rows[3], image=None)]
+    measured = measure(rows, images, opened, args)
+    assert list(measured.metrics) == ["shapes", "style", "clip_score"]
     assert [one["metric"] for one in measured.left_out] == ["clip_image", "lpips", "kid", "fid"]
-    assert all("1 of 4 rows have no true picture: rows 30" in one["why"] for one in measured.left_out)
+    assert all("1 of 4 rows have no true image: rows 30" in one["why"] for one in measured.left_out)
     assert summarise(measured)["rows"][3]["truth"] is None
-    with pytest.raises(EvaluationProblem) as problem:
-        measure(rows, pictures, opened, replace(args, metrics=["kid", "lpips"]))
+    with pytest.raises(EvaluationError) as problem:
+        measure(rows, images, opened, replace(args, metrics=["kid", "lpips"]))
     assert "--metrics kid" in str(problem.value) and "--metrics lpips" in str(problem.value)
 
 
@@ -249,7 +250,7 @@ def test_missing_weights_leave_their_metrics_out_with_the_reason(world, offline,
     found = open_networks(args)
     assert list(found.found) == ["lpips"] and list(found.missing) == ["inception", "clip"]
     measured = measure(*world, found, args)
-    assert measured.metrics == ["shapes", "style", "lpips"]
+    assert list(measured.metrics) == ["shapes", "style", "lpips"]
     said = {one["metric"]: one["why"] for one in measured.left_out}
     assert said["fid"] == said["kid"] == "no inception_weights: give --inception_weights"
     assert said["clip_score"] == said["clip_image"] == "no clip_model: give --clip_model"
@@ -258,16 +259,16 @@ def test_missing_weights_leave_their_metrics_out_with_the_reason(world, offline,
 
 def test_missing_weights_of_a_metric_asked_for_by_name_are_refused(offline, args):
     assert list(open_networks(replace(args, metrics=["lpips", "shapes"])).found) == ["lpips"]
-    with pytest.raises(EvaluationProblem) as problem:
+    with pytest.raises(EvaluationError) as problem:
         open_networks(replace(args, metrics=["clip_score", "lpips", "fid"]))
     assert "--clip_model" in str(problem.value) and "--inception_weights" in str(problem.value)
 
 
-def test_lpips_of_pictures_too_small_for_it_is_left_out(world, opened, args):
+def test_lpips_of_images_too_small_for_it_is_left_out(world, opened, args):
     small = replace(args, resolutions=[64, 16])
     measured = measure(*world, opened, small)
     assert [one["metric"] for one in measured.left_out] == ["lpips"] and "31 pixels" in measured.left_out[0]["why"]
-    with pytest.raises(EvaluationProblem, match=r"--metrics lpips: .*not 16"):
+    with pytest.raises(EvaluationError, match=r"--metrics lpips: .*not 16"):
         measure(*world, opened, replace(small, metrics=["lpips"]))
 
 
@@ -279,15 +280,15 @@ def warned(words, measured):
 
 
 @pytest.mark.parametrize(("count", "unreliable"), [(10, True), (37, True), (50, False)])
-def test_few_pictures_are_called_unreliable(count, unreliable, world, opened, args):
-    rows, pictures = world
+def test_few_images_are_called_unreliable(count, unreliable, world, opened, args):
+    rows, images = world
     rows = [replace(rows[index % 4], number=index) for index in range(count)]
-    pictures = {label: {index: own[index % 4 * 10] for index in range(count)} for label, own in pictures.items()}
-    measured = measure(rows, pictures, opened, args, offered=("lpips",))
-    assert bool(warned(f"only {count} pictures", measured)) is unreliable
+    images = {label: {index: own[index % 4 * 10] for index in range(count)} for label, own in images.items()}
+    measured = measure(rows, images, opened, args, offered=("lpips",))
+    assert bool(warned(f"only {count} images", measured)) is unreliable
 
 
-def test_a_fid_of_few_pictures_is_warned_of_for_each_model_and_side(world, opened, args):
+def test_a_fid_of_few_images_is_warned_of_for_each_model_and_side(world, opened, args):
     measured = measure(*world, opened, replace(args, resolutions=[32, 64]), offered=("kid", "fid"))
     for label in ("original", "tuned"):
         for side in (32, 64):
@@ -307,56 +308,56 @@ def test_weights_of_unknown_origin_are_said(published, words, world, opened, arg
 
 
 def test_unlike_sizes_and_cut_captions_are_said(world, opened, args, monkeypatch):
-    rows, pictures = world
-    assert not warned("brought to", measure(rows, pictures, opened, args))
-    Image.new("RGB", (600, 400)).save(rows[1].picture)
+    rows, images = world
+    assert not warned("brought to", measure(rows, images, opened, args))
+    Image.new("RGB", (600, 400)).save(rows[1].image)
     monkeypatch.setattr(ColourClip, "truncated", 2)
-    measured = measure(rows, pictures, opened, args)
-    assert len(warned("pictures are 64x64, the true ones 64x64 to 600x400", measured)) == 2
+    measured = measure(rows, images, opened, args)
+    assert len(warned("images are 64x64, the true ones 64x64 to 600x400", measured)) == 2
     assert warned("2 captions are longer", measured)
-    assert not warned("brought to", measure(rows, pictures, opened, args, offered=("shapes", "clip_score")))
+    assert not warned("brought to", measure(rows, images, opened, args, offered=("shapes", "clip_score")))
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_rows_and_pictures_have_to_fit_and_all_is_said_at_once(world, opened, args):
-    rows, pictures = world
-    del pictures["original"][0], pictures["original"][30]
-    pictures["tuned"][7] = pictures["tuned"][10]
-    with pytest.raises(EvaluationProblem) as problem:
-        measure(rows, pictures, opened, args)
-    assert "original: no picture for 2 of 4 captions: rows 0, 30" in str(problem.value)
-    assert "tuned: 1 pictures belong to no caption: rows 7" in str(problem.value)
+def test_rows_and_images_have_to_fit_and_all_is_said_at_once(world, opened, args):
+    rows, images = world
+    del images["original"][0], images["original"][30]
+    images["tuned"][7] = images["tuned"][10]
+    with pytest.raises(EvaluationError) as problem:
+        measure(rows, images, opened, args)
+    assert "original: no image for 2 of 4 captions: rows 0, 30" in str(problem.value)
+    assert "tuned: 1 images belong to no caption: rows 7" in str(problem.value)
 
 
 def test_one_row_is_too_few(world, opened, args):
-    rows, pictures = world
-    with pytest.raises(EvaluationProblem, match="at least 2 captions"):
-        measure(rows[:1], {"original": {0: pictures["original"][0]}}, opened, args)
+    rows, images = world
+    with pytest.raises(EvaluationError, match="at least 2 captions"):
+        measure(rows[:1], {"original": {0: images["original"][0]}}, opened, args)
 
 
-def test_unreadable_pictures_are_all_named(world, opened, args):
-    rows, pictures = world
-    broken = [pictures["tuned"][10], rows[2].picture]
+def test_unreadable_images_are_all_named(world, opened, args):
+    rows, images = world
+    broken = [images["tuned"][10], rows[2].image]
     for path in broken:
-        path.write_bytes(b"not a picture")
-    with pytest.raises(EvaluationProblem) as problem:
-        measure(rows, pictures, opened, args)
+        path.write_bytes(b"not an image")
+    with pytest.raises(EvaluationError) as problem:
+        measure(rows, images, opened, args)
     assert all(path.name in str(problem.value) for path in broken)
 
 
-def test_half_a_picture_is_named(world, opened, args):
-    rows, pictures = world
-    path = pictures["tuned"][10]
+def test_half_an_image_is_named(world, opened, args):
+    rows, images = world
+    path = images["tuned"][10]
     path.write_bytes(path.read_bytes()[:-60])
-    with pytest.raises(EvaluationProblem, match=path.name):
-        measure(rows, pictures, opened, args, offered=("lpips",))
+    with pytest.raises(EvaluationError, match=path.name):
+        measure(rows, images, opened, args, offered=("lpips",))
 
 
 def test_values_that_are_not_numbers_are_named(world, opened, args, monkeypatch):
     monkeypatch.setattr(networks, "lpips_of", lambda network, a, b: np.full(len(a), np.nan))
-    with pytest.raises(EvaluationProblem, match="lpips of tuned at 64 px is not a finite number: rows 0, 10, 20, 30"):
+    with pytest.raises(EvaluationError, match="lpips of tuned at 64 px is not a finite number: rows 0, 10, 20, 30"):
         measure(*world, opened, args, offered=("lpips",))
 
 

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from finetuning.evaluation import networks
-from finetuning.evaluation.contract import EvaluationProblem
+from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.networks import Unavailable, clip, inception, lpips_network, lpips_of
-from finetuning.evaluation.pictures import network_input
+from finetuning.evaluation.preprocessing import network_input
 
 CAPTIONS = ["a red circle", "a blue square on a gray background"]
 LONG = "a small red circle to the left of a large blue square on a gray background " * 3
@@ -136,22 +136,22 @@ def empty_hub(tmp_path, monkeypatch):
 
 
 def test_features_are_torch_fidelitys(inception_network, inception_file):
-    pictures = noise(64, 2)
+    images = noise(64, 2)
     peer = FeatureExtractorInceptionV3("peer", ["2048"], str(inception_file))
     with torch.no_grad():
-        (wanted,) = peer(torch.from_numpy(pictures).permute(0, 3, 1, 2))
-        found = inception_network[0](network_input(pictures, "tf"))
+        (wanted,) = peer(torch.from_numpy(images).permute(0, 3, 1, 2))
+        found = inception_network[0](network_input(images, "tf"))
     assert found.shape == (2, 2048) and wanted.std() > 0.01
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_features_are_pytorch_fids(inception_network, inception_state, monkeypatch):
-    pictures = noise(64, 2)
+    images = noise(64, 2)
     monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: inception_state)
     peer = pytorch_fid.inception.InceptionV3().eval()
     with torch.no_grad():
-        (wanted,) = peer(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255)
-        found = inception_network[0](network_input(pictures, "legacy"))
+        (wanted,) = peer(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
+        found = inception_network[0](network_input(images, "legacy"))
     torch.testing.assert_close(found, wanted[:, :, 0, 0], rtol=1e-5, atol=1e-6)
 
 
@@ -178,7 +178,7 @@ def test_published_weights_are_known_by_their_digest(inception_file, empty_hub, 
     empty_hub.mkdir(parents=True)
     kept = empty_hub / Path(URL_INCEPTION_V3).name
     kept.symlink_to(inception_file)
-    with pytest.raises(EvaluationProblem, match=f"{kept} is not the published file.*--inception_weights"):
+    with pytest.raises(EvaluationError, match=f"{kept} is not the published file.*--inception_weights"):
         inception(None, "clean", "cpu")
     monkeypatch.setattr(networks, "INCEPTION_SHA256", digest(inception_file)[:8])
     weights = inception(None, "clean", "cpu")[1]
@@ -186,7 +186,7 @@ def test_published_weights_are_known_by_their_digest(inception_file, empty_hub, 
 
 
 def test_an_unknown_protocol_is_refused_before_anything_is_loaded():
-    with pytest.raises(EvaluationProblem, match="--protocol dirty must be one of clean, legacy"):
+    with pytest.raises(EvaluationError, match="--protocol dirty must be one of clean, legacy"):
         inception("no-file", "dirty", "cpu")
 
 
@@ -225,7 +225,7 @@ def test_a_file_that_is_no_set_of_weights_is_named(flag, name, content, told, tm
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(EvaluationProblem, match=told) as problem:
+    with pytest.raises(EvaluationError, match=told) as problem:
         OPENERS[flag](path)
     assert str(problem.value).startswith(f"{flag} {path}")
 
@@ -236,7 +236,7 @@ def test_a_pickle_runs_nothing(tmp_path):
             return Path.touch, (tmp_path / "harm",)
 
     torch.save({"a": Harm()}, tmp_path / "harm.pth")
-    with pytest.raises(EvaluationProblem, match="tensors alone"):
+    with pytest.raises(EvaluationError, match="tensors alone"):
         inception(tmp_path / "harm.pth", "clean", "cpu")
     assert not (tmp_path / "harm").exists()
 
@@ -244,7 +244,7 @@ def test_a_pickle_runs_nothing(tmp_path):
 def test_keys_that_do_not_fit_are_listed(trunk_state, tmp_path):
     wrong = {**trunk_state, "extra.bias": torch.zeros(2), "features.8.bias": torch.zeros(3)}
     del wrong["features.3.weight"]
-    with pytest.raises(EvaluationProblem) as problem:
+    with pytest.raises(EvaluationError) as problem:
         lpips_network(saved(wrong, tmp_path / "wrong.pth"), "cpu")
     assert all(name in str(problem.value) for name in ("features.3.weight", "extra.bias", "features.8.bias"))
     assert "classifier" not in str(problem.value)
@@ -293,21 +293,21 @@ def test_lpips_is_that_of_the_package(lpips_pair, trunk_state):
         layer = getattr(peer.net, f"slice{number}").get_submodule(str(index))
         layer.load_state_dict({name: trunk_state[f"features.{index}.{name}"] for name in ("weight", "bias")})
     a, b = noise(64, 3, 1), noise(64, 3, 2)
-    tensors = (torch.cat([lpips.im2tensor(picture) for picture in pictures]) for pictures in (a, b))
+    tensors = (torch.cat([lpips.im2tensor(image) for image in images]) for images in (a, b))
     with torch.no_grad():
         wanted = peer(*tensors).flatten().double().numpy()
-    found = lpips_of(lpips_pair[0], [Image.fromarray(picture) for picture in a], b)
+    found = lpips_of(lpips_pair[0], [Image.fromarray(image) for image in a], b)
     assert found.dtype == np.float64 and wanted.min() > 0.01
     assert np.array_equal(found, wanted)
 
 
-def test_lpips_of_equal_pictures_is_zero_and_it_is_symmetric(lpips_pair):
+def test_lpips_of_equal_images_is_zero_and_it_is_symmetric(lpips_pair):
     a, b = noise(40, 2, 1), noise(40, 2, 2)
     assert np.array_equal(lpips_of(lpips_pair[0], a, a), [0, 0])
     assert np.array_equal(lpips_of(lpips_pair[0], a, b), lpips_of(lpips_pair[0], b, a))
 
 
-def test_lpips_takes_many_pictures_in_parts(lpips_pair, monkeypatch):
+def test_lpips_takes_many_images_in_parts(lpips_pair, monkeypatch):
     a, b = noise(32, 5, 1), noise(32, 5, 2)
     together = lpips_of(lpips_pair[0], a, b)
     monkeypatch.setattr(networks, "TOGETHER", 2)
@@ -329,8 +329,8 @@ def test_lpips_is_not_rounded_by_the_runs_precision(lpips_pair):
         (noise(30, 2), noise(30, 2), "at least 31 pixels: raise --resolutions"),
     ],
 )
-def test_pictures_that_lpips_cannot_compare_are_refused(lpips_pair, a, b, told):
-    with pytest.raises(EvaluationProblem, match=told):
+def test_images_that_lpips_cannot_compare_are_refused(lpips_pair, a, b, told):
+    with pytest.raises(EvaluationError, match=told):
         lpips_of(lpips_pair[0], a, b)
 
 
@@ -352,7 +352,7 @@ def test_a_package_without_one_of_its_heads_is_refused(trunk_file, tmp_path, mon
     (tmp_path / "weights/v0.1").mkdir(parents=True)
     torch.save(heads, tmp_path / "weights/v0.1/alex.pth")
     monkeypatch.setattr(lpips, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(EvaluationProblem, match=r"(?s)does not fit.*lin2\.model\.1\.weight"):
+    with pytest.raises(EvaluationError, match=r"(?s)does not fit.*lin2\.model\.1\.weight"):
         lpips_network(trunk_file, "cpu")
 
 
@@ -360,13 +360,13 @@ def test_a_package_without_one_of_its_heads_is_refused(trunk_file, tmp_path, mon
 
 
 def test_cosines_are_clips_own(clip_folder):
-    pictures = [Image.fromarray(one) for one in noise(24, 3)]
+    photos = [Image.fromarray(one) for one in noise(24, 3)]
     model, processor = CLIPModel.from_pretrained(clip_folder).eval(), CLIPProcessor.from_pretrained(clip_folder)
     with torch.no_grad():
-        out = model(**processor(text=CAPTIONS, images=pictures, return_tensors="pt", padding=True))
+        out = model(**processor(text=CAPTIONS, images=photos, return_tensors="pt", padding=True))
     wanted = (out.logits_per_image / model.logit_scale.exp()).detach().numpy()
     scorer, _ = clip(clip_folder, "cpu")
-    images, texts = scorer.images(pictures), scorer.texts(CAPTIONS)
+    images, texts = scorer.images(photos), scorer.texts(CAPTIONS)
     assert images.shape == (3, 8) and texts.shape == (2, 8) and images.dtype == texts.dtype == np.float64
     np.testing.assert_allclose(np.linalg.norm(np.concatenate([images, texts]), axis=1), 1, rtol=1e-12)
     assert wanted.std() > 0.001
@@ -376,11 +376,11 @@ def test_cosines_are_clips_own(clip_folder):
 
 def test_a_score_does_not_depend_on_what_stands_beside_it(clip_folder, monkeypatch):
     scorer, _ = clip(clip_folder, "cpu")
-    pictures = [Image.fromarray(one) for one in noise(24, 5)]
+    photos = [Image.fromarray(one) for one in noise(24, 5)]
     captions = [*CAPTIONS, "a star", "red", "a"]
-    images, texts = scorer.images(pictures), scorer.texts(captions)
+    images, texts = scorer.images(photos), scorer.texts(captions)
     monkeypatch.setattr(networks, "TOGETHER", 2)
-    np.testing.assert_allclose(scorer.images(pictures), images, atol=1e-6)
+    np.testing.assert_allclose(scorer.images(photos), images, atol=1e-6)
     np.testing.assert_allclose(scorer.texts(captions), texts, atol=1e-6)
     np.testing.assert_allclose(scorer.texts(captions[2:3]), texts[2:3], atol=1e-6)
 
@@ -418,7 +418,7 @@ def test_the_default_clip_of_the_hub_is_published(clip_folder, monkeypatch, name
 def test_only_the_default_clip_may_be_unavailable():
     with pytest.raises(Unavailable, match=f"--clip_model {networks.CLIP} cannot be had from the Hub, name a folder"):
         clip(networks.CLIP, "cpu")
-    with pytest.raises(EvaluationProblem, match="--clip_model someone/none cannot be had") as problem:
+    with pytest.raises(EvaluationError, match="--clip_model someone/none cannot be had") as problem:
         clip("someone/none", "cpu")
     assert not isinstance(problem.value, Unavailable)
 
@@ -451,24 +451,24 @@ def test_a_pickle_of_tensors_is_the_same_clip(clip_folder, pickled_clip):
 
 
 def test_a_pickle_of_more_than_tensors_is_no_clip(pickled_clip):
-    with pytest.raises(EvaluationProblem, match=r"--clip_model .* cannot be opened"):
+    with pytest.raises(EvaluationError, match=r"--clip_model .* cannot be opened"):
         clip(pickled_clip({"a": Anything()}), "cpu")
 
 
 def test_a_clip_that_lacks_weights_is_refused(clip_folder, pickled_clip):
     state = CLIPModel.from_pretrained(clip_folder).state_dict()
     del state["visual_projection.weight"]
-    with pytest.raises(EvaluationProblem, match=r"lacks 1 weights of a CLIPModel \(visual_projection.weight"):
+    with pytest.raises(EvaluationError, match=r"lacks 1 weights of a CLIPModel \(visual_projection.weight"):
         clip(pickled_clip(state), "cpu")
 
 
 def test_a_text_encoder_alone_is_no_clip(tmp_path):
     layers = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     CLIPTextModel(CLIPTextConfig(**layers)).save_pretrained(tmp_path)
-    with pytest.raises(EvaluationProblem, match="--clip_model"):
+    with pytest.raises(EvaluationError, match="--clip_model"):
         clip(tmp_path, "cpu")
 
 
 def test_a_folder_without_weights_is_named(tmp_path):
-    with pytest.raises(EvaluationProblem, match=r"has no weights: model\.safetensors"):
+    with pytest.raises(EvaluationError, match=r"has no weights: model\.safetensors"):
         clip(tmp_path, "cpu")

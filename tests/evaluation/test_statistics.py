@@ -11,7 +11,7 @@ from scipy.linalg import sqrtm
 from scipy.stats import t
 
 from finetuning.evaluation import statistics
-from finetuning.evaluation.contract import EvaluationProblem
+from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.statistics import (
     Estimate,
     frechet,
@@ -28,7 +28,7 @@ from finetuning.evaluation.statistics import (
     small_sample_warning,
 )
 
-SIZES = [(40, 40, 6), (60, 25, 8), (5, 9, 12), (30, 7, 12)]  # n, m, d: more pictures than features, fewer, mixed
+SIZES = [(40, 40, 6), (60, 25, 8), (5, 9, 12), (30, 7, 12)]  # n, m, d: more images than features, fewer, mixed
 
 
 def normal(*shape, seed=0):
@@ -138,7 +138,7 @@ def test_kernel_distance_is_the_mean_over_all_pairs(monkeypatch, rows_at_once):
 
 
 def test_kernel_distance_is_unbiased_and_may_be_negative():
-    """Of 10 pictures each, where FID is far above 0."""
+    """Of 10 images each, where FID is far above 0."""
     sets = [(normal(10, 8, seed=2 * seed), normal(10, 8, seed=2 * seed + 1)) for seed in range(400)]
     found = np.array([kernel_distance(*pair) for pair in sets])
     assert abs(found.mean()) < 3 * found.std() / math.sqrt(len(found))
@@ -152,7 +152,7 @@ def test_kernel_distance_is_unbiased_and_may_be_negative():
 
 @pytest.mark.parametrize(("distance", "influence"), [(frechet, frechet_influence), (kernel_distance, kernel_influence)])
 @pytest.mark.parametrize("side", [0, 1])
-def test_influence_is_what_one_more_of_a_picture_adds(distance, influence, side):
+def test_influence_is_what_one_more_of_an_image_adds(distance, influence, side):
     """In sets of many copies, where one more is a small change."""
     sets = [np.tile(one, (500, 1)) for one in pair(4, 4, 3)]
     value, *influences = influence(*sets)
@@ -165,7 +165,7 @@ def test_influence_is_what_one_more_of_a_picture_adds(distance, influence, side)
     assert influences[side].mean() == pytest.approx(0, abs=1e-9)
 
 
-def test_influence_of_more_features_than_pictures_is_what_weights_change():
+def test_influence_of_more_features_than_images_is_what_weights_change():
     """By the definition: cross-Gram and variances of weighted rows, moved by a small weight."""
     a, b = pair(6, 9, 20)
 
@@ -200,19 +200,19 @@ def few_rounds(monkeypatch):
     monkeypatch.setattr(statistics, "ROUNDS", 1000)
 
 
-# What pictures are like for the intervals: (n, d, how the features' variance falls, shift of one set).
+# What images are like for the intervals: (n, d, how the features' variance falls, shift of one set).
 WORLDS = {
-    "many pictures": (100, 6, 0, 0.5),
-    "few pictures": (24, 64, 1, 0.5),
-    "ten pictures": (10, 64, 1, 0.5),
+    "many images": (100, 6, 0, 0.5),
+    "few images": (24, 64, 1, 0.5),
+    "ten images": (10, 64, 1, 0.5),
     "equal sets": (24, 64, 1, 0),
-    "equal sets, many pictures": (200, 6, 0, 0),
+    "equal sets, many images": (200, 6, 0, 0),
 }
 
 
 @pytest.fixture(params=WORLDS.values(), ids=WORLDS)
 def world(request):
-    """seed -> (features [n, d], truth [n, d]): row i of both shares a part, as pictures of one caption do."""
+    """seed -> (features [n, d], truth [n, d]): row i of both shares a part, as images of one caption do."""
     n, d, fall, shift = request.param
     scales = np.arange(1, d + 1) ** (-fall / 2)
 
@@ -226,7 +226,7 @@ def world(request):
 @pytest.mark.parametrize(("distance", "estimate"), [(frechet, frechet_estimate), (kernel_distance, kernel_estimate)])
 @pytest.mark.usefixtures("few_rounds")
 def test_interval_of_95_percent_holds_the_expected_figure(world, distance, estimate):
-    """The expectation of the figure at this number of pictures."""
+    """The expectation of the figure at this number of images."""
     figures = [distance(*world(seed)) for seed in range(1000)]
     held, width = coverage(world, estimate, np.mean(figures))
     needed = np.subtract(*np.quantile(figures, (0.975, 0.025)))
@@ -235,8 +235,8 @@ def test_interval_of_95_percent_holds_the_expected_figure(world, distance, estim
     assert width < 2.5 * needed
 
 
-def test_resampling_the_pictures_themselves_would_put_fid_too_high():
-    """Why the influences are resampled: percentiles over repeated pictures hold the figure almost never."""
+def test_resampling_the_images_themselves_would_put_fid_too_high():
+    """Why the influences are resampled: percentiles over repeated images hold the figure almost never."""
     draw = lambda seed: (normal(24, 64, seed=2 * seed), normal(24, 64, seed=2 * seed + 1))
     expected = np.mean([frechet(*draw(seed)) for seed in range(300)])
     held, above = [], []
@@ -348,7 +348,7 @@ def test_bias_of_fid_is_measured_and_taken_off():
     assert bias == pytest.approx(raw - 2, abs=0.1)
 
 
-def test_bias_with_fewer_pictures_than_features_is_a_lower_bound():
+def test_bias_with_fewer_images_than_features_is_a_lower_bound():
     sets = [(normal(20, 64, seed=2 * seed), normal(20, 64, seed=2 * seed + 1)) for seed in range(20)]
     raw = np.mean([frechet(*one) for one in sets])
     bias, _ = np.mean([frechet_bias(*one) for one in sets], 0)
@@ -357,23 +357,23 @@ def test_bias_with_fewer_pictures_than_features_is_a_lower_bound():
 
 
 def test_halves_are_of_the_same_rows_where_the_sets_pair():
-    """Pictures equal row by row have FID 0 in every half; a longer truth is halved on its own."""
+    """Images equal row by row have FID 0 in every half; a longer truth is halved on its own."""
     a = normal(30, 4)
     assert frechet_bias(a, a) == (0, 0)
     assert frechet_bias(a, normal(60, 4, seed=1))[0] > 0
 
 
-def test_warning_says_how_much_of_fid_comes_from_the_number_of_pictures():
+def test_warning_says_how_much_of_fid_comes_from_the_number_of_images():
     a, truth = normal(50, 4) + 1, normal(80, 4, seed=1)
     bias, infinite = frechet_bias(a, truth)
     said = small_sample_warning(a, truth)
-    assert said.startswith(f"FID of 50 pictures is biased: about {bias:+.3g} of its {frechet(a, truth):.3g} comes from")
+    assert said.startswith(f"FID of 50 images is biased: about {bias:+.3g} of its {frechet(a, truth):.3g} comes from")
     assert f"near {infinite:.3g}" in said and "KID" in said
     assert "biased: at least about +" in small_sample_warning(normal(10, 40), normal(12, 40, seed=1))
     assert "cannot be measured below 4" in small_sample_warning(a[:3], truth)
     enough = np.zeros((2048, 1))
     assert small_sample_warning(enough, enough) is None
-    assert "FID of 2047 pictures" in small_sample_warning(enough, enough[1:])
+    assert "FID of 2047 images" in small_sample_warning(enough, enough[1:])
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
@@ -384,11 +384,11 @@ def test_warning_says_how_much_of_fid_comes_from_the_number_of_pictures():
     [
         (lambda: frechet(np.full((3, 2), np.nan), [[1, 2], [np.inf, 3]]), "a has .* rows 0, 1, 2\nb has .* rows 1"),
         (lambda: kernel_distance(np.full((30, 2), np.nan), normal(5, 2)), "rows 0, 1, 2, .* 8, 9 and 20 more"),
-        (lambda: frechet_estimate(normal(1, 4), normal(5, 4)), "a has 1 pictures: .* takes 2 at least"),
+        (lambda: frechet_estimate(normal(1, 4), normal(5, 4)), "a has 1 images: .* takes 2 at least"),
         (lambda: kernel_estimate(normal(5, 4), normal(5, 3)), "one width, not a 4, b 3"),
-        (lambda: frechet(normal(5), normal(5, 3)), r"a must be \[pictures, features\], not \[5\]"),
-        (lambda: frechet_difference(normal(5, 3), normal(4, 3), normal(5, 3)), "a has 5 pictures and b 4: .* paired"),
-        (lambda: frechet_bias(normal(3, 3), normal(9, 3)), "takes 4 pictures at least"),
+        (lambda: frechet(normal(5), normal(5, 3)), r"a must be \[images, features\], not \[5\]"),
+        (lambda: frechet_difference(normal(5, 3), normal(4, 3), normal(5, 3)), "a has 5 images and b 4: .* paired"),
+        (lambda: frechet_bias(normal(3, 3), normal(9, 3)), "takes 4 images at least"),
         (lambda: mean_of([1.0]), "values has 1 rows: .* takes 2 at least"),
         (lambda: mean_of([]), "values has 0 rows"),
         (lambda: mean_of(np.array([1, np.nan, 2, np.inf])), "not finite numbers in rows 1, 3"),
@@ -397,5 +397,5 @@ def test_warning_says_how_much_of_fid_comes_from_the_number_of_pictures():
     ],
 )  # fmt: skip
 def test_bad_input_is_named(made, said):
-    with pytest.raises(EvaluationProblem, match=f"(?s){said}"):
+    with pytest.raises(EvaluationError, match=f"(?s){said}"):
         made()

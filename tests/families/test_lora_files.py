@@ -16,8 +16,6 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from finetuning.draws import torch_generator
-from finetuning.families.contract import ModelProblem
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
     KOHYA_NAME,
@@ -38,7 +36,9 @@ from finetuning.families.lora_files import (
     write_diffusers_for_all,
     write_kohya,
 )
+from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import open_pipeline
+from finetuning.rng import torch_generator
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 MLP = "encoder.layers.0.mlp"
@@ -175,7 +175,7 @@ def folded_prediction(pipeline):
         changed = copied(pipeline)
         for name, layer in layers.items():
             module = adaptable(parts_of(changed))[name]
-            module.weight.data = layer.folded(module.weight.data, scale)
+            module.weight.data = layer.fused(module.weight.data, scale)
         predicted = prediction(changed)
         assert (predicted - prediction(pipeline)).abs().max() > 1e-3  # else there is nothing to compare
         return predicted
@@ -206,30 +206,30 @@ def test_delta_and_folded_are_the_formula(name, dora, scale, weights):
     layer = made_layer(weights[name], 3, 7, dora)
     delta, folded = reference(layer, weights[name], scale)
     assert layer.rank == 3
-    assert layer.delta(scale).shape == layer.folded(weights[name], scale).shape == weights[name].shape
+    assert layer.delta(scale).shape == layer.fused(weights[name], scale).shape == weights[name].shape
     assert np.allclose(layer.delta(scale), delta, rtol=1e-5, atol=1e-6)
-    assert np.allclose(layer.folded(weights[name], scale), folded, rtol=1e-5, atol=1e-6)
+    assert np.allclose(layer.fused(weights[name], scale), folded, rtol=1e-5, atol=1e-6)
 
 
 def test_scale_is_one_unless_it_is_given(weights):
     layer = made_layer(weights[TO_K], 3, 7, dora=True)
     assert torch.equal(layer.delta(), layer.delta(1.0))
-    assert torch.equal(layer.folded(weights[TO_K]), layer.folded(weights[TO_K], 1.0))
+    assert torch.equal(layer.fused(weights[TO_K]), layer.fused(weights[TO_K], 1.0))
 
 
 def test_half_precision_is_computed_in_fp32(weights):
     whole = made_layer(weights[CONV], 3, 7, dora=True)
     half = Layer(whole.down.half(), whole.up.half(), 7, whole.magnitude.half())
     again = Layer(half.down.float(), half.up.float(), 7, half.magnitude.float())
-    assert half.delta().dtype == half.folded(weights[CONV].half()).dtype == torch.float32
+    assert half.delta().dtype == half.fused(weights[CONV].half()).dtype == torch.float32
     assert torch.equal(half.delta(), again.delta())
-    assert torch.equal(half.folded(weights[CONV].half()), again.folded(weights[CONV].half().float()))
+    assert torch.equal(half.fused(weights[CONV].half()), again.fused(weights[CONV].half().float()))
 
 
 def test_a_dora_whose_magnitudes_are_the_norms_of_what_it_makes_is_a_lora(weights):
     plain = made_layer(weights[CONV], 3, 7)
-    norms = plain.folded(weights[CONV]).flatten(1).norm(dim=1)
-    assert close(Layer(plain.down, plain.up, 7, norms).folded(weights[CONV]), plain.folded(weights[CONV]))
+    norms = plain.fused(weights[CONV]).flatten(1).norm(dim=1)
+    assert close(Layer(plain.down, plain.up, 7, norms).fused(weights[CONV]), plain.fused(weights[CONV]))
 
 
 @pytest.mark.parametrize("alpha", [0.5, 3, 4.0, 100])
@@ -238,7 +238,7 @@ def test_with_alpha_keeps_the_delta(name, alpha, weights):
     layer = made_layer(weights[name], 3, 4, dora=True)
     other = layer.with_alpha(alpha)
     assert other.alpha == alpha and other.rank == 3
-    assert close(other.delta(), layer.delta()) and close(other.folded(weights[name]), layer.folded(weights[name]))
+    assert close(other.delta(), layer.delta()) and close(other.fused(weights[name]), layer.fused(weights[name]))
     assert torch.equal(other.down, layer.down) and torch.equal(other.magnitude, layer.magnitude)
 
 
@@ -263,7 +263,7 @@ def test_folding_is_what_peft_merges(name, dora, parts, weights):
             magnitude.copy_(layer.magnitude.reshape(magnitude.shape))
         assert close(adapter.get_delta_weight("default"), layer.delta())
         merged = wrapped.merge_and_unload()[0].weight
-    assert close(merged, layer.folded(weights[name])) and not close(merged, weights[name])
+    assert close(merged, layer.fused(weights[name])) and not close(merged, weights[name])
 
 
 # -- what can carry an adapter ---------------------------------------------------------------------------------------
@@ -599,7 +599,7 @@ def test_what_peft_saves_is_read_as_peft_means_it(dora, tmp_path, own, parts):
     merged = model.merge_and_unload().state_dict()
     weights = {name: module.weight.detach() for name, module in adaptable(parts).items()}
     for name, layer in lora.layers.items():
-        assert close(layer.folded(weights[name]), merged[f"{name.removeprefix('unet.')}.weight"])
+        assert close(layer.fused(weights[name]), merged[f"{name.removeprefix('unet.')}.weight"])
 
 
 def test_what_diffusers_saves_with_its_metadata_is_read_as_peft_means_it(tmp_path, own, parts):
@@ -640,7 +640,7 @@ class Trap:
 
 
 def problem(source, parts, **options):
-    with pytest.raises(ModelProblem) as caught:
+    with pytest.raises(ModelError) as caught:
         read_lora(source, parts, **options)
     return str(caught.value)
 

@@ -7,9 +7,9 @@ from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.families.original import block_of, canonical_parts, original_names, original_shape
-from finetuning.merging.tensors import stored_tensors
+from finetuning.merging.tensor_references import tensor_references
 
 PARTS = ("unet", "vae", "text_encoder")
 SD1_UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
@@ -57,7 +57,7 @@ def shapes(tensors):
 
 def write_and_read(path, tensors, weights="ema"):
     save_file({key: value.clone() for key, value in tensors.items()}, path)
-    parts, strange = canonical_parts(stored_tensors(path)[0], weights)
+    parts, strange = canonical_parts(tensor_references(path)[0], weights)
     return {part: read(own) for part, own in parts.items()}, strange
 
 
@@ -156,7 +156,7 @@ def test_the_unet_is_its_average_unless_the_trained_weights_are_asked_for(tiny_m
     assert all(equal(averaged[part], model[part]) for part in ("vae", "text_encoder"))
 
     tensors["model_ema.stray"] = tensors.pop("model_ema.diffusion_modelout2bias")
-    with pytest.raises(ModelProblem, match=r"lacks 1 .*model\.diffusion_model\.out\.2\.bias first.*--weights raw"):
+    with pytest.raises(ModelError, match=r"lacks 1 .*model\.diffusion_model\.out\.2\.bias first.*--weights raw"):
         write_and_read(tmp_path / "m.safetensors", tensors)
 
 
@@ -176,7 +176,7 @@ def test_text_encoder_keys_without_text_model_are_the_same_tensors(tiny_model, t
     parts, strange = write_and_read(tmp_path / "m.safetensors", short | ids)
     assert not strange
     assert equal(parts["text_encoder"], encoder | {"embeddings.position_ids": torch.arange(16)[None]})
-    with pytest.raises(ModelProblem, match="two names of one tensor"):
+    with pytest.raises(ModelError, match="two names of one tensor"):
         write_and_read(tmp_path / "m.safetensors", short | in_original_layout({"text_encoder": encoder}))
 
 
@@ -205,7 +205,7 @@ def test_what_belongs_to_no_part_is_strange_and_what_such_files_are_known_to_hol
 
 
 def test_sdxl_is_refused_by_name(tmp_path):
-    with pytest.raises(ModelProblem, match="Stable Diffusion XL"):
+    with pytest.raises(ModelError, match="Stable Diffusion XL"):
         write_and_read(tmp_path / "m.safetensors", {"conditioner.embedders.0.transformer.x": torch.zeros(1)})
 
 
@@ -248,7 +248,7 @@ def test_open_clip_is_read_as_diffusers_reads_it(tmp_path):
 
 def test_open_clip_is_not_written():
     keys = [f"encoder.layers.{layer}.layer_norm1.weight" for layer in range(23)]
-    with pytest.raises(ModelProblem, match="leave --single_file out"):
+    with pytest.raises(ModelError, match="leave --single_file out"):
         original_names("text_encoder", keys)
     assert original_names("text_encoder", keys[:12])[keys[0]].startswith("cond_stage_model.transformer.text_model.")
 
@@ -258,7 +258,7 @@ def test_open_clip_is_not_written():
 
 def test_a_key_without_a_name_in_the_layout_is_refused(tiny_model):
     keys = [*read_part(tiny_model, "unet"), "add_embedding.linear_1.weight"]
-    with pytest.raises(ModelProblem, match=r"1 tensor.* unet .*add_embedding\.linear_1\.weight.*--single_file"):
+    with pytest.raises(ModelError, match=r"1 tensor.* unet .*add_embedding\.linear_1\.weight.*--single_file"):
         original_names("unet", keys)
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetuning.families.contract import ModelArgs, ModelProblem
-from finetuning.families.loading import load_model
 from finetuning.families.lora_files import DIFFUSERS_NAME, KOHYA_NAME, RAW_NAME
+from finetuning.families.model import load_model
+from finetuning.families.model_args import ModelArgs, ModelError
 from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
 from finetuning.training.ema import AveragedWeights
 
@@ -153,7 +153,7 @@ def test_dtype_is_that_of_every_part(tiny_model):
 
 
 def test_what_is_not_a_pipeline_is_named(tmp_path):
-    with pytest.raises(ModelProblem, match="cannot be opened as a diffusers pipeline"):
+    with pytest.raises(ModelError, match="cannot be opened as a diffusers pipeline"):
         open_pipeline(tmp_path)
 
 
@@ -166,7 +166,7 @@ def test_a_folder_of_a_lora_is_no_model_and_goes_with_its_base(file, options, tm
     (folder / file).write_bytes(b"")
     (folder / "training_state.json").write_text("{}")
     for source in (folder, str(folder)):
-        with pytest.raises(ModelProblem) as caught:
+        with pytest.raises(ModelError) as caught:
             open_pipeline(source, **options)
         assert str(caught.value).startswith(f"{folder} holds a LoRA, not a whole model")
         assert "name its base with --model, and it with --lora" in str(caught.value)
@@ -175,7 +175,7 @@ def test_a_folder_of_a_lora_is_no_model_and_goes_with_its_base(file, options, tm
 def test_a_folder_that_holds_a_lora_of_another_name_is_not_opened_either(tmp_path):
     (tmp_path / KOHYA_NAME).write_bytes(b"")
     for source in (str(tmp_path), str(tmp_path / KOHYA_NAME)):
-        with pytest.raises(ModelProblem, match="cannot be opened as a diffusers pipeline"):
+        with pytest.raises(ModelError, match="cannot be opened as a diffusers pipeline"):
             open_pipeline(source)
 
 
@@ -183,7 +183,7 @@ def test_a_folder_that_holds_a_lora_of_another_name_is_not_opened_either(tmp_pat
 
 
 @pytest.mark.parametrize("key", SCHEDULERS)
-def test_every_sampler_draws_a_picture(key, tiny_model):
+def test_every_sampler_draws_an_image(key, tiny_model):
     pipeline = open_pipeline(tiny_model, scheduler=key)
     assert type(pipeline.scheduler) is getattr(diffusers, SCHEDULERS[key])
     draw = lambda seed: pipeline(

@@ -11,8 +11,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from finetuning.families.contract import ModelArgs, ModelProblem, StartArgs
-from finetuning.families.loading import load_model
+from finetuning.families.model import load_model
+from finetuning.families.model_args import ModelArgs, ModelError, StartArgs
 from finetuning.training.ema import AveragedWeights
 
 MAIN = "diffusion_pytorch_model.safetensors"
@@ -143,12 +143,12 @@ def test_non_ema_variant_is_trained_and_the_average_starts_from_the_main_weights
 
 
 def test_a_non_ema_variant_that_is_not_there_is_named(tiny_model):
-    with pytest.raises(ModelProblem, match="--non_ema_variant other: no such weights"):
+    with pytest.raises(ModelError, match="--non_ema_variant other: no such weights"):
         load(tiny_model, non_ema_variant="other")
 
 
 def test_a_folder_has_no_revisions(tiny_model):
-    with pytest.raises(ModelProblem, match=r"--non_ema_revision non-ema: .* no revisions; .*--non_ema_variant"):
+    with pytest.raises(ModelError, match=r"--non_ema_revision non-ema: .* no revisions; .*--non_ema_variant"):
         load(tiny_model, non_ema_revision="non-ema")
 
 
@@ -184,12 +184,12 @@ def test_non_ema_variant_of_a_hub_name(hub_cache, main_weights, raw_weights):
 
 @pytest.mark.parametrize("flag", ["revision", "non_ema_revision", "non_ema_variant"])
 def test_what_the_hub_does_not_have_is_named(flag, hub_cache):
-    with pytest.raises(ModelProblem, match="nowhere"):
+    with pytest.raises(ModelError, match="nowhere"):
         load("org/name", cache_dir=str(hub_cache), **{flag: "nowhere"})
 
 
 def test_a_name_that_is_neither_folder_nor_cached(tmp_path):
-    with pytest.raises(ModelProblem, match="--pretrained_model_name_or_path org/other is neither a folder"):
+    with pytest.raises(ModelError, match="--pretrained_model_name_or_path org/other is neither a folder"):
         load("org/other", cache_dir=str(tmp_path))
 
 
@@ -198,38 +198,38 @@ def test_a_name_that_is_neither_folder_nor_cached(tmp_path):
 
 def test_a_folder_without_an_index_is_not_a_pipeline(copied):
     (copied / "model_index.json").unlink()
-    with pytest.raises(ModelProblem, match=r"has no model_index\.json.*--resume_from_checkpoint"):
+    with pytest.raises(ModelError, match=r"has no model_index\.json.*--resume_from_checkpoint"):
         load(copied)
 
 
 def test_another_pipeline_is_refused_by_its_name(copied):
     edit(copied / "model_index.json", _class_name="StableDiffusionXLPipeline")
-    with pytest.raises(ModelProblem, match="is a StableDiffusionXLPipeline; what can be trained is Stable"):
+    with pytest.raises(ModelError, match="is a StableDiffusionXLPipeline; what can be trained is Stable"):
         load(copied)
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler", "unet"])
 def test_a_part_that_is_missing_is_named(part, copied):
     shutil.rmtree(copied / part)
-    with pytest.raises(ModelProblem, match=f"lacks {part}"):
+    with pytest.raises(ModelError, match=f"lacks {part}"):
         load(copied)
 
 
 def test_a_missing_part_that_only_the_finished_pipeline_needs_is_named_before_the_training(copied):
     edit(copied / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
-    with pytest.raises(ModelProblem, match="safety_checker"):
+    with pytest.raises(ModelError, match="safety_checker"):
         load(copied)
 
 
 def test_an_inpainting_unet_is_refused(copied):
     config = UNet2DConditionModel.load_config(copied / "unet") | {"in_channels": 9}
     UNet2DConditionModel.from_config(config).save_pretrained(copied / "unet")
-    with pytest.raises(ModelProblem, match="takes 9 channels and the autoencoder gives 4: an inpainting"):
+    with pytest.raises(ModelError, match="takes 9 channels and the autoencoder gives 4: an inpainting"):
         load(copied)
 
 
 def test_text_of_another_width_is_refused(tiny_model):
-    with pytest.raises(ModelProblem, match="text of width 24 and the text encoder gives 16"):
+    with pytest.raises(ModelError, match="text of width 24 and the text encoder gives 16"):
         load(tiny_model, from_scratch=True, unet_config="{cross_attention_dim: 24}")
 
 
@@ -271,14 +271,14 @@ def test_unet_config_may_be_longer_than_a_file_name(tiny_model):
     ],
 )
 def test_a_unet_config_that_cannot_be_used_is_named(config, said, tiny_model):
-    with pytest.raises(ModelProblem, match=said):
+    with pytest.raises(ModelError, match=said):
         load(tiny_model, from_scratch=True, unet_config=config)
 
 
 # -- what a run needs ------------------------------------------------------------------------------------------------
 
 
-def test_pictures_become_latents_of_an_eighth_of_their_side(tiny_model):
+def test_images_become_latents_of_an_eighth_of_their_side(tiny_model):
     model = load(tiny_model)
     pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, std = model.posterior(pixels)
@@ -343,7 +343,7 @@ def test_trained_weights_and_their_average_come_back_from_a_checkpoint(with_text
 
 def test_a_checkpoint_without_the_text_encoder_is_named(tiny_model, output):
     load(tiny_model).save_trained(output)
-    with pytest.raises(ModelProblem, match="holds no trained text_encoder: it was made without --train_text_encoder"):
+    with pytest.raises(ModelError, match="holds no trained text_encoder: it was made without --train_text_encoder"):
         load(tiny_model, train_text_encoder=True).load_trained(output, ema=False)
 
 

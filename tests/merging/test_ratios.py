@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from finetuning.families.contract import ModelProblem
+from finetuning.families.model_args import ModelError
 from finetuning.merging.ratios import CURVES, BlockRatios, parse_ratios, unet_blocks
 
 
@@ -206,13 +206,13 @@ def test_no_words_change_nothing(names, words):
 @pytest.mark.parametrize(("count", "told"), [(24, "24 numbers"), (26, "BASE"), (1, "1 number")])
 def test_another_number_of_blocks_is_refused_and_the_right_one_told(names, count, told):
     ratios = BlockRatios(["0.5"] * count)
-    with pytest.raises(ModelProblem, match=r"25 blocks \(IN00 to OUT11\)") as problem:
+    with pytest.raises(ModelError, match=r"25 blocks \(IN00 to OUT11\)") as problem:
         ratios.resolve(names)
     assert told in str(problem.value)
 
 
 def test_numbers_without_a_unet_are_refused(names):
-    with pytest.raises(ModelProblem, match="--parts"):
+    with pytest.raises(ModelError, match="--components"):
         BlockRatios(["0.5"] * 25).resolve({"text_encoder": names["text_encoder"]})
 
 

@@ -91,7 +91,7 @@ def test_random_scenes_hold_what_was_asked_for():
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_seed_draws_one_picture(style):
+def test_a_seed_draws_one_image(style):
     scene = Scene((RED_CIRCLE, BLUE_SQUARE), "white", "above")
     assert draw(scene, 1, style).tobytes() == draw(scene, 1, style).tobytes() != draw(scene, 2, style).tobytes()
     assert (draw(scene, 1, style).size, draw(scene, 1, style).mode) == ((SIDE, SIDE), "RGB")
@@ -133,7 +133,7 @@ def test_things_stand_inside_apart_and_as_the_relation_says():
         assert along > min(abs(dx), abs(dy))
 
 
-# The checker, against pictures whose truth is known
+# The checker, against images whose truth is known
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -163,9 +163,9 @@ def other(value, choices):
 
 
 def test_checker_notices_each_thing_that_is_wrong():
-    """The same pictures, asked about with one word changed: that part is wrong and the others are not."""
+    """The same images, asked about with one word changed: that part is wrong and the others are not."""
     for seed, scene in enumerate(list(single_scenes())[::7]):
-        picture, (thing,) = draw(scene, seed), scene.things
+        image, (thing,) = draw(scene, seed), scene.things
         changed = {
             "shape": replace(scene, things=(replace(thing, shape=other(thing.shape, SHAPES)),)),
             "color": replace(scene, things=(replace(thing, color=other(thing.color, COLORS)),)),
@@ -173,27 +173,27 @@ def test_checker_notices_each_thing_that_is_wrong():
             "background": replace(scene, background=other(scene.background, BACKGROUNDS)),
         }
         for part, asked in changed.items():
-            right = agrees(asked, picture)
+            right = agrees(asked, image)
             assert {name for name, value in right.items() if not value} == {part, "all"}
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_checker_notices_a_wrong_relation(relation):
-    picture = draw(Scene((RED_CIRCLE, BLUE_SQUARE), "white", relation), 0)
+    image = draw(Scene((RED_CIRCLE, BLUE_SQUARE), "white", relation), 0)
     for asked in RELATIONS:
-        right = agrees(Scene((RED_CIRCLE, BLUE_SQUARE), "white", asked), picture)
+        right = agrees(Scene((RED_CIRCLE, BLUE_SQUARE), "white", asked), image)
         assert right["relation"] == right["all"] == (asked == relation)
         assert right["axis"] == ((asked in ("above", "below")) == (relation in ("above", "below")))
-    swapped = agrees(Scene((BLUE_SQUARE, RED_CIRCLE), "white", relation), picture)
+    swapped = agrees(Scene((BLUE_SQUARE, RED_CIRCLE), "white", relation), image)
     assert swapped["axis"] and not swapped["relation"]
     assert swapped["shape"] and swapped["color"] and swapped["size"]
 
 
 def test_checker_notices_a_wrong_relation_of_two_equal_things():
     twins = (RED_CIRCLE, RED_CIRCLE)
-    picture = draw(Scene(twins, "white", "above"), 0)
-    assert agrees(Scene(twins, "white", "below"), picture)["relation"]  # of twins each is above and below the other
-    assert not agrees(Scene(twins, "white", "to the left of"), picture)["relation"]
+    image = draw(Scene(twins, "white", "above"), 0)
+    assert agrees(Scene(twins, "white", "below"), image)["relation"]  # of twins each is above and below the other
+    assert not agrees(Scene(twins, "white", "to the left of"), image)["relation"]
 
 
 def test_checker_notices_a_missing_and_a_surplus_thing():
@@ -204,7 +204,7 @@ def test_checker_notices_a_missing_and_a_surplus_thing():
     assert {part for part, right in surplus.items() if not right} == {"count", "all"}
 
 
-def test_checker_finds_nothing_on_a_plain_picture():
+def test_checker_finds_nothing_on_a_plain_image():
     assert read(Image.new("RGB", (SIDE, SIDE), BACKGROUNDS["gray"])) == ("gray", [])
     right = agrees(Scene((RED_CIRCLE,), "gray"), Image.new("RGB", (SIDE, SIDE), BACKGROUNDS["gray"]))
     assert {part for part, value in right.items() if value} == {"background", "axis", "relation"}
@@ -216,8 +216,8 @@ def test_checker_rejects_noise():
         assert not agrees(scene, Image.fromarray(noise))["all"]
 
 
-def test_checker_reads_enlarged_and_slightly_noisy_pictures():
-    """A model's pictures are neither sharp nor clean."""
+def test_checker_reads_enlarged_and_slightly_noisy_images():
+    """A model's images are neither sharp nor clean."""
     rng = np.random.default_rng(0)
     right = []
     for seed, scene in enumerate(scenes(100, 6, pair_share=0.5)):
@@ -279,10 +279,10 @@ def test_left_out_shapes_appear_nowhere(write):
     assert shapes == {"circle", "square", "triangle", "diamond"}
 
 
-def test_pictures_show_what_their_captions_say(write):
+def test_images_show_what_their_captions_say(write):
     folder = write("data", "--train", 40, "--style", "chalk", "--pair_share", 0.5)
     rows = read_folder(folder, "train", "image", "text", False, Findings())
-    right = [agrees(parse(row.captions[0]), Image.open(row.picture))["all"] for row in rows]
+    right = [agrees(parse(row.captions[0]), Image.open(row.image))["all"] for row in rows]
     assert sum(right) >= 39
 
 

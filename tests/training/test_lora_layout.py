@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from finetuning.cli import read
-from finetuning.families.contract import ModelArgs, ModelProblem
-from finetuning.families.loading import load_model
 from finetuning.families.lora_files import Layer, Lora, adaptable
-from finetuning.training.lora import add_adapters
+from finetuning.families.model import load_model
+from finetuning.families.model_args import ModelArgs, ModelError
+from finetuning.training.adapters import add_adapters
 from finetuning.training.lora_layout import Layout, LoraArgs
 
 MID = "mid_block.attentions.0.transformer_blocks.0"
@@ -227,7 +227,7 @@ def test_the_inputs_of_a_convolution_are_all_its_kernels_entries(layout):
 
 
 def test_every_problem_is_named_at_once(adapt):
-    with pytest.raises(ModelProblem) as problem:
+    with pytest.raises(ModelError) as problem:
         adapt(
             lora_target_modules=["attention", "q_proj"], rank=9, lora_rank_pattern=["ff.net.2=3"],
             lora_alpha_pattern=["no.*=1"], base_precision="bf16",
@@ -295,7 +295,6 @@ def test_every_problem_with_the_start_is_named_at_once(layout):
 
 # -- what cannot be meant --------------------------------------------------------------------------------------------
 
-AT_LEAST_1 = "--rank and --text_encoder_rank must be at least 1"
 FORM = "must look like PATTERN=NUMBER, e.g. mid_block.*=8"
 
 
@@ -306,13 +305,10 @@ def problems_of(*words):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--rank 0", AT_LEAST_1),
-        ("--train_text_encoder --text_encoder_rank 0", AT_LEAST_1),
-        ("--lora_alpha 0", "--lora_alpha 0.0 must be above 0"),
-        ("--lora_alpha -1", "--lora_alpha -1.0 must be above 0"),
-        ("--lora_dropout 1", "--lora_dropout 1.0 must be at least 0 and below 1"),
-        ("--lora_dropout -0.1", "--lora_dropout -0.1 must be at least 0 and below 1"),
-        ("--lora_dropout nan", "--lora_dropout nan must be at least 0 and below 1"),
+        ("--rank 0", "--rank 0 must be at least 1"),
+        ("--train_text_encoder --text_encoder_rank 0", "--text_encoder_rank 0 must be at least 1"),
+        ("--lora_alpha 0", "--lora_alpha 0 must be above 0"),
+        ("--lora_dropout 1", "--lora_dropout 1 must be at least 0 and below 1"),
         ("--text_encoder_rank 2", "--text_encoder_rank does nothing without --train_text_encoder"),
         ("--lora_rank_pattern to_q", f"--lora_rank_pattern to_q {FORM}"),
         ("--lora_rank_pattern to_q=", f"--lora_rank_pattern to_q= {FORM}"),
@@ -329,7 +325,7 @@ def problems_of(*words):
         ),
         ("--lora_rank_pattern (to_q=4", "--lora_rank_pattern (to_q=4: (to_q is not a regular expression"),
         ("--lora_alpha_pattern [a=4", "--lora_alpha_pattern [a=4: [a is not a regular expression"),
-        ("--base_precision int4", "--base_precision int4: must be one of fp32, fp16, bf16, int8, nf4"),
+        ("--base_precision int4", "--base_precision int4 must be one of fp32, fp16, bf16, int8, nf4"),
     ],
 )
 def test_flags_that_cannot_work_are_named(words, said):

@@ -12,12 +12,12 @@ from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.order import Order
 from finetuning.data.training_set import DataArgs
-from finetuning.families.contract import ModelArgs, ModelProblem
-from finetuning.families.loading import load_model
+from finetuning.diffusion.objective import NoiseArgs
+from finetuning.families.model import load_model
+from finetuning.families.model_args import ModelArgs, ModelError
 from finetuning.training import preflight
 from finetuning.training.checkpoint import CheckpointArgs
 from finetuning.training.ema import EMAArgs, build_ema
-from finetuning.training.noise import NoiseArgs
 from finetuning.training.optim import OptimArgs, build_optimizer
 from finetuning.training.preflight import check_before_start, choose_attention
 from finetuning.training.run import RunArgs
@@ -72,7 +72,7 @@ def check(model, tmp_path):
     ],
 )
 def test_a_resolution_that_does_not_fit_is_named_with_the_nearest_that_does(resolution, named, check):
-    with pytest.raises(ModelProblem) as problem:
+    with pytest.raises(ModelError) as problem:
         check(resolution=resolution)
     lines = str(problem.value).splitlines()
     assert len(lines) == len(named)
@@ -80,26 +80,26 @@ def test_a_resolution_that_does_not_fit_is_named_with_the_nearest_that_does(reso
 
 
 def test_buckets_that_do_not_fit_the_autoencoder_are_named(check):
-    with pytest.raises(ModelProblem, match=r"^--bucket_step 12 does not fit .* multiple of 8, e\.g\. 16$"):
+    with pytest.raises(ModelError, match=r"^--bucket_step 12 does not fit .* multiple of 8, e\.g\. 16$"):
         check(resolution="24", aspect_buckets=True, bucket_step=12)
     assert check(resolution="32", aspect_buckets=True, bucket_step=16)
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(check, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(ModelProblem, match=r"the disk of --output_dir runs/x has 0\.0 GB left"):
+    with pytest.raises(ModelError, match=r"the disk of --output_dir runs/x has 0\.0 GB left"):
         check(resolution="32")
 
 
 def test_every_problem_is_named_at_once(check, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(ModelProblem, match=r"(?s)--resolution 60.*--output_dir runs/x"):
+    with pytest.raises(ModelError, match=r"(?s)--resolution 60.*--output_dir runs/x"):
         check(resolution="60")
 
 
 def test_dream_is_refused_for_a_base_that_does_not_predict_epsilon(tiny_model, check):
     base = ModelArgs(pretrained_model_name_or_path=str(tiny_model))
-    with pytest.raises(ModelProblem, match=r"--dream_training .*v_prediction"):
+    with pytest.raises(ModelError, match=r"--dream_training .*v_prediction"):
         check(model=load_model(base, "v_prediction", seed=0), resolution="32", dream_training=True)
     assert check(resolution="32", dream_training=True)
 
@@ -142,7 +142,7 @@ def test_the_size_that_is_said_is_the_size_of_a_checkpoint(optimizer, use_ema, t
     exported = 4 * (1 + use_ema) * sum(p.numel() for p in model.trained_parameters().values())
     exported += sum(path.stat().st_size for path in tiny_model.rglob("*") if path.is_file())
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1.8 * actual + exported))
-    with pytest.raises(ModelProblem, match="checkpoints of"):
+    with pytest.raises(ModelError, match="checkpoints of"):
         check_before_start(args, FakeRun(tmp_path), model, range(11), None, order, 6)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2.25 * actual + exported))
     check_before_start(args, FakeRun(tmp_path), model, range(11), None, order, 6)
@@ -252,11 +252,11 @@ def test_xformers_is_switched_on_where_it_agrees_with_pytorch(xformers, monkeypa
 )
 def test_xformers_that_is_wrong_stops_the_run_with_advice(function, said, xformers, monkeypatch):
     xformers(function)
-    with pytest.raises(ModelProblem, match=rf"{said}.*leave {FLAG} out"):
+    with pytest.raises(ModelError, match=rf"{said}.*leave {FLAG} out"):
         chosen(on_gpu(monkeypatch), enable_xformers_memory_efficient_attention=True)
 
 
 def test_xformers_that_is_not_installed_stops_the_run_with_advice(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    with pytest.raises(ModelProblem, match=f"cannot be imported.*leave {FLAG} out"):
+    with pytest.raises(ModelError, match=f"cannot be imported.*leave {FLAG} out"):
         chosen(on_gpu(monkeypatch), enable_xformers_memory_efficient_attention=True)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
-from finetuning.families.contract import ModelProblem
+from finetuning.cli import problems_of
+from finetuning.families.model_args import ModelError
 from finetuning.training.checkpoint import CheckpointArgs
 from finetuning.training.optim import OptimArgs
 from finetuning.training.run import HubUpload, NonFinite, Run, RunArgs
@@ -176,13 +177,13 @@ def test_nothing_of_the_token_reaches_the_trackers(start):
     assert logs and not any(b"hf_secret" in path.read_bytes() for path in logs)
 
 
-def test_pictures_go_to_tensorboard_as_channels_first_bytes(start):
+def test_images_go_to_tensorboard_as_channels_first_bytes(start):
     from PIL import Image
 
     run, shown = start(), []
     writer = SimpleNamespace(add_image=lambda name, pixels, step: shown.append((name, tuple(pixels.shape), step)))
     run.accelerator.trackers = [SimpleNamespace(name="tensorboard", writer=writer)]
-    run.log_pictures("validation", [Image.new("RGB", (6, 4))] * 2, 9)
+    run.log_images("validation", [Image.new("RGB", (6, 4))] * 2, 9)
     assert shown == [("validation/0", (3, 4, 6), 9), ("validation/1", (3, 4, 6), 9)]
 
 
@@ -271,7 +272,7 @@ def test_a_hub_that_refuses_is_named_before_training(start, uploads, monkeypatch
         raise OSError("401 Unauthorized")
 
     monkeypatch.setattr("finetuning.training.run.HfApi.create_repo", refuse)
-    with pytest.raises(ModelProblem, match=r"--push_to_hub: no repository run to be had: 401 Unauthorized; log in"):
+    with pytest.raises(ModelError, match=r"--push_to_hub: no repository run to be had: 401 Unauthorized; log in"):
         HubUpload(start())
 
 
@@ -289,7 +290,7 @@ def test_the_token_is_written_nowhere(start, monkeypatch):
     ("flag", "value"), [("num_train_epochs", 0), ("gradient_accumulation_steps", 0), ("max_train_steps", 0)]
 )
 def test_flags_that_cannot_work_are_named(flag, value):
-    (problem,) = RunArgs(**{flag: value, "report_to": "none"}).problems()
+    (problem,) = problems_of(RunArgs(**{flag: value, "report_to": "none"}))
     assert problem == f"--{flag} {value} must be at least 1"
 
 

@@ -11,14 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
+from finetuning.cli import problems_of
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
-from finetuning.data.training_set import DataArgs, load_pictures
+from finetuning.data.training_set import DataArgs, load_images
+from finetuning.diffusion.objective import NoiseArgs
+from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation import denoising
-from finetuning.families.contract import ModelArgs
-from finetuning.families.loading import load_model
+from finetuning.families.model import load_model
+from finetuning.families.model_args import ModelArgs
 from finetuning.training.ema import AveragedWeights, NoAverage
-from finetuning.training.noise import NoiseArgs, NoiseSchedule
 from finetuning.training.validation import Validation, ValidationArgs
 
 
@@ -43,8 +45,8 @@ class FakeRun(SimpleNamespace):
     def log(self, values, step):
         self.logged.append((step, values))
 
-    def log_pictures(self, name, pictures, step):
-        self.shown.append((name, len(pictures), step))
+    def log_images(self, name, images, step):
+        self.shown.append((name, len(images), step))
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def model(tiny_model):
 @pytest.fixture(scope="module")
 def held_out(tiny_model, shapes_folder):
     tokenizer = load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0).tokenizer
-    return load_pictures(DataFlags(train_data_dir=str(shapes_folder), resolution="32"), tokenizer, seed=0)[1]
+    return load_images(DataFlags(train_data_dir=str(shapes_folder), resolution="32"), tokenizer, seed=0)[1]
 
 
 @pytest.fixture
@@ -204,12 +206,12 @@ def test_the_average_is_looked_at_and_the_trained_weights_come_back(build, model
     assert model.denoiser.training
 
 
-# -- pictures --------------------------------------------------------------------------------------------------------
+# -- images --------------------------------------------------------------------------------------------------------
 
 PROMPTS = {"validation_prompts": ["a red circle", "a blue square"], "num_validation_images": 2}
 
 
-def test_pictures_are_named_by_prompt_and_number(build, tmp_path):
+def test_images_are_named_by_prompt_and_number(build, tmp_path):
     validation = build(**PROMPTS)
     validation.look(0)
     expected = ["grid.png", "prompt00-0.png", "prompt00-1.png", "prompt01-0.png", "prompt01-1.png"]
@@ -218,7 +220,7 @@ def test_pictures_are_named_by_prompt_and_number(build, tmp_path):
     assert validation.run.shown == [("validation", 4, 0), ("validation grid", 1, 0)]
 
 
-def test_each_picture_has_a_seed_of_its_own_that_never_changes(build, tmp_path):
+def test_each_image_has_a_seed_of_its_own_that_never_changes(build, tmp_path):
     for step, batch_size in ((0, 4), (7, 4), (8, 3)):
         torch.manual_seed(step)
         build(batch_size=batch_size, rows=None, **PROMPTS).look(step)
@@ -241,10 +243,10 @@ def test_the_comparison_shows_the_base_beside_the_model(build, model, tmp_path):
     assert drawn[0].tobytes() != drawn[1].tobytes()
     # The last row: two cells of 192 pixels, each with a gap of 6 after it.
     sheet = Image.open(tmp_path / "comparison.png")
-    for column, picture in enumerate(drawn):
+    for column, image in enumerate(drawn):
         left, top = sheet.width - (2 - column) * 198, sheet.height - 198
         cell = sheet.crop((left, top, left + 192, top + 192))
-        assert cell.tobytes() == picture.resize((192, 192), Image.Resampling.NEAREST).tobytes()
+        assert cell.tobytes() == image.resize((192, 192), Image.Resampling.NEAREST).tobytes()
 
 
 def test_without_prompts_there_is_no_comparison(build):
@@ -261,7 +263,7 @@ def test_without_prompts_there_is_no_comparison(build):
     [
         ("validation_fraction", 1.0),
         ("validation_fraction", -0.1),
-        ("num_validation_images", 0),
+        ("num_validation_images", -1),
         ("validation_inference_steps", 0),
         ("validation_epochs", -1),
         ("validation_loss_rows", -1),
@@ -269,5 +271,9 @@ def test_without_prompts_there_is_no_comparison(build):
     ],
 )
 def test_flags_that_cannot_work_are_named(flag, value):
-    (problem,) = ValidationArgs(**{flag: value}).problems()
+    (problem,) = problems_of(ValidationArgs(**{flag: value}))
     assert problem.startswith(f"--{flag} {value}")
+
+
+def test_no_validation_images():
+    assert ValidationArgs(validation_prompts=["a cat"], num_validation_images=0).prompts == []

@@ -12,21 +12,23 @@ import pytest
 import torch
 from PIL import Image
 
+from finetuning.cli import problems_of
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
-from finetuning.data.reading import DatasetProblem
-from finetuning.data.training_set import DataArgs, load_pictures
+from finetuning.data.reading import DatasetError
+from finetuning.data.training_set import DataArgs, load_images
+from finetuning.diffusion.objective import NoiseArgs
+from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation import networks
-from finetuning.evaluation.contract import EvaluationProblem
 from finetuning.evaluation.denoising import load_rows, row_losses
-from finetuning.evaluation.yardsticks import learned_and_kept
-from finetuning.families.contract import ModelArgs
-from finetuning.families.loading import load_model
+from finetuning.evaluation.metrics import EvaluationError
+from finetuning.evaluation.retention import learned_and_kept
+from finetuning.families.model import load_model
+from finetuning.families.model_args import ModelArgs
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import single_scenes
 from finetuning.training.checkpoint import checkpoints_in
 from finetuning.training.ema import AveragedWeights, NoAverage
-from finetuning.training.noise import NoiseArgs, NoiseSchedule
 from finetuning.training.validation import ValidationArgs
 from finetuning.training.watch import NoWatch, WatchArgs, build_watch
 
@@ -69,7 +71,7 @@ def model(tiny_model):
 @pytest.fixture(scope="module")
 def held_out(tiny_model, shapes_folder):
     tokenizer = load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0).tokenizer
-    return load_pictures(Args(train_data_dir=str(shapes_folder), resolution="32"), tokenizer, seed=0)[1]
+    return load_images(Args(train_data_dir=str(shapes_folder), resolution="32"), tokenizer, seed=0)[1]
 
 
 @pytest.fixture
@@ -123,7 +125,7 @@ def test_other_processes_measure_nothing(build, tmp_path):
 
 
 def test_an_untouched_model_learned_nothing_and_kept_all(build):
-    watch = build(stop_when_kept_below=0.99)
+    watch = build(stop_when_retention_below=0.99)
     assert [watch.look(step) for step in range(5)] == [False] * 5
     assert list(watch.run.logged) == [0, 2, 4]
     for values in watch.run.logged.values():
@@ -154,7 +156,7 @@ def test_the_figures_are_those_of_the_losses_by_hand(build, model, tmp_path):
 
 def test_what_is_kept_is_compared_with_the_limit(build, model):
     silence(model)
-    watch = build(stop_when_kept_below=0.5)
+    watch = build(stop_when_retention_below=0.5)
     watch.look(0)
     change(model, 0.5)
     assert watch.look(1) is False  # not due
@@ -162,8 +164,8 @@ def test_what_is_kept_is_compared_with_the_limit(build, model):
     kept = watch.run.logged[2]["kept"]
     assert kept < 0.5
     message = watch.run.said[-1]
-    assert f"step 2: kept {kept:.3f}" in message and "--stop_when_kept_below 0.5" in message
-    assert build(stop_when_kept_below=kept / 2, first_step=1).look(2) is False
+    assert f"step 2: kept {kept:.3f}" in message and "--stop_when_retention_below 0.5" in message
+    assert build(stop_when_retention_below=kept / 2, first_step=1).look(2) is False
     assert build(first_step=1).look(2) is False
 
 
@@ -211,7 +213,7 @@ def test_a_resumed_run_compares_with_the_same_base(build, model):
 )
 def test_a_base_of_another_measurement_is_refused(build, flags, named):
     build().look(0)
-    with pytest.raises(EvaluationProblem, match=rf"base_evaluation.json is of another measurement \({named}\)"):
+    with pytest.raises(EvaluationError, match=rf"base_evaluation.json is of another measurement \({named}\)"):
         build(first_step=2, **flags)
 
 
@@ -220,15 +222,15 @@ def test_a_base_that_is_not_there_is_named_with_what_to_do(build, tmp_path):
         if content:
             (tmp_path / "validation").mkdir()
             (tmp_path / "validation/base_evaluation.json").write_text(content)
-        with pytest.raises(EvaluationProblem, match=r"base_evaluation.json cannot be read .* copy it from the run"):
+        with pytest.raises(EvaluationError, match=r"base_evaluation.json cannot be read .* copy it from the run"):
             build(first_step=2)
 
 
-# -- pictures --------------------------------------------------------------------------------------------------------
+# -- images --------------------------------------------------------------------------------------------------------
 
 
 class Painter:
-    """A model whose pipeline shows what a caption asks for, in `style`; the last `wrong` pictures show a square."""
+    """A model whose pipeline shows what a caption asks for, in `style`; the last `wrong` images show a square."""
 
     def __init__(self, model, scenes):
         self.tokenizer, self.scheduler = model.tokenizer, model.scheduler
@@ -241,9 +243,9 @@ class Painter:
     def paint(self, prompts, generator, height, width, **how):
         self.calls.append((list(prompts), [one.initial_seed() for one in generator], how))
         assert (height, width) == (64, 64)
-        pictures = [draw(self.scenes[prompt], 0, self.style) for prompt in prompts]
+        images = [draw(self.scenes[prompt], 0, self.style) for prompt in prompts]
         square = draw(next(s for s in single_scenes() if s.things[0].shape == "square"), 0, self.style)
-        return SimpleNamespace(images=pictures[: len(pictures) - self.wrong] + [square] * self.wrong)
+        return SimpleNamespace(images=images[: len(images) - self.wrong] + [square] * self.wrong)
 
 
 CIRCLES = [scene for scene in single_scenes() if scene.things[0].shape == "circle"][:6]
@@ -255,7 +257,7 @@ def painter(model):
 
 
 @pytest.fixture
-def by_pictures(build, painter, tmp_path):
+def by_images(build, painter, tmp_path):
     """A Watch of the painter: two prompts of what is learned, four of what should be kept, in batches of six."""
 
     def make(kind, **flags):
@@ -267,8 +269,8 @@ def by_pictures(build, painter, tmp_path):
     return make
 
 
-def test_shapes_are_read_off_the_pixels(by_pictures, painter):
-    watch = by_pictures("shapes", validation_inference_steps=3, validation_guidance_scale=2.0)
+def test_shapes_are_read_off_the_pixels(by_images, painter):
+    watch = by_images("shapes", validation_inference_steps=3, validation_guidance_scale=2.0)
     watch.look(0)
     painter.style, painter.wrong = "chalk", 1
     watch.look(2)
@@ -281,39 +283,39 @@ def test_shapes_are_read_off_the_pixels(by_pictures, painter):
     assert len(prompts) == len(set(seeds)) == 6 and how == {"num_inference_steps": 3, "guidance_scale": 2.0}
 
 
-def test_a_picture_starts_from_the_same_noise_in_whatever_batch(by_pictures, painter):
+def test_an_image_starts_from_the_same_noise_in_whatever_batch(by_images, painter):
     for together in (6, 4):
-        by_pictures("shapes", train_batch_size=together).look(0)
+        by_images("shapes", train_batch_size=together).look(0)
     whole, first, second = (seeds for _, seeds, _ in painter.calls)
     assert whole == first + second
 
 
-def test_a_base_that_draws_nothing_right_has_nothing_to_forget(by_pictures, painter):
+def test_a_base_that_draws_nothing_right_has_nothing_to_forget(by_images, painter):
     painter.wrong = 6
-    with pytest.raises(EvaluationProblem, match=r"--evaluate_with shapes: .* average over 4 rows"):
-        by_pictures("shapes").look(0)
+    with pytest.raises(EvaluationError, match=r"--evaluate_with shapes: .* average over 4 rows"):
+        by_images("shapes").look(0)
 
 
-def test_one_validation_prompt_has_no_interval(by_pictures, painter):
-    watch = by_pictures("shapes", validation_prompts=[CIRCLES[0].caption])
+def test_one_validation_prompt_has_no_interval(by_images, painter):
+    watch = by_images("shapes", validation_prompts=[CIRCLES[0].caption])
     watch.look(0)
     assert list(watch.run.logged[0]) == ["kept", "kept_low", "kept_high"]
     assert "two --validation_prompts" in watch.run.said[0] and len(painter.calls[0][0]) == 4
 
 
-def test_clip_scores_are_taken_of_picture_and_prompt(by_pictures, painter, monkeypatch):
-    """A CLIP that finds 0.5 in every filled picture, and 0.25 in chalk."""
+def test_clip_scores_are_taken_of_image_and_prompt(by_images, painter, monkeypatch):
+    """A CLIP that finds 0.5 in every filled image, and 0.25 in chalk."""
     opened = []
 
     def clip(name, device):
         texts = lambda captions: np.tile([1.0, 0.0], (len(captions), 1))
         angle = lambda: np.arccos(0.5 if painter.style == "filled" else 0.25)
-        images = lambda pictures: np.tile([np.cos(angle()), np.sin(angle())], (len(pictures), 1))
+        images = lambda images: np.tile([np.cos(angle()), np.sin(angle())], (len(images), 1))
         opened.append((name, str(device)))
         return SimpleNamespace(texts=texts, images=images), SimpleNamespace(sha256="00")
 
     monkeypatch.setattr(networks, "clip", clip)
-    watch = by_pictures("clip", clip_model="here")
+    watch = by_images("clip", clip_model="here")
     watch.look(0)
     painter.style = "chalk"
     watch.look(2)
@@ -329,15 +331,15 @@ def test_clip_scores_are_taken_of_picture_and_prompt(by_pictures, painter, monke
     [
         ({"evaluate_every": -1}, ["--evaluate_every -1"]),
         ({"retain_rows": 1}, ["--retain_rows 1"]),
-        ({"stop_when_kept_below": 0.5}, ["--stop_when_kept_below does nothing without --evaluate_every"]),
+        ({"stop_when_retention_below": 0.5}, ["--stop_when_retention_below does nothing without --evaluate_every"]),
         ({"evaluate_every": 2}, ["--evaluate_with loss needs --retain_dataset"]),
         ({"evaluate_every": 2, "retain_dataset": "nowhere"}, ["--retain_dataset nowhere: there is no such folder"]),
         ({"evaluate_every": 2, "evaluate_with": "shapes"}, ["--evaluate_with shapes needs --general_prompts"]),
         ({"evaluate_every": 2, "evaluate_with": "clip"}, []),
         (
-            {"evaluate_every": 2, "stop_when_kept_below": 1.0, "clip_model": "x", "general_prompts": "y.txt"},
+            {"evaluate_every": 2, "stop_when_retention_below": 1.0, "clip_model": "x", "general_prompts": "y.txt"},
             [
-                "--stop_when_kept_below 1.0 must lie between",
+                "--stop_when_retention_below 1.0 must be",
                 "--general_prompts only goes with --evaluate_with shapes or clip",
                 "--clip_model only goes with --evaluate_with clip",
                 "--evaluate_with loss needs",
@@ -350,12 +352,12 @@ def test_clip_scores_are_taken_of_picture_and_prompt(by_pictures, painter, monke
     ],
 )
 def test_flags_that_cannot_work_are_named_together(flags, said):
-    problems = list(WatchArgs(**flags).problems())
+    problems = problems_of(WatchArgs(**flags))
     assert len(problems) == len(said)
     assert all(text in problem for text, problem in zip(said, problems, strict=True))
 
 
-def test_general_prompts_that_cannot_be_read_off_pictures_are_named(tmp_path):
+def test_general_prompts_that_cannot_be_read_off_images_are_named(tmp_path):
     path = tmp_path / "some.txt"
     path.write_text(f"{CIRCLES[0].caption}\na cat\na dog\n")
     flags = {"evaluate_every": 2, "general_prompts": str(path)}
@@ -369,13 +371,13 @@ def test_general_prompts_that_cannot_be_read_off_pictures_are_named(tmp_path):
 def test_faults_of_the_retain_dataset_are_named_before_the_first_step(build, shapes_folder, tmp_path):
     bad = shutil.copytree(shapes_folder, tmp_path / "bad")
     (bad / "train/00003.png").unlink()
-    with pytest.raises(DatasetProblem, match="1 faults"):
+    with pytest.raises(DatasetError, match="1 faults"):
         build(retain_dataset=str(bad))
     one = tmp_path / "one"
     one.mkdir()
     Image.new("RGB", (32, 32)).save(one / "0.png")
     (one / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n')
-    with pytest.raises(EvaluationProblem, match="at least 2 rows, it has 1"):
+    with pytest.raises(EvaluationError, match="at least 2 rows, it has 1"):
         build(retain_dataset=str(one), retain_split="train")
 
 
@@ -417,7 +419,7 @@ def test_a_run_that_forgets_ends_at_a_whole_checkpoint_and_goes_on_when_it_may(
     assert list(looks) == [0, 2, 4, 6]
     assert (looks[0]["learned"], looks[0]["kept"]) == (0, 1) and looks[2]["kept"] < 0.99
 
-    limit = ("--stop_when_kept_below", 0.99)
+    limit = ("--stop_when_retention_below", 0.99)
     assert train(script, arguments, stopped, *limit) == 0
     assert "step 2: kept" in capfd.readouterr().err
     assert [step for step, _ in checkpoints_in(stopped)] == [2]
@@ -438,7 +440,7 @@ def test_a_run_that_forgets_ends_at_a_whole_checkpoint_and_goes_on_when_it_may(
 
     (stopped / "validation/base_evaluation.json").unlink()
     assert train(script, arguments, stopped, *again) == 1
-    assert "EvaluationProblem: --evaluate_every compares with step 0" in capfd.readouterr().err
+    assert "EvaluationError: --evaluate_every compares with step 0" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -452,7 +454,10 @@ def test_looking_changes_nothing_and_lr_0_learns_nothing(script, arguments, tmp_
     assert looked.keys() == plain.keys() != set()
     assert all(torch.equal(value, looked[name][key]) for name in plain for key, value in plain[name].items())
 
-    assert train(script, arguments, tmp_path / "still", *few, "--learning_rate", 0, "--stop_when_kept_below", 0.99) == 0
+    assert (
+        train(script, arguments, tmp_path / "still", *few, "--learning_rate", 0, "--stop_when_retention_below", 0.99)
+        == 0
+    )
     looks = [line for line in metrics(tmp_path / "still") if "kept" in line]
     assert [line["step"] for line in looks] == [0, 2, 3]
     assert [(line["learned"], line["kept"]) for line in looks] == [pytest.approx((0, 1), abs=1e-6)] * 3

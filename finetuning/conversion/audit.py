@@ -1,0 +1,329 @@
+"""What a dataset is like before it is trained on: what a run would refuse, copies, leaks, bad images, odd captions."""
+
+import inspect
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import transformers
+from tqdm.auto import tqdm
+
+from finetuning.cli import REQUIRED, flag
+from finetuning.conversion.caption_text import oddities
+from finetuning.conversion.measures import (
+    COVERED,
+    DARK,
+    FLAT,
+    LIGHT,
+    Measures,
+    exact_copies,
+    looks_empty,
+    measure,
+    near_copies,
+)
+from finetuning.data.buckets import BucketArgs
+from finetuning.data.captions import CaptionArgs
+from finetuning.data.checking import read_checked
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.images import UnreadableImage, open_rgb
+from finetuning.data.reading import read_folder
+from finetuning.data.training_set import DataArgs
+from finetuning.files import overlap
+
+COMMON_WORDS = {
+    "a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "is", "it", "of", "on", "or", "the", "to", "with",
+}  # fmt: skip
+CONCERNS = {  # code: (what the images have in common, why it matters and what helps), worst first
+    "same_leak": (
+        "the same image in several splits", "what is learned is also what is measured: --fix takes them from train",
+    ),
+    "near_leak": (
+        "near copies in several splits",
+        "resized, brighter or mirrored, they measure memory: --fix takes them from train",
+    ),
+    "same_twice": ("the same image more than once in a split", "they count double: --fix keeps the first"),
+    "near_twice": ("near copies within a split", "look at them, and keep the best one of each"),
+    "tiny": (
+        "tiny images", "more than {max_enlargement:g} x enlarged to fill {resolution}: --fix leaves them out",
+    ),
+    "black": ("near-black images", f"{COVERED:.0%} of the image is darker than {DARK} of 255"),
+    "white": ("near-white images", f"{COVERED:.0%} of the image is lighter than {LIGHT} of 255"),
+    "flat": ("flat images", f"no colour channel varies by {FLAT:g} of 255 (standard deviation)"),
+    "blurred": ("blurred images", "sharpness below {blur_below:g} (--blur_below)"),
+    "cut_caption": ("captions longer than {limit} tokens", "the end is not read: shorten them"),
+    "wrong_encoding": (
+        "captions of a wrong encoding", "the file was not read as UTF-8 once: --fix repairs what it can",
+    ),
+    "untidy_caption": (
+        "captions with invisible or unusual characters",
+        "control characters, doubled spaces, letters that are not in NFC: --fix writes them plainly",
+    ),
+    "other_alphabet": ("captions in other alphabets", "Stable Diffusion's text encoder learned English"),
+    "repeated_caption": ("captions that stand with several images", "they tell those images not apart"),
+}  # fmt: skip
+
+
+@dataclass
+class _TrainingArgs(BucketArgs, CaptionArgs, DataArgs):
+    """The flags of a training run that decide what it takes and refuses."""
+
+
+@dataclass
+class AuditArgs(BucketArgs):
+    """Audit"""
+
+    path: str = flag(REQUIRED, "folder of the dataset; nothing in it is changed", positional=True)
+    html: str | None = flag(None, "write the report with thumbnails as one page to this file, outside PATH")
+    fix: str | None = flag(None, "write a corrected copy to this new folder: file_name and text of every row, no more")
+    image_column: str = flag("image", "metadata key of the image, besides file_name")
+    caption_column: str = flag("text", 'metadata key of the caption or list of captions; "none": no captions')
+    allow_outside_paths: bool = flag(False, "let metadata and links reach images outside PATH")
+    tokenizer: str | None = flag(
+        None, "model or tokenizer (folder or Hub name) that captions will be read with; without it words are counted"
+    )
+    resolution: str = flag("512", "side of the training images in pixels, or HEIGHTxWIDTH")
+    max_enlargement: float = flag(
+        2.0, "an image that must be enlarged more than this to fill --resolution is tiny", min=1
+    )
+    near_bits: int = flag(
+        10, "copies may differ in this many of the 64 bits of the perceptual hash; two different images differ in "
+        "about 32", min=0, max=24,
+    )  # fmt: skip
+    blur_below: float = flag(
+        20.0, "blurred: the variance of the Laplacian is less, at most 512 pixels on a side", min=0
+    )
+    workers: int | None = flag(None, "threads that decode (none: one for each core)", min=1)
+
+    def training(self):
+        """The flags of a training run on this folder."""
+        return _TrainingArgs(
+            **{name: getattr(self, name) for name in inspect.get_annotations(BucketArgs)},
+            train_data_dir=self.path,
+            image_column=self.image_column,
+            caption_column=self.caption_column,
+            allow_outside_paths=self.allow_outside_paths,
+            resolution=self.resolution,
+            check_images="header",  # each is decoded to its end below, where it is measured as well
+        )
+
+    def problems(self):
+        if not Path(self.path).is_dir():
+            yield f"PATH {self.path}: there is no such folder"
+            return
+        yield from DataArgs.problems(self.training())
+        if self.fix and overlap(self.fix, self.path):
+            yield f"--fix {self.fix} and PATH lie one in the other: name a place outside it"
+        if self.html and Path(self.path).resolve() in Path(self.html).resolve().parents:
+            yield f"--html {self.html} lies in {self.path}, which is never changed: name a place outside it"
+        if self.html and Path(self.html).is_dir():
+            yield f"--html {self.html} is a folder: name a file"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """An image, all that is said of it, and its measures."""
+
+    split: str
+    image: Path
+    origin: str
+    captions: tuple[str, ...]
+    measures: Measures
+
+
+@dataclass(frozen=True)
+class Concern:
+    """Images of which something is to be known; a group belongs together, most hold one image."""
+
+    code: str
+    groups: list[tuple[Seen, ...]]
+    fields: dict = field(default_factory=dict)  # for the sentences
+
+    @property
+    def title(self):
+        """What they have in common."""
+        return CONCERNS[self.code][0].format(**self.fields)
+
+    @property
+    def advice(self):
+        """Why it matters, and what helps."""
+        return CONCERNS[self.code][1].format(**self.fields)
+
+
+@dataclass
+class Audit:
+    """All that was found. `refusal`: why the folder cannot be read at all; nothing is measured then."""
+
+    path: Path
+    args: AuditArgs
+    refusal: str | None = None
+    findings: Findings = field(default_factory=Findings)  # train and validation: what a run itself would say
+    test_findings: Findings = field(default_factory=Findings)
+    seen: list[Seen] = field(default_factory=list)
+    concerns: list[Concern] = field(default_factory=list)  # worst first
+    lengths: list[int] = field(default_factory=list)  # of every caption, in `length_unit`
+    length_unit: str = "words"
+    words: Counter = field(default_factory=Counter)  # in how many captions each stands
+
+    @property
+    def accepted(self):
+        """Whether a training run with its defaults would take the folder as it stands."""
+        return not self.refusal and not self.findings.errors and any(one.split == "train" for one in self.seen)
+
+    @property
+    def flagged(self):
+        """How many images some concern is about."""
+        return len({(one.split, one.image) for concern in self.concerns for group in concern.groups for one in group})
+
+    @property
+    def verdict(self):
+        """(level, sentence): "good", "doubtful" or "bad"."""
+        if not self.accepted:
+            return "bad", "training would REFUSE it"
+        if self.flagged:
+            return (
+                "doubtful",
+                f"training would accept it, but {self.flagged} of {len(self.seen)} images are worth a look",
+            )
+        return "good", "training would accept it"
+
+    def shown(self, seen):
+        """An image's name for people."""
+        return str(seen.image.relative_to(self.path) if self.path in seen.image.parents else seen.image)
+
+
+def examine(args: AuditArgs):
+    """The Audit of a folder. Raises DatasetError where it is no image folder, or the tokenizer is not there."""
+    audit = Audit(Path(args.path), args)
+    tokenizer = _tokenizer(args.tokenizer)
+    training = args.training()
+    try:
+        checked = read_checked(training, tokenizer, seed=0)
+    except DatasetError as problem:
+        audit.refusal = str(problem)
+        return audit
+    if checked.images is not None:
+        raise DatasetError(f"{args.path} was written by `datasets`: convert it to an image folder first")
+    audit.findings = checked.findings
+    test = _test_rows(training, audit.test_findings)
+    for split, rows, findings in (
+        ("train", checked.rows, audit.findings),
+        ("validation", checked.held_out, audit.findings),
+        ("test", test, audit.test_findings),
+    ):
+        audit.seen += _look(split, rows or [], findings, args.workers)
+    found = _concerns_of_images(audit.seen, args)
+    if args.caption_column != "none":
+        found |= _measure_captions(audit, tokenizer)
+    fields = {name: getattr(args, name) for name in ("max_enlargement", "resolution", "blur_below")}
+    fields["limit"] = tokenizer.model_max_length
+    audit.concerns = [Concern(code, found[code], fields) for code in CONCERNS if found.get(code)]
+    return audit
+
+
+def _tokenizer(name):
+    if name is None:
+        return _Words()
+    inside = (Path(name) / "tokenizer").is_dir() or (not Path(name).is_dir() and not Path(name).is_absolute())
+    for subfolder in ("tokenizer", "") if inside else ("",):
+        try:
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder=subfolder)
+            if len(tokenizer) > len(tokenizer.all_special_tokens):  # transformers returns an empty one for no files
+                return tokenizer
+            reason = "it has no vocabulary"
+        except (OSError, ValueError, TypeError) as error:
+            reason = error
+    raise DatasetError(f"--tokenizer {name} cannot be loaded: {reason}")
+
+
+class _Words:
+    """Stands where no tokenizer is given: a caption's length is its words, and none is cut."""
+
+    model_max_length = math.inf
+
+    def __call__(self, texts, verbose=False):
+        return SimpleNamespace(input_ids=[text.split() for text in texts])
+
+
+def _test_rows(training, findings):
+    """The rows of the test split, which no training run reads."""
+    columns = (training.image_column, training.caption_column, training.allow_outside_paths, findings)
+    try:
+        return read_folder(training.train_data_dir, "test", *columns)
+    except DatasetError as problem:
+        findings.error("unreadable_split", problem)
+        return None
+
+
+def _look(split, rows, findings, workers):
+    """The Seen of every image that the rows name; those that do not decode go into the findings."""
+    of_image = defaultdict(list)
+    for row in rows:
+        of_image[row.image].append(row)
+
+    def look(image):
+        try:
+            return measure(open_rgb(image))
+        except (UnreadableImage, OSError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        results = list(
+            tqdm(pool.map(look, of_image), total=len(of_image), desc=f"measuring {split}", leave=False, delay=2)
+        )
+    found = []
+    for (image, own), result in zip(of_image.items(), results, strict=True):
+        if isinstance(result, str):
+            for row in own:
+                findings.error("unreadable_image", row.origin, result)
+        else:
+            captions = tuple(dict.fromkeys(text for row in own for text in row.captions))
+            found.append(Seen(split, image, own[0].origin, captions, result))
+    return found
+
+
+def is_tiny(measures, args):
+    """Whether the image has to be enlarged by more than --max_enlargement."""
+    height, width = args.training().size
+    return max(height / measures.height, width / measures.width) > args.max_enlargement
+
+
+def _concerns_of_images(seen, args):
+    """{code: groups of Seen}."""
+    copies, near = exact_copies(seen), near_copies(seen, args.near_bits)
+    leaks = lambda groups: [group for group in groups if len({one.split for one in group}) > 1]
+    within = lambda groups: [group for group in groups if max(Counter(one.split for one in group).values()) > 1]
+    found = defaultdict(list)
+    for one in seen:
+        kind = looks_empty(one.measures)
+        blurred = kind is None and one.measures.sharpness < args.blur_below
+        if blurred or kind:
+            found["blurred" if blurred else kind].append((one,))
+    found["blurred"].sort(key=lambda group: group[0].measures.sharpness)
+    tiny = [(one,) for one in seen if is_tiny(one.measures, args)]
+    found |= {"same_leak": leaks(copies), "near_leak": leaks(near), "same_twice": within(copies)}
+    return found | {"near_twice": within(near), "tiny": tiny}
+
+
+def _measure_captions(audit, tokenizer):
+    """Fill the audit's lengths and words; {code: groups of Seen}."""
+    found, of_text = defaultdict(list), defaultdict(list)
+    limit = tokenizer.model_max_length
+    for start in range(0, len(audit.seen), 1024):
+        pairs = [(one, text) for one in audit.seen[start : start + 1024] for text in one.captions]
+        lengths = [len(ids) for ids in tokenizer([text for _, text in pairs], verbose=False).input_ids] if pairs else []
+        for (one, text), length in zip(pairs, lengths, strict=True):
+            audit.lengths.append(length)
+            audit.words.update({word for word in re.findall(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*", text.casefold())}
+                               - COMMON_WORDS)  # fmt: skip
+            of_text[text.casefold()].append(one)
+            for code in [*oddities(text), *(["cut_caption"] if length > limit else [])]:
+                if not found[code] or found[code][-1] != (one,):
+                    found[code].append((one,))
+    audit.length_unit = "words (no --tokenizer given)" if math.isinf(limit) else f"tokens, cut at {limit}"
+    repeated = sorted((tuple(ones) for ones in of_text.values() if len(ones) > 1), key=len, reverse=True)
+    return found | {"repeated_caption": repeated}

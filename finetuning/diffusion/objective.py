@@ -1,0 +1,95 @@
+"""The objective: what is added to the latents, what the denoiser has to answer, and how the answer is weighed.
+
+Only torch is needed here. To train on another objective, change `diffusion_loss` and nothing else.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from finetuning.cli import flag
+from finetuning.rng import gaussian, uniform
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass
+class NoiseArgs:
+    """Objective"""
+
+    prediction_type: str | None = flag(
+        None, "what the denoiser predicts; none keeps the base's. The saved scheduler says the same",
+        choices=PREDICTION_TYPES,
+    )  # fmt: skip
+    snr_gamma: float | None = flag(None, "min-SNR weighting (arXiv 2303.09556); 5.0 is usual", above=0)
+    noise_offset: float = flag(0.0, "add this much noise that is constant over each channel; 0.05 is usual")
+    input_perturbation: float = flag(0.0, "perturb the noise that is added, not the target; 0.1 is usual")
+    loss_type: str = flag("l2", "squared error, or Huber's: linear beyond --huber_c", choices=("l2", "huber"))
+    huber_c: float = flag(
+        0.1, "where --loss_type huber turns from squared to linear", above=0, requires="loss_type=huber"
+    )
+    dream_training: bool = flag(False, "DREAM (arXiv 2312.00210): one more forward pass, epsilon only")
+    dream_detail_preservation: float = flag(
+        1.0, "DREAM's p; smaller aligns more with sampling", requires="dream_training"
+    )
+
+    def problems(self):
+        if self.dream_training and self.prediction_type not in (None, "epsilon"):
+            yield f"--dream_training works with --prediction_type epsilon, not {self.prediction_type}"
+
+
+@dataclass(frozen=True)
+class NoiseDraws:
+    """Everything random in one micro-batch's loss, drawn per row from (seed, step, row)."""
+
+    noise: torch.Tensor  # [batch, channels, height, width]
+    timesteps: torch.Tensor  # [batch], int64
+    offset: torch.Tensor  # [batch, channels, 1, 1]
+    perturbation: torch.Tensor  # like noise
+
+
+def draw_noise(seed, step, rows, latents, schedule, args: NoiseArgs):
+    """NoiseDraws for these rows at this step, on the latents' device."""
+    shape, device = latents.shape[1:], latents.device
+    share = uniform(seed, "timestep", step, rows)
+    draw = lambda purpose, size: gaussian(seed, purpose, step, rows, size).to(device)
+    return NoiseDraws(
+        noise=draw("noise", shape),
+        timesteps=(share * len(schedule)).long().to(device),
+        offset=draw("noise offset", (shape[0], 1, 1)) if args.noise_offset else torch.zeros(1, device=device),
+        perturbation=draw("perturbation", shape) if args.input_perturbation else torch.zeros(1, device=device),
+    )
+
+
+def diffusion_loss(predict, schedule, latents, draws, args: NoiseArgs):
+    """The loss of each row, [batch], fp32.
+
+    `predict(noisy_latents, timesteps)` is the denoiser with its text. Latents and draws are fp32.
+    """
+    noise = draws.noise + args.noise_offset * draws.offset
+    added = noise + args.input_perturbation * draws.perturbation
+    noisy = schedule.add_noise(latents, added, draws.timesteps)
+    target = schedule.target(latents, noise, draws.timesteps)
+    if args.dream_training:
+        noisy, target = _dream(predict, schedule, noisy, target, noise, draws.timesteps, args.dream_detail_preservation)
+    answer = predict(noisy, draws.timesteps).float()
+    error = elementwise_error(answer, target.float(), args).flatten(1).mean(1)  # [batch]
+    if args.snr_gamma is not None:
+        error = error * schedule.min_snr_weight(draws.timesteps, args.snr_gamma)
+    return error
+
+
+def elementwise_error(answer, target, args: NoiseArgs):
+    """Squared error, or Huber's scaled so that it equals the squared error below --huber_c."""
+    if args.loss_type == "l2":
+        return (answer - target) ** 2
+    return 2 * F.huber_loss(answer, target, reduction="none", delta=args.huber_c)
+
+
+@torch.no_grad()
+def _dream(predict, schedule, noisy, target, noise, timesteps, detail_preservation):
+    """DREAM's rectified input and target (arXiv 2312.00210, algorithm 1)."""
+    sigma = schedule.signal_and_noise(timesteps)[1]
+    correction = (noise - predict(noisy, timesteps).float()) * sigma**detail_preservation
+    return noisy + sigma * correction, target + correction

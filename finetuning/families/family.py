@@ -1,0 +1,144 @@
+"""What a model is made of, and what a family of models has to say for itself.
+
+A family is one subclass of `Family` in one file: which components it has, and how text, sizes and noisy latents
+become a prediction. Opening, saving, LoRA files, merging, sampling and training read the rest from here; see
+stable_diffusion.py for the shortest one, and table.py for the list.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+
+import diffusers
+import torch
+import transformers
+
+
+@dataclass(frozen=True)
+class Component:
+    """A folder of a diffusers pipeline that holds weights."""
+
+    name: str  # the folder's name, and the pipeline's attribute
+    class_name: str  # in diffusers or transformers
+    lora_prefix: str = ""  # what stands before a module's name in LoRA files of diffusers; "": takes no adapters
+    kohya_prefix: str = ""  # the same in files of kohya's sd-scripts
+    # What files put before each weight's name and the class does not. transformers 5's CLIPTextModel dropped its
+    # "text_model.", which every file of every other version has; CLIPTextModelWithProjection kept it.
+    file_prefix: str = ""
+
+    @property
+    def cls(self):
+        """The class of its module; imports diffusers' or transformers' part that holds it."""
+        return getattr(transformers if self.is_text_encoder else diffusers, self.class_name)
+
+    @property
+    def is_text_encoder(self):
+        return self.class_name.startswith(("CLIP", "T5"))
+
+    @property
+    def stem(self):
+        """The name of its weights' file, without variant and ending."""
+        return "model" if self.is_text_encoder else "diffusion_pytorch_model"
+
+
+class Family:
+    """A kind of pipeline. Its methods get modules and tensors; they keep nothing."""
+
+    pipeline: str  # the class that model_index.json names
+    components: tuple[Component, ...]
+    denoiser = "unet"
+    tokenizers: dict[str, str]  # {text encoder: folder of its tokenizer}
+    pipeline_options: dict = MappingProxyType({})  # what else the pipeline's class wants to be made of its components
+
+    @cached_property
+    def by_name(self):
+        """{name: Component}."""
+        return {component.name: component for component in self.components}
+
+    @property
+    def adaptable(self):
+        """The components that LoRAs are made for."""
+        return tuple(component for component in self.components if component.lora_prefix)
+
+    def encode_text(self, encoders, tokens):
+        """{name: [n, ...]} that `denoise` takes, of {text encoder: token ids [n, k]}."""
+        raise NotImplementedError
+
+    def extras(self, batch):
+        """What else the denoiser is told of a batch, {name: [n, ...]}: SDXL's sizes, say."""
+        return {}
+
+    def denoise(self, denoiser, noisy, timesteps, text, extras):
+        """The prediction [n, c, h, w] for noisy latents [n, c, h, w] at timesteps [n]."""
+        raise NotImplementedError
+
+    def codec(self, components):
+        """How images become what is denoised: an autoencoder, by {name: module}."""
+        return Autoencoder(components["vae"])
+
+    def problems(self, components):
+        """Yield why components {name: module} do not go together."""
+        return ()
+
+
+class Autoencoder:
+    """Images <-> latents by diffusers' AutoencoderKL, frozen."""
+
+    def __init__(self, vae):
+        self.vae = vae
+
+    @property
+    def factor(self):
+        """Pixels to a latent along each side: images have to be a multiple of it."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def channels(self):
+        return self.vae.config.latent_channels
+
+    @torch.no_grad()
+    def posterior(self, pixels):
+        """(mean, standard deviation), fp32 [n, c, H / factor, W / factor], of images [n, 3, H, W] in [-1, 1]."""
+        distribution = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        return distribution.mean.float(), distribution.std.float()
+
+    def scale(self, latents):
+        """To the unit variance that the denoiser works in."""
+        return latents * self.vae.config.scaling_factor
+
+
+class Tokenizers:
+    """Captions -> {text encoder: token ids [n, k]}, cut and padded to what each encoder reads. Picklable: it runs in
+    the loader's workers."""
+
+    def __init__(self, tokenizers):
+        self.tokenizers = tokenizers  # {text encoder: tokenizer}
+
+    def __call__(self, captions):
+        return {
+            name: tokenizer(
+                list(captions),
+                max_length=tokenizer.model_max_length,
+                padding="max_length",
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            for name, tokenizer in self.tokenizers.items()
+        }
+
+
+class Denoiser(torch.nn.Module):
+    """All that is trained, as the one module that a run wraps: the denoiser, and text encoders that are trained too.
+
+    What is frozen stays outside: it can leave the GPU, and its output can be cached.
+    """
+
+    def __init__(self, family, denoiser, text_encoders):
+        super().__init__()
+        self.family, self.denoiser = family, denoiser
+        self.text_encoders = torch.nn.ModuleDict(text_encoders)
+
+    def forward(self, noisy, timesteps, text=None, tokens=None, extras=None):
+        """[n, c, h, w], [n], and the text encoded {name: [n, ...]} or to be encoded here -> prediction [n, c, h, w]."""
+        text = self.family.encode_text(self.text_encoders, tokens) if text is None else text
+        return self.family.denoise(self.denoiser, noisy, timesteps, text, extras or {})

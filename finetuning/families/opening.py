@@ -1,0 +1,532 @@
+"""One opener for every model that a person may name: pipeline, Hub name, checkpoint of a run, single file, bare UNet.
+
+    source = open_source("runs/dogs/checkpoint-500")     # reads headers and configurations, no weights
+    unet = source.open("unet")                           # the module, in fp32 on the CPU
+
+Only safetensors are read. A component whose weights are not exactly those that its class expects is refused.
+"""
+
+import re
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from finetuning.cli import first_few
+from finetuning.families.family import Component, Family
+from finetuning.families.folders import (
+    OTHER_FORMATS,
+    RAW,
+    STATE,
+    components_of_index,
+    of_checkpoint,
+    pipeline_index,
+    refuse_pickles,
+    weights_by_variant,
+    weights_files,
+)
+from finetuning.families.lora_files import is_lora_key, is_lora_path
+from finetuning.families.model_args import ModelError
+from finetuning.families.original import OLD_VAE_ATTENTION, canonical_parts, is_original
+from finetuning.families.quiet import errors_only
+from finetuning.families.table import FAMILIES
+from finetuning.families.tensors import (
+    PICKLES,
+    TensorReference,
+    check_weights,
+    first_not_finite,
+    pickled,
+    read_header,
+    read_json,
+)
+
+# Pipelines made of a family's components, whose weights can be merged; what they do to images is not done here.
+RELATIVES = {
+    "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
+    "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
+    "StableDiffusionInstructPix2PixPipeline": "StableDiffusionPipeline",
+}
+KINDS = ("pipeline", "checkpoint", "original", "unet")
+
+# Tensors that files of sound models have and their classes have not: transformers 4 wrote position ids, and some
+# conversions keep CLIP's other half.
+KNOWN_EXTRAS = re.compile(
+    r"(.*\.)?position_ids|(text_model\.)?(text_projection(\.weight)?|logit_scale)|visual_projection\.weight"
+    r"|vision_model\..*"
+)
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class ComponentFiles:
+    """Where one component of a model lies."""
+
+    config: Path | None  # folder with its config.json
+    files: tuple[Path, ...]  # .safetensors
+    variant: str | None
+    tensors: dict[str, TensorReference] = field(repr=False)  # by the names that its module has
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was opened: which files hold what. No weights have been read yet."""
+
+    given: str  # as the user named it
+    kind: str  # "pipeline" | "checkpoint" | "original" (a single file of CompVis' layout) | "unet"
+    family: Family
+    class_name: str  # of the pipeline: the family's own, or one of RELATIVES
+    folder: Path | None  # pipeline folder whose other files (configurations, tokenizers, scheduler) go with it
+    components: dict[str, ComponentFiles]
+    prediction_type: str | None
+    notes: tuple[str, ...] = ()  # warnings: tensors left out, a base that cannot be opened
+    base: "Source | None" = field(default=None, repr=False)  # what components that it lacks are opened from
+
+    @property
+    def files(self):
+        """All files of weights, each once."""
+        return tuple(dict.fromkeys(path for one in self.components.values() for path in one.files))
+
+    def open(self, name, dtype=torch.float32):
+        """A component's module in `dtype`, on the CPU, in evaluation mode. Raises ModelError."""
+        found = self.components.get(name)
+        if found is None:
+            if self.base is None:
+                raise ModelError(f"{self.given} has no {name}: {self._why_missing()}")
+            return self.base.open(name, dtype)
+        skeleton = self.check(name)
+        tensors = {key: found.tensors[key].read() for key in skeleton.state_dict()}
+        if key := first_not_finite(tensors):
+            raise ModelError(
+                f"{found.tensors[key].path} holds NaN or infinite values ({key}): whoever made it has to make it again"
+            )
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point():
+                tensors[key] = tensor.to(dtype)
+        return _filled(skeleton, tensors, dtype).eval()
+
+    def check(self, name):
+        """Compare a component's tensors with those that its class expects; no weights are read.
+
+        Returns the module without weights, on the meta device. Raises ModelError naming what is missing, what nothing
+        knows, and what has another shape.
+        """
+        found = self.components[name]
+        if found.config is None:
+            raise ModelError(f"{self.given} has no configuration of its {name}: {self._why_missing()}")
+        skeleton = _skeleton(self.family.by_name[name], found.config)
+        expected = {key: tuple(tensor.shape) for key, tensor in skeleton.state_dict().items()}
+        given = {key: one.shape for key, one in found.tensors.items()}
+        missing = [key for key in expected if key not in given]
+        extra = [key for key in given if key not in expected and not KNOWN_EXTRAS.fullmatch(key)]
+        shapes = [f"{key} {list(given[key])} instead of {list(expected[key])}"
+                  for key in expected if key in given and given[key] != expected[key]]  # fmt: skip
+        problems = [f"{len(keys)} {what}: {first_few(keys, 3)}" for keys, what in (
+            (missing, "missing"), (extra, "unknown"), (shapes, "of another shape")) if keys]  # fmt: skip
+        if problems:
+            raise ModelError(
+                f"{self.given}: the weights of its {name} ({first_few(found.files, 1)}) are not those of a "
+                f"{type(skeleton).__name__} as {found.config / 'config.json'} describes it. Tensors that are "
+                + "; ".join(problems)
+            )
+        return skeleton
+
+    def tokenizer(self, name="tokenizer"):
+        """The tokenizer in a folder of the pipeline. Raises ModelError."""
+        folder = self._pipeline_folder() / name
+        return open_tokenizer(folder, (self._index().get(name) or [None, None])[1] or "CLIPTokenizer")
+
+    def scheduler_config(self):
+        """The scheduler's configuration, with what the denoiser predicts. Raises ModelError."""
+        config = read_json(self._pipeline_folder() / "scheduler" / "scheduler_config.json")
+        return config | {"prediction_type": self.prediction_type or config.get("prediction_type", "epsilon")}
+
+    def scheduler(self):
+        """The scheduler that the pipeline names, of diffusers' classes. Raises ModelError."""
+        import diffusers
+
+        config = self.scheduler_config()
+        name = (self._index().get("scheduler") or [None, None])[1] or config.get("_class_name")
+        if not str(name).endswith("Scheduler") or not hasattr(diffusers, name):
+            raise ModelError(f"{self._pipeline_folder()} names the scheduler {name}, which diffusers does not have")
+        with _one_line(self._pipeline_folder() / "scheduler"), errors_only():
+            return getattr(diffusers, name).from_config(config)
+
+    def settings(self):
+        """What else model_index.json says of the pipeline, e.g. {"force_zeros_for_empty_prompt": True}."""
+        return {key: value for key, value in self._index().items()
+                if not key.startswith("_") and not isinstance(value, list)}  # fmt: skip
+
+    def _index(self):
+        return pipeline_index(self._pipeline_folder())
+
+    def _pipeline_folder(self):
+        if self.folder is None:
+            raise ModelError(f"{self.given} has no tokenizer and no scheduler beside it: {self._why_missing()}")
+        return self.folder
+
+    def _why_missing(self):
+        if self.notes and self.kind == "checkpoint":
+            return self.notes[0]
+        if self.kind == "pipeline":
+            return "it cannot be used as it is"
+        return "name the pipeline that goes with it (--base; --layout_from of a merge)"
+
+
+def open_source(
+    name, *, weights="ema", revision=None, variant=None, cache_dir=None, base=None, only=None, kinds=KINDS,
+    relatives=False,
+):  # fmt: skip
+    """The Source that `name` names. Raises ModelError, which says `name`.
+
+    name       folder of a diffusers pipeline or its name on the Hub (with `revision`); checkpoint-N folder of a run;
+               .safetensors file in the original layout of SD 1.x and 2.x; a diffusers UNet's file or folder
+    weights    "ema" or "raw", where both are there: unet_ema/ and unet/ of a checkpoint, plain files and *.non_ema.*
+               of a pipeline, model_ema.* and model.* of a single file
+    variant    of a pipeline's files; it goes before `weights`. Components that have none are taken without
+    base       folder or Hub name of the pipeline that lends what `name` lacks: the untrained components of a
+               checkpoint (none: the model that the run started from), configurations, tokenizer and scheduler
+    only       names of the components that are wanted: others are not downloaded and may be missing (none: all)
+    kinds      those of KINDS that the caller can use
+    relatives  whether RELATIVES of a family will do as well
+    """
+    path, only = Path(name), None if only is None else frozenset(only)
+    _refuse_what_is_no_model(name, path)
+    local = path.exists()
+    if local and revision:
+        raise ModelError(f"{name} is on this machine and has no revisions: leave the revision {revision} out")
+    kind = _kind(name, path)
+    if kind not in kinds:
+        hint = "; a run is continued with --resume_from_checkpoint" if kind == "checkpoint" else ""
+        what = {"checkpoint": "a checkpoint of a run", "original": "a file", "unet": "a component alone"}[kind]
+        raise ModelError(f"{name} is {what}, not a diffusers pipeline: it has no model_index.json{hint}")
+    variants = [variant, None] if variant else [RAW, None] if weights == "raw" else [None]
+    if kind == "pipeline":
+        folder = path if local else _hub_folder(name, revision, variants, cache_dir, only)
+        return _pipeline(str(name), folder, variants, variant, only, relatives)
+    if variant and (kind == "checkpoint" or path.is_file()):
+        raise ModelError(f"{name} is no pipeline and has no variants: leave the variant {variant} out")
+    if kind == "checkpoint":
+        return _checkpoint(str(name), path, weights, cache_dir, base, only, relatives)
+    lent = _lent(base, cache_dir, only, relatives)
+    if path.is_file():
+        return _single_file(str(name), path, weights, lent)
+    return _bare_unet(str(name), path, variants, variant, lent)
+
+
+def open_tokenizer(folder, class_name="CLIPTokenizer"):
+    """The tokenizer in a folder. Raises ModelError: transformers makes an empty one where the files are missing."""
+    import transformers
+
+    folder = Path(folder)
+    has = lambda *names: all((folder / name).is_file() for name in names)
+    if not (has("tokenizer.json") or has("vocab.json", "merges.txt") or has("spiece.model")):
+        raise ModelError(
+            f"{folder} holds no tokenizer: there is neither tokenizer.json nor vocab.json with merges.txt"
+            if folder.is_dir() else f"{folder} is not there: the tokenizer is missing"
+        )  # fmt: skip
+    for path in sorted(folder.glob("*.json")):
+        read_json(path)
+    with _one_line(folder), errors_only():
+        tokenizer = getattr(transformers, class_name).from_pretrained(folder)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ModelError(f"{folder} holds a tokenizer without words: copy or download its files again")
+    if tokenizer.model_max_length > 1_000_000:  # what transformers says where nothing is said
+        raise ModelError(f"{folder / 'tokenizer_config.json'} does not say how long a text may be (model_max_length)")
+    return tokenizer
+
+
+def open_component(name, component: Component, family: Family, *, cache_dir=None, dtype=torch.float32):
+    """One component's module from a pipeline, a folder of its own, or either of them on the Hub. Raises ModelError."""
+    path = Path(name)
+    if path.is_file():
+        raise ModelError(
+            f"{name} is a file: name the folder with its config.json, or a pipeline that has a {component.name}"
+        )
+    folder = path if path.is_dir() else _hub_folder(name, None, [None], cache_dir, {component.name, ""})
+    folder = folder / component.name if (folder / component.name).is_dir() else folder
+    found = _component_files(str(name), component, folder, [None])
+    return Source(str(name), "unet", family, family.pipeline, None, {component.name: found}, None).open(
+        component.name, dtype
+    )
+
+
+# -- one reader for each kind ------------------------------------------------------------------------------------------
+
+
+def _kind(name, path):
+    if not path.exists() or (path / "model_index.json").is_file():
+        return "pipeline"
+    if (path / STATE).is_file():
+        return "checkpoint"
+    if path.is_file():
+        return "original"
+    if (path / "config.json").is_file():
+        return "unet"
+    raise ModelError(_not_a_model(name, path))
+
+
+def _pipeline(name, folder, variants, asked, only, relatives):
+    index = pipeline_index(folder)
+    family, class_name = _family(name, index, relatives)
+    there = [one for one in components_of_index(index) if only is None or one in only]
+    if missing := [one for one in there if not (folder / one).is_dir()]:
+        raise ModelError(
+            f"{name} lacks {first_few(missing)}, which its model_index.json names: fetch what is missing, or set the "
+            "entry of a component that is not needed (safety_checker) to [null, null]"
+        )
+    components = {one.name: _component_files(name, one, folder / one.name, variants)
+                  for one in family.components if one.name in there}  # fmt: skip
+    for one in set(there) - components.keys():  # these are copied as they are
+        refuse_pickles(folder / one)
+        if (folder / one / "config.json").is_file() and not weights_by_variant(folder / one):
+            raise ModelError(
+                f"{name} lacks the weights of its {one}: fetch them, or set its entry in model_index.json to "
+                "[null, null]; a pickle (.bin) is not read"
+            )
+    if asked and not any(one.variant == asked for one in components.values()):
+        raise _no_variant(name, asked)
+    predicts = None
+    if (folder / "scheduler").is_dir():
+        predicts = read_json(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+    return Source(name, "pipeline", family, class_name, folder, components, predicts)
+
+
+def _checkpoint(name, path, weights, cache_dir, base, only, relatives):
+    """The trained components are the checkpoint's; the others are the base's, as the run loaded them."""
+    args = read_json(path / STATE).get("args") or {}
+    started = {key: args.get(key) for key in ("revision", "variant", "cache_dir")}
+    try:
+        if not base and not args.get("pretrained_model_name_or_path"):
+            raise ModelError(f"{path / STATE} does not say from which model the run started")
+        options = {"cache_dir": cache_dir} if base else {**started, "cache_dir": cache_dir or started["cache_dir"]}
+        lent, notes = open_source(
+            base or args["pretrained_model_name_or_path"], **options, only=only, kinds=("pipeline",),
+            relatives=relatives,
+        ), ()  # fmt: skip
+    except ModelError as error:
+        if base:
+            raise
+        lent = None
+        notes = (f"{name}: the model that the run started from cannot be opened, so its other components are missing; "
+                 f"name a pipeline that has them (--base; --layout_from of a merge): {error}",)  # fmt: skip
+    family = lent.family if lent else _first_family()
+    folders = {one: of_checkpoint(path, one.name, weights) for one in family.components}
+    own = {one.name: _component_files(name, one, folder, [None]) for one, folder in folders.items() if folder.is_dir()}
+    if family.denoiser not in own:
+        raise ModelError(f"{name} holds no trained {family.denoiser}: it is not a whole checkpoint of a run")
+    predicts = args.get("prediction_type") or (lent and lent.prediction_type)
+    components = {one.name: found for one in family.components
+                  if (found := own.get(one.name) or (lent and lent.components.get(one.name)))}  # fmt: skip
+    return Source(name, "checkpoint", family, lent.class_name if lent else family.pipeline,
+                  lent and lent.folder, components, predicts, notes)  # fmt: skip
+
+
+def _single_file(name, path, weights, lent):
+    tensors, _ = read_header(path)
+    if _is_unet(tensors):
+        return _unet(name, ComponentFiles(_config(lent, "unet"), (path,), None, tensors), lent)
+    if any(map(is_lora_key, tensors)):
+        raise _is_lora(name)
+    if not is_original(tensors):
+        raise ModelError(
+            f"{name} is neither a single file of SD 1.x or 2.x (model.diffusion_model.*) nor a UNet of diffusers "
+            f"(conv_in.weight); its tensors are named {first_few(sorted(tensors), 3) or '(there are none)'}"
+        )
+    check_weights(name, tensors)
+    try:
+        parts, strange = canonical_parts(tensors, weights)
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from error
+    if "unet" not in parts:
+        raise ModelError(f"{name} holds no UNet of SD 1.x or 2.x (model.diffusion_model.*)")
+    notes = ()
+    if strange:
+        notes = (f"{name}: {len(strange)} tensors belong to no component of SD 1.x or 2.x and are left out: "
+                 f"{first_few(strange, 3)}",)  # fmt: skip
+    components = {one: ComponentFiles(_config(lent, one), (path,), None, own) for one, own in parts.items()}
+    return _borrowing(name, "original", components, lent, notes)
+
+
+def _bare_unet(name, path, variants, asked, lent):
+    component = _first_family().by_name["unet"]
+    found = _component_files(name, component, path, variants)
+    if asked and found.variant != asked:
+        raise _no_variant(name, asked)
+    if not _is_unet(found.tensors):
+        raise ModelError(f"{name} is a component of a model, but not a UNet: name the folder of its pipeline")
+    return _unet(name, found, lent)
+
+
+def _unet(name, found, lent):
+    check_weights(f"{name}", found.tensors)
+    return _borrowing(name, "unet", {"unet": found}, lent)
+
+
+def _borrowing(name, kind, components, lent, notes=()):
+    """A Source that takes from the pipeline `lent`, or None, whatever it lacks."""
+    family = lent.family if lent else _first_family()
+    folder, predicts = (lent.folder, lent.prediction_type) if lent else (None, None)
+    class_name = lent.class_name if lent else family.pipeline
+    return Source(name, kind, family, class_name, folder, components, predicts, notes, lent)
+
+
+def _is_unet(tensors):
+    return "conv_in.weight" in tensors and any(key.startswith("down_blocks.") for key in tensors)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def _component_files(name, component, folder, variants):
+    files, variant = weights_files(name, component.name, folder, variants)
+    tensors, came_from = {}, {}
+    for path in files:
+        found, _ = read_header(path)
+        check_weights(str(path), found)
+        for key, reference in found.items():
+            own = module_name(component, key)
+            if own in tensors:
+                raise ModelError(
+                    f"{name}: its {component.name} has one tensor twice, as {came_from[own]} and as {key}: remove one"
+                )
+            tensors[own], came_from[own] = reference, key
+    return ComponentFiles(folder, tuple(files), variant, tensors)
+
+
+def module_name(component, key):
+    """What a component's module calls the tensor that its file calls `key`."""
+    found = re.fullmatch(r"(.*\.attentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)", key)
+    if found and component.class_name == "AutoencoderKL":
+        return f"{found[1]}{OLD_VAE_ATTENTION[found[2]]}{found[3]}"
+    return key.removeprefix(component.file_prefix)
+
+
+def _skeleton(component, folder):
+    """The module without weights, on the meta device."""
+    path = folder / "config.json"
+    config = read_json(path)
+    if config.get("quantization_config"):
+        raise ModelError(f"{path}: these weights are quantised; take those that they were made of, in fp32 or fp16")
+    named = config.get("_class_name", component.class_name)
+    if named != component.class_name:
+        raise ModelError(f"{path} describes a {named}, where a {component.class_name} belongs")
+    with _one_line(path), errors_only(), torch.device("meta"):
+        if component.is_text_encoder:
+            return component.cls(component.cls.config_class.from_pretrained(folder))
+        return component.cls.from_config(config)
+
+
+def _filled(skeleton, tensors, dtype):
+    """The module of a skeleton, with its weights."""
+    with errors_only():
+        if hasattr(skeleton, "load_config"):  # diffusers; its modules have no buffers
+            skeleton.load_state_dict(tensors, assign=True)
+            return skeleton
+        # transformers, whose modules have buffers that no file holds
+        return type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=tensors, dtype=dtype)
+
+
+def _hub_folder(name, revision, variants, cache_dir, only):
+    """The Hub's files in the cache: configurations, tokenizers, and of every component the first variant that it has.
+
+    "" among `only` takes weights that lie in no folder.
+    """
+    from huggingface_hub import snapshot_download
+
+    if not HUB_NAME.fullmatch(str(name)) or Path(name).suffix in (".safetensors", *OTHER_FORMATS):
+        raise ModelError(f"{name}: there is no such file or folder")
+    alone = only is not None and "" in only
+    configs = ["model_index.json", "*/*.json", "*/*.txt", "*/spiece.model", *(["config.json"] if alone else [])]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=configs))
+        if (folder / "model_index.json").is_file():
+            lacking = [one for one in components_of_index(pipeline_index(folder)) if only is None or one in only]
+        elif alone:
+            lacking = [""]
+        else:
+            raise ModelError(f"{name} on the Hub has no model_index.json: it is not a diffusers pipeline")
+        for variant in variants:
+            ending = f".{variant}" if variant else ""
+            wanted = [str(Path(one, f"{stem}{ending}{shard}.safetensors")) for one in lacking
+                      for stem in ("diffusion_pytorch_model", "model") for shard in ("", "-*-of-*")]  # fmt: skip
+            if wanted:
+                snapshot_download(name, revision=folder.name, cache_dir=cache_dir, allow_patterns=wanted)
+            lacking = [one for one in lacking if variant not in weights_by_variant(folder / one)]
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        where = f"{name} at revision {revision}" if revision else name
+        raise ModelError(f"{where} is neither a file nor a folder, nor to be had from the Hub: {error}") from error
+    return folder
+
+
+def _lent(name, cache_dir, only, relatives):
+    """The pipeline that goes with a model which is not whole, or None."""
+    if name is None:
+        return None
+    return open_source(name, cache_dir=cache_dir, only=only, kinds=("pipeline",), relatives=relatives)
+
+
+def _config(lent, component):
+    return lent.folder / component if lent and (lent.folder / component).is_dir() else None
+
+
+def _family(name, index, relatives):
+    class_name = index.get("_class_name")
+    own = RELATIVES.get(class_name, class_name) if relatives else class_name
+    if own not in FAMILIES:
+        usable: Iterable = (*FAMILIES, *(RELATIVES if relatives else ()))
+        raise ModelError(f"{name} is a {class_name}; what can be used here is {', '.join(usable)}")
+    return FAMILIES[own], class_name
+
+
+def _first_family():
+    """The family of what does not say what it belongs to."""
+    return next(iter(FAMILIES.values()))
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _one_line(path):
+    """Whatever a library raises over a configuration is a ModelError that names the file: it may be anything."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
+
+
+def _refuse_what_is_no_model(name, path):
+    if path.suffix in PICKLES and not path.is_dir():
+        raise pickled(path)
+    if is_lora_path(path):
+        raise _is_lora(name)
+
+
+def _no_variant(name, asked):
+    return ModelError(f"{name} has no weights of the variant {asked} (*.{asked}.safetensors)")
+
+
+def _is_lora(name):
+    return ModelError(
+        f"{name} is a LoRA, not a whole model: name the model that it was made for, and this with --lora; or make one "
+        "model of both with `merge_checkpoints.py fuse`"
+    )
+
+
+def _not_a_model(name, path):
+    checkpoints = sorted(below.name for below in path.glob("checkpoint-*") if below.is_dir())
+    if checkpoints:
+        return f"{name} is a run that is not finished: name one of its checkpoints ({', '.join(checkpoints)})"
+    inside = [] if any(path.iterdir()) else ["the folder is empty"]
+    files = sorted(below.name for below in path.glob("*.safetensors"))
+    inside += [f"name the file itself: {', '.join(files)}"] if files else []
+    return "; ".join(
+        [f"{name} is no model: it has no model_index.json (a pipeline), no training_state.json (a checkpoint of a run) "
+         "and no config.json beside weights (a UNet)", *inside]
+    )  # fmt: skip

@@ -1,0 +1,191 @@
+"""Files and folders that are whole or not there: written to a temporary sibling, synced, hashed, renamed."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path
+
+from finetuning.cli import UserError
+
+MANIFEST = "manifest.json"
+ASIDE = ".incomplete-"
+
+
+class BrokenFolder(UserError):
+    """A folder whose files are not those that its manifest lists; the message says which."""
+
+
+@contextmanager
+def atomic_file(target, sync=True):
+    """Yield the path of a temporary sibling to write to; on leaving it is synced and renamed to `target`.
+
+    An exception or a kill leaves `target` as it was. `sync=False` is for many small files that can be made again: they
+    may be empty after a power cut.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{ASIDE}{os.getpid()}-{target.name}")  # keeps the suffix: it says the format
+    try:
+        yield temporary
+        if sync:
+            _sync(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def overlap(one, other):
+    """Whether two paths are the same folder, or one lies inside the other; links are followed."""
+    one, other = Path(one).resolve(), Path(other).resolve()
+    return one == other or one in other.parents or other in one.parents
+
+
+def write_text(path, text):
+    """Write UTF-8 text to a file that is whole or as it was before."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, content):
+    """Write JSON to a file that is whole or as it was before."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def atomic_folder(target, known=None):
+    """Yield a folder beside `target` to write into; on leaving it is hashed, synced and renamed to `target`.
+
+    `known` is a dict that may be filled meanwhile, {path: sha256} of files that need not be read for it again.
+
+    An exception or a kill leaves `target` as it was. An older `target` is replaced only once the new one is whole.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.parent / f"{ASIDE}{target.name}-{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        write_manifest(aside, known)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    replaced = None
+    if target.exists():
+        replaced = target.parent / f"{ASIDE}old-{target.name}-{os.getpid()}"
+        os.rename(target, replaced)
+    os.rename(aside, target)
+    _sync(target.parent)
+    if replaced:
+        shutil.rmtree(replaced)
+
+
+def atomic_result(target, write, key="model_index.json"):
+    """Let `write(folder)` make the result of a run and move it into `target`, a folder that holds other things too.
+
+    `key`, the file by which readers know the result, goes first and comes back last, so that half of it is not taken
+    for a whole one.
+    """
+    target = Path(target)
+    with tempfile.TemporaryDirectory(prefix=f"{ASIDE}result-", dir=target) as aside:
+        aside = Path(aside)
+        write(aside)
+        write_manifest(aside)
+        (target / key).unlink(missing_ok=True)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == key):
+            if (target / path.name).is_dir():
+                shutil.rmtree(target / path.name)
+            os.rename(path, target / path.name)
+        _sync(target)
+
+
+def write_manifest(folder, known=None):
+    """Give every file the mode that the umask asks for, sync it, and list its size and hash in manifest.json.
+
+    `known` {path: sha256} are hashes that are taken as they are.
+    """
+    folder, known = Path(folder), known or {}
+    mode = 0o666 & ~_umask()
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    listed = {}
+    for path in files:
+        os.chmod(path, mode)  # safetensors writes 0600, which the next user of a shared machine cannot read
+        listed[str(path.relative_to(folder))] = {
+            "bytes": path.stat().st_size,
+            **({"sha256": known[path]} if path in known else {"xxh3_128": xxh3(path)}),
+        }
+        _sync(path)
+    write_json(folder / MANIFEST, listed)
+    _sync(folder / MANIFEST)
+    for below in sorted(path for path in folder.rglob("*") if path.is_dir()):
+        _sync(below)
+    _sync(folder)
+
+
+def check_manifest(folder):
+    """Raises BrokenFolder unless every file of the manifest is there with its size and hash."""
+    folder = Path(folder)
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BrokenFolder(f"{folder} has no readable {MANIFEST}: {error}") from error
+    for name, expected in listed.items():
+        path = folder / name
+        if not path.is_file():
+            raise BrokenFolder(f"{folder} is broken: {name} is missing")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise BrokenFolder(f"{folder} is broken: {name} has {size} bytes, not {expected['bytes']}")
+        # Older versions wrote sha256, at a sixth of the speed.
+        if xxh3(path) != expected["xxh3_128"] if "xxh3_128" in expected else sha256(path) != expected["sha256"]:
+            raise BrokenFolder(f"{folder} is broken: the content of {name} has changed since it was written")
+
+
+def remove_leftovers(parent, name=None):
+    """Delete what a killed run was still writing in `parent`, or only what was to be `name` there.
+
+    A replaced folder whose successor never came is put back.
+    """
+    named = () if name is None else (f"{ASIDE}{escape(name)}-[0-9]*", f"{ASIDE}old-{escape(name)}-[0-9]*")
+    for path in [path for pattern in named or (f"{ASIDE}*",) for path in Path(parent).glob(pattern)]:
+        if path.name.startswith(f"{ASIDE}old-"):
+            home = path.parent / path.name.removeprefix(f"{ASIDE}old-").rsplit("-", 1)[0]
+            if not home.exists():
+                os.rename(path, home)
+                continue
+        shutil.rmtree(path)
+
+
+def xxh3(path):
+    """Hex digest of a file, quick, against damage and not against forgery."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256(path):
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,164 @@
+"""The page of an audit holds all that it shows, and shows what it is given as text."""
+
+import base64
+import io
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetuning.conversion.audit import AuditArgs, examine
+from finetuning.conversion.audit_page import GROUPS, OF_A_GROUP, SAMPLE, page, write_page
+from finetuning.conversion.audit_report import histograms
+
+VOID = {"meta", "img", "br"}
+
+
+class Reader(HTMLParser):
+    """Checks that elements are closed in order, and gathers attributes and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], Counter(), [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags[tag] += 1
+        self.attributes += [(tag, *item) for item in attributes]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags[tag] += 1
+        self.attributes += [(tag, *item) for item in attributes]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def photo(seed, size=(40, 30)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def audit(tmp_path):
+    """Makes a dataset of [(name, image, caption), ...] and examines it."""
+
+    def make(*rows, **flags):
+        folder = tmp_path / "set" / "train"
+        folder.mkdir(parents=True)
+        for name, image, _ in rows:
+            if image:
+                image.save(folder / name)
+        lines = [json.dumps({"file_name": name, "text": caption}) + "\n" for name, _, caption in rows]
+        (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+        return examine(AuditArgs(path=str(tmp_path / "set"), workers=1, **{"resolution": "32", **flags}))
+
+    return make
+
+
+def test_captions_and_names_are_text_not_markup(audit):
+    evil = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quotes"'
+    name = "<b>&.png"
+    shown = Reader(page(audit((name, photo(0), evil), ("b.png", photo(0), "plain"), ("<i>.png", None, "gone"))))
+    assert shown.tags["script"] == shown.tags["b"] == shown.tags["i"] == 0
+    assert evil in shown.text and name in shown.text and "<i>.png" in shown.text
+    assert not [value for _, key, value in shown.attributes if key.startswith("on")]
+
+
+def test_nothing_is_asked_for_from_anywhere(audit):
+    text = page(audit(*((f"{n}.png", photo(n), f"http://example.com/x.png room {n}") for n in range(3))))
+    shown = Reader(text)
+    addresses = [value for _, key, value in shown.attributes if key in ("src", "href", "action", "data", "poster")]
+    assert len(addresses) == 3 and all(address.startswith("data:image/jpeg;base64,") for address in addresses)
+    assert shown.tags["link"] == shown.tags["script"] == 0
+    assert "url(" not in text and "@import" not in text
+    (policy,) = [value for tag, key, value in shown.attributes if tag == "meta" and "default-src" in value]
+    assert policy.startswith("default-src 'none'")
+
+
+def test_thumbnails_are_small_and_show_the_image_upright(audit):
+    image = Image.new("RGB", (400, 200), (255, 0, 0))
+    image.paste((0, 0, 255), (200, 0, 400, 200))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    found = audit(("a.png", None, "two colours"), ("b.png", photo(1), "noise"))
+    image.save(found.path / "train/a.png", exif=exif)
+    found = examine(found.args)
+    sources = [value for tag, key, value in Reader(page(found)).attributes if tag == "img" and key == "src"]
+    first = Image.open(io.BytesIO(base64.b64decode(sources[0].split(",")[1])))
+    assert first.size == (72, 144)
+    top, bottom = first.getpixel((36, 20)), first.getpixel((36, 120))
+    assert top[0] > 200 > 60 > top[2] and bottom[2] > 200 > 60 > bottom[0]
+
+
+def test_the_verdict_findings_and_concerns_are_on_the_page(audit):
+    found = audit(("a.png", photo(0), "one"), ("b.png", photo(0), "two"), ("gone.png", None, "three"))
+    text = Reader(page(found)).text
+    assert "Training would REFUSE it." in text
+    assert "1 rows whose image is not there" in text and "metadata.jsonl line 3 (gone.png)" in text
+    assert "1 the same image more than once in a split" in text
+    (found.path / "train/metadata.jsonl").write_text('{"file_name": "a.png", "text": "one"}\n')
+    (found.path / "train/b.png").unlink()
+    assert "Training would accept it." in Reader(page(examine(found.args))).text
+
+
+def test_a_folder_that_cannot_be_read_gets_a_page_too(audit):
+    found = audit(("a.png", photo(0), "one"))
+    (found.path / "train/metadata.jsonl").write_bytes(b"caf\xe9")
+    text = Reader(page(examine(found.args))).text
+    assert "Training would REFUSE it." in text and "is not UTF-8" in text
+
+
+def test_histograms_have_every_bin(audit):
+    found = audit(*((f"{n}.png", photo(n, (40, 40 + n)), "a room " * (n + 1)) for n in range(6)), resolution="64")
+    charts = re.findall(r'<table class="chart">.*?</table>', page(found), re.S)
+    assert len(charts) == len(histograms(found)) == 5
+    for chart, (_, counts) in zip(charts, histograms(found), strict=True):
+        assert re.findall(r"<th>(.*?)</th>", chart) == [label for label, _ in counts]
+        assert [int(count) for count in re.findall(r"</span>(\d+)", chart)] == [count for _, count in counts]
+        widths = [float(width) for width in re.findall(r"width: ([\d.]+)%", chart)]
+        assert widths == pytest.approx([70 * n / max(n for _, n in counts) for _, n in counts], abs=0.1)
+
+
+def test_a_set_of_which_images_are_flagged_is_not_simply_good(audit):
+    text = page(audit(("a.png", Image.new("RGB", (40, 30)), "one"), ("b.png", photo(0), "two")))
+    assert 'class="doubtful"' in text and "1 of 2 images" in text and 'class="good"' not in text
+
+
+def test_it_is_made_for_a_phone_and_for_the_dark(audit):
+    text = page(audit(("a.png", photo(0), "one")))
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert "prefers-color-scheme: dark" in text and "color-scheme: light dark" in text
+
+
+def test_of_many_a_few_are_shown_and_the_rest_is_counted(audit):
+    copies = [(f"copy{n:02}.png", photo(0), f"copy {n}") for n in range(6)]
+    flat = [(f"flat{n:02}.png", Image.new("RGB", (40, 30), (9 * n, 99, 99)), f"flat {n}") for n in range(20)]
+    found = audit(*copies, *flat)
+    shown = Reader(page(found))
+    sample = len(found.seen[:: -(-26 // SAMPLE)])
+    assert shown.tags["img"] == GROUPS + OF_A_GROUP + sample
+    assert "and 8 more" in shown.text and "and 2 more" in shown.text
+
+
+def test_an_image_that_went_away_meanwhile_leaves_its_name(audit):
+    found = audit(("a.png", photo(0), "one"), ("b.png", photo(1), "two"))
+    (found.path / "train/a.png").unlink()
+    shown = Reader(page(found))
+    assert shown.tags["img"] == 1 and "train/a.png" in shown.text
+
+
+def test_the_file_is_written_where_it_is_asked_for(audit, tmp_path):
+    found = audit(("a.png", photo(0), "部屋"))
+    write_page(found, tmp_path / "new/report.html")
+    assert "部屋" in (tmp_path / "new/report.html").read_text(encoding="utf-8")
