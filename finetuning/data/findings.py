@@ -202,13 +202,9 @@ class Findings:
         return "\n".join(lines)
 
     def as_dict(self):
-        """For JSON: {"errors": [{code, problem, where, reason}, ...], "warnings": [...]}."""
-        found = {"errors": [], "warnings": []}
-        for level, code, sentence, _, examples in self.kinds():
-            found[f"{level}s"] += [
-                {"code": code, "problem": sentence, "where": one.where, "reason": one.reason} for one in examples
-            ]
-        return found
+        """For JSON: {"errors": {code: ["where (reason)", ...]}, "warnings": {...}}."""
+        texts = lambda found: {code: [*map(str, examples)] for code, examples in found.items() if examples}
+        return {"errors": texts(self.errors), "warnings": texts(self.warnings)}
 
     def refuse(self, source, on_bad_rows="error", say=print, fix="mend them, or leave those rows out with"):
         """Say what was found. Raises DatasetError where there are errors and --on_bad_rows is error."""

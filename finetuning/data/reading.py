@@ -266,7 +266,7 @@ class _Resolver:
         elif name.casefold() == meant.casefold():
             why = "small and capital letters differ"
         else:
-            why = f"names count from {_shown(folder, self.root) or 'the folder of the metadata'}"
+            why = f"names count from {'the folder of the metadata' if inside == '.' else f'{inside}/'}"
         return f": {_printable(meant)} is there; {why}"
 
     @cached_property

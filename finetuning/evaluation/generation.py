@@ -36,7 +36,7 @@ from finetuning.data.reading import (
 )
 from finetuning.evaluation.denoising import chosen_rows
 from finetuning.evaluation.metrics import EvaluationError
-from finetuning.families.lora_files import attach, detach, parts_of, read_lora, set_scale, weights_hash
+from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
 from finetuning.families.pipelines import SCHEDULERS, open_pipeline
 from finetuning.files import sha256, write_json
 from finetuning.rng import torch_generator
@@ -201,7 +201,7 @@ def draw(
         )
     else:
         name = source.name_or_path
-    adapter = read_lora(lora, parts_of(pipeline), weights) if lora else None
+    adapter = read_lora(lora, adaptable_components(pipeline), weights) if lora else None
     settings = _settings(pipeline, adapter, args) | {"model": str(name), "lora": str(lora) if lora else None}
     note = adapter and adapter.note_on_base(name, settings["unet_sha256"])
     if note and settings["dtype"] != "bfloat16":  # which rounds the base

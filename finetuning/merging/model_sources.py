@@ -1,6 +1,6 @@
-"""A model to merge, from whatever a person has: pipeline, Hub name, checkpoint of a run, single file, bare UNet.
+"""A model to merge, from whatever a user has: pipeline, Hub name, checkpoint of a run, single file, bare UNet.
 
-Only headers are read here. All kinds come out alike: tensors by part, under diffusers' names.
+Only headers are read here. All kinds come out alike: tensors by component, under diffusers' names.
 """
 
 import json
@@ -8,14 +8,13 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
+from finetuning.cli import first_few
 from finetuning.families.folders import PICKLES, parts_of_index, pipeline_index, weights_name
 from finetuning.families.model_args import ModelError
 from finetuning.families.original import OLD_VAE_ATTENTION, canonical_parts, is_original
-from finetuning.merging.tensors import Stored, stored_tensors
+from finetuning.merging.tensor_references import TensorReference, tensor_references
 
-PARTS = ("unet", "text_encoder", "vae")
+COMPONENTS = ("unet", "text_encoder", "vae")
 PIPELINES = frozenset(  # those of one text encoder, one UNet and one autoencoder
     {
         "StableDiffusionImg2ImgPipeline",
@@ -43,24 +42,24 @@ class Source:
     """A model that was opened."""
 
     given: str  # as the user wrote it
-    parts: dict[str, dict[str, Stored]]  # canonical names; a part that the model lacks is not there
+    components: dict[str, dict[str, TensorReference]]  # canonical names; without those that the model lacks
     folder: Path | None  # diffusers pipeline whose other files (configurations, tokenizer, scheduler) go with it
     files: tuple[Path, ...]  # weights files it was read from
     kind: str  # "pipeline" | "checkpoint" | "original" | "unet"
     prediction_type: str | None
-    configs: dict[str, Path] = field(default_factory=dict)  # folders with config.json of parts that are not `folder`'s
-    notes: tuple[str, ...] = ()  # what a person should know: tensors left out, a base that was not to be had
+    configs: dict[str, Path] = field(default_factory=dict)  # folders with config.json of what is not `folder`'s
+    warnings: tuple[str, ...] = ()  # tensors that are left out, a base that is missing
 
 
 def open_source(name, *, weights="ema", revision=None, variant=None, cache_dir=None, layout_from=None):
     """The Source that `name` names. Raises ModelError, which says `name`.
 
     name         folder of a diffusers pipeline or its name on the Hub (with `revision`); checkpoint-N folder of a run,
-                 whose untrained parts are those of the model it started from; .safetensors file in the original layout
-                 of SD 1.x and 2.x; a diffusers UNet's file or folder
+                 whose untrained components are those of the model it started from; .safetensors file in the original
+                 layout of SD 1.x and 2.x; a diffusers UNet's file or folder
     weights      "ema" or "raw", where both are there: unet_ema/ and unet/ of a checkpoint, plain files and *.non_ema.*
                  of a pipeline, model_ema.* and model.* of a single file
-    variant      of a pipeline's files; it goes before `weights`. Parts that have none are taken without
+    variant      of a pipeline's files; it goes before `weights`. Components that have none are taken without
     layout_from  folder or Hub name of the pipeline whose configurations go with a model that has none of its own
     """
     path = Path(name)
@@ -88,28 +87,28 @@ def open_source(name, *, weights="ema", revision=None, variant=None, cache_dir=N
 
 def _pipeline(name, folder, variants, asked):
     index = _pipeline_index(name, folder)
-    parts, files, found = {}, [], set()
-    for part in (part for part in PARTS if part in parts_of_index(index)):
-        chosen, variant = _weights_files(name, folder / part, part, variants)
-        parts[part] = _diffusers_part(name, part, chosen)
+    components, files, found = {}, [], set()
+    for component in (component for component in COMPONENTS if component in parts_of_index(index)):
+        chosen, variant = _weights_files(name, folder / component, component, variants)
+        components[component] = _diffusers_component(name, component, chosen)
         files += chosen
         found.add(variant)
     if asked and asked not in found:
         raise _no_variant(name, asked)
-    return Source(str(name), parts, folder, tuple(files), "pipeline", _prediction_type(name, folder))
+    return Source(str(name), components, folder, tuple(files), "pipeline", _prediction_type(name, folder))
 
 
 def _checkpoint(name, path, weights, cache_dir, layout):
-    """The trained parts are the checkpoint's; the others are the base's, as the run loaded them."""
+    """The trained components are the checkpoint's; the others are the base's, as the run loaded them."""
     args = _json(name, path / "training_state.json").get("args", {})
     suffix = "_ema" if weights == "ema" and (path / "unet_ema").is_dir() else ""
-    own = {part: path / f"{part}{suffix}" for part in PARTS if (path / f"{part}{suffix}").is_dir()}
+    own = {name: path / f"{name}{suffix}" for name in COMPONENTS if (path / f"{name}{suffix}").is_dir()}
     if "unet" not in own:
         raise ModelError(f"{name} holds no trained UNet (unet/): it is not a whole checkpoint of a run")
-    chosen = {part: _weights_files(name, folder, part, [None])[0] for part, folder in own.items()}
-    parts = {part: _diffusers_part(name, part, files) for part, files in chosen.items()}
-    files = [path for of_part in chosen.values() for path in of_part]
-    base, notes = Source(str(name), {}, layout, (), "pipeline", _prediction_type(name, layout)), ()
+    chosen = {component: _weights_files(name, folder, component, [None])[0] for component, folder in own.items()}
+    components = {component: _diffusers_component(name, component, files) for component, files in chosen.items()}
+    files = [path for own_files in chosen.values() for path in own_files]
+    base, warnings = Source(str(name), {}, layout, (), "pipeline", _prediction_type(name, layout)), ()
     try:
         base = open_source(
             args["pretrained_model_name_or_path"],
@@ -118,39 +117,37 @@ def _checkpoint(name, path, weights, cache_dir, layout):
             cache_dir=cache_dir or args.get("cache_dir"),
         )
     except (ModelError, KeyError) as problem:
-        without = "its other parts are not there" + ("" if layout else "; name a pipeline with --layout_from")
-        notes = (f"{name}: the model that the run started from cannot be opened, so {without}: {problem}",)
-    untrained = {part: tensors for part, tensors in base.parts.items() if part not in parts}
-    read = {stored.path for tensors in untrained.values() for stored in tensors.values()}
+        without = "its other components are not there" + ("" if layout else "; name a pipeline with --layout_from")
+        warnings = (f"{name}: the model that the run started from cannot be opened, so {without}: {problem}",)
+    untrained = {component: tensors for component, tensors in base.components.items() if component not in components}
+    read = {reference.path for tensors in untrained.values() for reference in tensors.values()}
     files += [path for path in base.files if path in read]
     kind = args.get("prediction_type") or base.prediction_type
-    return Source(str(name), parts | untrained, base.folder, tuple(files), "checkpoint", kind, own, notes)
+    return Source(str(name), components | untrained, base.folder, tuple(files), "checkpoint", kind, own, warnings)
 
 
 def _single_file(name, path, weights, layout):
-    tensors, _ = stored_tensors(path)
+    tensors, _ = tensor_references(path)
     if any(LORA_KEY.search(key) for key in tensors):
         raise _is_lora(name)
     if _is_unet(tensors):
         return Source(str(name), {"unet": dict(tensors)}, layout, (path,), "unet", _prediction_type(name, layout))
     if not is_original(tensors):
-        some = ", ".join(sorted(tensors)[:3]) or "none"
         raise ModelError(
             f"{name} is neither a single file of SD 1.x or 2.x (model.diffusion_model.*) nor a UNet of diffusers "
-            f"(conv_in.weight); its tensors are named {some}"
+            f"(conv_in.weight); its tensors are named {first_few(sorted(tensors), 3) or 'nothing'}"
         )
     try:
-        parts, strange = canonical_parts(tensors, weights)
+        components, strange = canonical_parts(tensors, weights)
     except ModelError as problem:
         raise ModelError(f"{name}: {problem}") from problem
-    if "unet" not in parts:
+    if "unet" not in components:
         raise ModelError(f"{name} holds no UNet of SD 1.x or 2.x (model.diffusion_model.*)")
-    notes = ()
+    warnings = ()
     if strange:
-        shown = ", ".join(strange[:3]) + (", ..." if len(strange) > 3 else "")
-        notes = (f"{name}: {len(strange)} tensor(s) belong to no part of SD 1.x or 2.x and are left out: {shown}",)
+        warnings = (f"{name}: {len(strange)} tensor(s) of no component of SD are left out: {first_few(strange, 3)}",)
     kind = _prediction_type(name, layout)
-    return Source(str(name), parts, layout, (path,), "original", kind, notes=notes)
+    return Source(str(name), components, layout, (path,), "original", kind, warnings=warnings)
 
 
 def _bare_unet(name, path, variants, asked, layout):
@@ -159,9 +156,9 @@ def _bare_unet(name, path, variants, asked, layout):
     files, variant = _weights_files(name, path, "unet", variants)
     if asked and variant != asked:
         raise _no_variant(name, asked)
-    tensors = _diffusers_part(name, "unet", files)
+    tensors = _diffusers_component(name, "unet", files)
     if not _is_unet(tensors):
-        raise ModelError(f"{name} is a part of a model, but not a UNet: name the folder of its pipeline")
+        raise ModelError(f"{name} is a component of a model, but not a UNet: name the folder of its pipeline")
     config = {"unet": path}
     return Source(str(name), {"unet": tensors}, layout, tuple(files), "unet", _prediction_type(name, layout), config)
 
@@ -173,28 +170,28 @@ def _is_unet(tensors):
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-def _weights_files(name, folder, part, variants):
-    """(files, variant) of the first of `variants` that a part has; where it has none of them, of the only one there."""
-    found = _found_weights(folder, part)
+def _weights_files(name, folder, component, variants):
+    """(files, variant) of the first of `variants` that a component has, else of the only variant that is there."""
+    found = _found_weights(folder, component)
     variant = next((variant for variant in variants if variant in found), None)
     if variant not in found and len(found) == 1:
         variant = next(iter(found))
     if variant in found:
         return _with_shards(name, found[variant]), variant
     if found:
-        raise ModelError(f"{name}: its {part} has only variants: name {' or '.join(sorted(found))} as the variant")
+        raise ModelError(f"{name}: its {component} has only variants: name {' or '.join(sorted(found))} as the variant")
     if folder.is_dir() and (pickles := sorted(path for path in folder.iterdir() if path.suffix in PICKLES)):
-        raise ModelError(_how_to_convert(pickles[0], pickles[0].with_name(weights_name(part))))
-    raise ModelError(f"{name} lacks the weights of its {part} ({weights_name(part)}, or a variant that is named)")
+        raise ModelError(_how_to_convert(pickles[0], pickles[0].with_name(weights_name(component))))
+    raise ModelError(f"{name} lacks the weights of its {component} ({weights_name(component)}, or a variant of them)")
 
 
-def _found_weights(folder, part):
-    """{variant or None: file, or index of a file that is split} of a part's folder."""
-    stem = weights_name(part).removesuffix(".safetensors")
+def _found_weights(folder, component):
+    """{variant or None: file, or index of a file that is split} of a component's folder."""
+    stem = weights_name(component).removesuffix(".safetensors")
     whole = re.compile(rf"{stem}(?:\.([\w-]+?))?(?<!-of-\d{{5}})\.safetensors")
     index = re.compile(rf"{stem}\.safetensors\.index(?:\.([\w-]+))?\.json")
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    # Whole files come second: where a part is there both ways, from_pretrained takes the file as well.
+    # Whole files come second: where a component is there both ways, from_pretrained takes the file as well.
     return {match[1]: path for kind in (index, whole) for path in paths if (match := kind.fullmatch(path.name))}
 
 
@@ -208,31 +205,33 @@ def _with_shards(name, path):
     return files
 
 
-def _diffusers_part(name, part, files):
-    """{canonical key: Stored} of a part of a diffusers folder; a name or spelling that comes twice is refused."""
+def _diffusers_component(name, component, files):
+    """{canonical key: TensorReference} of a component of a diffusers folder; a name that comes twice is refused."""
     tensors, came_from = {}, {}
     for path in files:
-        for key, stored in stored_tensors(path)[0].items():
-            canonical, stored = _canonical(part, key, stored)
+        for key, reference in tensor_references(path)[0].items():
+            canonical = _canonical(component, key)
             if canonical in tensors:
                 raise ModelError(
-                    f"{name}: {part} has one tensor twice, as {came_from[canonical]} and as {key}: remove one of them"
+                    f"{name}: {component} has one tensor twice, as {came_from[canonical]} and as {key}: remove one"
                 )
-            tensors[canonical], came_from[canonical] = stored, key
+            tensors[canonical], came_from[canonical] = reference, key
     return tensors
 
 
-def _canonical(part, key, stored):
-    if part == "text_encoder":
-        return key.removeprefix("text_model."), stored
-    found = part == "vae" and re.fullmatch(r"(.*\.attentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)", key)
-    return (f"{found[1]}{OLD_VAE_ATTENTION[found[2]]}{found[3]}" if found else key), stored
+def _canonical(component, key):
+    if component == "text_encoder":
+        return key.removeprefix("text_model.")
+    found = component == "vae" and re.fullmatch(r"(.*\.attentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)", key)
+    return f"{found[1]}{OLD_VAE_ATTENTION[found[2]]}{found[3]}" if found else key
 
 
 def _hub_folder(name, revision, variants, cache_dir):
-    """The Hub's files in the cache: configurations, tokenizer, and of every part the first variant that it has."""
+    """The Hub's files in the cache: configurations, tokenizer, and of every component the first variant that it has."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or Path(name).suffix == ".safetensors":
         raise ModelError(f"{name}: there is no such file or folder")
+    from huggingface_hub import snapshot_download
+
     try:
         folder = snapshot_download(
             name, revision=revision, cache_dir=cache_dir, allow_patterns=["model_index.json", "*/*.json", "*/*.txt"]
@@ -242,15 +241,15 @@ def _hub_folder(name, revision, variants, cache_dir):
         lacking = parts_of_index(_pipeline_index(name, Path(folder)))
         for variant in variants:
             ending = f".{variant}" if variant else ""
-            wanted = [f"{part}/{stem}{ending}{shard}.safetensors"
-                      for part in lacking for stem in STEMS for shard in ("", "-*-of-*")]  # fmt: skip
+            wanted = [f"{component}/{stem}{ending}{shard}.safetensors"
+                      for component in lacking for stem in STEMS for shard in ("", "-*-of-*")]  # fmt: skip
             snapshot_download(name, revision=Path(folder).name, cache_dir=cache_dir, allow_patterns=wanted)
-            lacking = [part for part in lacking if variant not in _found_weights(Path(folder) / part, part)]
+            lacking = [own for own in lacking if variant not in _found_weights(Path(folder) / own, own)]
     except (OSError, ValueError) as error:
         if isinstance(error, ModelError):
             raise
         where = f"{name} at revision {revision}" if revision else name
-        raise ModelError(f"{where} is neither a file nor a folder, nor to be had from the Hub: {error}") from error
+        raise ModelError(f"{where} is neither a file nor a folder, nor available on the Hub: {error}") from error
     return Path(folder)
 
 
@@ -308,7 +307,7 @@ def _no_variant(name, asked):
 
 def _is_lora(name):
     return ModelError(
-        f"{name} is a LoRA, not a whole model: make one of it with `merge_checkpoints.py fold`, or merge the LoRAs "
+        f"{name} is a LoRA, not a whole model: make one of it with `merge_checkpoints.py fuse`, or merge the LoRAs "
         "themselves with `merge_checkpoints.py combine`"
     )
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from finetuning.families.model_args import ModelError
-from finetuning.merging.matching import is_copied, match
-from finetuning.merging.sources import Source
-from finetuning.merging.tensors import Stored
+from finetuning.merging.model_sources import Source
+from finetuning.merging.tensor_matching import is_copied, match
+from finetuning.merging.tensor_references import TensorReference
 
 
 def stored(*shape, dtype=torch.float32, path="a.safetensors"):
-    return Stored(Path(path), dtype, shape, 0)
+    return TensorReference(Path(path), dtype, shape, 0)
 
 
 def model(name, prediction_type=None, **parts):
-    """A Source of {part: {key: shape or Stored}}; its tensors lie in a file of its name."""
-    made = lambda value: value if isinstance(value, Stored) else stored(*value, path=name)
+    """A Source of {part: {key: shape or TensorReference}}; its tensors lie in a file of its name."""
+    made = lambda value: value if isinstance(value, TensorReference) else stored(*value, path=name)
     found = {part: {key: made(value) for key, value in own.items()} for part, own in parts.items()}
     return Source(name, found, None, (Path(name),), "pipeline", prediction_type)
 
@@ -43,7 +43,7 @@ def test_unet_and_text_encoder_are_merged_and_the_rest_is_the_base_s():
 
 
 def test_others_follow_in_the_order_in_which_they_were_given():
-    third = model("third", unet=dict(TUNED.parts["unet"]) | {"a": (2, 3)}, text_encoder={"c": (5,)})
+    third = model("third", unet=dict(TUNED.components["unet"]) | {"a": (2, 3)}, text_encoder={"c": (5,)})
     matches, _ = match([BASE, TUNED, third], ["unet"])
     assert taken(matches)["unet.a"] == ["base", "tuned", "third"]
 
@@ -64,7 +64,7 @@ def test_integers_and_position_ids_are_the_base_s_and_never_a_mismatch():
     for on_mismatch in (None, "base", "tuned"):
         matches, notes = match([base, tuned], None, on_mismatch)
         assert {one.name for one in matches if one.is_copy} == {"unet.x.position_ids", "unet.steps"}
-        assert all(one.inputs == (base.parts["unet"][one.key],) for one in matches if one.is_copy)
+        assert all(one.inputs == (base.components["unet"][one.key],) for one in matches if one.is_copy)
         assert notes == []
         matches, notes = match([tuned, base], ["unet"], on_mismatch) if on_mismatch else ([], [])
         assert "unet.x.position_ids" not in taken(matches)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from finetuning.families.model_args import ModelError
 from finetuning.families.original import original_names, original_shape
-from finetuning.merging.sources import open_source
+from finetuning.merging.model_sources import open_source
 
 UNET = "diffusion_pytorch_model.safetensors"
 UNET_RAW = "diffusion_pytorch_model.non_ema.safetensors"
@@ -23,7 +23,7 @@ PARTS = {"unet", "text_encoder", "vae"}
 
 
 def read(source, part):
-    return {key: stored.read() for key, stored in source.parts[part].items()}
+    return {key: one.read() for key, one in source.components[part].items()}
 
 
 def file_of(path):
@@ -115,7 +115,7 @@ def hub_cache(tiny_model, tmp_path):
 def test_a_pipeline_folder_gives_all_its_parts(tiny_model, weights, name):
     source = open_source(str(tiny_model), weights=weights)
     assert (source.given, source.folder, source.kind) == (str(tiny_model), tiny_model, "pipeline")
-    assert source.parts.keys() == PARTS and source.prediction_type == "epsilon" and source.notes == ()
+    assert source.components.keys() == PARTS and source.prediction_type == "epsilon" and source.warnings == ()
     assert equal(read(source, "unet"), load_file(tiny_model / "unet" / name))
     assert equal(read(source, "vae"), load_file(tiny_model / "vae" / UNET))
     assert equal(read(source, "text_encoder"), file_of(tiny_model / "text_encoder" / TEXT))
@@ -195,9 +195,9 @@ def test_shards_are_read_as_one(model, part, name, options):
 
 
 def test_nothing_but_headers_is_read(model, monkeypatch):
-    monkeypatch.setattr("finetuning.merging.tensors.Stored.read", None)
-    monkeypatch.setattr("finetuning.merging.tensors.torch.empty", None)
-    assert open_source(model).parts.keys() == PARTS
+    monkeypatch.setattr("finetuning.merging.tensor_references.TensorReference.read", None)
+    monkeypatch.setattr("finetuning.merging.tensor_references.TensorReference.read_elements", None)
+    assert open_source(model).components.keys() == PARTS
 
 
 # -- the Hub ---------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_of_the_hub_no_more_is_fetched_than_is_needed(tmp_path, monkeypatch, tin
                 shutil.copyfile(path, here / path.relative_to(there))
         return str(here)
 
-    monkeypatch.setattr("finetuning.merging.sources.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     open_source("org/name", variant=variant, weights=weights)
     found = {str(path.relative_to(here)) for path in here.rglob("*") if path.suffix in (".safetensors", ".bin")}
     short = {re.sub(r"(diffusion_pytorch_)?model", "m", name).removesuffix(".safetensors") for name in found}
@@ -248,7 +248,7 @@ def test_of_the_hub_no_more_is_fetched_than_is_needed(tmp_path, monkeypatch, tin
 
 @pytest.mark.parametrize(("name", "revision"), [("org/other", None), ("org/name", "v3")])
 def test_what_the_cache_lacks_is_named(hub_cache, name, revision):
-    with pytest.raises(ModelError, match=f"^{name}.*{revision or ''}.*nor to be had from the Hub"):
+    with pytest.raises(ModelError, match=f"^{name}.*{revision or ''}.*nor available on the Hub"):
         open_source(name, revision=revision, cache_dir=str(hub_cache))
 
 
@@ -264,7 +264,7 @@ def test_a_checkpoint_has_its_own_unet_and_the_rest_of_its_base(checkpoint, tiny
     assert set(source.files) == {
         checkpoint / folder / UNET, tiny_model / "vae" / UNET, tiny_model / "text_encoder" / TEXT
     }  # fmt: skip
-    assert source.configs == {"unet": checkpoint / folder} and source.notes == ()
+    assert source.configs == {"unet": checkpoint / folder} and source.warnings == ()
 
 
 def test_a_checkpoint_without_an_average_gives_what_it_has(checkpoint, tiny_model):
@@ -301,10 +301,10 @@ def test_a_checkpoint_whose_base_is_gone_has_its_own_parts_and_says_so(checkpoin
     state = json.loads((checkpoint / "training_state.json").read_text())
     edit(checkpoint / "training_state.json", args=state["args"] | {"pretrained_model_name_or_path": "gone/away"})
     source = open_source(checkpoint)
-    assert source.parts.keys() == {"unet"} and (source.folder, source.prediction_type) == (None, None)
-    assert "gone/away" in source.notes[0] and "--layout_from" in source.notes[0]
+    assert source.components.keys() == {"unet"} and (source.folder, source.prediction_type) == (None, None)
+    assert "gone/away" in source.warnings[0] and "--layout_from" in source.warnings[0]
     source = open_source(checkpoint, layout_from=str(tiny_model))
-    assert source.parts.keys() == {"unet"} and (source.folder, source.prediction_type) == (tiny_model, "epsilon")
+    assert source.components.keys() == {"unet"} and (source.folder, source.prediction_type) == (tiny_model, "epsilon")
 
 
 # -- single files and bare UNets -------------------------------------------------------------------------------------
@@ -313,13 +313,13 @@ def test_a_checkpoint_whose_base_is_gone_has_its_own_parts_and_says_so(checkpoin
 def test_a_single_file_is_the_pipeline_it_was_made_of(single_file, tiny_model):
     source, pipeline = open_source(single_file), open_source(tiny_model)
     assert (source.kind, source.folder, source.prediction_type) == ("original", None, None)
-    assert source.files == (single_file,) and source.parts.keys() == PARTS
+    assert source.files == (single_file,) and source.components.keys() == PARTS
     assert all(equal(read(source, part), read(pipeline, part)) for part in PARTS)
 
 
 def test_what_a_single_file_holds_besides_is_said(single_file):
     write(single_file, load_file(single_file) | {"betas": torch.zeros(3), "control_model.x": torch.zeros(3)})
-    (note,) = open_source(single_file).notes
+    (note,) = open_source(single_file).warnings
     assert note.startswith(f"{single_file}: 1 tensor(s)") and "control_model.x" in note
 
 
@@ -327,7 +327,7 @@ def test_what_a_single_file_holds_besides_is_said(single_file):
 def test_a_bare_unet_is_a_folder_or_a_file(model, tiny_model, place):
     source = open_source(model / place)
     assert (source.kind, source.folder, source.prediction_type) == ("unet", None, None)
-    assert source.parts.keys() == {"unet"}
+    assert source.components.keys() == {"unet"}
     assert equal(read(source, "unet"), load_file(tiny_model / "unet" / UNET))
 
 
@@ -375,7 +375,7 @@ def test_a_part_that_is_only_there_as_a_pickle_is_refused_with_that_command(mode
 
 
 @pytest.mark.parametrize("place", ["folder", "file", "checkpoint", "other name"])
-def test_a_lora_is_to_be_folded(tmp_path, place):
+def test_a_lora_is_to_be_fused(tmp_path, place):
     tensors = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.zeros(2, 2)}
     kohya = {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.zeros(2, 2)}
     write(tmp_path / "lora/pytorch_lora_weights.safetensors", tensors)
@@ -388,7 +388,7 @@ def test_a_lora_is_to_be_folded(tmp_path, place):
         "checkpoint": tmp_path / "checkpoint-1",
         "other name": tmp_path / "style.safetensors",
     }[place]
-    with pytest.raises(ModelError, match=rf"^{named} is a LoRA.*merge_checkpoints\.py fold"):
+    with pytest.raises(ModelError, match=rf"^{named} is a LoRA.*merge_checkpoints\.py fuse"):
         open_source(named)
 
 
