@@ -190,12 +190,12 @@ def extracted(args: ExtractArgs, base, tuned, models):
     }
 
 
-def _targets(args, models):
+def _targets(args, family, models):
     """Names of the layers that may get an adapter, by train_lora.py's words. Raises ModelError for strange ones."""
     from finetuning.training.lora_layout import Layout, LoraArgs
 
-    layout = Layout(LoraArgs(lora_target_modules=args.lora_target_modules), models)
-    if nothing := [word for word, names in layout.chosen.get("unet", {}).items() if not names]:
+    layout = Layout(LoraArgs(lora_target_modules=args.lora_target_modules), family, models)
+    if nothing := [word for word, names in layout.chosen.get(family.denoiser, {}).items() if not names]:
         raise ModelError(
             f"--lora_target_modules {' '.join(nothing)} matches no layer of the UNet: there are attention, "
             "all-linear, conv, and ends of module names such as to_q or ff.net.2"
