@@ -147,7 +147,7 @@ def extracted(args: ExtractArgs, base, tuned, models):
     problems = [*_differing_keys(base, tuned, compared), *([] if compared else ["--components: none is in both"])]
     if problems:
         raise ModelError("\n".join(problems))
-    targets, known = _targets(args, {name: models[name] for name in compared}), adaptable(models)
+    targets, known = _targets(args, base.family, {name: models[name] for name in compared}), adaptable(models)
 
     layers, ranks, energies, outside, unchanged, broken = {}, {}, Counter(), Counter(), [], []
     total = sum(reference.nbytes for name in compared for reference in base.tensors[name].values())
