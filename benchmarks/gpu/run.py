@@ -169,7 +169,8 @@ class Check:
 
     def process(self, command, env, limit, name):
         """(exit status, output) of one command; its whole group of processes ends with it."""
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1", **env}
+        threads = "1" if self.args.small else "2"  # more threads than idle cores wait for each other
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **env}
         left = self.args.seconds + 20 - (time.time() - self.start)
         limit = 10 * limit if self.args.small else min(limit, left)
         log = self.logs / f"{name}.txt"
@@ -419,7 +420,7 @@ def fast(check, which="fast"):
             return facts
 
         stop = 8 if small else {1: 60, 4: 35}.get(batch, 25)
-        env = {"GPU_CHECK_STOP_AFTER": str(stop), **lock, "OMP_NUM_THREADS": "4"}
+        env = {"GPU_CHECK_STOP_AFTER": str(stop), **lock}
         if "profile" in name:
             env["GPU_CHECK_PROFILE"] = str(check.logs / f"{name}-operations.txt")
         return Case(name, [[*CHILD, *command]], rate, env, limit=limit)

@@ -94,7 +94,8 @@ def copy_component(source, target, weights=True):
     """Copy a component's files, but for weights that are not safetensors. Where only a variant is there
     (model.fp16.safetensors), it takes the plain name. Without `weights` only what stands beside them.
     """
-    refuse_pickles(source)
+    if weights:
+        refuse_pickles(source)
     target.mkdir()
     for path in sorted(source.iterdir()):
         is_weights = path.suffix == ".safetensors" or ".safetensors.index" in path.name
