@@ -186,7 +186,9 @@ if [ -z "$DATASET_NAME" ]; then
   EVALUATE=(--model "original=$MODEL_NAME" "${TUNED[@]}" --dataset "$TRAIN_DIR")
   if [ -d "$TRAIN_DIR/validation" ]; then EVALUATE+=(--split validation)
   elif [ -d "$TRAIN_DIR/train" ]; then EVALUATE+=(--split train); fi
-  if [ "$TRAIN_DIR" = datasets/chalk ]; then EVALUATE+=(--general_prompts datasets/left_out_of_chalk.txt); fi
+  if [ "$TRAIN_DIR" = datasets/chalk ]; then
+    EVALUATE+=(--general_prompts datasets/left_out_of_chalk.txt --checker finetuning.shapes.checker)
+  fi
   printf 'Did it learn, and what did it forget?\n'
   command_line evaluate_model.py "${EVALUATE[@]}" --guidance_scale "$GUIDANCE" --output_dir "$OUTPUT_DIR-report"
 fi

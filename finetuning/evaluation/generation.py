@@ -364,8 +364,8 @@ def images_in(folder, rows, *, by_order=False, caption_column="text"):
     _open_all([(path.relative_to(folder), path) for path in images], findings)
     if findings.errors:
         raise EvaluationError(
-            f"{folder} does not fit the rows, {counted(findings.count(), 'error')}: name its images by the numbers of the "
-            f"rows (00003.png) or as the true images, or write their captions into {METADATA_NAMES[0]}\n"
+            f"{folder} does not fit the rows, {counted(findings.count(), 'error')}: name its images by the numbers of "
+            f"the rows (00003.png) or as the true images, or write their captions into {METADATA_NAMES[0]}\n"
             f"{findings.report(SHOWN)}"
         )
     return pairs

@@ -214,7 +214,7 @@ def test_other_captions_have_no_shapes(world, opened, args):
     mixed = measure([*strange[:1], *rows[1:]], images, opened, args)
     assert [one["metric"] for one in mixed.left_out] == ["shapes", "style"]
     assert mixed.left_out[0] == note("captions", metric="shapes", checker=SHAPES.name, captions=["a cat"], of=4)
-    with pytest.raises(EvaluationError, match="--metrics shapes: .* 4 of 4 captions"):
+    with pytest.raises(EvaluationError, match=r"--metrics shapes: .* 4 of 4 captions"):
         measure(strange, images, opened, replace(args, metrics=["shapes"]))
 
 

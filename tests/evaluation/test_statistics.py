@@ -326,12 +326,6 @@ def test_draws_are_the_same_every_time_and_leave_numpys_own_alone(monkeypatch):
     assert mean_of(a[:, 0], seed=1) != first[2]
 
 
-def test_estimate_is_ready_for_json():
-    a, truth = pair(20, 30, 5)
-    for one in (frechet_estimate(a, truth), kernel_estimate(a, truth), mean_of(np.float32([1, 2, 4]))):
-        assert json.loads(json.dumps(one.as_dict())) == one.as_dict()
-        assert set(one.as_dict()) == {"value", "low", "high", "n"}
-        assert json.dumps(one.excludes_zero) in ("true", "false")
 
 
 # -- bias ------------------------------------------------------------------------------------------------------------
