@@ -22,26 +22,23 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
 from finetuning.captioning import CAPTIONERS
-from finetuning.captioning.captioner import Captioner
 from finetuning.captioning.folder import CaptionedFolder, FolderArgs, Journal
 from finetuning.captioning.interrogator import Interrogator, InterrogatorArgs
 from finetuning.captioning.kinds import GenerationArgs
-from finetuning.cli import REQUIRED, as_dict, flag, parse
-from finetuning.data.images import UnreadableImage, open_rgb
-from finetuning.data.reading import DatasetError, Findings
-from finetuning.families.model_args import ModelError
+from finetuning.cli import REQUIRED, as_dict, flag, flags_without_effect, run_script
+from finetuning.data.findings import Findings, counted
+from finetuning.data.images import MAX_PIXELS_TO_SHRINK, UnreadableImage, open_rgb
 
 
 @dataclass
 class CaptionerArgs:
     """Images and captioner"""
 
-    dir: str = flag(REQUIRED, "folder of images", positional=True)
+    dir: str = flag(REQUIRED, "folder of images", positional=True, affects_result=False)
     captioner: str = flag(REQUIRED, "kind of model", choices=tuple(CAPTIONERS))
     model: str | None = flag(None, "folder or Hub name (none: a usual one of its kind, see finetuning/captioning/)")
 
@@ -58,75 +55,58 @@ class Args(InterrogatorArgs, FolderArgs, GenerationArgs, CaptionerArgs):
         kind = CAPTIONERS[self.captioner]
         if kind.prompts and self.prompt not in (None, *kind.prompts):
             yield f"--prompt {self.prompt}: {self.captioner} only knows {', '.join(kind.prompts)}"
-        if self.from_captions and self.captioner != "clip-interrogator":
-            yield "--from_captions only goes with --captioner clip-interrogator"
-        elif self.from_captions and not (self.add or self.overwrite):
+        if self.from_captions and not (self.add or self.overwrite):
             yield "--from_captions begins with captions that are there: also give --add or --overwrite"
 
 
-# Flags that do not change a caption: an interrupted run may go on with others.
-WITHOUT_EFFECT = ("dir", "batch_size", "limit", "on_bad_rows", "allow_outside_paths")
-
-
-def main(argv=None):
-    """Caption, write, and return the exit status."""
-    args = parse(Args, __doc__, argv)
-    try:
-        return caption(args)
-    except (DatasetError, ModelError) as problem:
-        print(f"{type(problem).__name__}: {problem}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print("the GPU's memory is full: give the same command with a smaller --batch_size to go on", file=sys.stderr)
-    except OSError as error:
-        print(f"{args.dir}: {error}: put that right and give the same command to go on", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
-    return 1
-
-
 def caption(args):
-    """Every image that wants a caption, the folder written at the end."""
+    """Caption every image that wants it, and write the folder at the end; returns the exit status."""
     findings = Findings()
     entries = CaptionedFolder(args.dir, args, findings).todo()
-    if args.from_captions and (bare := [entry.name for entry in entries if not entry.captions]):
-        findings.faults["images without a caption to begin with"] = bare
+    if args.from_captions:
+        for entry in entries:
+            if not entry.captions:
+                findings.error("no_first_caption", entry.name)
         entries = [entry for entry in entries if entry.captions]
-    journal = Journal(args.dir, {name: value for name, value in as_dict(args).items() if name not in WITHOUT_EFFECT})
-    say_all(entries, journal, args, findings)
+    harmless = flags_without_effect(Args)
+    journal = Journal(args.dir, {name: value for name, value in as_dict(args).items() if name not in harmless})
+    caption_all(entries, journal, args, findings)
 
     folder = CaptionedFolder(args.dir, args, Findings())  # as it is now: a person may have written captions meanwhile
-    said = [entry for entry in folder.entries if entry.name in journal.done]
-    new = [entry for entry in said if folder.put(entry, journal.done[entry.name], origin(args))]
+    captioned = [entry for entry in folder.entries if entry.name in journal.done]
+    new = [entry for entry in captioned if folder.put(entry, journal.done[entry.name], origin(args))]
     folder.write()
     journal.remove()
     for entry in new[:3]:
         print(f"  {entry.name}: {journal.done[entry.name]}")
-    print(f"{args.dir}: {len(new)} images captioned, {len(folder.entries) - len(new)} others as they were")
-    if report := findings.report():
-        print(f"left out (x) and noted (-):\n{report}", file=sys.stderr)
-    return 1 if findings.faults and args.on_bad_rows == "error" else 0
+    print(f"{args.dir}: {counted(len(new), 'image')} captioned, {len(folder.entries) - len(new)} others as they were")
+    findings.refuse(args.dir, "skip", say=lambda text: print(text, file=sys.stderr))
+    return 1 if findings.count() and args.on_bad_rows == "error" else 0
 
 
-def say_all(entries, journal, args, findings):
+def caption_all(entries, journal, args, findings):
     """A caption for each entry into the journal, but for those that it holds already."""
     waiting = [entry for entry in entries if entry.name not in journal.done]
     if not waiting:
         return
-    say_what = open_captioner(args, findings)
+    captioner = open_captioner(args, findings)
     with tqdm(total=len(entries), initial=len(entries) - len(waiting), desc="captioning", unit="image") as bar:
         for batch in _batches(_decoded(waiting, args, findings, bar), args.batch_size):
-            part, images = map(list, zip(*batch, strict=True))
-            for entry, text in zip(part, say_what(images, part), strict=True):
+            some, images = map(list, zip(*batch, strict=True))
+            for entry, text in zip(some, captioner(images, some), strict=True):
                 if text:
                     journal.add(entry.name, text)
                 else:
-                    findings.faults["images that the model says nothing about (another --prompt?)"].append(entry.name)
-            bar.update(len(part))
+                    findings.error("silent_model", entry.name)
+            bar.update(len(some))
 
 
 def open_captioner(args, findings):
-    """A function: (RGB images, their entries) -> captions."""
+    """A function: (RGB images, their entries) -> captions. Raises ModelError."""
+    from accelerate import PartialState
+
+    from finetuning.captioning.captioner import Captioner
+
     device = PartialState().device
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
@@ -160,12 +140,12 @@ def _decoded(entries, args, findings, bar):
             try:
                 yield entry, future.result()
             except UnreadableImage as error:
-                findings.faults["images that cannot be read"].append(f"{entry.name} ({error})")
+                findings.error("unreadable_image", entry.name, error)
                 bar.update()
 
 
 def _opened(path, max_side):
-    image = open_rgb(path)
+    image = open_rgb(path, MAX_PIXELS_TO_SHRINK)
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)  # leaves smaller ones as they are
     return image
 
@@ -177,4 +157,4 @@ def _batches(items, size):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(Args, __doc__, caption))

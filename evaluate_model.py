@@ -34,7 +34,7 @@ from finetuning.evaluation.measuring import EvalNetworkArgs, measure, open_netwo
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.report import write_report
 from finetuning.evaluation.words import verdict
-from finetuning.families.lora_files import attach, detach, parts_of, read_lora, set_scale
+from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import ModelSource, open_pipeline
 
@@ -192,7 +192,7 @@ def _with_lora(pipeline, one, args):
     if one.lora is None:
         yield
         return
-    attach(pipeline, read_lora(one.lora, parts_of(pipeline), args.weights))
+    attach(pipeline, read_lora(one.lora, adaptable_components(pipeline), args.weights))
     set_scale(pipeline, args.lora_scale)
     yield
     detach(pipeline)

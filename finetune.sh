@@ -117,6 +117,7 @@ fi
 : "${GUIDANCE:=7.5}"              # guidance scale of the validation images
 : "${VALIDATION_STEPS:=500}"
 : "${EXTRA:=}"                    # any other flag: python train_text_to_image.py --help
+: "${REPORT_TO:=tensorboard}"     # or wandb, all, none
 # Devices and precision come from accelerate_config.yaml. --quiet: our message is the last, not the launcher's traceback
 : "${LAUNCH:=accelerate launch --quiet --config_file accelerate_config.yaml}"
 
@@ -156,7 +157,7 @@ $LAUNCH "$SCRIPT" \
   --validation_prompts "${PROMPT_LIST[@]}" \
   --validation_steps "$VALIDATION_STEPS" \
   --validation_guidance_scale "$GUIDANCE" \
-  --report_to tensorboard \
+  --report_to "$REPORT_TO" \
   $EXTRA &
 
 # The launcher keeps SIGTERM to itself, so it is passed on to the training process, which saves a checkpoint first.

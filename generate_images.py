@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from finetuning.cli import REQUIRED, flag, parse
 from finetuning.evaluation.grid import labelled_grid
-from finetuning.families.lora_files import attach, detach, parts_of, read_lora, set_scale, weights_hash
+from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
 from finetuning.files import write_json
@@ -176,7 +176,7 @@ def _with_each_lora(pipeline, source, loras, args):
         return
     base_hash = weights_hash(pipeline.unet)
     for lora in loras:
-        found = read_lora(lora.path, parts_of(pipeline), args.weights)
+        found = read_lora(lora.path, adaptable_components(pipeline), args.weights)
         if (note := found.note_on_base(source.path, base_hash)) and args.dtype != "bf16":  # which rounds the base
             tqdm.write(note, file=sys.stderr)
         attach(pipeline, found)

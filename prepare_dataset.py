@@ -17,7 +17,8 @@ SOURCE  imagefolder     images with metadata.jsonl, .csv or .parquet, in any of 
 Reads   PATH or DIR, which is never changed.
 Writes  a new folder with train/, validation/ and test/, each with its images and its metadata.jsonl; convert also
         conversion.json with the settings and counts, failures.jsonl with what could not be taken and why, and
-        findings.json with what the source's reader left out.
+        findings.json with what its reader left out and what is to
+        be known.
 Go on   after an interrupted convert: the same command again. The others write a new folder whole or not at all.
 """
 
@@ -25,23 +26,19 @@ import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from finetuning.cli import REQUIRED, flag, parse_command
-from finetuning.conversion.audit import AuditArgs
-from finetuning.conversion.augmenting import AugmentArgs, augment
-from finetuning.conversion.caption_files import RewriteArgs, rewrite
+from finetuning.cli import REQUIRED, flag, run_commands
 from finetuning.conversion.download import DownloadArgs
 from finetuning.conversion.dreambooth import DreamBoothArgs
 from finetuning.conversion.hub import HubArgs
+from finetuning.conversion.imagefolder import ColumnArgs
 from finetuning.conversion.parallel import ParallelArgs
-from finetuning.conversion.repair import audit
 from finetuning.conversion.sidecar import SidecarArgs
 from finetuning.conversion.sources import SOURCES
 from finetuning.conversion.stanford_dogs import StanfordDogsArgs
 from finetuning.conversion.unsplash import UnsplashArgs
-from finetuning.conversion.webdataset import WebDatasetArgs
 from finetuning.conversion.writer import WritingArgs, write_dataset
-from finetuning.data.reading import DatasetError, Findings
-from finetuning.data.samples import ColumnArgs
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.tars import WebDatasetArgs
 from finetuning.files import write_json
 
 
@@ -74,42 +71,46 @@ def _names(*groups):
     return {field.name for group in groups for field in fields(group)}
 
 
-COMMANDS = {"convert": ConvertArgs, "check": AuditArgs, "augment": AugmentArgs, "captions": RewriteArgs}
+def convert(args):
+    """From any source to one folder. The source is read twice: first for its errors, so that few rows are in memory."""
+    findings, read = Findings(), SOURCES[args.source].read
+    total = sum(1 for _ in read(args.path, args, findings))
+    say = lambda text: print(text, file=sys.stderr)
+    findings.refuse(args.path, args.on_bad_rows, say, fix="mend them, or take the rest with")
+    if not total:
+        report = findings.report()
+        raise DatasetError(f"{args.path} holds nothing that could be taken" + (f":\n{report}" if report else ""))
+    again = replace(args, download=False)  # what could not be had the first time is not asked for a second time
+    write_dataset(read(args.path, again, Findings()), args, min(total, args.limit or total))
+    if findings.report():
+        write_json(Path(args.output) / "findings.json", findings.as_dict())
+
+
+def _check():
+    from finetuning.conversion.audit import AuditArgs
+    from finetuning.conversion.repair import audit
+
+    return AuditArgs, audit
+
+
+def _augment():
+    from finetuning.conversion.augmenting import AugmentArgs, augment
+
+    return AugmentArgs, lambda args: augment(args) and None
+
+
+def _captions():
+    from finetuning.conversion.caption_files import RewriteArgs, rewrite
+
+    return RewriteArgs, lambda args: rewrite(args) and None
+
+
+COMMANDS = {"convert": (ConvertArgs, convert), "check": _check, "augment": _augment, "captions": _captions}
 
 
 def main(argv=None):
     """Do what the first word says, and return the exit status."""
-    name, args = parse_command(COMMANDS, __doc__, argv)
-    try:
-        if name == "check":
-            return audit(args)
-        {"convert": convert, "augment": augment, "captions": rewrite}[name](args)
-    except (DatasetError, OSError) as problem:
-        print(f"{type(problem).__name__}: {problem}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def convert(args):
-    """From any source to one folder. The source is read twice: first for its faults, so that few rows are in memory."""
-    findings, read = Findings(), SOURCES[args.source].read
-    total = sum(1 for _ in read(args.path, args, findings))
-    report = findings.report()
-    if findings.faults and args.on_bad_rows == "error":
-        raise DatasetError(
-            f"{args.path} has {findings.count()} faults (x):\n{report}\n"
-            "  mend them, or take the rest with --on_bad_rows skip"
-        )
-    if not total:
-        raise DatasetError(f"{args.path} holds nothing that could be taken" + (f":\n{report}" if report else ""))
-    if report:
-        print(f"{args.path}, left out (x) and noted (-):\n{report}", file=sys.stderr)
-    again = replace(args, download=False)  # what could not be had the first time is not asked for a second time
-    write_dataset(read(args.path, again, Findings()), args, min(total, args.limit or total))
-    if report:
-        write_json(Path(args.output) / "findings.json", {"left out": findings.faults, "noted": findings.notes})
+    return run_commands(COMMANDS, __doc__, argv)
 
 
 if __name__ == "__main__":

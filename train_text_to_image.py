@@ -17,30 +17,28 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
-from finetuning.cli import parse
+from finetuning.cli import run_script
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
-from finetuning.data.latents import LatentArgs, latent_source
-from finetuning.data.reading import DatasetError
-from finetuning.data.streams import StreamArgs, load_training, row_order
+from finetuning.data.latents import LatentArgs
+from finetuning.data.loading import load_training
+from finetuning.data.streams import StreamArgs
 from finetuning.data.training_set import DataArgs
-from finetuning.diffusion.objective import NoiseArgs, NoiseSchedule, diffusion_loss, draw_noise
-from finetuning.evaluation.metrics import EvaluationError
-from finetuning.families.loading import load_model
-from finetuning.families.model_args import ModelArgs, ModelError, StartArgs
-from finetuning.files import atomic_result
-from finetuning.training.checkpoint import CheckpointArgs, Checkpointer, CheckpointError, NonFinite
+from finetuning.diffusion.objective import NoiseArgs, diffusion_loss, draw_noise
+from finetuning.families.model import load_model
+from finetuning.families.model_args import ModelArgs, StartArgs
+from finetuning.training.checkpoint import CheckpointArgs
 from finetuning.training.ema import EMAArgs, build_ema
-from finetuning.training.optim import OptimArgs, build_optimizer, build_schedule, learning_rates
-from finetuning.training.preflight import check_before_start, choose_attention
-from finetuning.training.run import HubUpload, NoUpload, Run, RunArgs
-from finetuning.training.validation import Validation, ValidationArgs
-from finetuning.training.watch import WatchArgs, build_watch
+from finetuning.training.evaluator import RetentionArgs, ValidationArgs
+from finetuning.training.optim import OptimArgs, build_optimizer
+from finetuning.training.preflight import check_before_start, set_up_kernels
+from finetuning.training.run import Run, RunArgs
+from finetuning.training.session import Session
 
 
 @dataclass
 class Args(
-    RunArgs, WatchArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, LatentArgs,
+    RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, LatentArgs,
     BucketArgs, CaptionArgs, StreamArgs, DataArgs, StartArgs, ModelArgs,
 ):  # fmt: skip
     """Every flag, group by group."""
@@ -48,102 +46,45 @@ class Args(
 
 def main(argv=None):
     """Train, and return the exit status."""
-    args = parse(Args, __doc__, argv)
-    run = Run(args)
-    try:
-        return train(args, run)
-    except (ModelError, DatasetError, CheckpointError, EvaluationError, NonFinite) as problem:
-        run.say(f"{type(problem).__name__}: {problem}")
-        return 1
-    except KeyboardInterrupt:
-        run.say("interrupted before the first step: nothing was trained")
-        return 130
+    return run_script(Args, __doc__, train, argv)
 
 
-def train(args, run):
+def train(args):
     """One run from the first step, or from a checkpoint, to the last."""
     # What we train, and on what
+    run = Run(args)
     model = load_model(args, args.prediction_type, args.seed, start=args)
-    training, held_out = load_training(
-        args, model.tokenizer, args.seed, args.validation_fraction, run.say, args.cache_dir
-    )
-    order = row_order(args, training, run.accelerator.num_processes, run.accelerator.process_index)
-    total_steps = args.max_train_steps or args.num_train_epochs * order.steps_per_epoch
-    check_before_start(args, run, model, training, held_out, order, total_steps)
-    model.to(run.device, run.weights_dtype)
-    choose_attention(args, run, model)
+    data = load_training(args, model.tokenize, run)
+    check_before_start(args, run, model, data)
+    model.to_device(run.device, run.weights_dtype)
+    set_up_kernels(args, run, model)
 
-    trained = model.trained_parameters()
-    ema = build_ema(args, trained, model.take_ema_start())
-    optimizer = build_optimizer(args, model.parameter_groups(*learning_rates(args, order.total_batch_size)))
-    schedule = NoiseSchedule.of(model.scheduler)
+    parameters = model.trained_parameters()
+    ema = build_ema(args, parameters, model.take_ema_start())
+    optimizer = build_optimizer(args, model, data.batch_sampler.total_batch_size)
 
     # What is saved, and where we left off
-    checkpoints = Checkpointer(args, model, ema, optimizer, run, order, training.fingerprint())
-    first_step = checkpoints.resume(total_steps)
-    rate = build_schedule(args, optimizer, total_steps, first_step)
-    encode = latent_source(args, model, training, args.seed, run.device)
-    validation = Validation(run, args, model, ema, schedule, held_out, args, args.train_batch_size)
-    watch = build_watch(args, run, model, ema, schedule, held_out, first_step, total_steps)
-    denoiser, stepper = run.prepare(model.denoiser, optimizer)
-    upload = HubUpload(run) if args.push_to_hub and run.is_main else NoUpload()
-    run.begin(first_step, total_steps)
-    enough = watch.look(first_step)
-    if first_step < total_steps and validation.due(first_step, order.steps_per_epoch):
-        validation.look(first_step)
+    session = Session(args, run, model, data, ema, optimizer)
+    denoiser, optimizer, lr_scheduler = session.prepared
 
-    # The loop: a batch here is a micro-batch; its optimizer step may have several
-    step, step_loss, step_rows = first_step, 0.0, []
-    last_step = first_step if enough else total_steps
-    batches = training.loader(order, first_step, last_step, args.dataloader_num_workers, run.device.type != "cpu")
-    for batch in batches:
-        batch = batch.to(run.device)
-        latents = encode(batch)
-        draws = draw_noise(args.seed, batch.step, batch.rows, latents, schedule, args)
-        with run.accumulate(denoiser, batch):
-            predict = partial(denoiser, input_ids=batch.input_ids)
-            losses = diffusion_loss(predict, schedule, latents, draws, args)  # [batch]
-            step_loss += run.backward(losses, batch.weights)
-        step_rows += batch.rows
-        if not batch.ends_step:
-            continue
-
-        step_loss = run.total(step_loss)
-        norm = run.clip(trained.values())
-        run.check_finite(step_loss, norm, training, step_rows)
-        used_rate = optimizer.param_groups[0]["lr"]
-        stepper.step()
-        rate.step()
+    # The loop
+    for step in session.steps():
+        for batch in step.micro_batches():
+            latents, conditioning = session.encode(batch)  # [n, c, h, w], {name: ...}
+            noise = draw_noise(args.seed, batch.step, batch.rows, latents, model.schedule, args)
+            with run.accumulate(denoiser, batch):
+                predict = partial(denoiser, **conditioning)
+                losses = diffusion_loss(predict, model.schedule, latents, noise, args)  # [n]
+                step.backward(losses, batch)
+        step.clip_and_check(parameters.values())
+        optimizer.step()
+        lr_scheduler.step()
         ema.update()
-        stepper.zero_grad()
-        step += 1
-        run.log({"train_loss": step_loss, "lr": used_rate, "grad_norm": norm.item()}, step)
-        run.tick(loss=step_loss, lr=used_rate)
-        step_loss, step_rows = 0.0, []
-
-        enough = watch.look(step)
-        stopping = run.any(run.stop_signal is not None)
-        if stopping or enough or step == total_steps or run.any(checkpoints.due(step)):
-            checkpoints.save(step)
-        if stopping:
-            run.finish()
-            run.say(f"stopped after step {step} of {total_steps}; go on with --resume_from_checkpoint latest")
-            return 128 + (run.stop_signal or 15)
-        if enough:
-            break
-        if step < total_steps and validation.due(step, order.steps_per_epoch):
-            validation.look(step)
+        optimizer.zero_grad()
+        session.after(step)
 
     # What is handed over
-    validation.look(step)
-    if run.is_main:
-        atomic_result(run.output_dir, lambda folder: model.save_pipeline(folder, ema.shadow))
-        run.say(f"pipeline: {run.output_dir} (StableDiffusionPipeline.from_pretrained loads it)")
-        if grid := validation.compare(step):
-            run.say(f"base beside fine-tuned: {grid}")
-    uploaded = upload.push()
-    run.finish()
-    return 0 if uploaded else 1
+    return session.finish(lambda folder: model.save_pipeline(folder, ema.shadow))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ import random
 import torch
 
 
-def _key(seed, purpose, *position):
+def key(seed: int, purpose: str, *position: int):
+    """A seed of 63 bits for (seed, purpose, position)."""
     digest = hashlib.blake2b(repr((seed, purpose, *position)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1  # torch takes 63 bits (and its CPU generator uses 32 of them)
 
 
 def python_random(seed: int, purpose: str, *position: int):
     """A `random.Random` of its own for (seed, purpose, position)."""
-    return random.Random(_key(seed, purpose, *position))
+    return random.Random(key(seed, purpose, *position))
 
 
 def torch_generator(seed: int, purpose: str, *position: int):
@@ -25,7 +26,7 @@ def torch_generator(seed: int, purpose: str, *position: int):
 
     Always on the CPU: the noise of a sample is then the same on every device and for every batch size.
     """
-    return torch.Generator().manual_seed(_key(seed, purpose, *position))
+    return torch.Generator().manual_seed(key(seed, purpose, *position))
 
 
 def gaussian(seed: int, purpose: str, step: int, rows, shape):
@@ -36,12 +37,3 @@ def gaussian(seed: int, purpose: str, step: int, rows, shape):
 def uniform(seed: int, purpose: str, step: int, rows):
     """Uniform numbers [len(rows)] in [0, 1), float64 on the CPU: one independent draw for each row of the batch."""
     return torch.tensor([python_random(seed, purpose, step, row).random() for row in rows], dtype=torch.float64)
-
-
-def keep_mask(seed: int, purpose: str, step: int, rows, shape, share, device):
-    """Which entries a dropout of `share` keeps, bool [len(rows), *shape].
-
-    Drawn on `device`, because every layer needs one: unlike the other draws it differs between a CPU and a GPU.
-    """
-    generators = [torch.Generator(device).manual_seed(_key(seed, purpose, step, row)) for row in rows]
-    return torch.stack([torch.rand(shape, generator=one, device=device) >= share for one in generators])

@@ -12,7 +12,8 @@ from transformers import BertTokenizer, CLIPImageProcessor, GitConfig, GitForCau
 
 import caption_images
 from finetuning.captioning.captioner import Captioner
-from finetuning.data.reading import Findings, read_folder
+from finetuning.data.findings import Findings
+from finetuning.data.reading import read_folder
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 WORDS = ["a", "red", "green", "blue", "small", "large", "circle", "square", "star", "dog", "cat", "on", "table", "sky"]
@@ -73,10 +74,10 @@ def write_rows(folder, *records):
 
 
 def training_reads(folder, split="train"):
-    """{file name: captions}, and no faults."""
+    """{file name: captions}, and no errors."""
     findings = Findings()
     read = read_folder(folder, split, "image", "text", False, findings)
-    assert not findings.faults, findings.report()
+    assert not findings.errors, findings.report()
     return {row.image.name: row.captions for row in read}
 
 
@@ -307,7 +308,7 @@ def test_what_is_no_text_in_other_columns_is_kept(photos, model):
     assert rows(photos)["a.png"]["by"] == json.loads(line)["by"]
 
 
-def test_rows_of_images_that_are_not_there_are_noted_and_kept(photos, model, capsys):
+def test_rows_of_images_that_are_not_there_are_warnings_and_kept(photos, model, capsys):
     write_rows(photos, {"file_name": "gone.png", "text": "it was here"})
     caption(photos, model)
     assert "name no image of this folder" in capsys.readouterr().err

@@ -20,13 +20,16 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 import evaluate_model
 import train_lora
 from evaluate_model import Candidate, curves
-from finetuning.evaluation.metrics import METRICS
+from finetuning.evaluation.checkers import load_checker
+from finetuning.evaluation.metrics import dataset_metrics, table
 from finetuning.evaluation.networks import lpips_network, lpips_of
 from finetuning.evaluation.preprocessing import matched
 from finetuning.files import write_json
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-QUICK = ["--num_inference_steps", "1", "--guidance_scale", "1"]
+SHAPES = load_checker("finetuning.shapes.checker")
+ALL = [*dataset_metrics(SHAPES)]
+QUICK = ["--checker", SHAPES.name, "--num_inference_steps", "1", "--guidance_scale", "1"]
 PROMPTS = [
     "a small red circle on a white background",
     "a small blue square on a white background",
@@ -142,7 +145,7 @@ LABELS = ["original", "tuned", "original, seed 1"]
 
 def test_every_metric_has_a_figure_for_every_model(whole):
     report = report_of(whole)
-    assert not {one["metric"] for one in report["left_out"]} & {*METRICS} and [*report["summary"]] == [*METRICS]
+    assert not {one["metric"] for one in report["left_out"]} & {*ALL} and [*report["summary"]] == ALL
     for by_side in report["summary"].values():
         assert [*by_side] == ["32"] and [*by_side["32"]] == LABELS
         for one in by_side["32"].values():
@@ -188,7 +191,7 @@ def test_all_forms_of_the_report_agree(whole):
         for metric, by_label in report["rows"][int(line["row"])]["values"].items():
             assert float(line[metric]) == by_label[line["model"]]
     markdown, page = ((whole / name).read_text(encoding="utf-8") for name in ("report.md", "report.html"))
-    for metric in METRICS.values():
+    for metric in (table(SHAPES)[name] for name in ALL):
         assert metric.title in markdown and metric.title in page
     for label in LABELS:
         assert label in markdown and label in page

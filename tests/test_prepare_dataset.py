@@ -16,8 +16,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from finetuning.conversion.sources import SOURCES
+from finetuning.data.findings import Findings
 from finetuning.data.images import open_rgb
-from finetuning.data.reading import Findings, read_folder
+from finetuning.data.reading import read_folder
 from prepare_dataset import main
 
 
@@ -158,7 +159,7 @@ def test_every_source_becomes_a_folder_that_training_accepts(kind, tmp_path, mon
             red, _, _ = open_rgb(row.image).getpixel((1, 1))
             found[f"{split}/{row.image.name}"] = (red, *row.captions)
     assert found == expected
-    assert not findings.faults and not findings.notes
+    assert not findings.errors and not findings.warnings
     assert open_rgb(next(output.glob("train/*.png"))).size == ((16, 16) if kind == "stanford-dogs" else (32, 24))
     assert main(["check", str(output), "--resolution", "16"]) == 0
     assert "training would accept it" in capsys.readouterr().out
@@ -199,7 +200,7 @@ def test_faults_of_the_source_are_all_named_before_anything_is_written(folder, t
         file.write('{"file_name": "gone.png", "text": "no"}\n')
     assert convert(folder, tmp_path / "out") == 1
     message = capsys.readouterr().err
-    assert "2 faults" in message and "mute.png" in message and "gone.png" in message
+    assert "2 errors" in message and "mute.png" in message and "gone.png" in message
     assert "--on_bad_rows skip" in message
     assert not (tmp_path / "out").exists()
     assert convert(folder, tmp_path / "out", "--on_bad_rows", "skip") == 0

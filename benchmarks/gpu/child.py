@@ -93,13 +93,13 @@ def main():
     script, sys.argv = sys.argv[1], sys.argv[1:]
     sys.path[0] = str(Path(script).resolve().parent)
     watch = Watch()
-    for name in IMPORTS:
-        importlib.import_module(name)
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     register_optimizer_step_post_hook(watch.step)
     if setting("LOCK"):
+        for name in IMPORTS:
+            importlib.import_module(name)
         lock = open(setting("LOCK"), "w", encoding="utf-8")  # noqa: SIM115  # held until the process ends
         fcntl.flock(lock, fcntl.LOCK_EX)
     watch.ready = time.time()

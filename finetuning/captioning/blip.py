@@ -1,7 +1,5 @@
 """BLIP: completes the prompt as a caption, "a photograph of" ..."""
 
-from transformers import BlipForConditionalGeneration
-
 from finetuning.captioning.kinds import Kind
 
 
@@ -12,4 +10,4 @@ def encode(model, processor, images, prompt):
     return inputs, inputs.input_ids.shape[1] - 1 if prompt else 1  # it drops the prompt's end token
 
 
-KIND = Kind(BlipForConditionalGeneration, "Salesforce/blip-image-captioning-large", encode)
+KIND = Kind("BlipForConditionalGeneration", "Salesforce/blip-image-captioning-large", encode)

@@ -1,7 +1,5 @@
 """BLIP-2 and InstructBLIP: a language model that sees the image as some tokens before the prompt."""
 
-from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
-
 from finetuning.captioning.kinds import Kind
 
 
@@ -21,8 +19,8 @@ def prepare(model, processor):
         model.resize_token_embeddings(token + 1)
 
 
-BLIP2 = Kind(Blip2ForConditionalGeneration, "Salesforce/blip2-opt-2.7b", encode, prepare=prepare)
+BLIP2 = Kind("Blip2ForConditionalGeneration", "Salesforce/blip2-opt-2.7b", encode, prepare=prepare)
 INSTRUCTBLIP = Kind(
-    InstructBlipForConditionalGeneration, "Salesforce/instructblip-flan-t5-xl", encode,
+    "InstructBlipForConditionalGeneration", "Salesforce/instructblip-flan-t5-xl", encode,
     default_prompt="Write a short description for the image.", prepare=prepare,
 )  # fmt: skip

@@ -1,10 +1,11 @@
 """A captioner at work: images in, captions out."""
 
 import torch
-from transformers import AutoConfig, AutoProcessor, LogitsProcessor, TopPLogitsWarper
+import transformers
 
 from finetuning.captioning.kinds import GenerationArgs, Kind
-from finetuning.data.reading import Findings
+from finetuning.cli import first_few
+from finetuning.data.findings import Findings
 from finetuning.families.model_args import ModelError
 from finetuning.families.quiet import errors_only
 from finetuning.rng import torch_generator
@@ -29,8 +30,8 @@ class Captioner:
             tokens = self.model.generate(**inputs.to(self.device, self.dtype), **self._settings(names))
         tokens = tokens[:, before:]
         texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        if cut := self._cut_short(tokens, names):
-            self.findings.notes["captions as long as --max_length allows, so perhaps cut short"] += cut
+        for name in self._cut_short(tokens, names):
+            self.findings.warn("perhaps_cut", name)
         return [without_prompt(" ".join(text.split()), self.prompt) for text in texts]
 
     def _cut_short(self, tokens, names):
@@ -50,15 +51,16 @@ class Captioner:
         return settings | {"num_beams": 1, "logits_processor": [sampling]}
 
 
-class SeededNucleus(LogitsProcessor):
-    """Nucleus sampling that greedy search carries out, with draws of each image's own.
+class SeededNucleus:
+    """A logits processor: nucleus sampling that greedy search carries out, with draws of each image's own.
 
     The largest of log p + Gumbel noise is a draw from p (the Gumbel-max trick), so that the noise alone decides, and it
     comes from a generator for each row of the batch: what else is in the batch does not matter.
     """
 
     def __init__(self, top_p, temperature, generators):
-        self.nucleus, self.temperature, self.generators = TopPLogitsWarper(top_p), temperature, generators
+        self.nucleus = transformers.TopPLogitsWarper(top_p)
+        self.temperature, self.generators = temperature, generators
 
     def __call__(self, input_ids, scores):
         """Scores [batch, vocabulary] -> those of the nucleus with noise added, the others -inf."""
@@ -68,23 +70,28 @@ class SeededNucleus(LogitsProcessor):
 
 
 def open_model(model_class, name, device, dtype):
-    """(processor, model) of a folder or a Hub name, never from a pickle. Raises ModelError."""
+    """(processor, model) of a folder or a Hub name, never from a pickle. Raises ModelError.
+
+    model_class  its name in transformers
+    """
+    model_class = getattr(transformers, model_class)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         _check_kind(model_class, name, config)
         with errors_only():
-            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-            model, told = model_class.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+            processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
+            model, loading = model_class.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
     except ModelError:
         raise
     except Exception as error:  # on broken folders the libraries also raise AttributeError, TypeError, ...
         raise ModelError(
             f"{name} cannot be opened: {error}\n  name a folder or a Hub model in safetensors with --model"
         ) from error
-    if told["missing_keys"]:
-        some = ", ".join(sorted(told["missing_keys"])[:3])
+    if missing := sorted(loading["missing_keys"]):
         raise ModelError(
-            f"{name} lacks {len(told['missing_keys'])} of its weights ({some} ...): it is not whole, or kept for other "
+            f"{name} lacks {len(missing)} of its weights ({first_few(missing, 3)}): it is not whole, or kept for other "
             "code than transformers' own; name another with --model"
         )
     return processor, model.to(device).eval()

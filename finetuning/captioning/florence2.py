@@ -1,7 +1,5 @@
 """Florence-2: three lengths of caption, each asked for by a word of its own."""
 
-from transformers import Florence2ForConditionalGeneration
-
 from finetuning.captioning.kinds import Kind
 
 TASKS = ("<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>")
@@ -13,6 +11,6 @@ def encode(model, processor, images, prompt):
 
 
 KIND = Kind(
-    Florence2ForConditionalGeneration, "florence-community/Florence-2-large", encode,
+    "Florence2ForConditionalGeneration", "florence-community/Florence-2-large", encode,
     default_prompt="<DETAILED_CAPTION>", prompts=TASKS,
 )  # fmt: skip

@@ -11,15 +11,10 @@ from pathlib import Path, PureWindowsPath
 
 from finetuning.cli import flag
 from finetuning.data.captions import origin_column
-from finetuning.data.reading import (
-    METADATA_NAMES,
-    SPLIT_NAMES,
-    DatasetError,
-    Findings,
-    named_image,
-    read_folder,
-    read_records,
-)
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.folders import METADATA_NAMES, SPLIT_NAMES, split_folders
+from finetuning.data.reading import named_image, read_folder, read_records
+from finetuning.files import atomic_file
 
 GIVEN = "given"
 JOURNAL = ".captions.jsonl"
@@ -30,20 +25,18 @@ class FolderArgs:
     """What becomes of the folder"""
 
     caption_column: str = flag("text", "metadata key of the caption or list of captions; origins go into KEY_origin")
-    add: bool = flag(False, "caption every image, and keep the captions that it has")
+    add: bool = flag(False, "caption every image, and keep the captions that it has", conflicts="overwrite")
     overwrite: bool = flag(False, "caption every image, and drop the captions that it has, also those of people")
-    limit: int | None = flag(None, "caption only this many images, the first by name, to have a look")
+    limit: int | None = flag(
+        None, "caption only this many images, the first by name, to have a look", min=1, affects_result=False
+    )
     on_bad_rows: str = flag(
         "error", "images that cannot be read: all others are captioned, and the exit status is 1, or 0 with skip",
-        choices=("error", "skip"),
+        choices=("error", "skip"), affects_result=False,
     )  # fmt: skip
-    allow_outside_paths: bool = flag(False, "let links reach images outside the folder")
+    allow_outside_paths: bool = flag(False, "let links reach images outside the folder", affects_result=False)
 
     def problems(self):
-        if self.add and self.overwrite:
-            yield "--add keeps captions and --overwrite drops them: give one"
-        if self.limit is not None and self.limit < 1:
-            yield f"--limit {self.limit} must be at least 1"
         if self.caption_column in ("none", "file_name"):
             yield f"--caption_column {self.caption_column} cannot hold captions: name another key, such as text"
 
@@ -74,8 +67,8 @@ class CaptionedFolder:
         self._read_metadata(findings, unsafe)
         if not args.overwrite:
             self._find_sidecars(unsafe)
-        if unsafe.faults:
-            raise DatasetError(f"{root} holds captions that could be lost; mend this first (x):\n{unsafe.report()}")
+        if unsafe.errors:
+            raise DatasetError(f"{root} holds captions that could be lost; mend this first:\n{unsafe.report()}")
 
     def todo(self):
         """Entries that want a caption."""
@@ -85,7 +78,7 @@ class CaptionedFolder:
     def put(self, entry, text, origin):
         """Take a new caption and return True; or False, for an entry that has one, unless a flag says otherwise."""
         kept = [] if self.args.overwrite else entry.captions
-        if kept and (not self.args.add or text in [told for told, _ in kept]):
+        if kept and (not self.args.add or text in [caption for caption, _ in kept]):
             return False
         entry.captions = [*kept, (text, origin)]
         if not entry.rows:
@@ -98,7 +91,7 @@ class CaptionedFolder:
             for other in others:
                 other.clear()  # and it is not written
         else:
-            self._set(first, [*self._told(first), (text, origin)])
+            self._set(first, [*self._captions_of(first), (text, origin)])
         return True
 
     def write(self):
@@ -114,10 +107,9 @@ class CaptionedFolder:
             records = [record for record in records if record]
             if path.is_file() and [record for _, record in read_records(path, self.root, Findings())] == records:
                 continue
-            aside = path.with_name(f".{path.name}.part")
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character: as JSON escapes it
-            os.replace(aside, path)
+            with atomic_file(path) as temporary:  # half a character is written as JSON escapes it
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def _set(self, record, captions):
         texts, origins = map(list, zip(*captions, strict=True))
@@ -125,13 +117,14 @@ class CaptionedFolder:
         record[self.origin_column] = origins if len(origins) > 1 else origins[0]
 
     def _images(self, findings):
-        for split, names in SPLIT_NAMES.items():
-            base = next((self.root / name for name in names if (self.root / name).is_dir()), self.root)
+        bases = split_folders(self.root)
+        for split in SPLIT_NAMES:
+            base = bases.get(split, self.root)
             rows = read_folder(self.root, split, "image", "none", self.args.allow_outside_paths, findings) or []
             for row in rows:
                 name = row.image.relative_to(self.root).as_posix()
                 if any("\ud800" <= letter <= "\udfff" for letter in name):  # bytes that are no text, so no JSON either
-                    findings.faults["images whose name is not UTF-8 (rename them)"].append(ascii(name))
+                    findings.error("name_not_utf8", ascii(name))
                 else:
                     yield Entry(name, row.image, base / "metadata.jsonl")
 
@@ -140,28 +133,25 @@ class CaptionedFolder:
         by_path = {entry.image: entry for entry in self.entries}
         folders = {self.root, *(folder for path in by_path for folder in path.parents if self.root in folder.parents)}
         files = [folder / name for folder in sorted(folders) for name in METADATA_NAMES]
-        make_jsonl = f"first `prepare_dataset.py convert imagefolder {self.root} --output NEW`"
+        advice = f"first `prepare_dataset.py convert imagefolder {self.root} --output NEW`"
         for path in filter(Path.is_file, files):
             if path.suffix != ".jsonl":
-                unsafe.faults[f"metadata files of another kind than .jsonl ({make_jsonl})"].append(
-                    str(path.relative_to(self.root))
-                )
+                unsafe.error("other_metadata", path.relative_to(self.root), advice=advice)
                 continue
             self.documents[path] = []
             for where, record in read_records(path, self.root, unsafe):
                 self.documents[path].append(record)
                 name = named_image(record, "image") or ""
-                captions = self._told(record)
+                captions = self._captions_of(record)
                 if Path(name).is_absolute() or PureWindowsPath(name).is_absolute():
-                    unsafe.faults[f"rows with an absolute file name ({make_jsonl})"].append(where)
+                    unsafe.error("absolute_name", where, advice=advice)
                 elif captions is None:
-                    kind = f"rows whose {self.args.caption_column!r} is no text (name another key: --caption_column)"
-                    unsafe.faults[kind].append(where)
+                    unsafe.error("not_text", where, column=self.args.caption_column)
                 elif entry := self._entry_of(name, path, by_path):
                     entry.rows.append(record)
                     entry.captions += captions
                 else:
-                    findings.notes["metadata rows that name no image of this folder (kept as they are)"].append(where)
+                    findings.warn("foreign_row", where)
 
     def _entry_of(self, name, path, by_path):
         """Names count from the metadata's folder, or from a split's; as in training."""
@@ -169,7 +159,7 @@ class CaptionedFolder:
         places = (Path(os.path.normpath(folder / name)) for folder in (path.parent, *bases))
         return next((by_path[place] for place in places if place in by_path), None)
 
-    def _told(self, record):
+    def _captions_of(self, record):
         """[(caption, origin)] of a record; None where it holds something else."""
         texts = record.get(self.args.caption_column)
         texts = texts if isinstance(texts, list) else [texts]
@@ -182,11 +172,10 @@ class CaptionedFolder:
 
     def _find_sidecars(self, unsafe):
         waiting = [entry for entry in self.entries if not entry.captions]
-        found = [e.name for e in waiting if any(e.image.with_suffix(end).is_file() for end in (".txt", ".caption"))]
-        if found:
-            gather = f"`prepare_dataset.py convert sidecar {self.root} --output NEW`"
-            kind = f"images with a caption file beside them (gather these: {gather}, or leave them out: --overwrite)"
-            unsafe.faults[kind] = found
+        for entry in waiting:
+            if any(entry.image.with_suffix(end).is_file() for end in (".txt", ".caption")):
+                advice = f"`prepare_dataset.py convert sidecar {self.root} --output NEW`"
+                unsafe.error("caption_file_beside", entry.name, advice=advice)
 
 
 class Journal:
@@ -196,8 +185,8 @@ class Journal:
         """Raises DatasetError where the folder holds an interrupted captioning with other settings."""
         self.path, self.settings, self.file = Path(root) / JOURNAL, settings, None
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
-        started, *lines = [told for line in text.split("\n") if (told := _parsed(line))] or [settings]
-        self.done = {told["name"]: told["text"] for told in lines}
+        started, *lines = [found for line in text.split("\n") if (found := _parsed(line))] or [settings]
+        self.done = {line["name"]: line["text"] for line in lines}
         changed = [key for key, value in settings.items() if started.get(key) != value]
         if self.done and changed:
             raise DatasetError(

@@ -1,7 +1,6 @@
 """GIT: completes the prompt as a caption; small and fast."""
 
 import torch
-from transformers import GitForCausalLM
 
 from finetuning.captioning.kinds import Kind
 
@@ -14,4 +13,4 @@ def encode(model, processor, images, prompt):
     return inputs, 1 + len(words)
 
 
-KIND = Kind(GitForCausalLM, "microsoft/git-large-coco", encode)
+KIND = Kind("GitForCausalLM", "microsoft/git-large-coco", encode)

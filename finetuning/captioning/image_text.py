@@ -1,7 +1,5 @@
 """Any model that talks about images, by its chat template: Qwen-VL, SmolVLM, LLaVA (JoyCaption), InternVL ..."""
 
-from transformers import AutoModelForImageTextToText
-
 from finetuning.captioning.kinds import Kind
 from finetuning.families.model_args import ModelError
 
@@ -24,6 +22,6 @@ def encode(model, processor, images, prompt):
 
 
 KIND = Kind(
-    AutoModelForImageTextToText, "Qwen/Qwen2.5-VL-3B-Instruct", encode, num_beams=1,
+    "AutoModelForImageTextToText", "Qwen/Qwen2.5-VL-3B-Instruct", encode, num_beams=1,
     default_prompt="Describe this image in one sentence, beginning with its subject.",
 )  # fmt: skip

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import CLIPModel
 
-from finetuning.captioning.captioner import open_model
 from finetuning.cli import flag
 
 TERMS = Path(__file__).parent / "terms"
@@ -23,14 +21,14 @@ class InterrogatorArgs:
 
     clip_model: str = flag("openai/clip-vit-large-patch14", "CLIP that judges; this one is Stable Diffusion 1.x's own")
     terms: str | None = flag(None, "folder of your own term lists, .txt with a term a line (none: this project's)")
-    max_terms: int = flag(6, "most terms added to a caption; fewer where no more would fit the image better")
-    from_captions: bool = flag(False, "begin with the caption that an image has, in place of BLIP's")
+    max_terms: int = flag(6, "most terms added to a caption; fewer where no more would fit the image better", min=0)
+    from_captions: bool = flag(
+        False, "begin with the caption that an image has, in place of BLIP's", requires="captioner=clip-interrogator"
+    )
 
     def problems(self):
         if self.terms is not None and not read_terms(self.terms):
             yield f"--terms {self.terms} must be a folder with .txt files, a term a line"
-        if self.max_terms < 0:
-            yield f"--max_terms {self.max_terms} must not be negative"
 
 
 def read_terms(folder):
@@ -43,8 +41,10 @@ class Interrogator:
     """CLIP and the embedded terms. Opening it raises ModelError."""
 
     def __init__(self, args: InterrogatorArgs, device, dtype, shortlist=48):
+        from finetuning.captioning.captioner import open_model  # which loads transformers
+
         self.max_terms, self.shortlist, self.device, self.dtype = args.max_terms, shortlist, device, dtype
-        self.processor, self.model = open_model(CLIPModel, args.clip_model, device, dtype)
+        self.processor, self.model = open_model("CLIPModel", args.clip_model, device, dtype)
         self.longest = self.model.config.text_config.max_position_embeddings  # 77
         self.terms = read_terms(args.terms or TERMS)
         self.embedded = self.embed_texts(self.terms)

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
+import numpy as np
 import torch
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+from PIL import Image, ImageEnhance, ImageOps
 from tqdm.auto import tqdm
 
 from finetuning.cli import as_dict, flag
@@ -28,10 +28,10 @@ from finetuning.conversion.copying import (
     take_images,
     write_metadata,
 )
-from finetuning.conversion.writer import encoded
+from finetuning.conversion.writer import encoded, shortened
 from finetuning.data.captions import MirrorArgs, may_mirror, swap_sides
+from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.images import UnreadableImage, open_rgb
-from finetuning.data.reading import DatasetError, Findings
 from finetuning.files import write_json
 from finetuning.rng import python_random, torch_generator
 
@@ -46,13 +46,23 @@ class AugmentArgs(MirrorArgs, CopyArgs):
         ["flip", "brightness"], "one copy of each training image for each of these: flip, brightness, crop, rotate, "
         "noise, or several joined by + for one copy altered in all these ways",
     )  # fmt: skip
-    copies: int = flag(1, "how many copies of each kind, each drawn anew")
-    brightness: float = flag(0.3, "make copies brighter or darker by up to this share, and at least half of it")
-    crop: float = flag(0.1, "cut up to this share off height and width, and at least half of it, at a random place")
-    rotate: float = flag(5.0, "turn by up to so many degrees, and at least half of it; empty corners are cut off")
-    noise: float = flag(0.02, "add Gaussian noise of up to this deviation, and at least half of it (white is 1)")
+    copies: int = flag(1, "how many copies of each kind, each drawn anew", min=1)
+    brightness: float = flag(
+        0.3, "make copies brighter or darker by up to this share, and at least half of it", above=0, below=1
+    )
+    crop: float = flag(
+        0.1, "cut up to this share off height and width, and at least half of it, at a random place", above=0, below=1
+    )
+    rotate: float = flag(
+        5.0, "turn by up to so many degrees, and at least half of it; empty corners are cut off", above=0, below=45
+    )
+    noise: float = flag(
+        0.02, "add Gaussian noise of up to this deviation, and at least half of it (white is 1)", above=0, below=1
+    )
     seed: int = flag(0, "seed of the draws")
-    workers: int | None = flag(None, "threads that decode and encode (none: one for each core)")
+    workers: int | None = flag(
+        None, "threads that decode and encode (none: one for each core)", min=1, affects_result=False
+    )
 
     def problems(self):
         for kind in self.alter:
@@ -64,12 +74,6 @@ class AugmentArgs(MirrorArgs, CopyArgs):
                 yield f"--alter says {kind} twice: ask for more copies of a kind with --copies"
         if "flip" in self.alter and self.copies > 1:
             yield f"--copies {self.copies}: an image has one mirror image; join flip to another way, as flip+crop"
-        for name, limit in (("brightness", 1), ("crop", 1), ("rotate", 45), ("noise", 1)):
-            if not 0 < getattr(self, name) < limit:
-                yield f"--{name} {getattr(self, name)} must lie between 0 and {limit}; --alter says which ways are used"
-        for name in ("copies", "workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                yield f"--{name} {getattr(self, name)} must be at least 1"
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Copy:
 def augment(args: AugmentArgs, say=print):
     """Write the dataset with its copies; {split: how many images}.
 
-    Raises DatasetError with every fault that training would name, unless --on_bad_rows skip; nothing is written then.
+    Raises DatasetError with every error that training would name, unless --on_bad_rows skip; nothing is written then.
     """
     findings = Findings()
     splits = read_splits(args, findings)
@@ -135,19 +139,20 @@ def altered(image, copy: Copy, args: AugmentArgs):
 
 
 def _flip(image, _most, _seed, _place):
-    return F.hflip(image)
+    return ImageOps.mirror(image)
 
 
 def _brightness(image, most, seed, place):
     rng = python_random(seed, "augment brightness", *place)
-    return F.adjust_brightness(image, 1 + rng.choice((-1, 1)) * _amount(rng, most))
+    return ImageEnhance.Brightness(image).enhance(1 + rng.choice((-1, 1)) * _amount(rng, most))
 
 
 def _crop(image, most, seed, place):
     rng = python_random(seed, "augment crop", *place)
     share = 1 - _amount(rng, most)
     height, width = max(1, round(share * image.height)), max(1, round(share * image.width))
-    return F.crop(image, rng.randint(0, image.height - height), rng.randint(0, image.width - width), height, width)
+    top, left = rng.randint(0, image.height - height), rng.randint(0, image.width - width)
+    return image.crop((left, top, left + width, top + height))
 
 
 def _rotate(image, most, seed, place):
@@ -157,16 +162,18 @@ def _rotate(image, most, seed, place):
     cos, sin = math.cos(math.radians(angle)), abs(math.sin(math.radians(angle)))
     width, height = image.size
     share = min(width / (width * cos + height * sin), height / (width * sin + height * cos))
-    inside = [max(1, int(share * side) - 2) for side in (height, width)]
-    return F.center_crop(F.rotate(image, angle, InterpolationMode.BICUBIC), inside)
+    inside_width, inside_height = (max(1, int(share * side) - 2) for side in (width, height))
+    left, top = round((width - inside_width) / 2), round((height - inside_height) / 2)
+    turned = image.rotate(angle, Image.Resampling.BICUBIC)
+    return turned.crop((left, top, left + inside_width, top + inside_height))
 
 
 def _noise(image, most, seed, place):
     deviation = _amount(python_random(seed, "augment noise", *place), most)
-    values = F.pil_to_tensor(image).float()  # [3, height, width], 0..255
-    # v2's own gaussian_noise draws from torch's global generator, which the threads share.
+    values = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # [3, height, width], 0..255
     noise = torch.randn(values.shape, generator=torch_generator(seed, "augment noise values", *place))
-    return F.to_pil_image((values + 255 * deviation * noise).round().clamp(0, 255).to(torch.uint8))
+    noisy = (values + 255 * deviation * noise).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(noisy.permute(1, 2, 0).contiguous().numpy())
 
 
 def _amount(rng, most):
@@ -191,9 +198,8 @@ def _planned(rows, names, args, findings):
             plan[image] = [copy for copy in copies if not copy.is_mirrored]
         if len(plan[image]) < len(copies):
             unmirrored.append(name)
-    if unmirrored:
-        kind = "images that are not mirrored, as a caption says left or right (--flip_captions swap exchanges them)"
-        findings.notes[kind] = unmirrored
+    for name in unmirrored:
+        findings.warn("not_mirrored", name)
     there = {name.lower() for name in names.values()}
     taken = [copy.name for copies in plan.values() for copy in copies if copy.name.lower() in there]
     if taken:
@@ -207,7 +213,7 @@ def _planned(rows, names, args, findings):
 def _copy_name(name, kind, number):
     path = PurePosixPath(name)
     stem, ending = (path.stem, path.suffix) if path.suffix.lower() in WRITTEN else (path.name, ".png")
-    return str(path.with_name(f"{stem}~{kind}{number if number > 1 else ''}{ending}"))
+    return str(path.with_name(f"{shortened(stem)}~{kind}{number if number > 1 else ''}{ending}"))
 
 
 def _row_of_copy(copy, row, args):
@@ -224,15 +230,13 @@ def _write_all_copies(folder, splits, plan, args, findings):
         held_out = {one for of_split in digests.values() for one in of_split.values()}
         write = lambda image: _write_copies(image, plan[image], folder, held_out, args)
         made = _of_readable(pool, write, splits["train"], findings)
-    left_out = [copy.name for image in made for copy in plan[image] if copy not in made[image]]
-    if left_out:
-        kind = "copies that would show an image of validation or test, or just the original (left out)"
-        findings.notes[kind] = left_out
+    for copy in (copy for image in made for copy in plan[image] if copy not in made[image]):
+        findings.warn("copy_left_out", copy.name)
     return {"train": made, **digests}
 
 
 def _of_readable(pool, work, rows, findings):
-    """{image: work(image)} of the rows' images; those that cannot be read are faults."""
+    """{image: work(image)} of the rows' images; those that cannot be read are errors."""
 
     def tried(image):
         try:
@@ -245,7 +249,7 @@ def _of_readable(pool, work, rows, findings):
     results = {}
     for image, result in zip(origins, tries, strict=True):
         if isinstance(result, UnreadableImage):
-            findings.faults["images that cannot be read"].append(f"{origins[image]} ({result})")
+            findings.error("unreadable_image", origins[image], result)
         else:
             results[image] = result
     return results

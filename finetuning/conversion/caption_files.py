@@ -17,7 +17,7 @@ from finetuning.conversion.copying import (
     write_metadata,
 )
 from finetuning.data.captions import with_prefix
-from finetuning.data.reading import Findings
+from finetuning.data.findings import Findings
 from finetuning.data.rows import Rows
 
 
@@ -128,15 +128,15 @@ def _rewritten_rows(rows, args, changes, findings):
         before = row.captions[:1] if args.first else row.captions
         others = row.captions[len(before) :]
         if others:
-            findings.notes["rows of which only the first caption is kept"].append(row.origin)
+            findings.warn("first_caption_kept", row.origin)
         after = [rewritten(caption, args) for caption in before]
         for pair in zip(before, after, strict=True):
             changes.add(*pair)
         if not any(after):
-            findings.faults["rows of whose captions nothing is left"].append(row.origin)
+            findings.error("nothing_left", row.origin)
             continue
         if not all(after):
-            findings.notes["rows that lose a caption of which nothing is left"].append(row.origin)
+            findings.warn("caption_lost", row.origin)
         yield replace(row, captions=(*after, *("" for _ in others)))
 
 

@@ -14,7 +14,10 @@ from pathlib import Path
 from finetuning.cli import REQUIRED, flag
 from finetuning.conversion.writer import take_over
 from finetuning.data.captions import origin_column
-from finetuning.data.reading import METADATA_NAMES, SPLIT_NAMES, DatasetError, Findings, read_folder, read_records
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.folders import SPLIT_NAMES, split_meant
+from finetuning.data.reading import metadata_files, read_folder, read_records
+from finetuning.files import overlap
 
 
 @dataclass
@@ -34,8 +37,8 @@ class CopyArgs:
             yield f"PATH {self.path}: there is no such folder"
         if not self.output:
             return
-        output, source = Path(self.output).resolve(), Path(self.path).resolve()
-        if source == output or source in output.parents or output in source.parents:
+        output = Path(self.output)
+        if overlap(output, self.path):
             yield f"--output {self.output} and PATH lie inside one another: name a folder elsewhere"
         elif output.exists() and not (output.is_dir() and not any(output.iterdir())):
             yield f"--output {self.output} is already there: name a new folder"
@@ -49,15 +52,8 @@ def read_splits(args: CopyArgs, findings):
 
 
 def accept(splits, args: CopyArgs, findings, say):
-    """Say what is left out and noted. Raises DatasetError with all faults, as training does."""
-    report = findings.report()
-    if findings.faults and args.on_bad_rows == "error":
-        raise DatasetError(
-            f"{args.path} has {findings.count()} faults (x):\n{report}\n"
-            "  mend them, or leave those rows out with --on_bad_rows skip"
-        )
-    if report:
-        say(f"{args.path}, left out (x) and noted (-):\n{report}")
+    """Say what is left out and what is to be known. Raises DatasetError with all errors, as training does."""
+    findings.refuse(args.path, args.on_bad_rows, say)
     if not splits["train"]:
         raise DatasetError(f"{args.path}: no row is left to train on")
 
@@ -69,18 +65,18 @@ def new_folder(path):
     Raises DatasetError where the disk refuses.
     """
     path = Path(path).resolve()
-    aside = path.with_name(f".{path.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    temporary = path.with_name(f".{path.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
-        aside.mkdir(parents=True)
-        yield aside
+        temporary.mkdir(parents=True)
+        yield temporary
         if path.is_dir():
             path.rmdir()  # only an empty one can be
-        os.rename(aside, path)
+        os.rename(temporary, path)
     except OSError as error:
         raise DatasetError(f"{path} is not written: {error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def new_names(rows, split, args: CopyArgs):
@@ -102,7 +98,7 @@ def _inside(image, root, split):
     if root not in image.parents:
         return Path(image.name)
     parts = image.relative_to(root).parts
-    return Path(*(parts[1:] if parts[0] in SPLIT_NAMES[split] else parts))
+    return Path(*(parts[1:] if len(parts) > 1 and split_meant(parts[0]) == split else parts))
 
 
 def take_images(folder, names, args: CopyArgs):
@@ -126,33 +122,31 @@ def write_metadata(folder, entries, args: CopyArgs):
         # What is no UTF-8 (half a character, or a byte of a file name) is escaped: a valid escape in JSON too.
         with open(folder / split / "metadata.jsonl", "w", encoding="utf-8", errors="backslashreplace") as file:
             for name, row in sorted(pairs, key=lambda pair: pair[0]):
-                record = {"file_name": name, **_told(row, others.get(row.origin, {}), several, args.caption_column)}
+                record = {"file_name": name, **_said_of(row, others.get(row.origin, {}), several, args.caption_column)}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _told(row, others, several, column):
+def _said_of(row, others, several, column):
     """The captions of a row and its other columns; of captions that are left out the origins go too."""
     if column == "none":
         return others
     shape = lambda kept: kept if several else kept[0]
-    told = {column: shape([*filter(None, row.captions)]), **others}
-    origins = told.get(origin_column(column))
+    record = {column: shape([*filter(None, row.captions)]), **others}
+    origins = record.get(origin_column(column))
     if isinstance(origins, list):
         kept = [origin for origin, caption in zip(origins, row.captions, strict=False) if caption]
-        told[origin_column(column)] = shape(kept) if len(origins) == len(row.captions) else None
-    return told
+        record[origin_column(column)] = shape(kept) if len(origins) == len(row.captions) else None
+    return record
 
 
 def _other_columns(rows, args):
     """{origin of a row: what its metadata says besides file name and caption}, ready for JSON."""
-    root = Path(args.path)
+    root, wanted = Path(args.path), {row.origin for row in rows}
     ours = {"file_name", f"{args.image_column}_file_name", args.image_column, args.caption_column}
-    files = [Path(name) for name in dict.fromkeys(row.origin.rsplit(" ", 2)[0] for row in rows)]  # of "x.jsonl line 7"
     others = {
         where: {key: value for key, value in record.items() if key not in ours}
-        for file in files
-        if file.name in METADATA_NAMES
-        for where, record in read_records(root / file, root, Findings())
-        if record.keys() - ours
+        for file in metadata_files(root)
+        for where, record in read_records(file, root, Findings())
+        if where in wanted and record.keys() - ours
     }
     return json.loads(json.dumps(others, default=str))  # a parquet file may hold dates

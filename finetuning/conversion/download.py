@@ -1,11 +1,11 @@
 """Images that a source names by address: taken from a folder of the user's, or fetched into it, each once.
 
-What stands in the folder is whole: an image is written aside, decoded and renamed. So the same command goes on after
-an interruption. gone.jsonl in the folder keeps the addresses that hold no image any more; delete it to ask anew.
+What stands in the folder is whole: an image is written to a temporary file, decoded and renamed. So the same command
+goes on after an interruption. gone.jsonl in the folder keeps the addresses that hold no image any more; delete it to
+ask anew.
 """
 
 import json
-import math
 import os
 import re
 import threading
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-import httpx2
 from tqdm.auto import tqdm
 
 from finetuning.cli import flag
 from finetuning.conversion.writer import in_order
+from finetuning.data.findings import DatasetError
 from finetuning.data.images import UnreadableImage, open_rgb
-from finetuning.data.reading import DatasetError
+from finetuning.files import atomic_file, overlap
 
 HEADERS = {"User-Agent": "prepare_dataset.py (diffusers fine-tuning)", "Accept": "image/*"}
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
@@ -34,42 +34,43 @@ LONGEST_PAUSE = 120  # seconds; a site that asks for more is left in peace
 class DownloadArgs:
     """Images by address (unsplash, sbu)"""
 
-    images: str | None = flag(None, "folder of the images, by the names that the source gives them", metavar="DIR")
-    download: bool = flag(False, "fetch what is not in --images into it; it stays there for the next time")
-    download_rate: float = flag(10.0, "images asked for in a second, at most")
-    download_workers: int = flag(8, "threads that fetch")
-    download_tries: int = flag(4, "how often an image is asked for where the site or the network fails")
-    download_timeout: float = flag(60.0, "seconds that one try may take")
-    download_max_mb: float = flag(100.0, "larger files are not taken, in millions of bytes")
+    images: str | None = flag(
+        None, "folder of the images, by the names that the source gives them", metavar="DIR", affects_result=False
+    )
+    download: bool = flag(
+        False, "fetch what is not in --images into it; it stays there for the next time", requires="images",
+        affects_result=False,
+    )  # fmt: skip
+    download_rate: float = flag(10.0, "images asked for in a second, at most", above=0, affects_result=False)
+    download_workers: int = flag(8, "threads that fetch", min=1, affects_result=False)
+    download_tries: int = flag(
+        4, "how often an image is asked for where the site or the network fails", min=1, affects_result=False
+    )
+    download_timeout: float = flag(60.0, "seconds that one try may take", above=0, affects_result=False)
+    download_max_mb: float = flag(
+        100.0, "larger files are not taken, in millions of bytes", above=0, affects_result=False
+    )
 
     def problems(self):
-        if self.download and not self.images:
-            yield "--download needs --images DIR, the folder that keeps the images"
         if self.images and not self.download and not Path(self.images).is_dir():
             yield f"--images {self.images}: there is no such folder (--download makes it)"
         output = getattr(self, "output", None)
-        if self.images and output and Path(output).resolve() in (Path(self.images).resolve() / "x").parents:
-            yield f"--images {self.images} must not be inside --output {output}, which holds the new dataset alone"
-        for name in ("download_rate", "download_timeout", "download_max_mb"):
-            if not 0 < getattr(self, name) < math.inf:
-                yield f"--{name} {getattr(self, name)} must be above 0"
-        for name in ("download_workers", "download_tries"):
-            if getattr(self, name) < 1:
-                yield f"--{name} {getattr(self, name)} must be at least 1"
+        if self.images and output and overlap(self.images, output):
+            yield f"--images {self.images} and --output {output} lie one in the other: name folders apart"
 
 
 def arrived(items, args, findings):
     """Yield the sample of each (sample, url or None), in order, once its image stands at `sample.image`.
 
-    With --download those that do not stand are fetched. What cannot be had is a fault with its reason. Ends after
+    With --download those that do not stand are fetched. What cannot be had is an error with its reason. Ends after
     --limit samples. Raises DatasetError where the folder cannot be written or the site sends us away.
     """
     count = 0
     with closing(_fetched(items, args) if args.download else _standing(items)) as results:
         for sample, trouble in results:
             if trouble:
-                kind, reason = trouble
-                findings.faults[kind].append(f"{sample.origin} ({reason})")
+                code, reason = trouble
+                findings.error(code, sample.origin, reason)
                 continue
             yield sample
             count += 1
@@ -82,18 +83,16 @@ def place(folder, name):
     parts = Path(os.path.normpath(name)).parts
     if not parts or parts[0] in ("/", "//", "..") or not name.isprintable():  # surrogates and NUL are not
         return None
-    return None if any(len(part.encode()) > 240 for part in parts) else folder.joinpath(*parts)
+    return None if any(len(part.encode()) > 230 for part in parts) else folder.joinpath(*parts)
 
 
 def _standing(items):
-    kind = "rows whose image is not there (--images DIR says where to look, --download fetches)"
     for sample, _ in items:
-        yield sample, None if sample.image.is_file() else (kind, sample.image.name)
+        yield sample, None if sample.image.is_file() else ("image_not_here", sample.image.name)
 
 
 def _fetched(items, args):
     """(sample, trouble) in order; few images are under way at once."""
-    kind = "images that could not be fetched (the same command tries again)"
     journal = Path(args.images) / "gone.jsonl"
     fetcher, gone = Fetcher(args), _gone(journal)
 
@@ -117,7 +116,7 @@ def _fetched(items, args):
             if trouble and trouble.gone:
                 with open(journal, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"url": url, "reason": str(trouble)}) + "\n")
-            yield sample, trouble and (kind, f"{url}: {trouble}")
+            yield sample, trouble and ("not_fetched", f"{url}: {trouble}")
     finally:
         fetcher.stop.set()
         pool.shutdown()
@@ -170,6 +169,8 @@ class Fetcher:
     """Fetches images, for many threads at once. `stop` is an event that ends all of its waiting."""
 
     def __init__(self, args, clock=time.monotonic, sleep=None):
+        import httpx2  # a slow import that images of this disk do not need
+
         self.args, self.clock, self.stop = args, clock, threading.Event()
         self.sleep = sleep or self.stop.wait
         self.turns = Turns(args.download_rate, clock, self.sleep)
@@ -194,43 +195,42 @@ class Fetcher:
                     self.turns.pause(trouble.pause)
 
     def _try(self, url, target):
-        aside = target.with_name(f".{target.name}.part")
+        import httpx2
+
         try:
-            with self.client.stream("GET", url) as response:
-                self._check(response)
-                self._store(response, aside)
-            open_rgb(aside)
-            os.replace(aside, target)
+            with atomic_file(target) as temporary:
+                with self.client.stream("GET", url) as response:
+                    self._check(response)
+                    self._store(response, temporary)
+                open_rgb(temporary)
         except (httpx2.UnsupportedProtocol, httpx2.TooManyRedirects, httpx2.InvalidURL) as error:
             raise Unfetched(str(error)) from error
         except httpx2.RequestError as error:  # no answer, a broken connection, half an image
             raise Unfetched(f"{type(error).__name__}: {error}".rstrip(": "), another_try=True) from error
         except UnreadableImage as error:
             raise Unfetched("what came is not a whole image") from error
-        finally:
-            aside.unlink(missing_ok=True)
 
     def _check(self, response):
         status, pause = response.status_code, _retry_after(response)
-        said = f"HTTP {status} {response.reason_phrase}".rstrip()
+        answer = f"HTTP {status} {response.reason_phrase}".rstrip()
         if status in TRY_AGAIN and pause is not None and pause > LONGEST_PAUSE:
             raise DatasetError(
-                f"{response.url.host} asks to be left in peace for {pause:.0f} s ({said}): give the same command again "
-                "then; what has been fetched is kept"
+                f"{response.url.host} asks to be left in peace for {pause:.0f} s ({answer}): give the same command "
+                "again then; what has been fetched is kept"
             )
         if status in TRY_AGAIN:
-            raise Unfetched(said, another_try=True, pause=pause)
+            raise Unfetched(answer, another_try=True, pause=pause)
         if status != 200:
-            raise Unfetched(said, gone=status in GONE)
+            raise Unfetched(answer, gone=status in GONE)
         if Path(response.url.path).name.startswith("photo_unavailable"):
             raise Unfetched("Flickr shows its image for deleted photos", gone=True)
         kind = response.headers.get("Content-Type", "").split(";")[0]
         if kind.startswith("text/") or kind == "application/json":
             raise Unfetched(f"{kind} instead of an image")
 
-    def _store(self, response, aside):
+    def _store(self, response, temporary):
         limit, end, size = self.args.download_max_mb * 1e6, self.clock() + self.args.download_timeout, 0
-        with open(aside, "wb") as file:
+        with open(temporary, "wb") as file:
             for part in response.iter_bytes():
                 size += len(part)
                 if size > limit:
@@ -242,10 +242,10 @@ class Fetcher:
 
 def _retry_after(response):
     """Seconds that the site asks to wait, which it says in seconds or as a date; none where it does not say."""
-    said = response.headers.get("Retry-After", "").strip()
-    if said.isdecimal():
-        return float(said)
+    answer = response.headers.get("Retry-After", "").strip()
+    if answer.isdecimal():
+        return float(answer)
     try:
-        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(answer).timestamp() - time.time())
     except ValueError:
         return None

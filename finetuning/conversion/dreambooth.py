@@ -11,12 +11,12 @@ they are not read here. A subject has four to six images; all go to train/.
 
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 from finetuning.cli import flag
-from finetuning.data.images import EXTENSIONS
-from finetuning.data.reading import DatasetError
-from finetuning.data.samples import Sample, existing_folder, template_problems, walk
+from finetuning.conversion.templates import template_problems
+from finetuning.data.findings import DatasetError
+from finetuning.data.folders import existing_folder, is_image_name, walk
+from finetuning.data.samples import Sample
 
 CLASSES = "prompts_and_classes.txt"
 HEADER = "subject_name,class"
@@ -61,8 +61,7 @@ def read(path, args, findings):
             yield Sample(f"{name}/{inside}", image, captions, f"{name}/{inside}", "train")
     for names in named_so.values():
         if len(names) > 1:
-            kind = "groups of subjects with equal captions, which training blends (--subject, {subject} in the prompt)"
-            findings.notes[kind].append(", ".join(names))
+            findings.warn("equal_captions", ", ".join(names))
 
 
 def _subjects(root, args, findings):
@@ -70,14 +69,15 @@ def _subjects(root, args, findings):
     subjects, loose = defaultdict(dict), {}
     for folder, names in walk(root, args.allow_outside_paths, findings):
         for name in names:
-            if Path(name).suffix.lower() in EXTENSIONS:
+            if is_image_name(name):
                 subject, *inside = (folder / name).relative_to(root).parts
                 (subjects[subject] if inside else loose)["/".join(inside) or name] = folder / name
     if loose and not subjects:
         subjects[root.resolve().name] = loose
     elif loose:
-        findings.faults["images outside a subject's folder (make a folder for each subject)"] += list(loose)
-    if not subjects and not findings.faults:
+        for name in loose:
+            findings.error("outside_subjects", name)
+    if not subjects and not findings.errors:
         raise DatasetError(f"there are no images in {root} nor in folders below it")
     if subjects and (missing := [name for name in args.subject or [] if name not in subjects]):
         raise DatasetError(f"--subject {' '.join(missing)}: {root} has only {', '.join(subjects)}")

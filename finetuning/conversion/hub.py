@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.cli import flag
-from finetuning.data.checking import is_saved_dataset, load_splits
-from finetuning.data.reading import DatasetError, Findings, read_hub
-from finetuning.data.samples import SPLIT_OF, Cell, Sample
+from finetuning.data.checking import load_splits
+from finetuning.data.findings import DatasetError, Findings, counted
+from finetuning.data.folders import is_saved_dataset, split_meant
+from finetuning.data.reading import read_hub
+from finetuning.data.samples import Cell, Sample
 
 
 @dataclass
@@ -31,24 +33,16 @@ def read(path, args, findings):
     folders = [config.HF_DATASETS_CACHE, HF_HUB_CACHE, *([path] if Path(path).is_dir() else [])]
     folders = () if args.allow_outside_paths else tuple(Path(folder).resolve() for folder in folders)
     for split, dataset in splits.items():
-        meaning = SPLIT_OF.get(split)
+        meaning = split_meant(split)
         if len(splits) > 1 and not meaning:
-            kind = "splits whose names say neither train, validation nor test (name them so to have them taken)"
-            findings.faults[kind].append(f"{split}, {len(dataset)} rows")
+            findings.error("unknown_split", split, counted(len(dataset), "row"))
             continue
-        said = Findings()
-        rows = read_hub(dataset, args.image_column, args.caption_column, said)
-        _add(findings, said, split)
+        of_split = Findings()
+        rows = read_hub(dataset, args.image_column, args.caption_column, of_split)
+        findings.add(of_split, before=f"{split} ")  # rows are counted in each split from 0
         column = dataset.select_columns(args.image_column).cast_column(args.image_column, Image(decode=False))
         column = column[args.image_column]
         for row in rows:
             image = Cell(column, row.image, folders)
             where = f"{split} {row.origin}"
             yield Sample(f"{split}/{row.image:08}", image, row.captions, where, meaning if len(splits) > 1 else None)
-
-
-def _add(findings, said, split):
-    """Rows are counted in each split from 0, so examples need its name."""
-    for whole, part in ((findings.faults, said.faults), (findings.notes, said.notes)):
-        for kind, examples in part.items():
-            whole[kind] += [f"{split} {example}" for example in examples]

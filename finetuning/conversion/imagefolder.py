@@ -1,12 +1,23 @@
 """Any folder that training can read: metadata of all kinds, above or inside the splits, absolute names, links."""
 
 import os
+from dataclasses import dataclass
 from itertools import chain, groupby
-from pathlib import Path
 
-from finetuning.data.images import EXTENSIONS
-from finetuning.data.reading import SPLIT_NAMES, Findings, read_folder
-from finetuning.data.samples import BESIDE_SPLITS, Sample, existing_folder, split_folders, walk
+from finetuning.cli import flag
+from finetuning.conversion.splits import split_folders
+from finetuning.data.findings import Findings
+from finetuning.data.folders import SPLIT_NAMES, existing_folder, is_image_name, walk
+from finetuning.data.reading import read_folder
+from finetuning.data.samples import Sample
+
+
+@dataclass
+class ColumnArgs:
+    """Columns (imagefolder, hub)"""
+
+    image_column: str = flag("image", "metadata key or column of the image, besides file_name")
+    caption_column: str = flag("text", "metadata key or column of the caption or list of captions")
 
 
 def read(path, args, findings):
@@ -16,11 +27,12 @@ def read(path, args, findings):
     for training, unless train/ is there.
     """
     root = existing_folder(path)
-    folders = split_folders(root, [entry.name for entry in root.iterdir() if entry.is_dir()])
+    folders = split_folders(root)
     splits = set(folders.values())
     if folders and (beside := _beside(root, folders)):
         if "train" in splits:
-            findings.faults[BESIDE_SPLITS] += beside
+            for name in beside:
+                findings.error("beside_splits", name)
         splits.add("train")
     for split in [split for split in SPLIT_NAMES if split in splits] or ("train",):
         rows = read_folder(root, split, args.image_column, args.caption_column, args.allow_outside_paths, findings)
@@ -38,7 +50,7 @@ def _beside(root, folders):
         for folder, names in walk(root, True, Findings())
         if folder == root or folder.relative_to(root).parts[0] not in folders
         for name in names
-        if Path(name).suffix.lower() in EXTENSIONS
+        if is_image_name(name)
     ]
 
 

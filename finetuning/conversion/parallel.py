@@ -5,24 +5,19 @@ from pathlib import Path
 
 from finetuning.cli import flag
 from finetuning.conversion.sidecar import CAPTION_ENDINGS, captioned
+from finetuning.conversion.splits import place_in_split
+from finetuning.data import folders
+from finetuning.data.findings import DatasetError
+from finetuning.data.folders import existing_folder, split_meant, walk
 from finetuning.data.images import EXTENSIONS
-from finetuning.data.reading import DatasetError
-from finetuning.data.samples import (
-    SPLIT_OF,
-    CaptionFileArgs,
-    Sample,
-    existing_folder,
-    place_in_split,
-    split_folders,
-    walk,
-)
+from finetuning.data.samples import CaptionFileArgs, Sample
 
 
 @dataclass
 class ParallelArgs(CaptionFileArgs):
     """Parallel folders"""
 
-    images_folder: str = flag("images", "parallel: name of the folder with the images")
+    images_folder: str = flag("images", "parallel: name of the folder with the images", was=("pictures_folder",))
     captions_folder: str = flag("captions", "parallel: name of the folder with a text file for each")
 
     def problems(self):
@@ -31,12 +26,12 @@ class ParallelArgs(CaptionFileArgs):
 
 
 def read(path, args, findings):
-    """Each image with the caption file of its name; what lacks its other half is a fault, and named.
+    """Each image with the caption file of its name; what lacks its other half is an error.
 
     Splits are folders named train, validation, test (or the like) above the two folders, or first thing inside them.
     """
     root = existing_folder(path)
-    tops = [top for name in ("", *SPLIT_OF) if ((top := root / name) / args.images_folder).is_dir()]
+    tops = [top for top in (root, *folders.split_folders(root).values()) if (top / args.images_folder).is_dir()]
     missing = [str(root / args.images_folder)] if not tops else []
     missing += [str(folder) for top in tops if not (folder := top / args.captions_folder).is_dir()]
     if missing:
@@ -48,13 +43,22 @@ def read(path, args, findings):
         {str(inside): file for top in tops for inside, file in _files(top, name, endings, root, args, findings)}
         for name, endings in ((args.images_folder, EXTENSIONS), (args.captions_folder, CAPTION_ENDINGS))
     )
-    if not images and not findings.faults:
+    if not images and not findings.errors:
         raise DatasetError(f"there are no images in {', '.join(str(top / args.images_folder) for top in tops)}")
-    splits = split_folders(root, {Path(name).parts[0] for name in images})
+    splits = _splits(root, {Path(name).parts[0] for name in images})
     for name, captions in captioned(images, texts, root, args, findings):
         split, below = place_in_split(Path(name), splits, findings)
         if below:
             yield Sample(str(below), images[name], captions, str(images[name].relative_to(root)), split)
+
+
+def _splits(root, names):
+    """{name: split} of those names of folders that mean a split. Raises DatasetError for two of one."""
+    found = {name: split for name in sorted(names) if (split := split_meant(name))}
+    for split in found.values():
+        if len(same := [name for name in found if found[name] == split]) > 1:
+            raise DatasetError(f"{root} has several folders for one split: {' and '.join(same)}: put them into one")
+    return found
 
 
 def _files(top, name, endings, root, args, findings):

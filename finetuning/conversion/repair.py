@@ -1,6 +1,6 @@
 """`prepare_dataset.py check`: the audit as text and page, and the corrected copy that --fix writes.
 
-NEW_DIR/ is what conversion/writing.py describes, and fixes.jsonl: a line for everything that is not as it was.
+NEW_DIR/ is what conversion/writer.py describes, and fixes.jsonl: a line for everything that is not as it was.
 """
 
 from collections import Counter, defaultdict
@@ -10,11 +10,13 @@ from pathlib import Path
 from PIL import Image
 
 from finetuning.conversion import imagefolder
-from finetuning.conversion.audit import NEAR_LEAK, SAME_LEAK, SAME_TWICE, AuditArgs, examine, is_tiny, report, tidy
+from finetuning.conversion.audit import CONCERNS, AuditArgs, examine, is_tiny
 from finetuning.conversion.audit_page import write_page
-from finetuning.conversion.writer import ENDINGS, ORIENTATION, SPLITS, WritingArgs, write_dataset, write_lines
-from finetuning.data.reading import DatasetError, Findings
-from finetuning.data.samples import BESIDE_SPLITS
+from finetuning.conversion.audit_report import report
+from finetuning.conversion.caption_text import tidy
+from finetuning.conversion.writer import ENDINGS, SPLITS, WritingArgs, write_dataset, write_lines
+from finetuning.data.findings import PROBLEMS, DatasetError, Findings
+from finetuning.data.images import has_other_colours, orientation
 
 
 def audit(args: AuditArgs, say=print):
@@ -25,11 +27,11 @@ def audit(args: AuditArgs, say=print):
         write_page(found, args.html)
         say(f"\n{args.html}: the same with images")
     if args.fix:
-        mend(found, say)
+        repair(found, say)
     return 0 if found.accepted else 1
 
 
-def mend(found, say=print):
+def repair(found, say=print):
     """Write the corrected copy of an examined folder; {split: how many}. Raises DatasetError.
 
     Left out are rows that training would refuse, tiny images, copies within a split, and, of copies in several
@@ -38,7 +40,7 @@ def mend(found, say=print):
     folder = Path(found.args.fix)
     if found.refusal:
         raise DatasetError(f"--fix {folder}: nothing is written before PATH can be read: {found.refusal}")
-    fixes = _faults(found)
+    fixes = _left_out(found)
     samples = list(_samples(found, fixes))
     if not samples:
         raise DatasetError(f"--fix {folder}: nothing of {found.path} is left")
@@ -46,20 +48,22 @@ def mend(found, say=print):
     counts = write_dataset(samples, how, total=len(samples), say=say)
     write_lines(folder / "fixes.jsonl", fixes)
     kinds = Counter(fix["change"] for fix in fixes)
-    told = ", ".join(f"{count} {change}" for change, count in kinds.items()) or "nothing had to be changed"
-    say(f"{folder / 'fixes.jsonl'}: {told}")
+    changes = ", ".join(f"{count} {change}" for change, count in kinds.items()) or "nothing had to be changed"
+    say(f"{folder / 'fixes.jsonl'}: {changes}")
     return counts
 
 
-def _faults(found):
+def _left_out(found):
     """What is not in the copy because it could not be read, and names that were absolute."""
     fixes = []
     for findings in (found.findings, found.test_findings):
-        for kind, examples in findings.faults.items():
-            fixes += [{"change": "left out", "why": kind, "where": example} for example in examples]
-        for kind, examples in findings.notes.items():
-            if kind.startswith("absolute file names"):
-                fixes += [{"change": "name made relative", "why": kind, "where": name} for name in examples]
+        for level, code, sentence, _, examples in findings.kinds():
+            change = "left out" if level == "error" else "name made relative" if code == "moved" else None
+            fixes += [
+                {"change": change, "code": code, "why": sentence, "where": one.where, "reason": one.reason}
+                for one in examples
+                if change
+            ]
     return fixes
 
 
@@ -72,7 +76,7 @@ def _samples(found, fixes):
         split = sample.split or "train"
         one = of_place.get((split, sample.image))
         if one is None:
-            continue  # among the faults
+            continue  # among the errors
         about = {"where": one.origin, "image": found.shown(one)}
         tidied = one.captions
         if found.args.caption_column != "none":
@@ -85,38 +89,43 @@ def _samples(found, fixes):
             fixes.append({"change": "caption written tidily", **about, "before": one.captions, "after": tidied})
         fixes += [{"change": change, **about} for change in _rewritten(one.image)]
         yield replace(sample, captions=tidied, split=split)
-    fixes += [{"change": "left out", "why": BESIDE_SPLITS, "where": name} for name in findings.faults[BESIDE_SPLITS]]
+    why = PROBLEMS["beside_splits"][0]
+    fixes += [{"change": "left out", "why": why, "where": one.where} for one in findings.errors["beside_splits"]]
 
 
 def _unwanted(found):
     """{(split, image): why it is left out}."""
-    groups = defaultdict(list, {concern.kind: concern.groups for concern in found.concerns})
+    groups = defaultdict(list, {concern.code: concern.groups for concern in found.concerns})
     out = {
         (one.split, one.image): f"tiny: {one.measures.width} x {one.measures.height}"
         for one in found.seen
         if is_tiny(one.measures, found.args)
     }
-    for group in groups[SAME_TWICE]:
+    for group in groups["same_twice"]:
         first = {}
         for one in group:
             kept = first.setdefault(one.split, one)
             if kept is not one:
                 out.setdefault((one.split, one.image), f"the same image as {found.shown(kept)}")
-    for kind in (SAME_LEAK, NEAR_LEAK):
-        for group in groups[kind]:
+    for code in ("same_leak", "near_leak"):
+        for group in groups[code]:
             rest = [one for one in group if (one.split, one.image) not in out]
             kept = max(rest, key=lambda one: SPLITS.index(one.split), default=None)
             for one in rest:
                 if one.split != kept.split:
-                    out[one.split, one.image] = f"{kind}: {found.shown(kept)}"
+                    out[one.split, one.image] = f"{CONCERNS[code][0]}: {found.shown(kept)}"
     return out
 
 
 def _rewritten(path):
     """In words, how the written image differs from its file."""
     with Image.open(path) as image:
-        if image.getexif().get(ORIENTATION, 1) != 1:
+        if orientation(image) is None:
+            yield "EXIF that cannot be read dropped"
+        elif orientation(image) != 1:
             yield "turned upright as its EXIF says"
+        if has_other_colours(image):
+            yield "colours brought to sRGB"
         if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
             yield f"first of {frames} frames kept"
         if image.mode not in ("RGB", "L") or "transparency" in image.info:

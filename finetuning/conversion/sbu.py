@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetuning.conversion.download import arrived, place
-from finetuning.data.images import EXTENSIONS
-from finetuning.data.reading import DatasetError
-from finetuning.data.samples import Sample, walk
+from finetuning.data.findings import DatasetError
+from finetuning.data.folders import is_image_name, walk
+from finetuning.data.samples import Sample
 
 URLS, CAPTIONS = "SBU_captioned_photo_dataset_urls.txt", "SBU_captioned_photo_dataset_captions.txt"
 JSON_NAMES = ("sbu-captions-all.json", "sbu.json")
@@ -66,7 +66,7 @@ def _line_pairs(urls, findings):
         try:
             yield where, url.decode(), caption.decode(), None
         except UnicodeDecodeError:
-            findings.faults["lines that are not UTF-8"].append(where)
+            findings.error("lines_not_utf8", where)
 
 
 def _lines(path):
@@ -108,14 +108,14 @@ def _photos(rows, findings):
     for where, url, caption, name in rows:
         url, caption, name = (value.strip() if isinstance(value, str) else "" for value in (url, caption, name))
         if not (url or name):
-            findings.faults["rows without an address"].append(where)
+            findings.error("no_address", where)
             continue
         if not caption:
-            findings.faults["rows with an empty caption"].append(where)
+            findings.error("no_caption", where)
             continue
         photo = photos.setdefault(url or name, _Photo(url or None, name or file_name(url), where))
         if photo.captions:
-            findings.notes["addresses of more than one row (one image, all its captions)"].append(where)
+            findings.warn("address_twice", where)
         if caption not in photo.captions:
             photo.captions.append(caption)
     return list(photos.values())
@@ -132,10 +132,9 @@ def _placed(photos, images, args, findings):
             name = _distinct(photo)
         image = place(images, name)
         if image is None:
-            findings.faults["rows whose image would be outside the folder"].append(f"{photo.where} ({name})")
+            findings.error("outside", photo.where, name)
         elif name != photo.name and not args.download and not image.is_file() and (images / photo.name).is_file():
-            kind = "images whose name fits several addresses (--download fetches each by a name of its own)"
-            findings.faults[kind].append(f"{photo.where} ({photo.name})")
+            findings.error("ambiguous_address", photo.where, photo.name)
         else:
             yield Sample(name, image, tuple(photo.captions), photo.where), photo.url
 
@@ -144,7 +143,7 @@ def file_name(url):
     """The last part of an address, fit for a file: "http://host/2723/43850_b0f29.jpg?zz=1" -> "43850_b0f29.jpg"."""
     last = re.split(r"[?#]", url)[0].rsplit("/", 1)[-1]
     last = re.sub(r"[^\w.~-]", "_", last, flags=re.ASCII).lstrip(".")
-    ending = Path(last).suffix if Path(last).suffix.lower() in EXTENSIONS else ""
+    ending = Path(last).suffix if is_image_name(last) else ""
     stem = last.removesuffix(ending)
     return f"{stem if 0 < len(stem) <= 150 else _hash(url)}{ending or '.jpg'}"
 
@@ -167,7 +166,7 @@ def _shards(root, args, findings):
         shards += 1
         files = defaultdict(dict)
         for file in (folder / name for name in names):
-            kind = "image" if file.suffix.lower() in EXTENSIONS else file.suffix
+            kind = "image" if is_image_name(file) else file.suffix
             if kind in ("image", ".json", ".txt"):
                 files[file.stem][kind] = file
         for key, parts in files.items():
@@ -177,7 +176,7 @@ def _shards(root, args, findings):
                 count += 1
                 if count == args.limit:
                     return
-    if not shards and not findings.faults:
+    if not shards and not findings.errors:
         raise DatasetError(
             f"{root} holds none of what SBU comes as: {URLS} with {CAPTIONS}, {' or '.join(JSON_NAMES)}, or folders "
             "00000, 00001, ... of img2dataset (its .tar files are read by `convert webdataset`)"
@@ -185,23 +184,22 @@ def _shards(root, args, findings):
 
 
 def _shard_caption(where, parts, findings):
-    """The caption of an image that was fetched; none, with a fault, where one is lacking."""
+    """The caption of an image that was fetched; none, with an error, where one is lacking."""
     try:
         record = json.loads(parts[".json"].read_text(encoding="utf-8")) if ".json" in parts else {}
         text = parts[".txt"].read_text(encoding="utf-8") if ".txt" in parts else ""
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
     except ValueError as error:
-        findings.faults["captions of img2dataset that cannot be read"].append(f"{where} ({error})")
+        findings.error("bad_fetched_caption", where, error)
         return None
     if (status := record.get("status", "success")) != "success":
-        reason = record.get("error_message") or status
-        findings.faults["images that img2dataset could not fetch"].append(f"{where} ({reason})")
+        findings.error("not_fetched_before", where, record.get("error_message") or status)
         return None
     if "image" not in parts:
-        findings.faults["captions of img2dataset without an image"].append(where)
+        findings.error("fetched_caption_alone", where)
         return None
     caption = str(record.get("caption") or text).strip()
     if not caption:
-        findings.faults["images of img2dataset without a caption"].append(where)
+        findings.error("fetched_without_caption", where)
     return caption or None

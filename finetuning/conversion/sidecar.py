@@ -5,17 +5,11 @@ import re
 from dataclasses import dataclass
 
 from finetuning.cli import flag
+from finetuning.conversion.splits import place_in_split, split_folders
+from finetuning.data.findings import DatasetError
+from finetuning.data.folders import existing_folder, walk
 from finetuning.data.images import EXTENSIONS
-from finetuning.data.reading import DatasetError
-from finetuning.data.samples import (
-    CaptionFileArgs,
-    Sample,
-    caption_lines,
-    existing_folder,
-    place_in_split,
-    split_folders,
-    walk,
-)
+from finetuning.data.samples import CaptionFileArgs, Sample, caption_lines
 
 CAPTION_ENDINGS = (".caption", ".txt")  # the one that counts first
 
@@ -30,18 +24,17 @@ class SidecarArgs(CaptionFileArgs):
 
 
 def read(path, args, findings):
-    """Each image with its caption file; what lacks its other half is a fault, and named.
+    """Each image with its caption file; what lacks its other half is an error.
 
     Folders named train, validation, test (or the like) at the top are splits.
     """
     root = existing_folder(path)
-    splits = split_folders(root, [entry.name for entry in root.iterdir() if entry.is_dir()])
+    splits = split_folders(root)
     found = False
     for folder, names in walk(root, args.allow_outside_paths, findings):
         kohya = re.fullmatch(r"(\d+)_(.+)", folder.name)
         if kohya and int(kohya[1]) > 1:
-            kind = "folders that kohya repeats N times an epoch (here every image counts once)"
-            findings.notes[kind].append(str(folder.relative_to(root)))
+            findings.warn("repeats", folder.relative_to(root))
         images, texts = (
             {name: folder / name for name in names if os.path.splitext(name)[1].lower() in endings}
             for endings in (EXTENSIONS, CAPTION_ENDINGS)
@@ -53,12 +46,12 @@ def read(path, args, findings):
             if below:
                 found = True
                 yield Sample(str(below), images[name], captions, str(inside), split)
-    if not found and not findings.faults:
+    if not found and not findings.errors:
         raise DatasetError(f"there are no images in {root}")
 
 
 def captioned(images, texts, root, args, findings, instead=()):
-    """Yield (name, captions) of each image that has some; what lacks its other half is a fault, and named.
+    """Yield (name, captions) of each image that has some; what lacks its other half is an error.
 
     `images` and `texts` are {name: file}. A caption file's name is that of its image, with or without the
     image's ending: 1.txt or 1.jpg.txt. `instead`: the captions of images without a file.
@@ -70,27 +63,27 @@ def captioned(images, texts, root, args, findings, instead=()):
     for name, image in images.items():
         files = of_image.get(os.path.splitext(name)[0], []) + of_image.get(name, [])
         if files and files[0] in used:
-            findings.notes["images of one name in different formats, which share a caption file"].append(shown(image))
+            findings.warn("shared_caption_file", shown(image))
         for file in files[1:]:
             if file not in used:
-                findings.notes["second caption files of an image, which are not read"].append(shown(file))
+                findings.warn("second_caption_file", shown(file))
         used.update(files)
         captions = _captions(files[0], shown(files[0]), args, findings) if files else instead
         if captions:
             yield name, captions
         elif captions is not None:
-            findings.faults["images without a caption file, or with an empty one"].append(shown(image))
+            findings.error("no_caption_file", shown(image))
     for file in texts.values():
         if file not in used:
-            findings.faults["caption files without an image"].append(shown(file))
+            findings.error("caption_file_alone", shown(file))
 
 
 def _captions(file, shown, args, findings):
-    """None where the file cannot be read, which is a fault of its own."""
+    """None where the file cannot be read, which is an error of its own."""
     try:
-        return caption_lines(file.read_bytes(), args.caption_lines)
+        return caption_lines(file.read_bytes(), args.caption_lines, shown, findings)
     except UnicodeDecodeError:
-        findings.faults["caption files that are not UTF-8 (save them again as UTF-8)"].append(shown)
+        findings.error("caption_not_utf8", shown)
     except OSError as error:
-        findings.faults["caption files that cannot be read"].append(f"{shown} ({error.strerror})")
+        findings.error("unreadable_caption_file", shown, error.strerror)
     return None

@@ -15,7 +15,8 @@ from finetuning.conversion import (
     webdataset,
 )
 from finetuning.conversion.download import DownloadArgs
-from finetuning.data.samples import ColumnArgs
+from finetuning.conversion.imagefolder import ColumnArgs
+from finetuning.data.tars import WebDatasetArgs
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,6 @@ SOURCES = {
     "sbu": Source(sbu.read, (DownloadArgs,)),
     "stanford-dogs": Source(stanford_dogs.read, (stanford_dogs.StanfordDogsArgs,)),
     "dreambooth": Source(dreambooth.read, (dreambooth.DreamBoothArgs,)),
-    "webdataset": Source(webdataset.read, (webdataset.WebDatasetArgs,)),
+    "webdataset": Source(webdataset.read, (WebDatasetArgs,)),
     "hub": Source(hub.read, (hub.HubArgs, ColumnArgs)),
 }

@@ -13,12 +13,13 @@ from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
 import numpy as np
-from scipy.io import loadmat
 
 from finetuning.cli import flag
-from finetuning.data.images import EXTENSIONS
-from finetuning.data.reading import DatasetError
-from finetuning.data.samples import Sample, existing_folder, members, template_problems, walk
+from finetuning.conversion.templates import template_problems
+from finetuning.data.findings import DatasetError
+from finetuning.data.folders import existing_folder, is_image_name, walk
+from finetuning.data.samples import Sample
+from finetuning.data.tars import members
 
 LISTS = {"train": "train_list.mat", "test": "test_list.mat"}
 TEMPLATE_WORDS = ("name", "a_name")
@@ -42,8 +43,8 @@ class StanfordDogsArgs:
 def read(path, args, findings):
     """Each image with its breed for a caption, by folder and file name."""
     files = _files(existing_folder(path), args, findings)
-    images = {name: file for name, file in files.items() if name.suffix.lower() in EXTENSIONS}
-    if not images and not findings.faults:
+    images = {name: file for name, file in files.items() if is_image_name(name)}
+    if not images and not findings.errors:
         raise DatasetError(
             f"{path} has neither folders such as Images/n02085620-Chihuahua with images nor images.tar: "
             "name the folder that holds them"
@@ -51,7 +52,7 @@ def read(path, args, findings):
     splits = _splits(path, files, images, findings) if args.use_lists else {}
     for name, image in sorted(images.items()):
         if splits and name not in splits:
-            findings.faults["images in neither list (--no-use_lists splits by content)"].append(str(name))
+            findings.error("in_no_list", name)
             continue
         box = None
         if args.crop_to_dogs and not (box := _box(name, files, findings)):
@@ -74,7 +75,7 @@ def _files(root, args, findings):
             continue
         short = PurePosixPath(*parts[-2:] if in_breed else parts[-1:])
         if short in files:
-            findings.notes["files that are there twice (unpacked ones come before tars)"].append(str(short))
+            findings.warn("there_twice", short)
         files.setdefault(short, file)
     return files
 
@@ -90,6 +91,8 @@ def _splits(path, files, images, findings):
         return {}
     if missing:
         raise DatasetError(f"{path} has no {missing[0]}: add it, or split by content with --no-use_lists")
+    from scipy.io import loadmat  # a slow import that other sources do not need
+
     splits = {}
     for split, name in LISTS.items():
         try:
@@ -99,16 +102,16 @@ def _splits(path, files, images, findings):
             raise DatasetError(f"{path}: {name} is no list of Stanford Dogs ({error})") from error
         for entry in listed:
             if splits.setdefault(entry, split) != split:
-                findings.faults["images in both lists"].append(str(entry))
+                findings.error("in_both_lists", entry)
             if entry not in images:
-                findings.faults["listed images that are not there"].append(f"{name}: {entry}")
+                findings.error("listed_not_there", f"{name}: {entry}")
     return splits
 
 
 def _box(name, files, findings):
-    """(left, top, right, bottom) around all dogs of an image; None, and a fault, where the annotation has none."""
+    """(left, top, right, bottom) around all dogs of an image; None, and an error, where the annotation has none."""
     if name.with_suffix("") not in files:
-        findings.faults["images without an annotation (needed for --crop_to_dogs)"].append(str(name))
+        findings.error("no_annotation", name)
         return None
     try:
         tree = ElementTree.fromstring(_content(files[name.with_suffix("")]))
@@ -116,13 +119,13 @@ def _box(name, files, findings):
         boxes = [[int(box.findtext(edge)) for edge in ("xmin", "ymin", "xmax", "ymax")] for box in tree.iter("bndbox")]
         left, top, right, bottom = zip(*boxes, strict=True)
     except (ElementTree.ParseError, TypeError, ValueError) as error:
-        findings.faults["annotations that cannot be read"].append(f"{name.with_suffix('')} ({error})")
+        findings.error("bad_annotation", name.with_suffix(""), error)
         return None
     if len(boxes) > 1:
-        findings.notes["images of several dogs (cut to the box around all of them)"].append(str(name))
+        findings.warn("several_dogs", name)
     around = (max(min(left), 0), max(min(top), 0), min(max(right), width), min(max(bottom), height))
     if around[0] >= around[2] or around[1] >= around[3]:
-        findings.faults["boxes with nothing of the image in them"].append(f"{name} {around}")
+        findings.error("empty_box", name, around)
         return None
     return around
 

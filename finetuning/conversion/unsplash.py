@@ -14,9 +14,9 @@ from urllib.parse import parse_qsl, urlencode
 
 from finetuning.cli import flag
 from finetuning.conversion.download import arrived, place
-from finetuning.data.images import EXTENSIONS
-from finetuning.data.reading import DatasetError, Findings
-from finetuning.data.samples import Sample, existing_folder, walk
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.folders import existing_folder, is_image_name, walk
+from finetuning.data.samples import Sample
 
 COLUMNS = {"description": "photo_description", "ai_description": "ai_description"}
 MANIFEST_KEYS = {"description": "description", "ai_description": "alt_description", "query": "query"}
@@ -33,21 +33,19 @@ class UnsplashArgs:
         "search; none leaves an empty text, for caption_images.py to fill",
         choices=("ai_description", "description", "keywords", "query", "none"),
     )  # fmt: skip
-    keyword_confidence: float = flag(50.0, "keywords that an AI gave with less are left out, 0 to 100; a person's stay")
-    keyword_count: int = flag(10, "at most so many keywords for a photo, the surest first")
-    download_side: int = flag(1024, "fetch photos of the tables with this shorter side, in pixels (0: as they are)")
+    keyword_confidence: float = flag(
+        50.0, "keywords that an AI gave with less are left out; a person's stay", min=0, max=100
+    )
+    keyword_count: int = flag(10, "at most so many keywords for a photo, the surest first", min=1)
+    download_side: int = flag(
+        1024, "fetch photos of the tables with this shorter side, in pixels (0: as they are)", min=0
+    )
 
     def problems(self):
         if not self.caption_from:
             yield "--caption_from needs a value"
         if "none" in self.caption_from[:-1]:
             yield "--caption_from: what follows none is never used, so none stands last"
-        if not 0 <= self.keyword_confidence <= 100:
-            yield f"--keyword_confidence {self.keyword_confidence} must be from 0 to 100"
-        if self.keyword_count < 1:
-            yield f"--keyword_count {self.keyword_count} must be at least 1"
-        if self.download_side < 0:
-            yield f"--download_side {self.download_side} must be at least 0"
 
 
 def read(path, args, findings):
@@ -74,10 +72,10 @@ def _tables(root, args, findings):
     for where, row in _rows(root, "photos", columns, findings):
         photo = row["photo_id"]
         if not PHOTO_ID.fullmatch(photo):
-            findings.faults["rows without a usable photo_id"].append(where)
+            findings.error("no_photo_id", where)
             continue
         if photo in seen:
-            findings.notes["photos listed again (the first row counts)"].append(f"{where} ({photo})")
+            findings.warn("listed_twice", where, photo)
             continue
         seen.add(photo)
         texts = {kind: row.get(column) for kind, column in COLUMNS.items()} | {"keywords": keywords.get(photo)}
@@ -98,13 +96,13 @@ def _manifest(path, args, findings):
         name = str(record.get("file_name") or f"{photo}.jpg")
         image = place(images, name)
         if not photo or image is None:
-            findings.faults["records without an id, or with a file_name outside the folder"].append(f"{where} ({name})")
+            findings.error("bad_record", where, name)
             continue
         if photo in seen:
-            findings.notes["photos listed again (the first record counts)"].append(f"{where} ({photo})")
+            findings.warn("listed_twice", where, photo)
             continue
         if image in files:
-            findings.faults["records whose file_name belongs to an earlier one"].append(f"{where} ({name})")
+            findings.error("shared_file_name", where, name)
             continue
         seen.add(photo)
         files.add(image)
@@ -124,13 +122,12 @@ def _json_records(path):
 
 
 def _captions(texts, where, photo, args, findings):
-    """The first text that there is, on one line; () and a fault where there is none."""
+    """The first text that there is, on one line; () and an error where there is none."""
     for kind in args.caption_from:
         text = " ".join(str(texts.get(kind) or "").split())
         if text or kind == "none":
             return (text,)
-    kind = f"photos without {' or '.join(args.caption_from)} (add another to --caption_from, the last may be none)"
-    findings.faults[kind].append(f"{where} ({photo})")
+    findings.error("no_text", where, photo, wanted=" or ".join(args.caption_from))
     return ()
 
 
@@ -182,7 +179,7 @@ def _records(reader, shard, columns, findings):
     for row in reader:
         where = f"{shard.name} line {reader.line_num}"
         if None in row or None in row.values():
-            findings.faults["rows with more or fewer fields than columns"].append(where)
+            findings.error("wrong_fields", where)
         else:
             yield where, row
 
@@ -191,7 +188,7 @@ def _standing(images):
     """{photo_id: image} of the folder and those in it, however they were fetched."""
     standing = {}
     for folder, names in walk(images, True, Findings()):
-        for path in (folder / name for name in names if Path(name).suffix.lower() in EXTENSIONS):
+        for path in (folder / name for name in names if is_image_name(name)):
             website = WEBSITE_NAME.fullmatch(path.stem)
             standing.setdefault(website["id"] if website else path.stem, path)
     return standing

@@ -29,19 +29,25 @@ import xxhash
 from PIL import Image
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, as_dict, flag
-from finetuning.data.images import EXTENSIONS, UnreadableImage
-from finetuning.data.reading import DatasetError
+from finetuning.cli import REQUIRED, as_dict, flag, flags_without_effect
+from finetuning.data.findings import DatasetError, counted
+from finetuning.data.folders import is_image_name
+from finetuning.data.images import (
+    MAX_PIXELS,
+    MAX_PIXELS_TO_SHRINK,
+    UnreadableImage,
+    has_other_colours,
+    orientation,
+)
 from finetuning.data.samples import Sample
-from finetuning.files import write_json
+from finetuning.files import atomic_file, overlap, write_json
 
 SPLITS = ("train", "validation", "test")
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "PNG": {}, "WEBP": {"quality": 95}}
-ORIENTATION = 0x0112  # the EXIF tag
 NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f:*?"<>|\ud800-\udfff]')  # some disks, or UTF-8, do not take these
-LONGEST_STEM = 200  # bytes; disks take names of 255, and a number, an ending and ".part" are still to come
+LONGEST_STEM = 200  # bytes; disks take names of 255, and a number, an ending and a temporary name are still to come
 
 
 @dataclass
@@ -49,31 +55,29 @@ class WritingArgs:
     """What is written"""
 
     output: str = flag(REQUIRED, "folder of the new dataset; it is made here, the source is never changed")
-    max_side: int | None = flag(None, "make larger images smaller, to this longest side in pixels")
+    max_side: int | None = flag(None, "make larger images smaller, to this longest side in pixels", min=1)
     image_format: str = flag("keep", "write all images as this", choices=("keep", *FORMATS))
-    link: bool = flag(True, "hard-link images that need no change; copy them where that cannot be or with --no-link")
-    validation_fraction: float = flag(0.05, "share of the images for validation, where the source has no splits")
-    test_fraction: float = flag(0.05, "share for test, likewise; an image's content decides, so no copy leaks")
-    on_bad_rows: str = flag("error", "what to do with what cannot be taken", choices=("error", "skip"))
-    limit: int | None = flag(None, "take only this many samples, the first in the source's order")
-    workers: int | None = flag(None, "threads that decode and encode (none: one for each core)")
+    link: bool = flag(
+        True, "hard-link images that need no change; copy them where that cannot be or with --no-link",
+        affects_result=False,
+    )  # fmt: skip
+    validation_fraction: float = flag(
+        0.05, "share of the images for validation, where the source has no splits", min=0, below=1
+    )
+    test_fraction: float = flag(
+        0.05, "share for test, likewise; an image's content decides, so no copy leaks", min=0, below=1
+    )
+    on_bad_rows: str = flag(
+        "error", "what to do with what cannot be taken", choices=("error", "skip"), affects_result=False
+    )
+    limit: int | None = flag(None, "take only this many samples, the first in the source's order", min=1)
+    workers: int | None = flag(
+        None, "threads that decode and encode (none: one for each core)", min=1, affects_result=False
+    )
 
     def problems(self):
-        for name in ("validation_fraction", "test_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"--{name} {getattr(self, name)} must be at least 0 and below 1"
         if self.validation_fraction + self.test_fraction >= 1:
             yield "--validation_fraction and --test_fraction leave nothing to train on"
-        for name in ("max_side", "limit", "workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                yield f"--{name} {getattr(self, name)} must be at least 1"
-
-
-# Settings that do not change what is written: an interrupted conversion may go on with others.
-WITHOUT_EFFECT = (
-    "workers", "link", "on_bad_rows", "images", "download", "download_rate", "download_workers", "download_tries",
-    "download_timeout", "download_max_mb",
-)  # fmt: skip
 
 
 def write_dataset(samples, args: WritingArgs, total=None, say=print):
@@ -103,10 +107,9 @@ def write_dataset(samples, args: WritingArgs, total=None, say=print):
 
 def _refuse_overlap(folder, args):
     """A dataset inside its own source would change the source, and be read as part of it the next time."""
-    source = Path(as_dict(args).get("path") or folder / "none")
-    if source.is_dir():
-        here, there = folder.resolve(), source.resolve()
-        if here == there or there in here.parents or here in there.parents:
+    for name in ("path", "images"):
+        source = getattr(args, name, None)
+        if source and Path(source).exists() and overlap(folder, source):
             raise DatasetError(f"--output {folder} and the source {source} lie one in the other: name a folder apart")
 
 
@@ -155,7 +158,8 @@ def _prepare(journal, folder):
 
 
 def _refuse_other_settings(journal, folder, args):
-    now = {name: json.dumps(value) for name, value in as_dict(args).items() if name not in WITHOUT_EFFECT}
+    harmless = flags_without_effect(type(args))
+    now = {name: json.dumps(value) for name, value in as_dict(args).items() if name not in harmless}
     before = dict(journal.execute("SELECT name, value FROM settings"))
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
     if changed:
@@ -245,12 +249,17 @@ def _claim_name(journal, sample):
 def _stem(name):
     """`dogs/7.jpg` -> `dogs-7`, without what some disks do not take."""
     bare, ending = os.path.splitext(name)
-    parts = re.split(r"[/\\]+", bare if ending.lower() in EXTENSIONS else name)
+    parts = re.split(r"[/\\]+", bare if is_image_name(ending and f"x{ending}") else name)
     stem = NOT_IN_NAMES.sub("_", "-".join(part for part in parts if part.strip(". "))).strip(". ") or "image"
-    if len(stem.encode()) > LONGEST_STEM:
-        kept = stem.encode()[: LONGEST_STEM - 17].decode(errors="ignore")
-        stem = f"{kept}~{xxhash.xxh3_64_hexdigest(stem.encode())}"
-    return stem
+    return shortened(stem)
+
+
+def shortened(stem):
+    """A file's name without ending, cut to what every disk takes; what is cut off goes on in a hash."""
+    whole = stem.encode()
+    if len(whole) <= LONGEST_STEM:
+        return stem
+    return f"{whole[: LONGEST_STEM - 17].decode(errors='ignore')}~{xxhash.xxh3_64_hexdigest(whole)}"
 
 
 def _key(sample):
@@ -296,7 +305,7 @@ def _write_one(folder, args, sample: Sample, stem, state):
     if re.search("[\ud800-\udfff]", captions):
         return "its caption holds half a character (a lone surrogate)"
     try:
-        whole = sample.open()
+        whole = sample.open(MAX_PIXELS_TO_SHRINK if args.max_side else MAX_PIXELS)
         content = sample.image if isinstance(sample.image, Path) else sample.image.read()
     except (UnreadableImage, OSError) as error:
         return str(error)
@@ -338,14 +347,15 @@ def _shaped(image, box, max_side):
 def _kind(content):
     """(format of an image file, whether it looks the same everywhere as it is)."""
     with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
+        upright = orientation(image) == 1 and not has_other_colours(image)
         if image.format == "MPO":  # a phone's JPEG with a second image behind, which nobody looks at
-            return "JPEG", image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1
+            return "JPEG", image.mode == "RGB" and upright
         usable = (
             image.format in ENDINGS
             and image.mode in ("RGB", "L")
             and "transparency" not in image.info
             and getattr(image, "n_frames", 1) == 1
-            and image.getexif().get(ORIENTATION, 1) == 1
+            and upright
         )
         return image.format, usable
 
@@ -368,15 +378,13 @@ def _drawn_split(digest, args):
 
 def _put(content, target, link):
     """Bytes, or the file at a path, to where `target` says, whole or not at all."""
-    target.parent.mkdir(exist_ok=True)
-    aside = target.with_name(f".{target.name}.part")
-    aside.unlink(missing_ok=True)  # it may be a link to the source, which must not be written to
-    if isinstance(content, bytes):
-        aside.write_bytes(content)
-    else:
-        take_over(content, aside, link)
-    target.unlink(missing_ok=True)  # a rename does nothing where both are links to the same file
-    os.replace(aside, target)
+    with atomic_file(target, sync=False) as temporary:
+        temporary.unlink(missing_ok=True)  # it may be a link to the source, which must not be written to
+        if isinstance(content, bytes):
+            temporary.write_bytes(content)
+        else:
+            take_over(content, temporary, link)
+        target.unlink(missing_ok=True)  # a rename does nothing where both are links to the same file
 
 
 def take_over(source, target, link):
@@ -395,7 +403,7 @@ def _failures_message(folder, failed):
         first = [json.loads(line) for line in islice(file, 5)]
     listed = "\n".join(f"  x {one['where']}: {one['reason']}" for one in first)
     return (
-        f"{failed} images could not be taken (all in {folder / 'failures.jsonl'}):\n{listed}\n"
+        f"{counted(failed, 'image')} could not be taken (all in {folder / 'failures.jsonl'}):\n{listed}\n"
         "  mend them and give the same command again, or take the rest with --on_bad_rows skip"
     )
 
@@ -425,9 +433,9 @@ def _finish(folder, args, journal, failed, say):
     })  # fmt: skip
     say(f"{folder}: " + ", ".join(f"{counts[split]} {split}" for split in SPLITS))
     if leaks:
-        say(f"  - {len(leaks)} images stand in two splits of the source (conversion.json lists them)")
+        say(f"  - {counted(len(leaks), 'image')} in two splits of the source (conversion.json lists them)")
     if failed:
-        say(f"  x {failed} samples could not be taken ({folder / 'failures.jsonl'} says which and why)")
+        say(f"  x {counted(failed, 'sample')} could not be taken ({folder / 'failures.jsonl'} says which and why)")
     return counts
 
 
@@ -446,11 +454,9 @@ def _metadata(rows, several):
 
 def write_lines(path, rows):
     """JSON lines, all or none of them."""
-    aside = path.with_name(f".{path.name}.part")
     # JSON itself writes half a character as \ud83d
-    with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(aside, path)
 
 
 def _leaks(journal):

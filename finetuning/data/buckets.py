@@ -33,11 +33,11 @@ class BucketArgs:
     )  # fmt: skip
 
     def problems(self):
-        if self.aspect_buckets and self.check_images == "none":
+        if self.aspect_buckets and getattr(self, "check_images", "full") == "none":
             yield "--aspect_buckets needs every image's size: --check_images header is the quickest that tells it"
         if not self.aspect_buckets:
             return
-        if self.random_resized_crop_scale is not None:
+        if getattr(self, "random_resized_crop_scale", None) is not None:
             yield "--aspect_buckets keeps as much of an image as fits: leave --random_resized_crop_scale out"
         sides = set(self.resolution.lower().split("x"))
         if len(sides) > 1:
@@ -95,7 +95,7 @@ def _nearest(buckets, size):
 def sort_into_buckets(args, rows, sizes, findings):
     """(rows, their buckets), of rows whose images have `sizes`, all (height, width). Without --aspect_buckets, one.
 
-    Images too small for any bucket go into the faults; what is enlarged and cropped, and by how much, into the notes.
+    Images too small for any bucket are errors; what is enlarged and cropped, and by how much, are warnings.
     """
     if not args.aspect_buckets:
         return rows, [args.size] * len(rows)
@@ -104,34 +104,30 @@ def sort_into_buckets(args, rows, sizes, findings):
     for number, (row, size) in enumerate(zip(rows, sizes, strict=True)):
         bucket = fitting(size)
         if bucket is None:
-            kind = "images too small for any bucket, height x width (raise --max_upscale or lower --min_side)"
-            findings.faults[kind].append(f"{row.origin} ({_shown(size)})")
+            findings.error("image_too_small", row.origin, _shown(size))
         else:
             kept.append(number)
             placed.append((row, size, bucket))
-    _note(args, placed, findings.notes)
+    _note(args, placed, findings)
     return rows.take(kept), [bucket for _, _, bucket in placed]
 
 
-def _note(args, placed, notes):
-    counts = Counter(bucket for _, _, bucket in placed).most_common()
-    if counts:
-        notes["buckets, height x width: rows"] += [f"{_shown(bucket)}: {count}" for bucket, count in counts]
+def _note(args, placed, findings):
+    for bucket, count in Counter(bucket for _, _, bucket in placed).most_common():
+        findings.warn("buckets", f"{_shown(bucket)}: {count}")
     full = set(bucket_sizes(args))
-    smaller = [f"{row.origin} ({_shown(size)})" for row, size, bucket in placed if bucket not in full]
-    if smaller:
-        notes["images too small for a bucket of --resolution (a smaller one is used), height x width"] += smaller
+    for row, size, bucket in placed:
+        if bucket not in full:
+            findings.warn("smaller_bucket", row.origin, _shown(size))
     factors = [(_enlargement(size, bucket), row.origin) for row, size, bucket in placed]
     enlarged = sorted((one for one in factors if one[0] > 1), reverse=True)
-    if enlarged:
-        kind = f"images enlarged to cover their bucket, by at most {enlarged[0][0]:.2f}"
-        notes[kind] += [f"{origin} (by {factor:.2f})" for factor, origin in enlarged]
+    for factor, origin in enlarged:
+        findings.warn("enlarged", origin, f"by {factor:.2f}", most=f"{enlarged[0][0]:.2f}")
     shares = [(_cropped(size, bucket), row.origin) for row, size, bucket in placed]
     cropped = sorted((one for one in shares if one[0] > 0), reverse=True)
-    if cropped:
-        mean = sum(share for share, _ in cropped) / len(cropped)
-        kind = f"images cropped to their bucket, by {mean:.1%} on average and at most {cropped[0][0]:.1%} of the area"
-        notes[kind] += [f"{origin} ({share:.1%})" for share, origin in cropped]
+    mean = sum(share for share, _ in cropped) / max(1, len(cropped))
+    for share, origin in cropped:
+        findings.warn("cropped", origin, f"{share:.1%}", mean=f"{mean:.1%}", most=f"{cropped[0][0]:.1%}")
 
 
 def _enlargement(size, bucket):

@@ -1,17 +1,18 @@
-"""What a training run would take of a dataset, and what it would refuse: every fault found before the first step."""
+"""What a training run would take of a dataset, and what it would refuse: every error found before the first step."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
 from finetuning.data.buckets import sort_into_buckets
 from finetuning.data.captions import may_mirror, with_prefix
-from finetuning.data.images import UnreadableImage, frames, open_rgb
-from finetuning.data.reading import DatasetError, Findings, read_folder, read_hub
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.folders import STATE_FILES, is_saved_dataset, split_meant
+from finetuning.data.images import UnreadableImage, open_rgb, remarks, size_in_header
+from finetuning.data.reading import read_folder, read_hub
 from finetuning.data.rows import Rows
 from finetuning.rng import python_random
 
@@ -46,8 +47,7 @@ def read_checked(args, tokenizer, seed, validation_fraction=0.0, cache_dir=None)
             raise DatasetError(f"no row is left to train on: {validation_fraction} of {len(held_out)} are held out")
     if args.max_train_samples is not None:
         if args.max_train_samples > len(rows):
-            kind = "--max_train_samples above the number of rows (all are used)"
-            findings.notes[kind].append(f"{args.max_train_samples} of {len(rows)}")
+            findings.warn("max_train_samples", f"{args.max_train_samples} of {len(rows)}")
         rows = _sample(rows, args.max_train_samples, seed)  # before the images are opened: only these are needed
 
     rows, sizes = _readable(rows, images, args, findings)
@@ -55,8 +55,8 @@ def read_checked(args, tokenizer, seed, validation_fraction=0.0, cache_dir=None)
     held_out_sizes = []
     if held_out:
         held_out, held_out_sizes = _readable(held_out, held_out_images, args, findings)
-        faults_only = Findings(findings.faults)  # the notes tell of the images that are trained on
-        held_out, held_out_sizes = sort_into_buckets(args, held_out, held_out_sizes, faults_only)
+        errors_only = Findings(findings.errors)  # the warnings are about the images that are trained on
+        held_out, held_out_sizes = sort_into_buckets(args, held_out, held_out_sizes, errors_only)
     _note_cut_captions(rows, tokenizer, args, findings)
     _note_sides(rows, args, findings)
     return Checked(rows, held_out, sizes, held_out_sizes, images, held_out_images, findings)
@@ -70,6 +70,10 @@ def _read(args, findings, cache_dir):
         return read_folder(source, "train", *columns), read_folder(source, "validation", *columns), None, None
 
     splits = load_splits(source, args.dataset_config_name, cache_dir)
+    named = {}
+    for name in sorted(splits, key=lambda name: name in ("train", "validation")):  # the plain names count most
+        named[split_meant(name) or name] = splits[name]
+    splits = named
     if "train" not in splits:
         raise DatasetError(f"{source} has no split named train, only {', '.join(splits)}")
     columns = (args.image_column, args.caption_column, findings)
@@ -88,7 +92,7 @@ def load_splits(source, config_name=None, cache_dir=None):
     from datasets.exceptions import DatasetsError
 
     try:
-        if any((Path(source) / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        if any((Path(source) / name).is_file() for name in STATE_FILES):
             loaded = load_from_disk(source)
             return loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
         return load_dataset(source, config_name, cache_dir=cache_dir)
@@ -97,25 +101,20 @@ def load_splits(source, config_name=None, cache_dir=None):
         raise DatasetError(message) from error
 
 
-def is_saved_dataset(folder):
-    """Parquet or Arrow files with the images inside them, as `datasets` writes them."""
-    return any(path.suffix in (".parquet", ".arrow") and path.stem != "metadata" for path in folder.rglob("*"))
-
-
 def _readable(rows, images, args, findings):
     """(rows whose image opens, their sizes); the others go into the findings. Decoding runs on all cores."""
     if args.check_images == "none":
         return rows, [args.size] * len(rows)
 
     def look(row):
-        """((height, width) or None, what is to be said of the row or None)."""
+        """((height, width), [codes of warnings]), or (None, why the image cannot be read)."""
         try:
             if isinstance(row.image, int):
-                return _size(open_rgb(images[row.image])), None
-            size = _size(open_rgb(row.image)) if args.check_images == "full" else _size_in_header(row.image)
-            return size, "animated" if frames(row.image) > 1 else None
+                return _size(open_rgb(images[row.image])), []
+            size = _size(open_rgb(row.image)) if args.check_images == "full" else size_in_header(row.image)
+            return size, remarks(row.image)
         except (UnreadableImage, OSError, ValueError, SyntaxError) as error:  # `datasets` decodes for itself
-            return None, f"{row.origin} ({error})"
+            return None, str(error)
 
     kept, sizes, equal = [], [], {}
     with (
@@ -124,13 +123,14 @@ def _readable(rows, images, args, findings):
     ):
         for start in range(0, len(rows), TOGETHER):
             some = list(rows[start : start + TOGETHER])
-            for number, (size, remark) in enumerate(pool.map(look, some), start):
+            for number, (size, told) in enumerate(pool.map(look, some), start):
                 bar.update()
+                where = some[number - start].origin
                 if size is None:
-                    findings.faults["images that cannot be read"].append(remark)
+                    findings.error("unreadable_image", where, told)
                     continue
-                if remark == "animated":
-                    findings.notes["animated images (the first frame is used)"].append(some[number - start].origin)
+                for code in told:
+                    findings.warn(code, where)
                 kept.append(number)
                 sizes.append(equal.setdefault(size, size))
     return rows.take(kept), sizes
@@ -140,45 +140,29 @@ def _size(image):
     return image.height, image.width
 
 
-def _size_in_header(path):
-    """(height, width) as `open_rgb` gives them, without decoding. Raises UnreadableImage.
-
-    EXIF that stands behind the pixels of a PNG is not seen.
-    """
-    try:
-        with Image.open(path) as image:
-            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # a PNG's own would decode it
-            is_turned = orientation >= 5 and image.format != "TIFF"  # PIL has turned the size of a TIFF already
-            return _size(image)[::-1] if is_turned else _size(image)
-    except Exception as error:  # on broken files the decoders also raise IndexError, TypeError, struct.error, ...
-        raise UnreadableImage(f"{path}: {error}") from error
-
-
 def _note_cut_captions(rows, tokenizer, args, findings):
     """Captions longer than the text encoder reads; only their first tokens are trained on."""
     if args.check_images == "none":
-        findings.notes["caption lengths are not counted"].append("--check_images none")
+        findings.warn("uncounted_captions", "--check_images none")
         return
-    most, prefix = tokenizer.model_max_length, args.caption_prefix
-    kind = f"captions longer than {most} tokens (the end is not read)"
+    limit, prefix = tokenizer.model_max_length, args.caption_prefix
     marks = len(tokenizer("").input_ids)  # begin and end
     for start in range(0, len(rows), TOGETHER):
         texts = [(row.origin, with_prefix(t, prefix)) for row in rows[start : start + TOGETHER] for t in row.captions]
         # A token is at least a byte: most captions need not be taken apart to know that they fit
-        long = [(origin, text) for origin, text in texts if len(text.encode()) + marks > most]
+        long = [(origin, text) for origin, text in texts if len(text.encode()) + marks > limit]
         lengths = map(len, tokenizer([text for _, text in long], verbose=False).input_ids) if long else ()
         for (origin, _), length in zip(long, lengths, strict=True):
-            if length > most:
-                findings.notes[kind].append(f"{origin}, {length} tokens")
+            if length > limit:
+                findings.warn("cut_caption", origin, f"{length} tokens", limit=limit)
 
 
 def _note_sides(rows, args, findings):
     """Rows that --random_flip passes over."""
     if args.random_flip and args.flip_captions == "skip":
-        kind = "captions that say left or right: these images are not mirrored (--flip_captions swap mirrors both)"
-        findings.notes[kind] += [row.origin for row in rows if not may_mirror(row.captions, "skip")]
-        if not findings.notes[kind]:
-            del findings.notes[kind]
+        for row in rows:
+            if not may_mirror(row.captions, "skip"):
+                findings.warn("says_a_side", row.origin)
 
 
 def _split_off(rows, fraction, seed):

@@ -6,6 +6,7 @@ import torch
 from tqdm.auto import tqdm
 
 from finetuning.cli import flag
+from finetuning.data.transforms import Draw
 from finetuning.rng import gaussian
 
 ROWS_TOGETHER = 16  # fixed: how many rows are encoded at once decides the last bits, and a resumed run encodes again
@@ -27,9 +28,9 @@ class LatentArgs:
             yield "--cache_latents keeps one crop of each image: add --center_crop"
 
 
-def latent_source(args: LatentArgs, model, images, seed, device):
+def latent_source(args: LatentArgs, model, images, device):
     """What turns a batch into latents [batch, channels, height, width]: the cache, or the encoder itself."""
-    return CachedLatents(model, images, seed, device) if args.cache_latents else OnTheFlyLatents(model, seed)
+    return CachedLatents(model, images, args.seed, device) if args.cache_latents else OnTheFlyLatents(model, args.seed)
 
 
 class OnTheFlyLatents:
@@ -39,8 +40,7 @@ class OnTheFlyLatents:
         self.model, self.seed = model, seed
 
     def __call__(self, batch):
-        mean, std = self.model.posterior(batch.pixels)
-        return sampled(self.model, mean, std, self.seed, batch)
+        return sampled(self.model, *self.model.codec.posterior(batch.pixels), self.seed, batch)
 
 
 class CachedLatents:
@@ -56,22 +56,26 @@ class CachedLatents:
         images.skip_pixels = True
 
     def __call__(self, batch):
-        moments = [self.kept[self.images.is_mirrored(row, batch.epoch)][row] for row in batch.rows]
-        mean, std = torch.stack(moments).to(batch.weights.device).unbind(1)
+        found = [self.kept[self.images.is_mirrored(row, batch.epoch)][row] for row in batch.rows]
+        moments, sizes = zip(*found, strict=True)
+        device = batch.weights.device
+        batch.sizes = torch.tensor(sizes).to(device)
+        mean, std = torch.stack(moments).to(device).unbind(1)
         return sampled(self.model, mean, std, self.seed, batch)
 
     def _encode_all(self, flip, device):
-        """{row: fp32 [2, channels, height, width] on the CPU}."""
+        """{row: (fp32 [2, channels, height, width] on the CPU, sizes)}."""
         kept = {}
-        transform, image = self.images.transform_of, self.images.image
         batches = list(self.images.of_one_size(range(len(self.images)), ROWS_TOGETHER))
         for rows in tqdm(batches, desc="encoding images once", leave=False, delay=2):
-            pixels = torch.stack([transform(row).fixed(image(row), flip) for row in rows]).to(device)
-            kept.update(zip(rows, torch.stack(self.model.posterior(pixels), 1).cpu(), strict=True))
+            cut = [self.images.transform_of(row).apply(self.images.image(row), Draw(flip=flip)) for row in rows]
+            pixels = torch.stack([pixels for pixels, _ in cut]).to(device)
+            moments = torch.stack(self.model.codec.posterior(pixels), 1).cpu()
+            kept |= {row: (one, sizes) for row, one, (_, sizes) in zip(rows, moments, cut, strict=True)}
         return kept
 
 
 def sampled(model, mean, std, seed, batch):
     """A sample of each row's posterior, drawn from (seed, step, row), scaled to unit variance."""
     noise = gaussian(seed, "posterior", batch.step, batch.rows, mean.shape[1:]).to(mean.device)
-    return model.scale_latents(mean + std * noise)
+    return model.codec.scale(mean + std * noise)

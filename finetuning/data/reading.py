@@ -7,46 +7,23 @@ Hugging Face `datasets` refuses some layouts that people really have (absolute f
 import csv
 import json
 import os
+import unicodedata
 from collections import defaultdict
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 
-from finetuning.cli import UserError
-from finetuning.data.images import EXTENSIONS
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.folders import (
+    METADATA_NAMES,
+    SPLIT_NAMES,  # noqa: F401 (many take it from here)
+    existing_folder,
+    is_image_name,
+    split_folders,
+    split_meant,
+    what_else,
+)
+from finetuning.data.images import EXTENSIONS, is_lfs_pointer
 from finetuning.data.rows import Row, Rows
-
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "eval", "dev"),
-    "test": ("test", "testing"),
-}
-
-
-@dataclass
-class Findings:
-    """What is wrong (`faults`: the run stops or skips) and what is worth knowing (`notes`), by kind, with examples."""
-
-    faults: dict = field(default_factory=lambda: defaultdict(list))
-    notes: dict = field(default_factory=lambda: defaultdict(list))
-
-    def count(self):
-        """How many faults there are."""
-        return sum(map(len, self.faults.values()))
-
-    def report(self, shown=5):
-        """Text: a line for each kind, the faults first."""
-        lines = []
-        for mark, kinds in (("x", self.faults), ("-", self.notes)):
-            for kind, examples in kinds.items():
-                more = f", and {len(examples) - shown} more" if len(examples) > shown else ""
-                lines.append(f"  {mark} {len(examples)} {kind}: {'; '.join(examples[:shown])}{more}")
-        return "\n".join(lines)
-
-
-class DatasetError(UserError):
-    """A dataset that cannot be read as it stands; the message says what to do."""
 
 
 def read_split(folder, split, usual, caption_column, findings):
@@ -56,7 +33,7 @@ def read_split(folder, split, usual, caption_column, findings):
 
     Raises DatasetError where the split is not there.
     """
-    there = [name for name, spelled in SPLIT_NAMES.items() if any((Path(folder) / one).is_dir() for one in spelled)]
+    there = split_folders(existing_folder(folder))
     wanted = split or (usual if there else "train")  # a folder without splits is read as its own train
     rows = read_folder(folder, wanted, "image", caption_column, False, findings)
     if rows is None:
@@ -69,32 +46,27 @@ def read_folder(root, split, image_column, caption_column, allow_outside_paths, 
 
     caption_column "none" reads images alone, each with an empty caption (unconditional training).
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise DatasetError(f"there is no folder {root}")
-    split_dirs = [root / name for name in SPLIT_NAMES[split] if (root / name).is_dir()]
-    if not split_dirs and split != "train":
+    root = existing_folder(root)
+    splits = split_folders(root)
+    if split not in splits and split != "train":
         return None
-    base = split_dirs[0] if split_dirs else root
-    every = [root / name for names in SPLIT_NAMES.values() for name in names]
-    others = [folder for folder in every if folder.is_dir() and folder != base]
-    tree = _Tree(base, others)
+    base = splits.get(split, root)
+    tree = _Tree(base, _others(root, base))
     if not tree.images:
-        raise DatasetError(f"there are no images in {base} ({', '.join(sorted(EXTENSIONS))})")
+        raise DatasetError(f"there are no images in {base} ({', '.join(sorted(EXTENSIONS))}){what_else(base)}")
     _refuse_nested_splits(base, tree)
     if split == "train" and base != root:
         inside = {os.path.realpath(path) for path in tree.linked}
-        kind = f"images beside {base.name}/ (only what is inside is trained on)"
-        for path in _Tree(root, [base, *others]).images:
+        for path in _Tree(root, [base, *tree.others]).images:
             if os.path.realpath(path) not in inside:
-                findings.notes[kind].append(_shown(path, root))
-    resolver = _Resolver(root, base, others, tree, allow_outside_paths)
+                findings.warn("beside_train", _shown(path, root), train=base.name)
+    resolver = _Resolver(root, base, tree, allow_outside_paths)
     if caption_column == "none":
-        return Rows.of(_uncaptioned(resolver, findings))
+        rows = Rows.of(_uncaptioned(resolver, findings))
+        _name_dead_links(tree, root, findings)
+        return rows
 
-    metadata = sorted(
-        tree.metadata + [root / name for name in METADATA_NAMES if base != root and (root / name).is_file()]
-    )
+    metadata = _metadata_of(root, base, tree)
     if not metadata:
         raise DatasetError(_no_metadata_message(base, tree.images))
     seen = tree.images  # {image: how many rows name it}
@@ -105,38 +77,63 @@ def read_folder(root, split, image_column, caption_column, allow_outside_paths, 
     )
     for path, count in seen.items():
         if count == 0:
-            findings.faults["images that no metadata row names"].append(_shown(path, root))
+            findings.error("unnamed_image", _shown(path, root))
         elif count > 1:
-            findings.notes["images named by more than one row (all are kept)"].append(_shown(path, root))
-    if resolver.moved:
-        note = "absolute file names of another machine, read as the image of that name in this folder"
-        findings.notes[note] += resolver.moved
+            findings.warn("named_twice", _shown(path, root))
+    _name_dead_links(tree, root, findings)
+    for name in resolver.moved:
+        findings.warn("moved", name)
     return rows.by_image()
+
+
+def metadata_files(root):
+    """The metadata files that the rows of a folder's splits come from, sorted: above the splits and inside them."""
+    root, found = Path(root), set()
+    splits = split_folders(root)
+    for base in {root, *splits.values()} if "train" not in splits else splits.values():
+        found.update(_metadata_of(root, base, _Tree(base, _others(root, base))))
+    return sorted(found)
+
+
+def _others(root, base):
+    """The folders in `root` that mean another split than `base`, which is one of them or `root` itself."""
+    return [entry for entry in root.iterdir() if split_meant(entry.name) and entry.is_dir() and entry != base]
+
+
+def _metadata_of(root, base, tree):
+    above = [root / name for name in METADATA_NAMES if base != root and (root / name).is_file()]
+    return sorted(tree.metadata + above)
+
+
+def _name_dead_links(tree, root, findings):
+    for path in sorted(tree.dead):
+        findings.error("dead_link", _shown(path, root))
 
 
 def _rows_of(path, resolver, image_column, caption_column, is_train, seen, findings):
     """The rows of one metadata file; `seen` counts how often each image is named."""
-    # Metadata above the splits is read for each of them; what is wrong with it is said once, for train.
-    said = findings if is_train or resolver.base in path.parents else Findings()
+    # Metadata above the splits is read for each of them; what is wrong with it is reported once, for train.
+    reported = findings if is_train or resolver.base in path.parents else Findings()
     folder, columns = str(path.parent), {}
-    for where, record in read_records(path, resolver.root, said):
+    for where, record in read_records(path, resolver.root, reported):
         columns.update(dict.fromkeys(record))
         name = named_image(record, image_column)
         if name is None:
-            said.faults["rows that name no image"].append(where)
+            reported.error("no_image_named", where)
             continue
         captions = as_captions(record.get(caption_column), where, caption_column)
-        image, trouble = resolver.find(name, folder)
-        if trouble == "another split":
+        image, problem = resolver.find(name, folder)
+        if problem == "another_split":
             continue
-        if trouble:
-            said.faults[trouble].append(f"{where} ({_printable(name)})")
+        if problem:
+            hint = resolver.hint(name, folder) if problem == "image_missing" else ""
+            reported.error(problem, where, f"{_printable(name)}{hint}")
             continue
         seen[image] = seen.get(image, 0) + 1  # one outside of the folder may be new
         if not captions:
-            findings.faults["rows with an empty caption"].append(f"{where} ({_printable(name)})")
+            findings.error("no_caption", where, _printable(name))
         elif _printable("".join(captions)) != "".join(captions):
-            findings.faults["captions that are not valid text (half a character)"].append(f"{where} ({name})")
+            findings.error("half_character", where, name)
         else:
             yield Row(image, captions, where)
     _check_columns(columns, image_column, caption_column, _shown(path, resolver.root))
@@ -144,10 +141,10 @@ def _rows_of(path, resolver, image_column, caption_column, is_train, seen, findi
 
 def _uncaptioned(resolver, findings):
     for path in resolver.tree.images:
-        _, trouble = resolver.permit(path)
+        _, problem = resolver.permit(path)
         where = _shown(path, resolver.root)
-        if trouble:
-            findings.faults[trouble].append(where)
+        if problem:
+            findings.error(problem, where)
         else:
             yield Row(path, ("",), where)
 
@@ -171,7 +168,7 @@ def read_hub(dataset, image_column, caption_column, findings):
         if texts:
             rows.append(Row(index, texts, f"row {index}"))
         else:
-            findings.faults["rows with an empty caption"].append(f"row {index}")
+            findings.error("no_caption", f"row {index}")
     return Rows.of(rows)
 
 
@@ -179,7 +176,8 @@ class _Tree:
     """What lies below a split's folder, hidden files and folders and the other splits left out. Paths are text."""
 
     def __init__(self, base, others):
-        self.metadata, self.linked = [], set()  # linked: images that a link leads to, which may lie anywhere
+        self.others, self.metadata = others, []
+        self.linked, self.dead = set(), set()  # images that a link leads to, which may lie anywhere; links to nothing
         images = []
         left = [(str(base), os.path.islink(base), ())]
         while left:
@@ -194,8 +192,11 @@ class _Tree:
                     left.append((path, is_linked, (*above, real)))
                 elif entry.name in METADATA_NAMES:
                     self.metadata.append(Path(path))
-                elif os.path.splitext(path)[1].lower() in EXTENSIONS and entry.is_file():
-                    images.append(path)
+                elif is_image_name(path):
+                    if entry.is_file():
+                        images.append(path)
+                    elif entry.is_symlink():
+                        self.dead.add(path)
                     if is_linked:
                         self.linked.add(path)
         self.images = dict.fromkeys(sorted(images), 0)  # in the order of their paths
@@ -211,16 +212,16 @@ class _Tree:
 
 
 class _Resolver:
-    """Finds the image that a metadata row means, or says in words why not."""
+    """Finds the image that a metadata row means, or the code of the problem."""
 
-    def __init__(self, root, base, others, tree, allow_outside_paths):
-        self.root, self.base, self.others, self.tree = root, base, others, tree
+    def __init__(self, root, base, tree, allow_outside_paths):
+        self.root, self.base, self.others, self.tree = root, base, tree.others, tree
         self.allow_outside_paths = allow_outside_paths
         self.real_root = root.resolve()
         self.moved = []
 
     def find(self, name, folder):
-        """(path of the image, None) or (None, why not)."""
+        """(path of the image, None) or (None, code of the problem)."""
         plain = os.path.normpath(f"{folder}{os.sep}{name}" if folder != "." else name)
         if plain in self.tree.images and plain not in self.tree.linked and not os.path.isabs(name):
             return plain, None  # nearly all names are such, and a dataset may have a million
@@ -231,6 +232,9 @@ class _Resolver:
             candidate = os.path.normpath(candidate)
             if candidate in self.tree.images or os.path.isfile(candidate):
                 return self.permit(candidate)
+            if candidate in self.tree.dead:
+                self.tree.dead.discard(candidate)  # named here, by its row
+                return None, "dead_link"
         if is_absolute:
             same_name = self.by_name[PureWindowsPath(name).name if "\\" in name else os.path.basename(name)]
             here = [path for path in same_name if path.startswith(folder + os.sep)]
@@ -238,12 +242,41 @@ class _Resolver:
             if len(here) == 1:
                 (path,) = here
                 if path not in self.tree.images:
-                    return None, "another split"
+                    return None, "another_split"
                 self.moved.append(name)
                 return path, None
             if here:
-                return None, "absolute file names that fit several images of this folder (use relative names)"
-        return None, "rows whose image is not there"
+                return None, "ambiguous_name"
+        return None, "image_missing"
+
+    def hint(self, name, folder):
+        """Words that follow a name that is not there: what is meant perhaps; "" where nothing is near it."""
+        inside = os.path.relpath(folder, self.root)
+        plain = name.replace("\\", "/").removeprefix("./")
+        doubled = [plain.removeprefix(f"{above}/") for above in {inside, self.base.name, self.root.resolve().name}]
+        near = {path for one in dict.fromkeys([plain, *doubled]) for path in self.by_plain_name.get(_plain(one), ())}
+        if len(near) != 1:
+            return ""
+        (path,) = near
+        meant = os.path.relpath(path, folder)
+        if "\\" in name:
+            why = "write / in place of \\"
+        elif unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", meant):
+            why = "the two are written in different Unicode forms"
+        elif name.casefold() == meant.casefold():
+            why = "small and capital letters differ"
+        else:
+            why = f"names count from {'the folder of the metadata' if inside == '.' else f'{inside}/'}"
+        return f": {_printable(meant)} is there; {why}"
+
+    @cached_property
+    def by_plain_name(self):
+        """{name without case, in one Unicode form: paths} of this split's images, below the root and the split."""
+        found = defaultdict(set)
+        for path in self.tree.images:
+            for above in (self.root, self.base):
+                found[_plain(os.path.relpath(path, above))].add(path)
+        return found
 
     @cached_property
     def by_name(self):
@@ -255,34 +288,33 @@ class _Resolver:
         return found
 
     def permit(self, path):
-        """(image, None) for a file that is there, or (None, why not)."""
+        """(image, None) for a file that is there, or (None, code of the problem)."""
         if path in self.tree.images and path not in self.tree.linked:
             return path, None
         real = Path(path).resolve()
         if self.real_root not in real.parents:
             if self.allow_outside_paths:
                 return path, None
-            return None, "rows that reach outside the dataset's folder (--allow_outside_paths permits it)"
+            return None, "outside"
         if path in self.tree.images:
             return path, None
         # The same file by another spelling (an absolute name through a link, say), or an image of another split.
         relative = self.root / real.relative_to(self.real_root)
         if str(relative) in self.tree.images:
             return str(relative), None
-        if os.path.splitext(path)[1].lower() not in EXTENSIONS:
-            return None, "rows that name a file that is not an image"
+        if not is_image_name(path):
+            return None, "not_an_image"
         if any(other in relative.parents for other in self.others):
-            return None, "another split"
-        return None, "rows whose image is hidden or outside the splits' folders"
+            return None, "another_split"
+        return None, "hidden"
 
 
 def _refuse_nested_splits(base, tree):
     """Train on images/train beside images/test would be training on both. Raises DatasetError."""
-    kept_apart = {*SPLIT_NAMES["validation"], *SPLIT_NAMES["test"]}
     with_images = {os.path.dirname(path) for path in tree.images}
     for folder in (Path(name) for name in sorted(with_images)):
         for above in (folder, *folder.parents):
-            if base in above.parents and above.name in kept_apart:
+            if base in above.parents and split_meant(above.name) in ("validation", "test"):
                 raise DatasetError(
                     f"{above} looks like a split that must not be trained on: name the folder that holds the splits, "
                     f"{above.parent}, or give {above.name} another name"
@@ -302,18 +334,18 @@ def _no_metadata_message(base, images):
 
 def read_records(path, root, findings):
     """Yield (where, record) of a metadata file. Raises DatasetError naming the file where it cannot be read."""
-    shown = _shown(path, root)
-    if path.suffix == ".parquet":
-        yield from _parquet_records(path, shown)
-        return
-    number = 0
+    shown, number = _shown(path, root), 0
+    if is_lfs_pointer(path):
+        raise DatasetError(f"{shown} is a Git LFS pointer, not the file itself: `git lfs pull` fetches it")
     try:
+        if path.suffix == ".parquet":
+            yield from _parquet_records(path, shown)
+            return
         with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else "\n") as file:
             if path.suffix == ".csv":
                 for number, record in enumerate(csv.DictReader(file), 1):
                     if None in record:
-                        kind = "metadata rows with more fields than columns (a caption with a comma needs quotes)"
-                        findings.faults[kind].append(f"{shown} row {number}")
+                        findings.error("too_many_fields", f"{shown} row {number}")
                     else:
                         yield f"{shown} row {number}", record
                 return
@@ -326,18 +358,20 @@ def read_records(path, root, findings):
         ) from error
     except csv.Error as error:
         raise DatasetError(f"{shown} cannot be read after row {number}: {error}") from error
+    except OSError as error:
+        raise DatasetError(f"{shown} cannot be read: {error.strerror or error}") from error
 
 
 def _json_record(line, where, findings):
-    """The object of one line, or None and a fault."""
+    """The object of one line, or None and an error."""
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        findings.faults["metadata lines that are not JSON"].append(f"{where}: {error}")
+        findings.error("not_json", where, error)
         return None
     if isinstance(record, dict):
         return record
-    findings.faults["metadata lines that are not JSON objects"].append(where)
+    findings.error("not_an_object", where)
     return None
 
 
@@ -395,3 +429,7 @@ def _shown(path, root):
 def _printable(text):
     """The same text, or with \\ud83d for what is half a character: no terminal and no file takes those."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _plain(name):
+    return unicodedata.normalize("NFC", name).casefold()

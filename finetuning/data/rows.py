@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import pyarrow as pa
-
 TOGETHER = 10_000  # rows that are Python objects at the same time while they are read
 
 
@@ -33,6 +31,8 @@ class Rows(Sequence):
     @classmethod
     def of(cls, rows):
         """From any iterable of Row."""
+        import pyarrow as pa
+
         rows, tables = iter(rows), []
         while some := list(islice(rows, TOGETHER)):
             tables.append(_table(some))
@@ -40,10 +40,14 @@ class Rows(Sequence):
 
     def by_image(self):
         """Sorted by the image's path; rows of one image stay in the order they had."""
-        return Rows(self._table.take(pa.compute.sort_indices(self._table, [("image", "ascending")])))
+        import pyarrow.compute as pc
+
+        return Rows(self._table.take(pc.sort_indices(self._table, [("image", "ascending")])))
 
     def take(self, indices):
         """The rows with these numbers, in this order."""
+        import pyarrow as pa
+
         return Rows(self._table.take(pa.array(indices, pa.int64())))
 
     def images(self):
@@ -70,6 +74,8 @@ class Rows(Sequence):
 
 
 def _table(rows):
+    import pyarrow as pa  # a slow import that `--help` does not need
+
     numbers = bool(rows) and isinstance(rows[0].image, int)
     images = [row.image if numbers else os.fsencode(row.image) for row in rows]  # names need not be UTF-8
     return pa.table({

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from finetuning.conversion.webdataset import SHARD_ENDINGS, WebDatasetArgs, find_shards, split_of
-from finetuning.conversion.webdataset import read as read_tar
-from finetuning.data.reading import DatasetError, Findings, as_captions
-from finetuning.data.samples import Cell, Sample, walk
+from finetuning.data.findings import DatasetError, Findings, counted
+from finetuning.data.folders import walk
+from finetuning.data.reading import as_captions
+from finetuning.data.samples import Cell, Sample
+from finetuning.data.tars import SHARD_ENDINGS, WebDatasetArgs, find_shards, read_shard, split_of
 
 ROWS_TOGETHER = 64  # of a Parquet file, with their images, in memory at the same time
 HASHED_BYTES = 1 << 16  # of a shard's beginning, and of its end: reading all of a large stream would take hours
@@ -35,7 +36,7 @@ class Shards:
         return len(self.names)
 
     def read(self, number):
-        """Yield a shard's samples. Raises DatasetError at its end where some are faulty, or --on_bad_rows skip."""
+        """Yield a shard's samples. Raises DatasetError at its end where some have errors, or --on_bad_rows skip."""
         findings, count = Findings(), 0
         for sample in self.reader(number, findings):
             count += 1
@@ -46,21 +47,20 @@ class Shards:
     def tell(self, findings):
         """Name and count what is left out, once. Raises DatasetError unless --on_bad_rows skip."""
         new = Findings()
-        for known, kinds in ((findings.faults, new.faults), (findings.notes, new.notes)):
-            for kind, example in ((kind, example) for kind, examples in known.items() for example in examples):
-                if (kind, example) not in self.told:
-                    self.told.add((kind, example))
-                    kinds[kind].append(example)
+        for known, found in ((findings.errors, new.errors), (findings.warnings, new.warnings)):
+            for code, finding in ((code, finding) for code, examples in known.items() for finding in examples):
+                if (code, finding) not in self.told:
+                    self.told.add((code, finding))
+                    found[code].append(finding)
         self.left_out += new.count()
-        if new.faults and not self.skips:
+        if new.errors and not self.skips:
             raise DatasetError(
-                f"the stream has {new.count()} faults (x) here:\n{new.report()}\n"
+                f"the stream has {counted(new.count(), 'error')} here:\n{new.report()}\n"
                 "  mend them, or leave them out with --on_bad_rows skip; --resume_from_checkpoint latest goes on from "
                 "the last checkpoint"
             )
         if report := new.report():  # from every process: each reads other shards
-            message = f"stream, left out (x, {self.left_out} so far) and noted (-):\n{report}"
-            tqdm.write(message, file=sys.stderr)
+            tqdm.write(f"stream, {self.left_out} left out so far:\n{report}", file=sys.stderr)
 
     def fingerprint(self):
         """A hash of the shards' names and, of files, their sizes, beginnings and ends."""
@@ -103,7 +103,7 @@ def _file_shards(source, args, say):
         file = training[number]
         if file.suffix == ".parquet":
             return _read_parquet(file, args, folders, findings)
-        return read_tar(file, tar_args, findings)
+        return read_shard(file, tar_args, findings)
 
     shards = Shards(source, names, reader, args.on_bad_rows, training)
     shards.tell(findings)
@@ -117,7 +117,10 @@ def _files(source, args, findings):
     found = [
         folder / name for folder, names in walk(Path(source), args.allow_outside_paths, findings) for name in names
     ]
-    files = sorted(file for file in found if file.name.endswith(endings) and file.stem != "metadata")
+    tars = {file.with_suffix("") for file in found if file.name.endswith(SHARD_ENDINGS)}
+    # img2dataset lays a table of its own beside each tar: 00000.tar, 00000.parquet
+    files = [file for file in found if file.suffix != ".parquet" or file.with_suffix("") not in tars]
+    files = sorted(file for file in files if file.name.endswith(endings) and file.stem != "metadata")
     if not files:
         raise DatasetError(
             f"--streaming reads WebDataset tars and Parquet files, and {source} has none: images with metadata.jsonl "
@@ -150,8 +153,7 @@ def _read_parquet(file, args, folders, findings):
             records = (record for batch in batches for record in batch.to_pylist())
             yield from _samples(records, file, args, partial(_local_image, folders), findings)
     except (pyarrow.ArrowException, OSError) as error:
-        kind = "damaged Parquet files (what stands before the damage is taken)"
-        findings.faults[kind].append(f"{file} ({error})")
+        findings.error("damaged_parquet", file, error)
 
 
 def _hub_shards(source, args, say, cache_dir):
@@ -218,7 +220,7 @@ def _samples(records, where, args, image_of, findings):
         if captions:
             yield Sample(origin, image_of(record[args.image_column]), captions, origin)
         else:
-            findings.faults["rows with an empty caption"].append(origin)
+            findings.error("no_caption", origin)
 
 
 def _local_image(folders, value):

@@ -13,19 +13,18 @@ an earlier one was read is passed over. Which sample stands where never depends 
 import itertools
 import re
 import sys
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
 
 from finetuning.cli import flag
+from finetuning.data.batch_sampler import SampleIndex
+from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.images import UnreadableImage
-from finetuning.data.order import Order, Place
-from finetuning.data.reading import DatasetError, Findings
 from finetuning.data.samples import Sample
 from finetuning.data.shards import Shards, open_shards
-from finetuning.data.training_set import ImageSet, load_images, tokens
+from finetuning.data.training_set import CaptionedImages
 from finetuning.data.transforms import Transform
 from finetuning.rng import python_random
 
@@ -64,14 +63,14 @@ class StreamArgs:
 
 
 @dataclass(frozen=True)
-class StreamPlace(Place):
+class StreamSampleIndex(SampleIndex):
     """A place in the run with the sample that stands there. `row` counts the process's samples of the epoch."""
 
     sample: Sample
 
 
 @dataclass(frozen=True)
-class StreamOrder:
+class StreamBatchSampler:
     """The order of the whole run, on one process: which samples make up which step. It has no state."""
 
     shards: Shards
@@ -81,9 +80,8 @@ class StreamOrder:
     process: int
     seed: int
     shuffle_buffer: int
-    rows: int = field(default=0, init=False)  # what an Order knows and a stream does not
-    steps_per_epoch: int = field(default=0, init=False)
-    rows_in_bucket: tuple = field(default=(), init=False)
+    # What a BatchSampler knows, and a stream does not
+    rows = steps_per_epoch = None
 
     @property
     def total_batch_size(self):
@@ -102,12 +100,12 @@ class StreamOrder:
         return _through_buffer(unshuffled, self.shuffle_buffer, rng)
 
     def micro_batches(self, first_step, last_step):
-        """Yield lists of StreamPlace for the steps first_step <= step < last_step; each step's last ends the group."""
+        """Yield lists of StreamSampleIndex for the steps first_step <= step < last_step; a step's last ends it."""
         places = self._places(first_step * self.micro_batch * self.accumulation)
         for step, part in itertools.product(range(first_step, last_step), range(self.accumulation)):
             ends_step = part == self.accumulation - 1
             yield [
-                StreamPlace(row, epoch, step, 1 / self.total_batch_size, ends_step, sample)
+                StreamSampleIndex(row, epoch, step, 1 / self.total_batch_size, ends_step, sample)
                 for row, epoch, sample in itertools.islice(places, self.micro_batch)
             ]
 
@@ -143,41 +141,39 @@ def _through_buffer(samples, size, rng):
     yield from waiting
 
 
-class StreamedImages(ImageSet):
-    """Images that come with their places. Those of the step that is being trained on are known by their rows."""
+class StreamedImages(CaptionedImages):
+    """Images that come with their indices: how many there are is not known."""
 
     def __init__(self, shards, transform, tokenize, args, seed):
-        super().__init__({}, None, None, transform, tokenize, args, seed)
+        super().__init__(transform, tokenize, args, seed)
         self.shards = shards
-        self.origins = {}
+        self.origins = {}  # {row: where it stands} of the step that is being trained on
 
-    def __len__(self):
-        raise TypeError("how many rows a stream has is not known")
+    def row_at(self, index):
+        return index.sample
 
-    def image(self, index):
-        """The RGB image of a row. Raises UnreadableImage."""
-        return self.rows[index].open()
-
-    def transform_of(self, index):
+    def transform_at(self, index):
         """One size for all."""
         return self.transform
 
-    def __getitem__(self, place):
-        """(place, fp32 [3, height, width] or None, caption or why the image cannot be read)."""
-        self.rows = {place.row: place.sample}
+    def open(self, row):
+        return row.open()
+
+    def __getitem__(self, index):
+        """(index, fp32 [3, height, width] or None, sizes, caption or why the image cannot be read)."""
         try:
-            return super().__getitem__(place)
+            return super().__getitem__(index)
         except UnreadableImage as error:
-            return place, None, re.sub(r" <.*? at 0x\w+>", "", str(error))  # each time the address is another
+            return index, None, None, re.sub(r" <.*? at 0x\w+>", "", str(error))  # each time the address is another
 
     def collate(self, items):
         """(Batch, {row: where it stands}, images that cannot be read); the share of those goes to the others."""
         good = [item for item in items if item[1] is not None]
-        blank = torch.zeros(3, self.transform.height, self.transform.width)
-        batch = super().collate(good or [(items[0][0], blank, "")])
+        blank = torch.zeros(3, self.transform.height, self.transform.width), (0,) * 6
+        batch = super().collate(good or [(items[0][0], *blank, "")])
         batch.weights *= len(items) / len(good) if good else 0.0
-        origins = {place.row: place.sample.origin for place, _, _ in items}
-        return batch, origins, [reason for _, pixels, reason in items if pixels is None]
+        origins = {index.row: index.sample.origin for index, *_ in items}
+        return batch, origins, [reason for _, pixels, _, reason in items if pixels is None]
 
     def fingerprint(self):
         """A hash of which shards there are, not of all that is in them."""
@@ -187,50 +183,45 @@ class StreamedImages(ImageSet):
         """The words that are put before every caption. Whether all begin with the same ones is not known."""
         return self.args.caption_prefix
 
-    def describe(self, indices):
+    def describe(self, numbers):
         """Where the rows of the current step stand; those that another process has read by their numbers."""
         elsewhere = "read by another process, as its number {} of the epoch"
-        return "\n".join(f"  {self.origins.get(row, elsewhere.format(row))}" for row in indices)
+        return "\n".join(f"  {self.origins.get(number, elsewhere.format(number))}" for number in numbers)
 
-    def loader(self, order, first_step, last_step, workers, pin_memory=False):
+    def summary(self):
+        """How much there is, for a message."""
+        return f"a stream of {len(self.shards)} shards"
+
+    def loader(self, sampler, first_step, last_step, workers, pin_memory=False):
         """Micro-batches of the steps first_step <= step < last_step. Raises DatasetError where the stream breaks."""
         step = None
         try:
-            for batch, origins, faults in super().loader(order, first_step, last_step, workers, pin_memory):
+            for batch, origins, faults in super().loader(sampler, first_step, last_step, workers, pin_memory):
                 if faults:
-                    self.shards.tell(Findings(faults={"images that cannot be read": faults}))
+                    findings = Findings()
+                    for reason in faults:
+                        findings.error("unreadable_image", reason)
+                    self.shards.tell(findings)
                 self.origins = self.origins | origins if step == batch.step else origins
                 step = batch.step
                 yield batch
         except DatasetError as problem:
-            if order.process:  # the script tells of the main process's
-                tqdm.write(f"process {order.process}: {problem}", file=sys.stderr)
+            if sampler.process:  # the script tells of the main process's
+                tqdm.write(f"process {sampler.process}: {problem}", file=sys.stderr)
             raise
 
 
-def load_training(args, tokenizer, seed, validation_fraction=0.0, say=print, cache_dir=None):
-    """(training set, validation set or None): `load_images`, or with --streaming images that are read as they come.
-
-    Raises DatasetError.
-    """
-    if not args.streaming:
-        return load_images(args, tokenizer, seed, validation_fraction, say, cache_dir)
+def open_stream(args, tokenize, seed, say=print, cache_dir=None):
+    """The StreamedImages that the flags name."""
     shards = open_shards(args, say, cache_dir)
-    return StreamedImages(shards, Transform.of(args, seed), partial(tokens, tokenizer), args, seed), None
+    return StreamedImages(shards, Transform.of(args, seed), tokenize, args, seed)
 
 
-def row_order(args, training, processes, process):
-    """The order of the training set on this process. Raises DatasetError where a stream cannot be shared out."""
-    cut = {
-        "micro_batch": args.train_batch_size, "accumulation": args.gradient_accumulation_steps,
-        "processes": processes, "process": process, "seed": args.seed,
-    }  # fmt: skip
-    if not args.streaming:
-        return Order(rows=len(training), buckets=training.sizes, **cut)
-    shards = training.shards
-    if len(shards) < processes:
+def stream_sampler(args, shards, **cut):
+    """The order of a stream on this process. Raises DatasetError where it cannot be shared out."""
+    if len(shards) < cut["processes"]:
         raise DatasetError(
-            f"{shards.source} has {len(shards)} shards for {processes} processes, and each reads its own: start at "
-            f"most {len(shards)}, or write the dataset in more shards"
+            f"{shards.source} has {len(shards)} shards for {cut['processes']} processes, and each reads its own: start "
+            "at most as many processes, or write the dataset in more shards"
         )
-    return StreamOrder(shards=shards, shuffle_buffer=args.shuffle_buffer, **cut)
+    return StreamBatchSampler(shards=shards, shuffle_buffer=args.shuffle_buffer, **cut)

@@ -4,17 +4,17 @@ import hashlib
 import itertools
 import signal
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from finetuning.cli import flag
+from finetuning.data.batch_sampler import BatchSampler
 from finetuning.data.captions import chosen_caption, may_mirror, with_prefix
 from finetuning.data.checking import read_checked
 from finetuning.data.images import UnreadableImage, open_rgb
-from finetuning.data.order import Order
 from finetuning.data.reading import DatasetError
 from finetuning.data.transforms import INTERPOLATIONS, Transform
 from finetuning.rng import python_random
@@ -78,8 +78,10 @@ class Batch:
     """One micro-batch. `weights` are each row's share of the optimizer step's loss; over the step they sum to 1."""
 
     pixels: torch.Tensor  # [batch, 3, height, width] in [-1, 1]
-    input_ids: torch.Tensor  # [batch, tokens]
+    tokens: dict  # {text encoder: [batch, tokens]}
+    sizes: torch.Tensor  # [batch, 6] original height, width; crop top, left; height, width: as SDXL is told them
     weights: torch.Tensor  # [batch]
+    captions: list  # [batch] text; "" where it was dropped
     rows: list  # [batch] index of each row
     step: int
     epoch: int
@@ -87,74 +89,118 @@ class Batch:
 
     def pin_memory(self):
         """What the loader calls, so that copies to a GPU need not wait."""
-        for name in ("pixels", "input_ids", "weights"):
-            setattr(self, name, getattr(self, name).pin_memory())
-        return self
+        return self._each(lambda tensor: tensor.pin_memory())
 
     def to(self, device):
-        for name in ("pixels", "input_ids", "weights"):
-            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
-        return self
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change):
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, tokens={name: change(ids) for name, ids in self.tokens.items()}, **moved)
 
 
-class ImageSet(torch.utils.data.Dataset):
-    """Rows with their images and tokens. Indexed by Place, so that every draw has its place in the run."""
+class CaptionedImages(Dataset):
+    """Images and captions by SampleIndex, so that every draw has its place in the run, and the batches made of them.
+
+    `row_at` and `transform_at` say where the row of an index and its size come from.
+    """
+
+    def __init__(self, transform, tokenize, args, seed):
+        self.transform, self.tokenize, self.args, self.seed = transform, tokenize, args, seed
+        self.skip_pixels = False  # set where cached latents stand in for the images
+
+    def row_at(self, index):
+        raise NotImplementedError
+
+    def transform_at(self, index):
+        raise NotImplementedError
+
+    def open(self, row):
+        """The RGB image of a row."""
+        raise NotImplementedError
+
+    def __getitem__(self, index):
+        """(index, fp32 [3, height, width], sizes, caption)."""
+        row = self.row_at(index)
+        draw = self.transform_at(index).draw(index.epoch, index.row, self.may_flip(row))
+        pixels, sizes = torch.empty(3, 0, 0), (0,) * 6
+        if not self.skip_pixels:
+            pixels, sizes = self.transform_at(index).apply(self.open(row), draw)
+        return index, pixels, sizes, self.caption(row, index.epoch, index.row, draw.flip)
+
+    def may_flip(self, row):
+        """Whether the row's captions allow it."""
+        return self.transform.random_flip and may_mirror(row.captions, self.args.flip_captions)
+
+    def caption(self, row, epoch, number, flipped):
+        """What the row is trained with in this epoch; "" where it is dropped."""
+        rng = python_random(self.seed, "caption", epoch, number)
+        if rng.random() < self.args.proportion_empty_prompts:
+            return ""
+        return chosen_caption(row.captions, flipped, self.args, rng)
+
+    def collate(self, items):
+        indices, pixels, sizes, captions = zip(*items, strict=True)
+        return Batch(
+            pixels=torch.stack(pixels),
+            tokens=self.tokenize(captions),
+            sizes=torch.tensor(sizes),
+            weights=torch.tensor([index.weight for index in indices]),
+            captions=list(captions),
+            rows=[index.row for index in indices],
+            step=indices[0].step,
+            epoch=indices[0].epoch,
+            ends_step=indices[0].ends_step,
+        )
+
+    def loader(self, sampler: BatchSampler, first_step, last_step, workers, pin_memory=False):
+        """Micro-batches of the steps first_step <= step < last_step."""
+        return DataLoader(
+            self,
+            batch_sampler=_Between(sampler, first_step, last_step),
+            collate_fn=self.collate,
+            num_workers=workers,
+            worker_init_fn=_leave_signals_to_the_run,
+            pin_memory=pin_memory,
+        )
+
+
+class ImageDataset(CaptionedImages):
+    """A dataset that is known as a whole: its rows, and the size (height, width) that each is trained at."""
 
     def __init__(self, rows, images, sizes, transform, tokenize, args, seed):
-        self.rows, self.images, self.transform, self.tokenize = rows, images, transform, tokenize
-        self.sizes = sizes  # [rows] (height, width): each row's bucket
-        self.args, self.seed = args, seed
-        self.skip_pixels = False  # set where cached latents stand in for the images
+        super().__init__(transform, tokenize, args, seed)
+        self.rows, self.images, self.sizes = rows, images, sizes
 
     def __len__(self):
         return len(self.rows)
 
-    def image(self, index):
-        """The RGB image of a row. Raises DatasetError where it cannot be read."""
-        row = self.rows[index]
+    def row_at(self, index):
+        return self.rows[index.row]
+
+    def transform_at(self, index):
+        return self.transform_of(index.row)
+
+    def transform_of(self, number):
+        """The transform to the size of the row's bucket."""
+        return self.transform.at(self.sizes[number])
+
+    def open(self, row):
+        """The RGB image. Raises DatasetError where it cannot be read."""
         try:
             return open_rgb(row.image if isinstance(row.image, Path) else self.images[row.image])
         except UnreadableImage as error:  # one that --check_images did not look at, or that has changed since
             found_earlier = "--check_images full names all such before the start"
             raise DatasetError(f"{row.origin}: {error}; {found_earlier}") from error
 
-    def transform_of(self, index):
-        """The transform to the size of the row's bucket."""
-        return self.transform.at(self.sizes[index])
+    def image(self, number):
+        """The RGB image of the row of this number."""
+        return self.open(self.rows[number])
 
-    def may_mirror(self, index):
-        """Whether the row's captions allow it."""
-        return may_mirror(self.rows[index].captions, self.args.flip_captions)
-
-    def is_mirrored(self, index, epoch):
+    def is_mirrored(self, number, epoch):
         """Whether the row is mirrored in this epoch."""
-        return self.transform.flips(epoch, index) and self.may_mirror(index)
-
-    def caption(self, index, epoch):
-        """What the row is trained with in this epoch; "" where it is dropped."""
-        rng = python_random(self.seed, "caption", epoch, index)
-        if rng.random() < self.args.proportion_empty_prompts:
-            return ""
-        return chosen_caption(self.rows[index].captions, self.is_mirrored(index, epoch), self.args, rng)
-
-    def __getitem__(self, place):
-        pixels = torch.empty(3, 0, 0)
-        if not self.skip_pixels:
-            may_mirror = self.transform.random_flip and self.may_mirror(place.row)
-            pixels = self.transform_of(place.row)(self.image(place.row), place.epoch, place.row, may_mirror)
-        return place, pixels, self.caption(place.row, place.epoch)
-
-    def collate(self, items):
-        places, pixels, captions = zip(*items, strict=True)
-        return Batch(
-            pixels=torch.stack(pixels),
-            input_ids=self.tokenize(captions),
-            weights=torch.tensor([place.weight for place in places]),
-            rows=[place.row for place in places],
-            step=places[0].step,
-            epoch=places[0].epoch,
-            ends_step=places[0].ends_step,
-        )
+        return self.transform.draw(epoch, number, self.may_flip(self.rows[number])).flip
 
     def fingerprint(self):
         """A hash of which rows there are, in which order, with which captions and buckets; images count by name."""
@@ -174,9 +220,14 @@ class ImageSet(torch.utils.data.Dataset):
                 break
         return with_prefix(" ".join(shared or []), self.args.caption_prefix)
 
-    def describe(self, indices):
+    def describe(self, numbers):
         """The named rows for a message: where they stand and their first caption."""
-        return "\n".join(f"  {self.rows[i].origin}: {self.rows[i].image} {self.rows[i].captions[0]!r}" for i in indices)
+        rows = (self.rows[number] for number in numbers)
+        return "\n".join(f"  {row.origin}: {row.image} {row.captions[0]!r}" for row in rows)
+
+    def summary(self):
+        """How much there is, for a message."""
+        return f"{len(self)} rows"
 
     def of_one_size(self, rows, count):
         """Yield the rows in lists of at most `count`, the images of a list all of one size."""
@@ -186,26 +237,17 @@ class ImageSet(torch.utils.data.Dataset):
         for rows in same.values():
             yield from (rows[start : start + count] for start in range(0, len(rows), count))
 
-    def loader(self, order: Order, first_step, last_step, workers, pin_memory=False):
-        """Micro-batches of the steps first_step <= step < last_step."""
-        return DataLoader(
-            self,
-            batch_sampler=_Batches(order, first_step, last_step),
-            collate_fn=self.collate,
-            num_workers=workers,
-            worker_init_fn=_leave_signals_to_the_run,
-            pin_memory=pin_memory,
-        )
-
 
 @dataclass
-class _Batches:
-    order: Order
+class _Between:
+    """What a DataLoader takes for a batch sampler: the micro-batches from one step to another."""
+
+    sampler: BatchSampler
     first_step: int
     last_step: int
 
     def __iter__(self):
-        return self.order.micro_batches(self.first_step, self.last_step)
+        return self.sampler.micro_batches(self.first_step, self.last_step)
 
 
 def _leave_signals_to_the_run(_worker):
@@ -214,42 +256,25 @@ def _leave_signals_to_the_run(_worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def load_images(args, tokenizer, seed, validation_fraction=0.0, say=print, cache_dir=None):
-    """(training set, validation set or None): read, checked, every problem named at once.
+def load_images(args, tokenize, seed, validation_fraction=0.0, say=print, cache_dir=None):
+    """(ImageDataset, the held-out one or None): read, checked, every problem named at once.
 
-    args: DataArgs, CaptionArgs and BucketArgs. Raises DatasetError with the whole list where rows cannot be trained
-    on and --on_bad_rows is error.
+    args      DataArgs, CaptionArgs and BucketArgs
+    tokenize  families.Tokenizers
+
+    Raises DatasetError with the whole list where rows cannot be trained on and --on_bad_rows is error.
     """
-    found = read_checked(args, tokenizer, seed, validation_fraction, cache_dir)
-    report = found.findings.report()
-    if found.findings.faults and args.on_bad_rows == "error":
-        raise DatasetError(
-            f"the dataset has {found.findings.count()} faults (x):\n{report}\n"
-            "  mend them, or leave those rows out with --on_bad_rows skip"
-        )
-    if report:
-        say(f"dataset, left out (x) and noted (-):\n{report}")
+    found = read_checked(args, next(iter(tokenize.tokenizers.values())), seed, validation_fraction, cache_dir)
+    found.findings.refuse("the dataset", args.on_bad_rows, say)
     if not found.rows:
         raise DatasetError("no row is left to train on")
 
-    tokenize = lambda captions: tokens(tokenizer, captions)
     transform = Transform.of(args, seed)
-    training = ImageSet(found.rows, found.images, found.sizes, transform, tokenize, args, seed)
+    training = ImageDataset(found.rows, found.images, found.sizes, transform, tokenize, args, seed)
     if not found.held_out:
         return training, None
     plain = replace(transform, center_crop=True, random_flip=False, random_resized_crop_scale=None)
     as_they_are = replace(args, proportion_empty_prompts=0.0, shuffle_tags=False, keep_tokens=0)
-    return training, ImageSet(
+    return training, ImageDataset(
         found.held_out, found.held_out_images, found.held_out_sizes, plain, tokenize, as_they_are, seed
     )
-
-
-def tokens(tokenizer, captions):
-    """Token ids [captions, tokenizer.model_max_length]: cut and padded to the text encoder's length."""
-    return tokenizer(
-        list(captions),
-        max_length=tokenizer.model_max_length,
-        padding="max_length",
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids

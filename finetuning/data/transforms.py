@@ -1,20 +1,32 @@
-"""From an RGB image to the pixels that are trained on."""
+"""From an RGB image to the pixels that are trained on: resize, crop, flip, scale to [-1, 1].
+
+What is random is drawn first, from (seed, epoch, row) alone: `draw` needs no image. `apply` needs no randomness.
+"""
 
 from dataclasses import dataclass, replace
 
 import torch
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import RandomResizedCrop
-from torchvision.transforms.v2 import functional as F
 
-from finetuning.rng import python_random, torch_generator
+from finetuning.rng import python_random
 
-INTERPOLATIONS = [mode.value for mode in InterpolationMode]
+# torchvision.transforms.InterpolationMode's values
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is random in how one image is cut. The crop lies at `u` from the top and `v` from the left, each the share
+    in [0, 1) of the room there is; None is the centre."""
+
+    u: float | None = None
+    v: float | None = None
+    flip: bool = False
+    area: float = 1.0  # share of the image's area that a random resized crop takes
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize the short side, crop, flip, scale to [-1, 1]. Crop and flip are drawn from (seed, epoch, row)."""
+    """How images become pixels of one size."""
 
     height: int
     width: int
@@ -32,52 +44,57 @@ class Transform:
             args.random_resized_crop_scale, seed,
         )  # fmt: skip
 
-    def __call__(self, image, epoch, row, may_mirror=True):
-        """PIL RGB -> fp32 [3, height, width]."""
-        mode = InterpolationMode(self.interpolation)
-        size = [self.height, self.width]
-        if self.random_resized_crop_scale is not None:
-            image = F.resized_crop(image, *self._area(image, epoch, row), size, mode)
-        else:
-            image = self._cover(image, mode)
-            spare_y, spare_x = image.height - self.height, image.width - self.width
-            if self.center_crop:
-                image = F.center_crop(image, size)
-            else:
-                rng = python_random(self.seed, "crop", epoch, row)
-                image = F.crop(image, rng.randint(0, spare_y), rng.randint(0, spare_x), *size)
-        return self._finish(image, may_mirror and self.flips(epoch, row))
-
     def at(self, size):
         """The same for another (height, width)."""
         height, width = size
         return replace(self, height=height, width=width)
 
-    def flips(self, epoch, row):
-        """Whether the row is mirrored in this epoch, if it may be."""
-        return self.random_flip and python_random(self.seed, "flip", epoch, row).random() < 0.5
+    def draw(self, epoch, row, may_flip=True):
+        """The Draw of a row in an epoch."""
+        flip = may_flip and self.random_flip and python_random(self.seed, "flip", epoch, row).random() < 0.5
+        if self.random_resized_crop_scale is None and self.center_crop:
+            return Draw(flip=flip)
+        rng = python_random(self.seed, "crop", epoch, row)
+        u, v, area = rng.random(), rng.random(), 1.0
+        if self.random_resized_crop_scale is not None:
+            area = rng.uniform(self.random_resized_crop_scale, 1.0)
+        return Draw(u, v, flip, area)
 
-    def fixed(self, image, flip):
-        """The centre crop, mirrored or not: what a cache keeps."""
-        size = [self.height, self.width]
-        return self._finish(F.center_crop(self._cover(image, InterpolationMode(self.interpolation)), size), flip)
+    def apply(self, image, draw):
+        """PIL RGB -> (fp32 [3, height, width] in [-1, 1], sizes).
 
-    @staticmethod
-    def _finish(image, flip):
-        image = F.hflip(image) if flip else image
-        return F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True) * 2 - 1
+        sizes  (original height, original width, crop top, crop left, height, width) in pixels, as SDXL is told them;
+               the crop's place is in the resized image, and in the mirrored one where it is mirrored
+        """
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional as F
 
-    def _cover(self, image, mode):
-        """The smallest size with the image's aspect that covers height x width."""
-        factor = max(self.height / image.height, self.width / image.width)
-        covering = [max(self.height, round(image.height * factor)), max(self.width, round(image.width * factor))]
-        return F.resize(image, covering, mode)
+        mode, size = InterpolationMode(self.interpolation), [self.height, self.width]
+        if self.random_resized_crop_scale is not None:
+            box_height, box_width = self._box(image, draw.area)
+            top, left = _offset(image.height - box_height, draw.u), _offset(image.width - box_width, draw.v)
+            pixels = F.resized_crop(image, top, left, box_height, box_width, size, mode)
+            factor = self.height / box_height
+            top, left, spare = round(top * factor), round(left * factor), round((image.width - box_width) * factor)
+        else:
+            factor = max(self.height / image.height, self.width / image.width)
+            # The smallest size with the image's aspect that covers height x width
+            covering = [max(self.height, round(image.height * factor)), max(self.width, round(image.width * factor))]
+            spare = covering[1] - self.width
+            top, left = _offset(covering[0] - self.height, draw.u), _offset(spare, draw.v)
+            pixels = F.crop(F.resize(image, covering, mode), top, left, *size)
+        if draw.flip:
+            pixels, left = F.hflip(pixels), spare - left
+        sizes = (image.height, image.width, top, left, *size)
+        return F.to_dtype(F.pil_to_tensor(pixels), torch.float32, scale=True) * 2 - 1, sizes
 
-    def _area(self, image, epoch, row):
-        """(top, left, height, width) as torchvision draws them, from a generator of our own place in the run."""
-        ratio = self.width / self.height
-        chooser = RandomResizedCrop([self.height, self.width], (self.random_resized_crop_scale, 1.0), (ratio, ratio))
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(torch_generator(self.seed, "crop area", epoch, row).get_state())
-            area = chooser.make_params([image])
-        return area["top"], area["left"], area["height"], area["width"]
+    def _box(self, image, area):
+        """(height, width) of a crop with the target's aspect and this share of the image's area, as far as it fits."""
+        width = (area * image.width * image.height * self.width / self.height) ** 0.5
+        width = min(width, image.width, image.height * self.width / self.height)
+        box = round(width * self.height / self.width), round(width)
+        return tuple(min(max(side, 1), most) for side, most in zip(box, (image.height, image.width), strict=True))
+
+
+def _offset(spare, share):
+    return round(spare / 2) if share is None else int(share * (spare + 1))

@@ -40,57 +40,6 @@ class NoiseArgs:
 
 
 @dataclass(frozen=True)
-class NoiseSchedule:
-    """The forward process: alpha_bar [timesteps], fp32, and what the denoiser predicts."""
-
-    alpha_bar: torch.Tensor
-    prediction_type: str
-
-    @classmethod
-    def of(cls, scheduler, prediction_type=None):
-        """From a diffusers scheduler; `prediction_type` overrides its config."""
-        return cls(scheduler.alphas_cumprod.float(), prediction_type or scheduler.config.prediction_type)
-
-    def __len__(self):
-        return len(self.alpha_bar)
-
-    def signal_and_noise(self, timesteps):
-        """(sqrt(alpha_bar), sqrt(1 - alpha_bar)), each [batch, 1, 1, 1]."""
-        alpha_bar = self.alpha_bar.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
-        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-
-    def add_noise(self, latents, noise, timesteps):
-        """x_t of DDPM (arXiv 2006.11239, eq. 4)."""
-        signal, sigma = self.signal_and_noise(timesteps)
-        return signal * latents + sigma * noise
-
-    def target(self, latents, noise, timesteps):
-        """What the denoiser has to answer."""
-        if self.prediction_type == "epsilon":
-            return noise
-        if self.prediction_type == "sample":
-            return latents
-        signal, sigma = self.signal_and_noise(timesteps)
-        return signal * noise - sigma * latents  # v of arXiv 2202.00512, appendix D
-
-    def signal_to_noise(self, timesteps):
-        """alpha_bar / (1 - alpha_bar), [batch]."""
-        alpha_bar = self.alpha_bar.to(timesteps.device)[timesteps]
-        return alpha_bar / (1 - alpha_bar)
-
-    def min_snr_weight(self, timesteps, gamma):
-        """Weight of each row's squared error, [batch]: min(SNR, gamma) in units of x_0 (arXiv 2303.09556, eq. 5)."""
-        snr = self.signal_to_noise(timesteps)
-        clipped = snr.clamp(max=gamma)
-        if self.prediction_type == "sample":
-            return clipped
-        if self.prediction_type == "v_prediction":
-            return clipped / (snr + 1)
-        # epsilon: min(SNR, gamma) / SNR, written so that a zero-terminal-SNR schedule gives 1 and not 0 / 0
-        return torch.where(snr <= gamma, torch.ones_like(snr), gamma / snr.clamp(min=gamma))
-
-
-@dataclass(frozen=True)
 class NoiseDraws:
     """Everything random in one micro-batch's loss, drawn per row from (seed, step, row)."""
 

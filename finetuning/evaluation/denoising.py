@@ -1,6 +1,6 @@
 """The loss of a model on captioned images: the same rows, timesteps and noise every time, and a value for each row.
 
-    images, rows = load_rows("datasets/shapes", model.tokenizer, (64, 64))
+    images, rows = load_rows("datasets/shapes", model.tokenize, (64, 64))
     losses = row_losses(model, images, rows, NoiseSchedule.of(model.scheduler))
 
 Two models measured on the same rows are compared row by row, which is far sharper than two means: most of the spread
@@ -9,16 +9,17 @@ of a diffusion loss comes from the timestep and the noise, and those are equal.
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from finetuning.data.batch_sampler import SampleIndex
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.data.latents import sampled
-from finetuning.data.order import Place
 from finetuning.data.reading import DatasetError, Findings, read_split
-from finetuning.data.training_set import DataArgs, ImageSet, tokens
+from finetuning.data.training_set import DataArgs, ImageDataset
 from finetuning.data.transforms import Transform
 from finetuning.diffusion.objective import NoiseArgs, NoiseDraws, diffusion_loss
 from finetuning.rng import gaussian, python_random
@@ -42,39 +43,41 @@ def stratified_timesteps(count, timesteps, seed):
 
 @torch.no_grad()
 def row_losses(
-    model, images, rows, schedule, args=None, *, seed=0, batch_size=4, device="cpu", autocast=nullcontext
+    model, images, rows, schedule, args=None, *, seed=0, batch_size=4, device="cpu", autocast=nullcontext, only=None
 ):  # fmt: skip
     """The denoising loss of each of `rows`, float64 [rows], on the CPU.
 
-    model     what is trained or StableDiffusion: its posterior, scale_latents and denoiser, all on `device`
-    images  a ImageSet, `rows` are indices into it
+    model     families.model.Model, on `device`
+    images  an ImageDataset, `rows` are indices into it
     schedule  NoiseSchedule
     args      NoiseArgs; only the form of the loss counts, not what training does to it (offsets, perturbation, DREAM,
               weights), nor its prediction type, which is the schedule's
     autocast  makes the context that the denoiser runs in
+    only      those of `rows` that are to be computed; none: all
     """
     args = args or NoiseArgs()
     plain = NoiseArgs(prediction_type=args.prediction_type, loss_type=args.loss_type, huber_c=args.huber_c)
     timestep_of = dict(zip(rows, stratified_timesteps(len(rows), len(schedule), seed), strict=True))
     losses, was_training = {}, model.denoiser.training
     model.denoiser.eval()
-    for part in images.of_one_size(rows, batch_size):
-        places = [Place(row, 0, 0, 1.0, True) for row in part]
+    only = rows if only is None else only
+    for part in images.of_one_size(only, batch_size):
+        places = [SampleIndex(row, 0, 0, 1.0, True) for row in part]
         batch = images.collate([images[place] for place in places]).to(device)
-        latents = sampled(model, *model.posterior(batch.pixels), seed, batch)
+        latents = sampled(model, *model.codec.posterior(batch.pixels), seed, batch)
         noise = gaussian(seed, "validation noise", 0, part, latents.shape[1:]).to(device)
         timesteps = torch.tensor([timestep_of[row] for row in part]).to(device)
         still = torch.zeros(1, device=device)
+        predict = partial(model.denoiser, **model.conditioning(batch))
         with autocast():
-            predict = lambda noisy, t, ids=batch.input_ids: model.denoiser(noisy, t, ids)
             found = diffusion_loss(predict, schedule, latents, NoiseDraws(noise, timesteps, still, still), plain)
         losses.update(zip(part, found.tolist(), strict=True))
     model.denoiser.train(was_training)
-    return torch.tensor([losses[row] for row in rows], dtype=torch.float64)
+    return torch.tensor([losses[row] for row in only], dtype=torch.float64)
 
 
-def load_rows(folder, tokenizer, size, *, split=None, most=256, seed=0, caption_column="text", say=print):
-    """(ImageSet, the numbers of at most `most` of its rows) of a folder with metadata.jsonl.
+def load_rows(folder, tokenize, size, *, split=None, most=256, seed=0, caption_column="text", say=print):
+    """(ImageDataset, the numbers of at most `most` of its rows) of a folder with metadata.jsonl.
 
     size   (height, width) in pixels; images are resized until they cover it, and the centre is taken
     split  "train", "validation" or "test"; none: validation, or the folder itself where it has no splits
@@ -89,18 +92,17 @@ def load_rows(folder, tokenizer, size, *, split=None, most=256, seed=0, caption_
         try:
             open_rgb(row.image)
         except UnreadableImage as error:
-            findings.faults["images that cannot be read"].append(f"{row.origin} ({error})")
-    if findings.faults:
+            findings.errors["images that cannot be read"].append(f"{row.origin} ({error})")
+    if findings.errors:
         raise DatasetError(
             f"{folder} has {findings.count()} faults (x): mend them, or leave those rows out of its metadata\n"
             f"{findings.report()}"
         )
-    if findings.notes:
+    if findings.warnings:
         say(f"{folder}, noted (-):\n{findings.report()}")
     if not rows:
         raise DatasetError(f"{folder} has no rows")
     height, width = size
     flags = _DataFlags(train_data_dir=str(folder), resolution=f"{height}x{width}", center_crop=True)
-    tokenize = lambda captions: tokens(tokenizer, captions)
     transform = Transform.of(flags, seed)
-    return ImageSet(rows, None, [tuple(size)] * len(rows), transform, tokenize, flags, seed), chosen
+    return ImageDataset(rows, None, [tuple(size)] * len(rows), transform, tokenize, flags, seed), chosen

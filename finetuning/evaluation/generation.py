@@ -36,7 +36,7 @@ from finetuning.data.reading import (
 )
 from finetuning.evaluation.denoising import chosen_rows
 from finetuning.evaluation.metrics import EvaluationError
-from finetuning.families.lora_files import attach, detach, parts_of, read_lora, set_scale, weights_hash
+from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
 from finetuning.families.pipelines import SCHEDULERS, open_pipeline
 from finetuning.files import sha256, write_json
 from finetuning.rng import torch_generator
@@ -108,7 +108,7 @@ def dataset_rows(dataset, split=None, caption_column="text", most=None, seed=0, 
     chosen = range(len(every)) if most is None else chosen_rows(len(every), most, seed)
     taken = [(number, every[number]) for number in chosen]
     _open_all([(row.origin, row.image) for _, row in taken], findings)
-    if findings.faults:
+    if findings.errors:
         raise EvaluationError(
             f"{dataset} has {findings.count()} faults (x): mend them, or leave those rows out of its metadata\n"
             f"{findings.report(SHOWN)}"
@@ -117,8 +117,8 @@ def dataset_rows(dataset, split=None, caption_column="text", most=None, seed=0, 
         raise EvaluationError(f"{dataset} has no rows")
     for _, row in taken:
         if len(row.captions) > 1:
-            findings.notes["rows with several captions (the first is used)"].append(row.origin)
-    if findings.notes:
+            findings.warnings["rows with several captions (the first is used)"].append(row.origin)
+    if findings.warnings:
         say(f"{dataset}, noted (-):\n{findings.report()}")
     return [Row(number, row.captions[0], row.image) for number, row in taken]
 
@@ -173,7 +173,7 @@ def _open_all(places, findings):
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for fault in filter(None, pool.map(look, places)):
-            findings.faults["images that cannot be read"].append(fault)
+            findings.errors["images that cannot be read"].append(fault)
 
 
 # -- drawing -------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def draw(
         )
     else:
         name = source.name_or_path
-    adapter = read_lora(lora, parts_of(pipeline), weights) if lora else None
+    adapter = read_lora(lora, adaptable_components(pipeline), weights) if lora else None
     settings = _settings(pipeline, adapter, args) | {"model": str(name), "lora": str(lora) if lora else None}
     note = adapter and adapter.note_on_base(name, settings["unet_sha256"])
     if note and settings["dtype"] != "bfloat16":  # which rounds the base
@@ -391,10 +391,10 @@ def images_in(folder, rows, *, by_order=False, caption_column="text"):
     if any(way != pairs for way in full):
         kind = "names that are the numbers of some rows and the names of other rows' images (00003.png is row 3's)"
         doubtful = [path for number, path in pairs.items() if any(way[number] != path for way in full)]
-        findings.faults[kind] += [str(path.relative_to(folder)) for path in doubtful]
+        findings.errors[kind] += [str(path.relative_to(folder)) for path in doubtful]
     _note_unpaired(folder, images, rows, pairs, told, findings)
     _open_all([(path.relative_to(folder), path) for path in images], findings)
-    if findings.faults:
+    if findings.errors:
         raise EvaluationError(
             f"{folder} does not fit the rows, {findings.count()} faults (x): name its images by the numbers of the "
             f"rows (00003.png) or as the true images, or write their captions into {METADATA_NAMES[0]}\n"
@@ -418,7 +418,7 @@ def _by_order(folder, images, rows, findings):
     if numeric != images:
         kind = "names that stand elsewhere as text than as numbers (pad them with zeros)"
         doubtful = [one for one, other in zip(images, numeric, strict=True) if one != other]
-        findings.faults[kind] += [str(path.relative_to(folder)) for path in doubtful]
+        findings.errors[kind] += [str(path.relative_to(folder)) for path in doubtful]
     if numeric != images or len(images) != len(rows):
         return {}
     return dict(zip(sorted(row.number for row in rows), images, strict=True))
@@ -444,7 +444,7 @@ def _told_captions(folder, images, caption_column, findings):
                 name = named_image(record, "image")
                 image = folder / os.path.normpath(name) if name else None
                 if image not in there:
-                    findings.faults["metadata rows whose image is not there"].append(f"{where} ({name})")
+                    findings.errors["metadata rows whose image is not there"].append(f"{where} ({name})")
                 elif captions := as_captions(record.get(caption_column), where, caption_column):
                     told[image] = captions
     except DatasetError as problem:
@@ -460,7 +460,7 @@ def _note_unpaired(folder, images, rows, pairs, told, findings):
     for path in images:
         if path not in paired:
             caption = f" ({told[path][0]})" if path in told else ""
-            findings.faults["images without a row"].append(f"{path.relative_to(folder)}{caption}")
+            findings.errors["images without a row"].append(f"{path.relative_to(folder)}{caption}")
     for row in rows:
         if row.number not in pairs:
-            findings.faults["rows without an image"].append(f"row {row.number} ({row.caption})")
+            findings.errors["rows without an image"].append(f"row {row.number} ({row.caption})")

@@ -1,4 +1,4 @@
-"""The figures of one or more models' images: row by row, and as sets beside the true images.
+"""The metrics of one or more models' images: row by row, and as sets beside the true images.
 
     opened = open_networks(args, device)
     measured = measure(rows, {"original": {0: Path(...), ...}, "tuned": {...}}, opened, args, device)
@@ -9,54 +9,54 @@ another seed, as one model more, shows how far two seeds lie apart: the noise fl
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from finetuning.cli import flag
+from finetuning.cli import first_few, flag
 from finetuning.evaluation import features, networks, statistics
-from finetuning.evaluation.metrics import METRICS, EvaluationError
+from finetuning.evaluation.checkers import load_checker
+from finetuning.evaluation.metrics import EvaluationError, dataset_metrics, table
+from finetuning.evaluation.notes import note, reason
 from finetuning.evaluation.preprocessing import POLICY, read_images
-from finetuning.shapes.checker import right, share_in_chalk
-from finetuning.shapes.scenes import parse
 
-NETWORK_OF = {
-    "clip_score": "clip", "clip_image": "clip", "lpips": "lpips", "kid": "inception", "fid": "inception",
-}  # fmt: skip
-NEEDS_TRUTH = ("clip_image", "lpips", "kid", "fid")
-OF_SHAPES = ("shapes", "style")
-FEW = 50  # images; with fewer no figure is worth believing
+FEW = 50  # images; with fewer no metric is reliable
 
 
 @dataclass
 class EvalNetworkArgs:
-    """Figures"""
+    """Metrics"""
 
+    checker: str | None = flag(
+        None, "a judge of images of your own: an importable module or a .py file with METRICS and scores() (see "
+        "docs/evaluation.md), e.g. finetuning.shapes.checker",
+    )  # fmt: skip
     metrics: list[str] | None = flag(
-        None, "which figures (none: all that can be had; the others are named with the reason)", choices=tuple(METRICS)
-    )
+        None, f"which metrics, of {', '.join(dataset_metrics())} and those of the --checker (none: all that can be "
+        "measured; the others are named with the reason)",
+    )  # fmt: skip
     protocol: str = flag(
         "clean", "how Inception is given its images: clean as clean-fid does, legacy as pytorch-fid does (the older "
-        "papers); figures of the two are not comparable", choices=("clean", "legacy"),
+        "papers); metrics of the two are not comparable", choices=("clean", "legacy"),
     )  # fmt: skip
     resolutions: list[int] | None = flag(
-        None, "sides in pixels that all images are brought to first, each with its own figures (none: the side of "
-        "the first model's images)",
+        None, "sides in pixels that all images are brought to first, each with its own metrics (none: the side of "
+        "the first model's images)", min=8,
     )  # fmt: skip
     inception_weights: str | None = flag(None, "file of FID's Inception weights (none: torch-fidelity's download)")
     lpips_trunk: str | None = flag(None, "file of AlexNet's weights for LPIPS (none: torchvision's download)")
     clip_model: str = flag(networks.CLIP, "CLIP: a folder, or a name on the Hub")
-    feature_cache: str | None = flag(None, "folder where Inception's features are kept by content (none: nowhere)")
-    num_workers: int = flag(0, "processes that read images; 0: none beside the main one")
-    eval_batch_size: int = flag(16, "images that a network is given together")
+    feature_cache: str | None = flag(
+        None, "folder where Inception's features are kept by content (none: nowhere)", affects_result=False
+    )
+    num_workers: int = flag(0, "processes that read images; 0: none beside the main one", min=0, affects_result=False)
+    eval_batch_size: int = flag(16, "images that a network is given together", min=1)
 
     def problems(self):
-        for side in self.resolutions or []:
-            if side < 8:
-                yield f"--resolutions {side} must be at least 8"
+        yield from self._metric_problems()
         for name in ("metrics", "resolutions"):
             given = getattr(self, name) or []
             if len(set(given)) < len(given):
@@ -64,18 +64,35 @@ class EvalNetworkArgs:
         for name in ("inception_weights", "lpips_trunk"):
             if getattr(self, name) and not Path(getattr(self, name)).is_file():
                 yield f"--{name} {getattr(self, name)}: there is no such file"
-        if self.num_workers < 0:
-            yield f"--num_workers {self.num_workers} must not be negative"
-        if self.eval_batch_size < 1:
-            yield f"--eval_batch_size {self.eval_batch_size} must be at least 1"
+
+    def _metric_problems(self):
+        """Unknown metrics; to know those of a checker it has to be loaded."""
+        try:
+            known = dataset_metrics(self.load_checker())
+        except EvaluationError as problem:
+            yield str(problem)
+            return
+        for name in (name for name in self.metrics or [] if name not in known):
+            hint = "" if self.checker else "; a --checker adds its own"
+            yield f"--metrics {name} must be one of {', '.join(known)}{hint}"
+
+    def load_checker(self):
+        """The Checker of --checker, or None. Raises EvaluationError."""
+        return load_checker(self.checker) if self.checker else None
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks that were opened, {name: (network, Weights)}, and why others are missing, {name: reason}."""
+    """What judges images: the opened networks {name: (network, Weights)}, why others are missing, and the Checker."""
 
     found: dict
     missing: dict
+    checker: object = None
+
+    @property
+    def table(self):
+        """{name: Metric} of all metrics."""
+        return table(self.checker)
 
 
 @dataclass
@@ -90,7 +107,8 @@ class Measured:
     images: dict  # {label: [path of each row]}
     protocol: str
     sides: list
-    metrics: list
+    metrics: dict  # {name: Metric} of those that were measured
+    table: dict  # {name: Metric} of all
     values: dict = field(default_factory=dict)
     features: dict = field(default_factory=dict)
     truth: dict = field(default_factory=dict)
@@ -106,8 +124,8 @@ class Measured:
 # -- networks --------------------------------------------------------------------------------------------------------
 
 
-def open_networks(args, device="cpu", offered=tuple(METRICS)):
-    """The Networks that the metrics need: those of --metrics, or of all that are `offered`.
+def open_networks(args, device="cpu"):
+    """The Networks that the metrics need, those of --metrics or all.
 
     Raises EvaluationError where the weights of a metric that was asked for by name are not to be had.
     """
@@ -116,7 +134,8 @@ def open_networks(args, device="cpu", offered=tuple(METRICS)):
         "lpips": partial(networks.lpips_network, args.lpips_trunk, device),
         "clip": partial(networks.clip, args.clip_model, device),
     }
-    wanted = {NETWORK_OF[name] for name in args.metrics or offered if name in NETWORK_OF}
+    checker = args.load_checker()
+    wanted = {table(checker)[name].network for name in args.metrics or dataset_metrics(checker)}
     found, missing = {}, {}
     for name in (name for name in openers if name in wanted):
         try:
@@ -125,19 +144,19 @@ def open_networks(args, device="cpu", offered=tuple(METRICS)):
             missing[name] = str(problem)
     if args.metrics and missing:
         raise EvaluationError("\n".join(missing.values()))
-    return Networks(found, missing)
+    return Networks(found, missing, checker)
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(rows, images, opened, args, device="cpu", offered=tuple(METRICS)):
+def measure(rows, images, opened, args, device="cpu", offered=None):
     """All figures of all models, a Measured.
 
     rows      generating.Row: number, caption, and the true image or None
     images  {label: {row number: path}}; the first label is the reference
     opened    Networks
-    offered   metrics that make sense here; with --metrics those of them that are named
+    offered   names of the metrics that make sense here (none: all of a dataset); with --metrics those that are named
 
     Raises EvaluationError: rows without an image, fewer than two rows, images that cannot be read, a metric asked
     for by name that cannot be had.
@@ -147,28 +166,17 @@ def measure(rows, images, opened, args, device="cpu", offered=tuple(METRICS)):
     sizes = _sizes([*(path for own in paths.values() for path in own), *(row.image for row in rows if row.image)])
     sides = args.resolutions or [min(min(sizes[path]) for path in next(iter(paths.values())))]
     metrics, left_out = _choose(rows, sides, opened, args, offered)
-    measured = Measured(rows, paths, args.protocol, list(sides), metrics, left_out=left_out)
-    used = dict.fromkeys(NETWORK_OF[name] for name in metrics if name in NETWORK_OF)
+    measured = Measured(rows, paths, args.protocol, list(sides), metrics, opened.table, left_out=left_out)
+    used = dict.fromkeys(metric.network for metric in metrics.values() if metric.network)
     measured.weights = [weights for name in used for weights in _as_list(opened.found[name][1])]
     for side in sides:
-        for metric, values in _row_values(measured, side, opened.found, args).items():
+        for metric, values in _row_values(measured, side, opened, args).items():
             measured.values.setdefault(metric, {})[side] = values
-        if {"kid", "fid"} & set(metrics):
+        if any(metric.network == "inception" for metric in metrics.values()):
             _set_features(measured, side, *opened.found["inception"], args, device)
     _check_values(measured)
     measured.warnings = list(_warnings(measured, opened.found, sizes))
     return measured
-
-
-def scenes_of(captions):
-    """(scenes of the shapes world, captions that are not of it)."""
-    scenes, strange = [], []
-    for caption in captions:
-        try:
-            scenes.append(parse(caption))
-        except ValueError:
-            strange.append(caption)
-    return scenes, strange
 
 
 def _check(rows, images):
@@ -185,68 +193,74 @@ def _check(rows, images):
         missing = [number for number in numbers if number not in own]
         stray = sorted(own.keys() - set(numbers))
         if missing:
-            problems.append(f"{label}: no image for {len(missing)} of {len(rows)} captions: rows {_few(missing)}")
+            problems.append(f"{label}: no image for {len(missing)} of {len(rows)} captions: rows {first_few(missing)}")
         if stray:
-            problems.append(f"{label}: {len(stray)} images belong to no caption: rows {_few(stray)}")
+            problems.append(f"{label}: {len(stray)} images belong to no caption: rows {first_few(stray)}")
     if problems:
         raise EvaluationError("\n".join(problems))
 
 
 def _choose(rows, sides, opened, args, offered):
-    """(metrics in the order of METRICS, [{"metric", "why"}]). Raises EvaluationError for those asked for by name."""
-    strange = scenes_of(row.caption for row in rows)[1]
-    without_truth = [row.number for row in rows if row.image is None]
-    chosen, left_out = [], []
-    for name in (name for name in METRICS if name in offered and (not args.metrics or name in args.metrics)):
-        why = None
-        if name in OF_SHAPES and strange:
-            if len(strange) == len(rows) and not args.metrics:
-                continue  # another world: there is nothing to say
-            why = f"{len(strange)} of {len(rows)} captions are not of the shapes world: {_few(strange)}"
-        elif name in NEEDS_TRUTH and without_truth:
-            why = f"{len(without_truth)} of {len(rows)} rows have no true image: rows {_few(without_truth)}"
-        elif name == "lpips" and min(sides) < networks.SMALLEST_LPIPS:
-            smallest = networks.SMALLEST_LPIPS
-            why = f"LPIPS needs images of at least {smallest} pixels, not {min(sides)}: raise --resolutions"
-        elif (network := NETWORK_OF.get(name)) and network not in opened.found:
-            why = opened.missing.get(network, f"its network {network} was not opened")
-        if why:
-            left_out.append({"metric": name, "why": why})
-        else:
-            chosen.append(name)
+    """({name: Metric}, [note, ...]). Raises EvaluationError for those asked for by name."""
+    offered = dataset_metrics(opened.checker) if offered is None else offered
+    chosen, left_out = {}, []
+    for name, metric in opened.table.items():
+        if name in offered and (not args.metrics or name in args.metrics):
+            if why := _why_not(name, metric, rows, sides, opened):
+                left_out.append(why)
+            else:
+                chosen[name] = metric
     if args.metrics and left_out:
-        raise EvaluationError("\n".join(f"--metrics {one['metric']}: {one['why']}" for one in left_out))
+        raise EvaluationError("\n".join(f"--metrics {one['metric']}: {reason(one)}" for one in left_out))
     return chosen, left_out
 
 
-def _row_values(measured, side, found, args):
+def _why_not(name, metric, rows, sides, opened):
+    """The note that says why a metric cannot be measured, or None."""
+    without_truth = [row.number for row in rows if row.image is None]
+    if opened.checker and name in opened.checker.metrics:
+        strange = opened.checker.strange(row.caption for row in rows)
+        if strange := [row.caption for row in rows if row.caption in strange]:
+            return note("captions", metric=name, checker=opened.checker.name, captions=strange, of=len(rows))
+    elif metric.needs_truth and without_truth:
+        return note("no_truth", metric=name, rows=without_truth, of=len(rows))
+    elif name == "lpips" and min(sides) < networks.SMALLEST_LPIPS:
+        return note("too_small", metric=name, smallest=networks.SMALLEST_LPIPS, side=min(sides))
+    elif metric.network and metric.network not in opened.found:
+        why = opened.missing.get(metric.network, f"its network {metric.network} was not opened")
+        return note("no_weights", metric=name, network=metric.network, reason=why)
+    return None
+
+
+def _row_values(measured, side, opened, args):
     """{metric: {label: float64 [rows]}} at one side: every image is read once, and all metrics are taken of it."""
-    metrics = [name for name in measured.metrics if METRICS[name].per == "row"]
+    metrics = {name: metric for name, metric in measured.metrics.items() if metric.per == "row"}
     if not metrics:
         return {}
     captions, labels = [row.caption for row in measured.rows], measured.models
-    scenes = scenes_of(captions)[0] if set(metrics) & set(OF_SHAPES) else None
-    texts = found["clip"][0].texts(captions) if "clip_score" in metrics else None
+    clip, checker = opened.found.get("clip", [None])[0], opened.checker
+    checked = [name for name in metrics if checker and name in checker.metrics]
+    texts = clip.texts(captions) if "clip_score" in metrics else None
     values = {name: {label: [] for label in labels} for name in metrics}
-    for start, sets in _batches(measured, side, args, with_truth=bool(set(metrics) & set(NEEDS_TRUTH))):
+    needs_truth = any(metric.needs_truth for metric in metrics.values())
+    for start, sets in _batches(measured, side, args, with_truth=needs_truth):
         rows = slice(start, start + len(sets[0]))
         truth = sets.pop() if len(sets) > len(labels) else None
-        true_images = found["clip"][0].images(truth) if "clip_image" in metrics else None
-        for label, drawn in zip(labels, sets, strict=True):
-            images = found["clip"][0].images(drawn) if {"clip_score", "clip_image"} & set(metrics) else None
+        true_images = clip.images(truth) if "clip_image" in metrics else None
+        for label, generated in zip(labels, sets, strict=True):
+            images = clip.images(generated) if {"clip_score", "clip_image"} & set(metrics) else None
+            scores = [checker.scores(*pair) for pair in zip(generated, captions[rows], strict=True) if checked]
             for name in metrics:
                 match name:
-                    case "shapes":
-                        one = [right(*pair) for pair in zip(scenes[rows], drawn, strict=True)]
-                    case "style":
-                        one = [share_in_chalk(image) for image in drawn]
                     case "clip_score":
-                        one = 100 * np.maximum((images * texts[rows]).sum(1), 0)
+                        own = 100 * np.maximum((images * texts[rows]).sum(1), 0)
                     case "clip_image":
-                        one = 100 * (images * true_images).sum(1)
+                        own = 100 * (images * true_images).sum(1)
                     case "lpips":
-                        one = networks.lpips_of(found["lpips"][0], drawn, truth)
-                values[name][label].extend(one)
+                        own = networks.lpips_of(opened.found["lpips"][0], generated, truth)
+                    case _:
+                        own = [one.get(name, np.nan) for one in scores]
+                values[name][label].extend(own)
     return {name: {label: np.asarray(own, np.float64) for label, own in by.items()} for name, by in values.items()}
 
 
@@ -254,7 +268,7 @@ def _batches(measured, side, args, with_truth):
     """(first row, [PIL images of each model, and of the truth]) after another, read by one loader."""
     sets = [*measured.images.values(), *([[row.image for row in measured.rows]] if with_truth else [])]
     paths = [path for row in zip(*sets, strict=True) for path in row]
-    size, title = args.eval_batch_size * len(sets), f"figures at {side} px"
+    size, title = args.eval_batch_size * len(sets), f"metrics at {side} px"
     start = 0
     for batch in read_images(paths, side, size, args.num_workers, title=title):
         images = [Image.fromarray(pixels) for pixels in batch]
@@ -278,7 +292,7 @@ def _check_values(measured):
             for label, values in by_label.items():
                 bad = [row.number for row, value in zip(measured.rows, values, strict=True) if not np.isfinite(value)]
                 if bad:
-                    problems.append(f"{metric} of {label} at {side} px is not a finite number: rows {_few(bad)}")
+                    problems.append(f"{metric} of {label} at {side} px is not a finite number: rows {first_few(bad)}")
     if problems:
         raise EvaluationError("\n".join(problems))
 
@@ -287,39 +301,34 @@ def _check_values(measured):
 
 
 def _warnings(measured, found, sizes):
-    count = len(measured.rows)
-    if count < FEW:
-        yield (
-            f"only {count} images of each model: every figure here is unreliable. Its interval shows how far chance "
-            f"alone may move it; take at least {FEW}, better some hundreds"
-        )
+    if len(measured.rows) < FEW:
+        yield note("few_images", images=len(measured.rows))
     if "fid" in measured.metrics:
         for side in measured.sides:
             for label, own in measured.features[side].items():
-                if said := statistics.small_sample_warning(own, measured.truth[side]):
-                    yield f"{label} at {side} px: {said}"
+                yield from _bias_warnings(label, side, own, measured.truth[side])
     for weights in measured.weights:
-        if weights.published is False:
-            yield f"{weights.name}: the weights of {weights.origin} are not the published ones: its figures are not " \
-                "comparable with figures from elsewhere"  # fmt: skip
-        elif weights.published is None:
-            yield f"{weights.name}: whether the weights of {weights.origin} are the published ones cannot be known: " \
-                "compare their sha256 before its figures are compared with others"  # fmt: skip
+        if not weights.published:
+            code = "unknown_weights" if weights.published is None else "not_published"
+            yield note(code, name=weights.name, origin=weights.origin)
     if "clip_score" in measured.metrics and (cut := found["clip"][0].truncated):
-        yield f"{cut} captions are longer than CLIP reads: the CLIP score looks at their beginning alone"
-    if {"lpips", "kid", "fid", "clip_image"} & set(measured.metrics):
-        yield from _size_warnings(measured, sizes)
+        yield note("cut_captions", captions=cut)
+    if any(metric.needs_truth for metric in measured.metrics.values()):
+        true = _span([sizes[row.image] for row in measured.rows])
+        for label, paths in measured.images.items():
+            own = _span([sizes[path] for path in paths])
+            if own != true:
+                yield note("unlike_sizes", model=label, own=own, truth=true, sides=measured.sides)
 
 
-def _size_warnings(measured, sizes):
-    true = _span([sizes[row.image] for row in measured.rows])
-    for label, paths in measured.images.items():
-        own = _span([sizes[path] for path in paths])
-        if own != true:
-            yield (
-                f"{label}'s images are {own}, the true ones {true}: figures of unlike sizes mean little, so all were "
-                f"brought to {' and '.join(map(str, measured.sides))} px first"
-            )
+def _bias_warnings(label, side, own, truth):
+    """How much of an FID comes from the number of images alone, where there are few."""
+    images = min(len(own), len(truth))
+    if 4 <= images < statistics.ENOUGH:
+        bias, unbiased = statistics.frechet_bias(own, truth)
+        yield note("fid_bias", model=label, side=side, images=images, bias=bias, value=bias + unbiased)
+    elif images < 4:
+        yield note("fid_bias_unknown", model=label, side=side, images=images)
 
 
 def _span(sizes):
@@ -346,7 +355,7 @@ def _sizes(paths):
 
 
 def summarise(measured, folder="."):
-    """The parts of report.json that figures make: protocol, policy, sides, weights, summary, differences, rows, ...
+    """The parts of report.json that the metrics make: protocol, policy, sides, weights, summary, differences, rows, ...
 
     Paths are written relative to `folder`, the report's.
     """
@@ -368,6 +377,7 @@ def summarise(measured, folder="."):
             {"name": one.name, "origin": one.origin, "sha256": one.sha256, "published": one.published}
             for one in measured.weights
         ],
+        "metrics": {name: asdict(metric) for name, metric in measured.table.items()},
         "left_out": measured.left_out,
         "warnings": measured.warnings,
         "summary": summary,
@@ -396,7 +406,7 @@ def row_records(measured, folder="."):
 
 def _estimators(measured, metric, side):
     """(label -> Estimate of the metric, (label, label) -> Estimate of the paired difference)."""
-    if METRICS[metric].per == "row":
+    if measured.metrics[metric].per == "row":
         values = measured.values[metric][side]
         return (
             lambda label: statistics.mean_of(values[label]),
@@ -416,8 +426,3 @@ def _with_verdict(estimate):
 
 def _as_list(weights):
     return list(weights) if isinstance(weights, list | tuple) else [weights]
-
-
-def _few(things, shown=5):
-    more = f", and {len(things) - shown} more" if len(things) > shown else ""
-    return ", ".join(map(str, things[:shown])) + more

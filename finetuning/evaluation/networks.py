@@ -16,15 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urlparse
 
-import huggingface_hub
-import lpips
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from torchvision.models import AlexNet_Weights
-from transformers import CLIPModel, CLIPProcessor
 
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.preprocessing import PROTOCOLS
@@ -64,6 +59,8 @@ def inception(weights, protocol, device):
 
     Raises EvaluationError; Unavailable where nothing was named and the download fails.
     """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
     if protocol not in PROTOCOLS:
         raise EvaluationError(f"--protocol {protocol} must be one of {', '.join(PROTOCOLS)}")
     path, origin = _located(weights, URL_INCEPTION_V3, INCEPTION_SHA256, "--inception_weights")
@@ -92,6 +89,9 @@ def lpips_network(trunk, device):
 
     Raises EvaluationError; Unavailable where nothing was named and the download fails.
     """
+    import lpips
+    from torchvision.models import AlexNet_Weights
+
     url = AlexNet_Weights.IMAGENET1K_V1.url
     path, origin = _located(trunk, url, ALEXNET_SHA256, "--lpips_trunk")
     heads = Path(lpips.__file__).parent / "weights/v0.1/alex.pth"
@@ -151,14 +151,18 @@ def clip(model, device):
 
     Raises EvaluationError; Unavailable where it is the default, which cannot be had from the Hub.
     """
+    import transformers
+
     folder, published = Path(model), None
     if not folder.is_dir():
         folder, published = _from_hub(model), (True if model == CLIP else None)
     files = _clip_files(folder, model)
     try:
         with errors_only():
-            processor = CLIPProcessor.from_pretrained(folder)
-            network, told = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+            processor = transformers.CLIPProcessor.from_pretrained(folder)
+            network, told = transformers.CLIPModel.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True
+            )
     except Exception as error:  # on broken folders the libraries also raise AttributeError, TypeError, ...
         raise EvaluationError(f"--clip_model {model} cannot be opened as a CLIPModel: {error}") from error
     if lost := sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]])):
@@ -212,6 +216,8 @@ class ClipScorer:
 
 def _from_hub(name):
     """The folder of a Hub model's files; the pickle is fetched only where there are no safetensors."""
+    import huggingface_hub
+
     try:
         for weights in ("*.safetensors", "pytorch_model.bin"):
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.txt", weights]))
@@ -274,6 +280,8 @@ def _located(given, url, digest, flag):
 
 
 def _download(url, path, digest, flag):
+    import huggingface_hub
+
     help = f"name a local file with {flag}, or put it at {path}"
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise Unavailable(f"{url} is not on this machine and HF_HUB_OFFLINE is set: {help}")

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from tqdm.auto import tqdm
 
 from finetuning.data.images import UnreadableImage, open_rgb
@@ -52,6 +51,8 @@ def network_input(images, protocol):
         case "legacy":
             return 2 * F.interpolate(planes / 255, size=size, mode="bilinear", align_corners=False) - 1
         case "tf":
+            from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
             resized = interpolate_bilinear_2d_like_tensorflow1x(planes, size=size, align_corners=False)
             return (resized - 128) / 128
     raise EvaluationError(f"there is no protocol {protocol}, only {', '.join(PROTOCOLS)}")

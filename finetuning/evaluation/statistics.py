@@ -2,11 +2,11 @@
 
     kernel_estimate(features, truth).as_dict()          # {"value": ..., "low": ..., "high": ..., "n": 500}
     frechet_difference(tuned, original, truth)          # paired: row i of all three is of the same caption
-    small_sample_warning(features, truth)               # how much of this FID comes from the number of images alone
+    frechet_bias(features, truth)                       # how much of this FID comes from the number of images alone
 
-An interval says how far the figure would move with other captions and images, as many as these.
+An interval says how far the value would move with other captions and images, as many as these.
 
-It is made by resampling what each image adds to the figure: its influence, the derivative of the figure by the weight
+It is made by resampling what each image adds to the value: its influence, the derivative of the figure by the weight
 of the image (the infinitesimal jackknife; Jaeckel 1972). The images themselves cannot be resampled for FID: a
 repeated image adds nothing to the rank of the covariance, so the resampled FIDs are too large.
 The influence has no such bias, needs one decomposition instead of hundreds, and makes a paired difference a plain
@@ -18,21 +18,21 @@ Between equal distributions, as with two seeds of one model, they are up to half
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy.stats import norm, t
 
+from finetuning.cli import first_few
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.rng import python_random
 
 ROUNDS = 4000  # of each bootstrap
 DRAWN_AT_ONCE = 2**20  # numbers, so that no bootstrap fills the memory
 KERNEL_ROWS = 1024  # of the kernel matrix in memory at once
-ENOUGH = 2048  # images: the width of Inception's features, and what pytorch-fid asks for
+ENOUGH = 2048  # images for an FID without a warning: the width of Inception's features; pytorch-fid's limit too
 ROUNDING = 1e-12  # an FID below this share of the sets' variances is rounding
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure of `n` rows or images, and the interval [low, high] that holds it in 95 of 100 such samples."""
+    """A value of `n` rows or images, and the interval [low, high] that holds it in 95 of 100 such samples."""
 
     value: float
     low: float
@@ -146,22 +146,6 @@ def frechet_bias(a, b, *, splits=5, seed=0):
     return bias, whole - bias
 
 
-def small_sample_warning(a, truth):
-    """A sentence with both figures of frechet_bias, or None where both sets have 2,048 images or more."""
-    images = min(len(a), len(truth))
-    if images >= ENOUGH:
-        return None
-    advice = "look at KID, and compare FID only between models with as many images"
-    if images < 4:
-        return f"FID of {images} images is biased, by how much cannot be measured below 4: {advice}"
-    bias, infinite = frechet_bias(a, truth)
-    at_least = "at least " if images <= np.shape(a)[1] else ""
-    return (
-        f"FID of {images} images is biased: {at_least}about {bias:+.3g} of its {bias + infinite:.3g} comes from "
-        f"their number alone, and with very many it would be near {infinite:.3g} (a line in 1/n): {advice}"
-    )
-
-
 def _frechet(a, b):
     corners = []
     for one in (a, b):
@@ -236,21 +220,27 @@ def _estimate(value, *sides, seed, least=-np.inf):
     Hesterberg 2015, arXiv 1411.5279). Not BCa: it divides by zero where all rows are equal, as where every image is
     right.
     """
-    moved = sum(_resampled_means(side - side.mean(), seed, number) for number, side in enumerate(sides))
+    from scipy.stats import norm, t
+
+    moved = sum(resampled_means(side - side.mean(), seed, "bootstrap", number) for number, side in enumerate(sides))
     fewest = min(map(len, sides))
     tail = norm.cdf(np.sqrt(fewest / (fewest - 1)) * t.ppf(0.025, fewest - 1))
     low, high = value + np.quantile(moved, (tail, 1 - tail))
     return Estimate(float(value), float(max(low, least)), float(high), len(sides[0]))
 
 
-def _resampled_means(values, seed, number):
-    """Means [ROUNDS] of as many of the values [rows], drawn with replacement."""
-    generator, means = _generator(seed, "bootstrap", number), []
-    at_once = max(1, DRAWN_AT_ONCE // len(values))
-    for done in range(0, ROUNDS, at_once):
-        drawn = generator.integers(len(values), size=(min(at_once, ROUNDS - done), len(values)))
-        means.append(values[drawn].mean(1))
-    return np.concatenate(means)
+def resampled_means(values, seed, purpose, *position, rounds=ROUNDS):
+    """Means [..., rounds] of `values` [..., rows]: each round draws as many rows, with replacement, the same for all.
+
+    The one bootstrap of this project. The draws depend on the seed, the purpose and the position alone.
+    """
+    rows = values.shape[-1]
+    generator, means = _generator(seed, purpose, *position), []
+    at_once = max(1, DRAWN_AT_ONCE // values.size)
+    for done in range(0, rounds, at_once):
+        drawn = generator.integers(rows, size=(min(at_once, rounds - done), rows))
+        means.append(values[..., drawn].mean(-1))
+    return np.concatenate(means, -1)
 
 
 def _generator(seed, purpose, *position):
@@ -282,7 +272,7 @@ def _checked(**sets):
     if not problems and len({one.shape[1] for one in sets.values()}) > 1:
         widths = ", ".join(f"{name} {one.shape[1]}" for name, one in sets.items())
         problems = [f"the sets must have features of one width, not {widths}: take one network for all"]
-    _raise(problems + [said for name, one in sets.items() for said in _row_problems(name, one, "images")])
+    _raise(problems + [problem for name, one in sets.items() for problem in _row_problems(name, one, "images")])
     return sets.values()
 
 
@@ -292,17 +282,16 @@ def _checked_rows(**columns):
     problems = [f"{name} must be [rows], not {list(one.shape)}" for name, one in columns.items() if one.ndim != 1]
     if not problems and len({len(one) for one in columns.values()}) > 1:
         problems = [f"{' and '.join(f'{name} has {len(one)} rows' for name, one in columns.items())}: they must pair"]
-    _raise(problems + [said for name, one in columns.items() for said in _row_problems(name, one, "rows")])
+    _raise(problems + [problem for name, one in columns.items() for problem in _row_problems(name, one, "rows")])
     return columns.values()
 
 
 def _row_problems(name, rows, what):
     if rows.ndim and len(rows) < 2:
-        yield f"{name} has {len(rows)} {what}: a figure with an interval takes 2 at least"
+        yield f"{name} has {len(rows)} {what}: an interval takes 2 at least"
     bad = np.flatnonzero(~np.isfinite(rows.reshape(len(rows), -1)).all(1)) if rows.size and rows.ndim else []
     if len(bad):
-        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-        yield f"{name} has values that are not finite numbers in rows {', '.join(map(str, bad[:10]))}{more}"
+        yield f"{name} has values that are not finite numbers in rows {first_few(bad, 10)}"
 
 
 def _raise(problems):

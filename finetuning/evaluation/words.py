@@ -1,44 +1,17 @@
-"""What a report says in words: how a figure is written, what a difference means, the verdict, and the notes before it.
+"""What a report says in words: how a number is written, what a difference means, the verdict, and the notes before it.
 
 All functions read report.json as it is in the file, where sides are text; every form of the report uses them.
 """
 
 import math
-import re
 
-from finetuning.evaluation.metrics import METRICS
+from finetuning.evaluation.notes import listed, short_reasons, warning_sentences
 
-TITLES = {  # of figures that are no metric of the dataset
-    "drift_lpips": "LPIPS drift", "drift_clip": "CLIP drift", "fit_loss": "loss on the dataset",
-    "retain_loss": "loss on what should be kept", "learned and kept by shapes": "learned and kept (by shapes)",
-    "learned and kept by clip": "learned and kept (by CLIP score)",
-    "learned and kept by loss": "learned and kept (by loss)",
-}  # fmt: skip
-KEPT = {  # what the share that a model kept is a share of, by the yardstick
-    "shapes": "on the general prompts it is right {kept} as often as {reference}",
-    "clip": "on the general prompts its CLIP score is {kept} of {reference}'s",
-    "loss": "on what should be kept, the loss of {reference} is {kept} of its own",
-    None: "it kept {kept} of what {reference} can do",
-}
-# The first that is there says which rows are best, the others where it is even.
-RANKED_BY = ("lpips", "clip_image", "clip_score", "style", "shapes")
-NETWORKS = {
-    "kid": "inception", "fid": "inception", "lpips": "lpips", "drift_lpips": "lpips", "clip_score": "clip",
-    "clip_image": "clip", "drift_clip": "clip",
-}  # fmt: skip
-FLAGS = {"inception": "--inception_weights", "lpips": "--lpips_trunk", "clip": "--clip_model"}
-# statistics.small_sample_warning on one model at one side; "by" is missing where the bias could not be measured.
-SMALL_SAMPLE = re.compile(
-    r"(?P<who>.+ at \d+ px): (?P<what>FID of \d+ images is biased[^:]*)"
-    r"(: (?P<by>.+) comes from .+)?: (?P<advice>look .+)"
-)
-
-
-# -- figures -------------------------------------------------------------------------------------------------------
+# -- numbers -------------------------------------------------------------------------------------------------------
 
 
 def number(value, width=None, sign=False):
-    """A figure as text: to two digits of half its interval's `width`, to four digits where it has none; None is a dash.
+    """A number as text: to two digits of half its interval's `width`, to four digits where it has none; None is a dash.
 
     `sign` writes a plus before what is above 0.
     """
@@ -85,8 +58,9 @@ def percent(estimate):
     return f"{value} % ({interval}{' %' if width_of(estimate) else ''})"
 
 
-def title_of(figure):
-    return METRICS[figure].title if figure in METRICS else TITLES.get(figure, figure.replace("_", " "))
+def title_of(report, metric):
+    """Of a metric in the report's table; of anything else its name."""
+    return report["metrics"][metric]["title"] if metric in report["metrics"] else metric.replace("_", " ")
 
 
 def row_number(rows, metric):
@@ -97,19 +71,13 @@ def row_number(rows, metric):
     return lambda value: number(value, (max(values) - min(values)) / 5)
 
 
-def listed(words):
-    """a, b and c"""
-    *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last
-
-
 # -- what stands where in a report ---------------------------------------------------------------------------------
 
 
-def row_metrics(rows):
-    """The metrics that rows have values of, known ones first in the order of METRICS."""
+def row_metrics(report, rows):
+    """The metrics that rows have values of, in the order of the table."""
     there = dict.fromkeys(metric for row in rows for metric in row["values"])
-    return [*(metric for metric in METRICS if metric in there), *(metric for metric in there if metric not in METRICS)]
+    return [*(metric for metric in report["metrics"] if metric in there)]
 
 
 def value_at(row, metric, label):
@@ -139,12 +107,13 @@ def best_and_worst(report, most):
     """
     models = tuned_models(report) or report["models"]
     is_there = lambda metric, label: any(value_at(row, metric, label) is not None for row in report["rows"])
-    ranks = [(metric, one["label"]) for metric in RANKED_BY for one in models if is_there(metric, one["label"])]
+    by = [*report["metrics"]][::-1]  # the first that is there ranks the rows, the others where it is even
+    ranks = [(metric, one["label"]) for metric in by for one in models if is_there(metric, one["label"])]
     if not ranks:
         return None
     metric, label = ranks[0]
     others = [other for other, of in ranks if of == label]
-    goodness = lambda row: [_goodness(other, value_at(row, other, label)) for other in others]
+    goodness = lambda row: [_goodness(report, other, value_at(row, other, label)) for other in others]
     rows = [row for row in report["rows"] if value_at(row, metric, label) is not None]
     rows.sort(key=goodness, reverse=True)
     most = min(most, -(-len(rows) // 2))
@@ -152,16 +121,16 @@ def best_and_worst(report, most):
     return metric, label, rows[:most], worst[:most]
 
 
-def _goodness(metric, value):
+def _goodness(report, metric, value):
     """A value so that more is better; a missing one comes last."""
     if value is None:
         return -math.inf
-    return value if METRICS[metric].better == "higher" else -value
+    return value if report["metrics"][metric]["better"] == "higher" else -value
 
 
 def is_not_published(report, metric):
     """Whether a metric was made with weights that are known not to be the published ones."""
-    network = NETWORKS.get(metric)
+    network = report["metrics"][metric]["network"]
     return any(one["published"] is False and one["name"].startswith(network) for one in report["weights"] if network)
 
 
@@ -182,7 +151,7 @@ def standing(report, metric, side, label):
         return None
     if not difference["excludes_zero"]:
         return "not told apart"
-    return "better" if (difference["value"] > 0) == (METRICS[metric].better == "higher") else "worse"
+    return "better" if (difference["value"] > 0) == (report["metrics"][metric]["better"] == "higher") else "worse"
 
 
 def is_beyond_noise(report, metric, side, label):
@@ -204,11 +173,11 @@ def _learned(report, label):
     side, reference = report["sides"][-1], report["reference"]
     found = {
         metric: (word, is_beyond_noise(report, metric, side, label))
-        for metric in METRICS
+        for metric in report["metrics"]
         if (word := standing(report, metric, side, label))
     }
     if not found:
-        return f"{label} was not compared with {reference}."
+        return f"No metric compares {label} with {reference}."
     suffixes = {
         True: f", beyond what two seeds of {reference} differ by",
         False: f", but no more than two seeds of {reference} may differ by",
@@ -220,7 +189,7 @@ def _learned(report, label):
             if own := [metric for metric in found if found[metric] == (word, beyond)]:
                 clauses.append(f"{word} in {listed([_both(report, one, side, label) for one in own])}{suffix}")
     clauses = [f"it is {'; '.join(clauses)}"] * bool(clauses)
-    if unclear := [title_of(metric) for metric in found if found[metric][0] == "not told apart"]:
+    if unclear := [title_of(report, metric) for metric in found if found[metric][0] == "not told apart"]:
         clauses.append(f"in {listed(unclear)} any difference may be chance")
     unknown = "" if noise_floors(report) else f" How far two seeds of {reference} differ was not measured."
     return f"Against {reference}, {label} {_progress(found.values())}: {'; '.join(clauses)}.{unknown}"
@@ -235,92 +204,71 @@ def _progress(found):
 
 
 def _both(report, metric, side, label):
-    """A metric with the figures of a model and the reference, a digit shorter than in a table."""
+    """A metric with the values of a model and the reference, written as in the table."""
     pair = [estimate_at(report["summary"], metric, side, one) for one in (label, report["reference"])]
     if None in pair:
-        return title_of(metric)
-    width = 10 * max(width_of(one) or 0 for one in pair)
-    return f"{title_of(metric)} ({' against '.join(number(one['value'], width) for one in pair)})"
+        return title_of(report, metric)
+    return f"{title_of(report, metric)} ({' against '.join(parts(one)[0] for one in pair)})"
 
 
 def _kept(report, label):
     forgetting = report["forgetting"] or {}
     kept = forgetting.get("kept", {}).get(label)
     if kept is None:
-        return "What it forgot was not measured."
+        return _not_kept(report, forgetting, label)
     if kept["high"] is not None and kept["high"] < 1:
-        told = "It has forgotten"
+        answer = "It has forgotten"
     elif kept["low"] is not None and kept["low"] >= 1:
-        told = "It has forgotten nothing that was measured"
+        answer = "It has forgotten nothing that was measured"
     else:
-        told = "Whether it has forgotten anything cannot be told"
-    words = KEPT.get(forgetting.get("by"), KEPT[None])
-    return f"{told}: {words.format(kept=percent(kept), reference=report['reference'])}."
+        answer = "Whether it has forgotten anything cannot be told"
+    words = report["metrics"].get(forgetting.get("retained_metric"), {}).get("verdict") or (
+        "it kept {kept} of what {reference} can do"
+    )
+    return f"{answer}: {words.format(kept=percent(kept), reference=report['reference'])}."
+
+
+def _not_kept(report, forgetting, label):
+    """What stands in place of a share that was kept: how far the images moved, or that nothing was measured."""
+    drifts = [
+        f"{title_of(report, metric)} {written(estimates[label])}"
+        for metric, estimates in forgetting.get("summary", {}).items()
+        if label in estimates and report["metrics"].get(metric, {}).get("drift_of")
+    ]
+    if drifts:
+        return f"How much it kept was not measured; its images of the general prompts moved: {listed(drifts)}."
+    return "What it forgot was not measured: --retain_dataset measures it without any network, --clip_model by images."
 
 
 # -- notes ---------------------------------------------------------------------------------------------------------
 
+NOTHING_MEASURED = (
+    "No metric was measured. What helps: local weights (--clip_model, --lpips_trunk, --inception_weights), a judge of "
+    "your own (--checker), or --retain_dataset, whose denoising loss needs no network"
+)
+
 
 def notes(report):
-    """What a reader has to know before the figures, each once, and in one note what is said of several models."""
-    lines, folded = _warned(report), folded_warnings(report)
-    at = lines.index(folded[0]) if folded else 0
-    kept = lambda some: [line for line in some if line not in folded]
-    return [*kept(lines[:at]), *_small_samples(folded), *kept(lines[at:]), *_not_measured(report)]
+    """What a reader has to know before the numbers: the warnings, and what was not measured, as sentences."""
+    lines = warning_sentences(all_notes(report, "warnings"))
+    lines += [f"{_were_not_measured(report, metrics)}: {why}" for metrics, why in left_out(report)]
+    return lines if report["summary"] else [*lines, NOTHING_MEASURED]
 
 
-def folded_warnings(report):
-    """The warnings that notes() tells in one, in full."""
-    found = [line for line in _warned(report) if SMALL_SAMPLE.fullmatch(line)]
-    return found if len(found) > 1 else []
+def left_out(report, tell=short_reasons):
+    """[([metric, ...], why)] of what was not measured; notes.reasons tells it in full."""
+    return tell(all_notes(report, "left_out"))
 
 
-def reasons(report):
-    """[(titles, why)] of all that was not measured, in full."""
-    return [(listed(list(map(title_of, metrics))), why) for why, metrics in _left_out(report).items()]
+def all_notes(report, kind):
+    """The "warnings" or "left_out" of the dataset and of the general prompts."""
+    return [*report[kind], *(report["forgetting"] or {}).get(kind, [])]
 
 
-def _small_samples(lines):
-    """One note for the FID of all models at all sides."""
-    found = [SMALL_SAMPLE.fullmatch(line) for line in lines]
-    for what, advice in dict.fromkeys(one.group("what", "advice") for one in found):
-        own = [one for one in found if one.group("what", "advice") == (what, advice)]
-        known = [f"{one['who']}: {one['by']}" for one in own if one["by"]]
-        of_whom = "Of " + listed([one["who"] for one in own])
-        yield f"{what}: {advice}. {'From their number alone: ' + '; '.join(known) if known else of_whom}"
+def titles_of(report, metrics):
+    """Their titles in one enumeration."""
+    return listed([title_of(report, metric) for metric in metrics])
 
 
-def _not_measured(report):
-    """One note for all networks whose weights are not there, and one for each other reason."""
-    left_out = _left_out(report)
-    lacks_weights = lambda metric, why: metric in NETWORKS and FLAGS[NETWORKS[metric]] in why
-    without = [metric for why, metrics in left_out.items() for metric in metrics if lacks_weights(metric, why)]
-    if without:
-        flags = list(dict.fromkeys(FLAGS[NETWORKS[metric]] for metric in without))
-        whose = "their networks'" if len(without) > 1 else "its network's"
-        name = "name local files" if len(flags) > 1 else "names a local file"
-        yield (f"{_were_not_measured(without)}: {whose} weights are not on this machine. {listed(flags)} {name}")
-    for why, metrics in left_out.items():
-        if others := [metric for metric in metrics if metric not in without]:
-            yield f"{_were_not_measured(others)}: {why}"
-
-
-def _were_not_measured(metrics):
-    titles = listed(list(map(title_of, metrics)))
-    return f"{titles} {'were' if ' and ' in titles else 'was'} not measured"
-
-
-def _warned(report):
-    return list(dict.fromkeys(line for part in _told(report) for line in part.get("warnings", [])))
-
-
-def _left_out(report):
-    """{why: [metrics]}, each once."""
-    found = {}
-    for one in (one for part in _told(report) for one in part.get("left_out", [])):
-        found.setdefault(one["why"], {})[one["metric"]] = None
-    return {why: list(metrics) for why, metrics in found.items()}
-
-
-def _told(report):
-    return report, report["forgetting"] or {}
+def _were_not_measured(report, metrics):
+    return f"{titles_of(report, metrics)} {'was' if len(metrics) == 1 else 'were'} not measured"

@@ -120,9 +120,6 @@ def adaptable_components(pipeline):
     return {component.name: getattr(pipeline, component.name) for component in _family_of(pipeline).adaptable}
 
 
-parts_of = adaptable_components  # until all use the new name
-
-
 def _family_of(pipeline):
     return FAMILIES.get(type(pipeline).__name__, DEFAULT_FAMILY)
 

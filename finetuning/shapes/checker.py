@@ -3,6 +3,8 @@
 No network is asked. The background is the commonest colour of the border; what differs from it is cut into connected
 things; a thing's colour is the nearest of the palette to the median of its own pixels; its shape is the one whose
 drawn silhouette overlaps its filled silhouette best; its style is how much of that silhouette is painted.
+
+This module is also a checker (finetuning/evaluation/checkers.py): --checker finetuning.shapes.checker.
 """
 
 from dataclasses import dataclass
@@ -10,16 +12,47 @@ from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy import ndimage
 
+from finetuning.evaluation.metrics import Metric
 from finetuning.shapes.drawing import outline
-from finetuning.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIDE, Scene, Thing
+from finetuning.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIDE, Scene, Thing, parse
 
 DIFFERS = 60  # RGB distance from the background at which a pixel belongs to a thing
 SMALLEST = 30  # pixels of the filled silhouette; less is a speck
 LARGE_FROM = 24  # pixels of the longer side
 FILLED_FROM = 0.9  # share of the silhouette that is painted
 TEMPLATE = 48
+
+# -- the checker's interface -----------------------------------------------------------------------------------------
+
+METRICS = {
+    "shapes": Metric(
+        "right shapes",
+        "share of images with the shape and colour of their caption",
+        role="retained",
+        verdict="on the general prompts it is right {kept} as often as {reference}",
+    ),
+    "style": Metric("chalk style", "share of the things in an image that are drawn in chalk", role="learned"),
+}
+
+
+def check(caption):
+    """Raises ValueError for a caption that is not of the shapes world."""
+    parse(caption)
+
+
+def scores(image, caption):
+    """{"shapes": 1.0 or 0.0, "style": share of things in chalk}; no "shapes" where the caption is of another world."""
+    seen = read(image)
+    found = {"style": _share_in_chalk(seen)}
+    try:
+        agreement = _agreement(parse(caption), seen)
+    except ValueError:
+        return found
+    return {"shapes": float(agreement["shape"] and agreement["color"])} | found
+
+
+# -- reading an image ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -39,6 +72,8 @@ class Seen:
 
 def read(image):
     """(background, [Seen, ...] from the largest to the smallest) of a PIL image."""
+    from scipy import ndimage
+
     if image.size != (SIDE, SIDE):
         image = image.resize((SIDE, SIDE), Image.Resampling.BOX)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
@@ -62,7 +97,11 @@ def agrees(scene: Scene, image):
     shape and color look at the asked things alone, matched in the way that is best for them. axis: two things stand
     over or beside each other as asked, in either order; relation: in the order asked. "all" wants everything.
     """
-    background, seen = read(image)
+    return _agreement(scene, read(image))
+
+
+def _agreement(scene, read_off):
+    background, seen = read_off
     wanted = scene.things
     right = {"background": background == scene.background, "count": len(seen) == len(wanted)}
     found = _match(scene, seen)
@@ -86,7 +125,11 @@ def right(scene: Scene, image):
 
 def share_in_chalk(image):
     """The share of an image's things that are not filled; 0.0 where it shows nothing."""
-    things = read(image)[1]
+    return _share_in_chalk(read(image))
+
+
+def _share_in_chalk(read_off):
+    things = read_off[1]
     return sum(one.style == "chalk" for one in things) / max(1, len(things))
 
 

@@ -1,33 +1,31 @@
 """Low-rank adapters on a frozen base: where they go, how they are trained, and the files that come of them.
 
-`add_adapters` turns a model into an `AdaptedModel`, which a run trains, saves and resumes with the same calls as a
-model whose every weight is trained (see families.contract.Trained).
+`add_adapters` turns a Model into an `AdaptedModel`, which a run trains, saves and resumes with the same calls.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
-from finetuning.families.loading import load_model
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
-    DIFFUSERS_PREFIX,
     KOHYA_NAME,
-    MAGNITUDE_KEY,
     RAW_NAME,
     Layer,
     diffusers_tensors,
+    for_kohya,
+    magnitude_ending,
     read_lora,
     weights_hash,
     write_diffusers,
     write_diffusers_for_all,
     write_kohya,
 )
+from finetuning.families.model import Model, load_model
 from finetuning.families.model_args import ModelError
-from finetuning.rng import keep_mask, torch_generator
+from finetuning.rng import torch_generator
 from finetuning.training.lora_check import adapters_in, check_files
 from finetuning.training.lora_layout import Layout, LoraArgs
 from finetuning.training.lora_metadata import adapter_facts, kohya_facts
@@ -41,32 +39,36 @@ def add_adapters(args: LoraArgs, model, run):
 
     The adapters are fp32 whatever the base's precision, so a gradient scaler finds nothing in fp16 to unscale.
     """
-    both = {"unet": model.denoiser.unet, "text_encoder": model.denoiser.text_encoder}
-    parts = both if args.train_text_encoder else {"unet": both["unet"]}
-    layout = Layout(args, parts)
-    start = read_lora(args.init_lora, both, cache_dir=args.cache_dir) if args.init_lora else None
+    adaptable = {one.name: model.components[one.name] for one in model.family.adaptable}
+    layout = Layout(args, model.family, model.trained_modules)
+    start = (
+        read_lora(args.init_lora, adaptable, cache_dir=args.cache_dir, family=model.family) if args.init_lora else None
+    )
     problems = [*layout.problems(), *_precision_problems(args, run)]
     if start:
         problems += layout.problems_with_start(start)
     if problems:
         raise ModelError("\n".join(problems))
-    parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
-    base = Base(args.pretrained_model_name_or_path, weights_hash(both["unet"]), parameters)
+    denoiser = model.denoiser.denoiser
+    parameters = sum(parameter.numel() for module in adaptable.values() for parameter in module.parameters())
+    base = Base(args.pretrained_model_name_or_path, weights_hash(denoiser), parameters)
     if start and (note := start.note_on_base(base.name, base.hash)):
         run.say(f"--init_lora {note}")
 
-    for module in (model.denoiser.unet, model.denoiser.text_encoder):
+    for module in adaptable.values():
         module.requires_grad_(False)
     if args.base_precision in ("int8", "nf4"):
-        _quantize(model.denoiser.unet, args.base_precision, run.weights_dtype, run.device)
-    for part, module in parts.items():
+        _quantize(denoiser, args.base_precision, run.weights_dtype, run.device)
+    for name, module in model.trained_modules.items():
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch_generator(args.seed, f"adapters of {part}").initial_seed())
-            module.add_adapter(layout.config(part), adapter_name=ADAPTER)
-    adapted = AdaptedModel(args, model, layout, base)
+            torch.manual_seed(torch_generator(args.seed, f"adapters of {name}").initial_seed())
+            module.add_adapter(layout.config(name), adapter_name=ADAPTER)
+    adapted = AdaptedModel.on(model, args, layout, base)
     if start:
         adapted.start_from(start)
-    adapted.settle(run.device, run.weights_dtype)
+    if args.save_kohya and (notice := for_kohya(adapted.adapters)[1]):
+        run.say(notice)
+    adapted.to_device(run.device, run.weights_dtype)
     return adapted
 
 
@@ -79,19 +81,18 @@ class Base:
     parameters: int
 
 
-class AdaptedModel:
+class AdaptedModel(Model):
     """A frozen model and the adapters on it: what a run of train_lora.py trains."""
 
-    def __init__(self, args, model, layout: Layout, base: Base):
-        self.args, self.model, self.layout, self.base = args, model, layout, base
-        self.parts = layout.parts
-        self.tokenizer, self.vae, self.scheduler = model.tokenizer, model.vae, model.scheduler
-        self.denoiser = model.denoiser
-        self.adapters = adapters_in(self.parts)
-        self.place = None  # (step, rows) of the batch in hand, for the dropout
-        if args.lora_dropout:
-            for name, module in self.adapters.items():
-                module.lora_dropout[ADAPTER] = PositionalDropout(self, name, args.lora_dropout, args.seed)
+    hub_tags = ("lora", "stable-diffusion")
+
+    @classmethod
+    def on(cls, model, args, layout: Layout, base: Base):
+        """The same components as `model`, whose trained ones carry the adapters of `layout`."""
+        adapted = cls(**{field.name: getattr(model, field.name) for field in fields(model)})
+        adapted.args, adapted.layout, adapted.base = args, layout, base
+        adapted.adapters = adapters_in(adapted.trained_modules)
+        return adapted
 
     def start_from(self, lora):
         """Begin as another LoRA: what it adds to each weight is added here, whatever this run's rank and alpha.
@@ -108,49 +109,20 @@ class AdaptedModel:
                     magnitude = module.lora_magnitude_vector[ADAPTER].weight
                     magnitude.copy_(layer.magnitude.reshape(magnitude.shape))
 
-    def settle(self, device, activations):
-        """Move everything; the autoencoder takes the activations' precision, the base its own, adapters stay fp32."""
-        self.model.to(device, activations)
-        base_dtype = PRECISIONS.get(self.args.base_precision, activations)
-        for parameter in self.denoiser.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else base_dtype)
-
-    def enter(self, batch):
-        """Say which batch comes next: dropout draws from its step and rows, so that a resumed run drops the same."""
-        self.place = (batch.step, batch.rows)
+    def to_device(self, device, frozen_dtype):
+        """Move everything; the autoencoder takes `frozen_dtype`, the base its own precision, adapters stay fp32."""
+        super().to_device(device, frozen_dtype)
+        base_dtype = PRECISIONS.get(self.args.base_precision, frozen_dtype)
+        for component in self.family.adaptable:
+            for parameter in self.components[component.name].parameters():
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else base_dtype)
 
     # -- what a run needs ------------------------------------------------------------------------------------------
 
-    @property
-    def pixels_per_latent(self):
-        return self.model.pixels_per_latent
-
-    def posterior(self, pixels):
-        return self.model.posterior(pixels)
-
-    def scale_latents(self, latents):
-        return self.model.scale_latents(latents)
-
-    def pipeline(self):
-        return self.model.pipeline()
-
     def trained_parameters(self):
-        """{name: parameter} of the adapters, named as in their files but for the part."""
-        return {
-            f"{part}.{name}".replace(f".{ADAPTER}", ""): parameter
-            for part, module in self.parts.items()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
-
-    def parameter_groups(self, denoiser_lr, text_encoder_lr):
-        """Optimizer groups, as lists: an iterator would be empty the second time, and nothing would be clipped."""
-        rates = {"unet": denoiser_lr, "text_encoder": text_encoder_lr}
-        return [
-            {"params": [p for p in module.parameters() if p.requires_grad], "lr": rates[part]}
-            for part, module in self.parts.items()
-        ]
+        """{name: parameter} of the adapters, named as in their files but for the component."""
+        return {name.replace(f".{ADAPTER}", ""): value for name, value in super().trained_parameters().items()}
 
     def summary(self):
         """What is trained and what is frozen, in one line."""
@@ -159,7 +131,7 @@ class AdaptedModel:
         ranks = sorted({module.r[ADAPTER] for module in self.adapters.values()})
         return (
             f"trained: adapters of rank {', '.join(map(str, ranks))} on {len(self.adapters)} layers of "
-            f"{' and '.join(self.parts)}, {trained / 1e6:.3f} M parameters, "
+            f"{' and '.join(self.trained)}, {trained / 1e6:.3f} M parameters, "
             f"{trained / self.base.parameters:.2%} of the frozen {self.base.parameters / 1e6:.2f} M (base: {precision})"
         )
 
@@ -187,7 +159,7 @@ class AdaptedModel:
         """Write the adapters as they are trained into the folder lora plus `suffix`, in diffusers' format."""
         target = Path(folder) / f"lora{suffix}"
         target.mkdir(parents=True)
-        write_diffusers(target / DIFFUSERS_NAME, self.layers(weights), self._base_facts())
+        write_diffusers(target / DIFFUSERS_NAME, self.layers(weights), self._base_facts(), self.family)
 
     def load_trained(self, folder, ema):
         """Take a checkpoint's adapters; with `ema`, return its averaged ones by parameter name, else None."""
@@ -202,8 +174,10 @@ class AdaptedModel:
         path = folder / DIFFUSERS_NAME
         if not path.is_file():
             raise ModelError(f"{folder.parent} holds no adapters: it is not a checkpoint of train_lora.py")
+        from safetensors.torch import load_file
+
         stored, values = load_file(path), {}
-        expected = {key: value.shape for key, value in diffusers_tensors(self.layers()).items()}
+        expected = {key: value.shape for key, value in diffusers_tensors(self.layers(), self.family).items()}
         if expected != {key: value.shape for key, value in stored.items()}:
             raise ModelError(
                 f"{folder.parent} holds other adapters than the flags ask for: give the same --rank, "
@@ -211,8 +185,9 @@ class AdaptedModel:
                 f"or start a new run from it with --init_lora {folder}"
             )
         for name, parameter in self.trained_parameters().items():
-            part, rest = name.split(".", 1)
-            key = DIFFUSERS_PREFIX[part] + rest.replace(".lora_magnitude_vector.weight", MAGNITUDE_KEY[part])
+            component, rest = name.split(".", 1)
+            component = self.family.by_name[component]
+            key = component.lora_prefix + rest.replace(".lora_magnitude_vector.weight", magnitude_ending(component))
             values[name] = stored[key].reshape(parameter.shape)
         return values
 
@@ -227,37 +202,18 @@ class AdaptedModel:
         facts = {**facts, **self._base_facts(), **adapter_facts(self.args, self.layout)}
         exported = self.layers(shadow)
         written = {DIFFUSERS_NAME: exported}
-        write_diffusers_for_all(folder / DIFFUSERS_NAME, exported, facts)
+        write_diffusers_for_all(folder / DIFFUSERS_NAME, exported, facts, self.family)
         if shadow is not None:
             written[RAW_NAME] = self.layers()
-            write_diffusers_for_all(folder / RAW_NAME, written[RAW_NAME], facts)
+            write_diffusers_for_all(folder / RAW_NAME, written[RAW_NAME], facts, self.family)
         if self.args.save_kohya:
-            written[KOHYA_NAME] = exported
-            prediction = self.scheduler.config.prediction_type
-            write_kohya(folder / KOHYA_NAME, exported, facts | kohya_facts(self.args, self.layout, facts, prediction))
-        check_files(folder, written, load_model(self.args, None, self.args.seed))
+            written[KOHYA_NAME], _ = for_kohya(exported)
+            facts |= kohya_facts(self.args, self.layout, facts, self.scheduler.config.prediction_type)
+            write_kohya(folder / KOHYA_NAME, written[KOHYA_NAME], facts, self.family)
+        check_files(folder, written, load_model(self.args))
 
     def _base_facts(self):
         return {"base_model": self.base.name, "base_model_hash": self.base.hash}
-
-
-class PositionalDropout(torch.nn.Module):
-    """Dropout whose mask comes from (seed, layer, step, row): the same after a resume, and for any micro-batch."""
-
-    def __init__(self, adapted, layer, share, seed):
-        super().__init__()
-        self.where = lambda: adapted.place
-        self.layer, self.share, self.seed = layer, share, seed
-
-    @torch.compiler.disable  # the place is another at every step: compiled, it would be compiled anew each time
-    def forward(self, inputs):
-        """[batch, ...] -> the same shape."""
-        if not self.training:
-            return inputs
-        step, rows = self.where()
-        purpose = f"dropout in {self.layer}"
-        keep = keep_mask(self.seed, purpose, step, rows, inputs.shape[1:], self.share, inputs.device)
-        return inputs * keep / (1 - self.share)
 
 
 def _precision_problems(args, run):
@@ -272,7 +228,7 @@ def _precision_problems(args, run):
         yield "--base_precision int8 with --use_dora needs a GPU, PEFT loses the scales on a CPU: leave one of them out"
 
 
-def _quantize(unet, precision, activations, device):
+def _quantize(denoiser, precision, activations, device):
     """Put the attention blocks' linear layers into 8 or 4 bits (QLoRA, arXiv 2305.14314).
 
     The convolutions, for which bitsandbytes has nothing, stay: 589 M of the 860 M weights of an SD 1.5 UNet, counted on
@@ -282,8 +238,8 @@ def _quantize(unet, precision, activations, device):
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every call that it rounds fp32 inputs
     # PEFT asks for these names before it takes its own layers for such a base
-    unet.is_loaded_in_8bit, unet.is_loaded_in_4bit = precision == "int8", precision == "nf4"
-    inside = [(n, m) for n, m in unet.named_modules() if "attentions." in n and isinstance(m, torch.nn.Linear)]
+    denoiser.is_loaded_in_8bit, denoiser.is_loaded_in_4bit = precision == "int8", precision == "nf4"
+    inside = [(n, m) for n, m in denoiser.named_modules() if "attentions." in n and isinstance(m, torch.nn.Linear)]
     for name, linear in inside:
         sides = (linear.in_features, linear.out_features, linear.bias is not None)
         if precision == "nf4":
@@ -295,4 +251,4 @@ def _quantize(unet, precision, activations, device):
             small.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
         if linear.bias is not None:
             small.bias = torch.nn.Parameter(linear.bias.data, requires_grad=False)
-        unet.set_submodule(name, small.to(device))  # it is here that the weight is quantized
+        denoiser.set_submodule(name, small.to(device))  # it is here that the weight is quantized

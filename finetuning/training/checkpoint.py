@@ -23,6 +23,9 @@ from finetuning.cli import UserError, as_dict, flag, flags_without_effect
 from finetuning.files import BrokenFolder, atomic_folder, check_manifest, remove_leftovers, write_json
 from finetuning.training.optim import load_optimizer
 
+# 2: crops are drawn apart from the image, and the dropout of adapters once for each step (1: per image and row)
+DRAWS = 2
+
 
 @dataclass
 class CheckpointArgs:
@@ -56,12 +59,11 @@ def harmless_flags():
     from finetuning.data.training_set import DataArgs
     from finetuning.families.model_args import ModelArgs
     from finetuning.training.ema import EMAArgs
+    from finetuning.training.evaluator import RetentionArgs, ValidationArgs
     from finetuning.training.lora_layout import LoraArgs
     from finetuning.training.run import RunArgs
-    from finetuning.training.validation import ValidationArgs
-    from finetuning.training.watch import WatchArgs
 
-    groups = (RunArgs, WatchArgs, ValidationArgs, CheckpointArgs, EMAArgs, LoraArgs, DataArgs, ModelArgs)
+    groups = (RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, LoraArgs, DataArgs, ModelArgs)
     return frozenset().union(*map(flags_without_effect, groups))
 
 
@@ -83,16 +85,17 @@ class CheckpointError(UserError):
     """A checkpoint that was asked for cannot be used; the message says why and what to do."""
 
 
-class NonFinite(ArithmeticError):
+class NonFinite(UserError):
     """A loss, a gradient or a weight is not a number; nothing of it has reached a checkpoint."""
 
 
 class Checkpointer:
     """Writes and reads the state of one run. `due` is asked after each step, `save` writes, `resume` goes back."""
 
-    def __init__(self, args: CheckpointArgs, family, ema, optimizer, run, order, dataset_id):
-        self.args, self.family, self.ema, self.optimizer = args, family, ema, optimizer
-        self.order, self.dataset_id, self.run, self.say = order, dataset_id, run, run.say
+    def __init__(self, args: CheckpointArgs, model, ema, optimizer, run, data):
+        self.args, self.model, self.ema, self.optimizer = args, model, ema, optimizer
+        self.run, self.say = run, run.say
+        self.steps_per_epoch, self.dataset_id = data.batch_sampler.steps_per_epoch or 0, data.training.fingerprint()
         self.folder = Path(args.output_dir)
         self.written_at = time.monotonic()
         self.last_saved = None
@@ -105,7 +108,7 @@ class Checkpointer:
         """Whether a checkpoint belongs after `step` optimizer steps."""
         args = self.args
         by_steps = args.checkpointing_steps and step % args.checkpointing_steps == 0
-        epoch_length = self.order.steps_per_epoch * args.checkpointing_epochs
+        epoch_length = self.steps_per_epoch * args.checkpointing_epochs
         return bool(by_steps or (epoch_length and step % epoch_length == 0) or self.time_is_up())
 
     def time_is_up(self):
@@ -119,11 +122,11 @@ class Checkpointer:
         The main process writes; the others wait, because one that ends first would have the launcher end them all.
         """
         self.written_at = time.monotonic()
-        broken = [name for name, value in self.family.trained_parameters().items() if not value.isfinite().all()]
+        broken = [name for name, value in self.model.trained_parameters().items() if not value.isfinite().all()]
         if broken:
             raise NonFinite(
                 f"after step {step} {len(broken)} weights are not finite, {broken[0]} first: no checkpoint is written. "
-                "Lower --learning_rate and go on from the last one with --resume_from_checkpoint latest"
+                f"Lower --learning_rate. {self.advice()}"
             )
         if self.run.is_main and self.last_saved != step:
             self._write(step)
@@ -131,12 +134,19 @@ class Checkpointer:
         self.last_saved = step
         self.run.wait_for_everyone()
 
+    def advice(self):
+        """How to go on after a failure."""
+        newest = checkpoints_in(self.folder)[-1:]
+        if not newest:
+            return "There is no checkpoint yet: start again in a new --output_dir, or delete this one"
+        return f"{newest[0][1]} is complete: --resume_from_checkpoint latest goes on from it"
+
     def _write(self, step):
         scaler = self.run.scaler
         with atomic_folder(self.folder / f"checkpoint-{step}") as folder:
-            self.family.save_trained(folder)
+            self.model.save_trained(folder)
             if self.ema.shadow is not None:
-                self.family.save_trained(folder, "_ema", self.ema.shadow)
+                self.model.save_trained(folder, "_ema", self.ema.shadow)
             state = {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
             torch.save(state, folder / "optimizer.pt")
             write_json(folder / "training_state.json", self._state(step))
@@ -161,7 +171,7 @@ class Checkpointer:
                 "--max_train_steps, or name an older checkpoint"
             )
         self._name_changes(state, folder)
-        ema_shadow = self.family.load_trained(folder, ema=self.ema.shadow is not None)
+        ema_shadow = self.model.load_trained(folder, ema=self.ema.shadow is not None)
         if ema_shadow is not None:
             self.ema.load(ema_shadow, state["ema_updates"])
         saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
@@ -179,6 +189,7 @@ class Checkpointer:
             "ema_updates": self.ema.updates,
             "dataset": self.dataset_id,
             "versions": {"torch": torch.__version__},
+            "draws": DRAWS,
             "precision": self.run.accelerator.mixed_precision,
             "processes": self.run.accelerator.num_processes,
             "args": as_dict(self.args) | {"hub_token": None},
@@ -257,6 +268,8 @@ class Checkpointer:
         ]
         present = self._state(state["step"])
         changed += [f"{n} {state[n]} -> {present[n]}" for n in ("precision", "processes") if state[n] != present[n]]
+        if state.get("draws", 1) != DRAWS and (not now["center_crop"] or now.get("lora_dropout")):
+            changed.append("how random crops and dropout are drawn, in a newer version of this project")
         if state["dataset"] != self.dataset_id:
             changed.append("the dataset's rows, captions or buckets")
         if state["versions"]["torch"] != torch.__version__:

@@ -1,11 +1,11 @@
 """Whether a LoRA file does, where it is loaded, what it was trained to do."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
-from peft.tuners.lora import LoraLayer
 
-from finetuning.families.lora_files import adaptable, parts_of
+from finetuning.families.lora_files import adaptable
 from finetuning.families.model_args import ModelError
 from finetuning.families.quiet import errors_only
 from finetuning.rng import torch_generator
@@ -15,18 +15,19 @@ def check_files(folder, written, fresh):
     """Load every LoRA file of `written` {name: layers} into a model opened afresh and compare what it does there.
 
     diffusers' own loader reads the file, and what it added to each weight is compared with the layers; then the
-    denoiser's prediction for two captions with the one of the layers folded into the weights by the formula itself, as
-    A1111 and ComfyUI fold a LoRA. Raises ModelError where a file acts otherwise.
+    denoiser's prediction for two captions with the one of the layers fused into the weights by the formula itself, as
+    A1111 and ComfyUI fuse a LoRA. Raises ModelError where a file acts otherwise.
     """
+    components = {one.name: fresh.components[one.name] for one in fresh.family.adaptable}
     with fresh.pipeline() as pipeline, errors_only():
         for name, layers in written.items():
             pipeline.load_lora_weights(str(folder), weight_name=name, adapter_name="lora")
             added = max(_distance(module.get_delta_weight("lora"), layers[key].delta())
-                        for key, module in adapters_in(parts_of(pipeline)).items())  # fmt: skip
-            count, loaded = len(adapters_in(parts_of(pipeline))), _prediction(pipeline)
+                        for key, module in adapters_in(components).items())  # fmt: skip
+            count, loaded = len(adapters_in(components)), _prediction(fresh)
             pipeline.unload_lora_weights()
-            with _folded(pipeline, layers):
-                off = _distance(loaded, _prediction(pipeline))
+            with _fused(components, layers):
+                off = _distance(loaded, _prediction(fresh))
             if count != len(layers) or not max(added, off) < 1e-4:
                 raise ModelError(
                     f"{name} does not do in a fresh pipeline what the adapters do here ({count} of {len(layers)} "
@@ -36,26 +37,23 @@ def check_files(folder, written, fresh):
 
 
 @torch.no_grad()
-def _prediction(pipeline):
-    """The denoiser's output for two captions at two timesteps, at the smallest size that the UNet takes."""
-    unet, tokenizer = pipeline.unet, pipeline.tokenizer
-    side = 2 ** len(unet.config.block_out_channels)
-    noisy = torch.randn(2, unet.config.in_channels, side, side, generator=torch_generator(0, "check of a LoRA file"))
-    ids = tokenizer(
-        ["a photo of a dog", "a red circle"], padding="max_length", max_length=tokenizer.model_max_length,
-        truncation=True, return_tensors="pt",
-    ).input_ids  # fmt: skip
-    text = pipeline.text_encoder(ids, return_dict=False)[0]
-    return unet(noisy, torch.tensor([200, 700]), text, return_dict=False)[0]
+def _prediction(model):
+    """The denoiser's output for two captions at two timesteps, at the smallest size that it takes."""
+    config = model.denoiser.denoiser.config
+    side = 2 ** len(config.block_out_channels)
+    noisy = torch.randn(2, config.in_channels, side, side, generator=torch_generator(0, "check of a LoRA file"))
+    captions = ["a photo of a dog", "a red circle"]
+    batch = SimpleNamespace(captions=captions, tokens=model.tokenize(captions), sizes=torch.zeros(2, 6))
+    return model.denoiser(noisy, torch.tensor([200, 700]), **model.conditioning(batch))
 
 
 @contextmanager
-def _folded(pipeline, layers):
+def _fused(components, layers):
     """The layers as part of the weights, and out again after the block.
 
     In place, and back to rounding: a second copy of a large model's weights may not fit beside the training run.
     """
-    weights = {name: module.weight.data for name, module in adaptable(parts_of(pipeline)).items() if name in layers}
+    weights = {name: module.weight.data for name, module in adaptable(components).items() if name in layers}
     stretches = {}
     for name, layer in layers.items():
         weights[name] += layer.delta()
@@ -74,11 +72,13 @@ def _distance(one, other):
     return ((one - other).norm() / other.norm().clamp_min(1e-30)).item() if not torch.equal(one, other) else 0.0
 
 
-def adapters_in(parts):
-    """{layer name: PEFT's module around it}; `parts` are the models by the name of their part."""
+def adapters_in(components):
+    """{layer name: PEFT's module around it} of {component: model}."""
+    from peft.tuners.lora import LoraLayer
+
     return {
-        f"{part}.{name}": module
-        for part, model in parts.items()
+        f"{component}.{name}": module
+        for component, model in components.items()
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }

@@ -4,13 +4,13 @@ import re
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 
 from finetuning.cli import flag
 from finetuning.families.lora_files import KOHYA_NAME, Lora, adaptable
 
-ATTENTION = {"unet": ("to_q", "to_k", "to_v", "to_out.0"), "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj")}
+DENOISER_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+TEXT_LINEAR = (*TEXT_ATTENTION, "fc1", "fc2")
 
 
 @dataclass
@@ -67,49 +67,54 @@ class LoraArgs:
 
 
 class Layout:
-    """The layers of `parts` {part: model} that get an adapter: `ranks` {part: {module: rank}}."""
+    """The layers of `components` {name: model} that get an adapter: `ranks` {component: {module: rank}}."""
 
-    def __init__(self, args: LoraArgs, parts):
-        self.args, self.parts = args, parts
+    def __init__(self, args: LoraArgs, family, components):
+        self.args, self.components = args, components
+        self.denoiser = family.denoiser
         self.rank_pattern = _numbers(args.lora_rank_pattern, int)
         self.alpha_pattern = _numbers(args.lora_alpha_pattern, float)
         if args.lora_alpha is None:  # a layer that gets a higher rank should not be scaled down for it
             own = {pattern: float(rank) for pattern, rank in self.rank_pattern.items()}
             self.alpha_pattern |= {pattern: rank for pattern, rank in own.items() if pattern not in self.alpha_pattern}
-        words = {"unet": args.lora_target_modules, "text_encoder": ATTENTION["text_encoder"]}
-        if "all-linear" in args.lora_target_modules:
-            words["text_encoder"] += ("fc1", "fc2")
-        self.chosen = {part: _chosen(words[part], model) for part, model in parts.items()}
+        of_text = TEXT_LINEAR if "all-linear" in args.lora_target_modules else TEXT_ATTENTION
+        self.chosen = {
+            name: _chosen(args.lora_target_modules if name == self.denoiser else of_text, model)
+            for name, model in components.items()
+        }
         self.ranks = {
-            part: {module: self._rank(part, module) for module in sorted(set().union(*found.values()))}
-            for part, found in self.chosen.items()
+            component: {module: self._rank(component, module) for module in sorted(set().union(*found.values()))}
+            for component, found in self.chosen.items()
         }
 
-    def rank(self, part):
-        """The rank of a part's adapters where no pattern gives another."""
-        own = self.args.text_encoder_rank if part == "text_encoder" else None
+    def rank(self, component):
+        """The rank of a component's adapters where no pattern gives another."""
+        own = self.args.text_encoder_rank if component != self.denoiser else None
         return self.args.rank if own is None else own
 
-    def alpha(self, part):
+    def alpha(self, component):
         """The same for alpha."""
-        alpha = self.rank(part) if self.args.lora_alpha is None else self.args.lora_alpha
+        alpha = self.rank(component) if self.args.lora_alpha is None else self.args.lora_alpha
         return int(alpha) if alpha == int(alpha) else alpha
 
-    def config(self, part):
+    def config(self, component):
         """The same for PEFT."""
-        own = self.ranks[part]
+        from peft import LoraConfig
+
+        own = self.ranks[component]
         ranks, alphas = ({pattern: value for pattern, value in patterns.items() if _matches(pattern, own)}
                          for patterns in (self.rank_pattern, self.alpha_pattern))  # fmt: skip
         return LoraConfig(
-            r=self.rank(part), lora_alpha=self.alpha(part), rank_pattern=ranks, alpha_pattern=alphas,
+            r=self.rank(component), lora_alpha=self.alpha(component), rank_pattern=ranks, alpha_pattern=alphas,
             target_modules=list(own), use_dora=self.args.use_dora, use_rslora=self.args.use_rslora,
+            lora_dropout=self.args.lora_dropout,
             init_lora_weights="gaussian",
         )  # fmt: skip
 
     def problems(self):
         """What does not fit this model, as text."""
-        if nothing := [word for word, names in self.chosen["unet"].items() if not names]:
-            ends = {re.search(r"\w+(\.\d+)?$", name)[0] for name in adaptable({"unet": self.parts["unet"]})}
+        if nothing := [word for word, names in self.chosen[self.denoiser].items() if not names]:
+            ends = {re.search(r"\w+(\.\d+)?$", name)[0] for name in adaptable({"": self.components[self.denoiser]})}
             yield (
                 f"--lora_target_modules {' '.join(nothing)} matches no layer of the UNet. There are attention, "
                 f"all-linear, conv, and module names that end in: {', '.join(sorted(ends))}"
@@ -123,7 +128,7 @@ class Layout:
 
     def problems_with_start(self, start: Lora):
         """Why a LoRA to start from does not fit into these adapters, as text."""
-        ranks = {f"{part}.{module}": rank for part, own in self.ranks.items() for module, rank in own.items()}
+        ranks = {f"{component}.{module}": rank for component, own in self.ranks.items() for module, rank in own.items()}
         if outside := sorted(start.layers.keys() - ranks.keys()):
             yield (
                 f"--init_lora {start.path} has {len(outside)} layers that get no adapter here, e.g. {outside[0]}: "
@@ -138,18 +143,18 @@ class Layout:
             said = "is a DoRA: add" if start.is_dora else "is no DoRA: leave out"
             yield f"--init_lora {start.path} {said} --use_dora"
 
-    def _rank(self, part, module):
-        return self.rank_pattern.get(get_pattern_key(self.rank_pattern, module), self.rank(part))
+    def _rank(self, component, module):
+        return self.rank_pattern.get(_pattern_of(self.rank_pattern, module), self.rank(component))
 
     def _ranks_too_large(self):
         """A matrix cannot have a rank above its smaller side: what lies above would be memory for nothing."""
-        layers, found = adaptable(self.parts), {}
-        for part, ranks in self.ranks.items():
+        layers, found = adaptable(self.components), {}
+        for component, ranks in self.ranks.items():
             for module, rank in ranks.items():
-                weight = layers[f"{part}.{module}"].weight
+                weight = layers[f"{component}.{module}"].weight
                 width = min(weight.shape[0], weight[0].numel())
                 if rank > width:
-                    found.setdefault((rank, width), []).append(f"{part}.{module}")
+                    found.setdefault((rank, width), []).append(f"{component}.{module}")
         for (rank, width), names in sorted(found.items()):
             yield (
                 f"rank {rank} is above the width {width} of {len(names)} layers, e.g. {names[0]}: lower --rank or "
@@ -163,7 +168,7 @@ def _chosen(words, model):
     found = {}
     for word in words:
         if word == "attention":
-            found[word] = [name for name in layers if name.endswith(tuple(f".{end}" for end in ATTENTION["unet"]))]
+            found[word] = [name for name in layers if name.endswith(tuple(f".{end}" for end in DENOISER_ATTENTION))]
         elif word == "all-linear":
             found[word] = [name for name, module in layers.items() if isinstance(module, torch.nn.Linear)]
         elif word == "conv":  # as LoCon has it: within the blocks, so without the first and the last layer
@@ -176,7 +181,14 @@ def _chosen(words, model):
 
 def _matches(pattern, modules):
     """Whether PEFT takes the pattern for one of the modules."""
-    return any(pattern in (module, get_pattern_key([pattern], module)) for module in modules)
+    return any(pattern in (module, _pattern_of([pattern], module)) for module in modules)
+
+
+def _pattern_of(patterns, module):
+    """The pattern that PEFT takes for a module, or the module's own name."""
+    from peft.utils.other import get_pattern_key
+
+    return get_pattern_key(patterns, module)
 
 
 def _numbers(texts, kind):

@@ -16,12 +16,12 @@ KINDS = {
 def adapter_facts(args, layout):
     """Rank, alpha and targets, as they were trained: the file itself may hold alpha = rank."""
     ranks = sorted({rank for own in layout.ranks.values() for rank in own.values()})
-    alphas = sorted({layout.alpha(part) for part in layout.parts} | set(layout.alpha_pattern.values()))
+    alphas = sorted({layout.alpha(part) for part in layout.components} | set(layout.alpha_pattern.values()))
     return {
         "rank": ", ".join(map(str, ranks)),
         "alpha": ", ".join(f"{alpha:g}" for alpha in alphas),
         "target_modules": shlex.join(args.lora_target_modules),
-        "parts": ", ".join(layout.parts),
+        "parts": ", ".join(layout.components),
         "use_dora": args.use_dora,
         "use_rslora": args.use_rslora,
     }
@@ -29,15 +29,15 @@ def adapter_facts(args, layout):
 
 def kohya_facts(args, layout, facts, prediction_type):
     """The names under which sd-scripts, A1111 and ComfyUI look for the same, and Stability's model specification."""
-    unet = layout.parts["unet"]
+    unet = layout.components[layout.denoiser]
     kind, version = KINDS.get((unet.config.cross_attention_dim, prediction_type), ("stable-diffusion", "sd_other"))
     modules = dict(unet.named_modules())
-    has_convolutions = any(modules[name].base_layer.weight.ndim == 4 for name in layout.ranks["unet"])
-    dimensions = {"conv_dim": str(layout.rank("unet")), "conv_alpha": str(layout.alpha("unet"))}
-    return {
+    has_convolutions = any(modules[name].base_layer.weight.ndim == 4 for name in layout.ranks[layout.denoiser])
+    dimensions = {"conv_dim": str(layout.rank(layout.denoiser)), "conv_alpha": str(layout.alpha(layout.denoiser))}
+    values = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": layout.rank("unet"),
-        "ss_network_alpha": layout.alpha("unet"),
+        "ss_network_dim": layout.rank(layout.denoiser),
+        "ss_network_alpha": layout.alpha(layout.denoiser),
         "ss_network_args": json.dumps(dimensions if has_convolutions else {}),
         "ss_network_dropout": args.lora_dropout,
         "ss_base_model_version": version,
@@ -66,3 +66,4 @@ def kohya_facts(args, layout, facts, prediction_type):
         "modelspec.resolution": "x".join(map(str, reversed(args.size))),
         "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
     }
+    return {name: value for name, value in values.items() if value is not None}  # of a stream the images are not known

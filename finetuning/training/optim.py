@@ -49,8 +49,9 @@ class OptimArgs:
             yield f"--lr_step_rules {self.lr_step_rules} must look like 1:10,0.1:20,0.01"
 
 
-def build_optimizer(args: OptimArgs, groups):
-    """The optimizer over `groups`, [{"params": [...], "lr": ...}]; nothing is prepared for a device here."""
+def build_optimizer(args: OptimArgs, model, total_batch_size):
+    """The optimizer of a model's trained parameters; `total_batch_size` rows make one optimizer step."""
+    groups = model.parameter_groups(*learning_rates(args, total_batch_size))
     common = {"lr": groups[0]["lr"], "weight_decay": args.adam_weight_decay}
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, **common}
     kind = "adamw8bit" if args.use_8bit_adam else args.optimizer

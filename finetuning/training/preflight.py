@@ -4,7 +4,6 @@ import itertools
 import shutil
 
 import torch
-from diffusers.models.attention_processor import Attention
 
 from finetuning.families.model_args import ModelError
 
@@ -12,10 +11,10 @@ from finetuning.families.model_args import ModelError
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 2, "prodigy": 16}
 
 
-def check_before_start(args, run, model, training, held_out, order, total_steps):
+def check_before_start(args, run, model, data):
     """Print what is about to happen; raises ModelError listing everything that cannot work."""
-    problems = []
-    factor = model.pixels_per_latent
+    sampler, total_steps, problems = data.batch_sampler, data.total_steps, []
+    factor = model.codec.factor
     for side in sorted(set(args.size)):
         if side % factor:
             near = max(factor, round(side / factor) * factor)
@@ -49,20 +48,24 @@ def check_before_start(args, run, model, training, held_out, order, total_steps)
     if problems:
         raise ModelError("\n".join(problems))
 
-    rows = f"{len(training)} rows" if order.rows else f"a stream of {len(training.shards)} shards"
-    epochs = f", {total_steps / order.steps_per_epoch:.1f} epochs" if order.steps_per_epoch else ""
+    epochs = f", {total_steps / sampler.steps_per_epoch:.1f} epochs" if sampler.steps_per_epoch else ""
     run.say(
         f"{model.summary()}\n"
-        f"dataset: {rows}" + (f", {len(held_out)} held out" if held_out else "") + "\n"
-        f"schedule: {total_steps} steps of {order.total_batch_size} rows ({args.train_batch_size} x "
-        f"{args.gradient_accumulation_steps} accumulated x {order.processes} processes){epochs}\n"
+        f"dataset: {data.summary()}\n"
+        f"schedule: {total_steps} steps of {sampler.total_batch_size} rows ({args.train_batch_size} x "
+        f"{args.gradient_accumulation_steps} accumulated x {sampler.processes} processes){epochs}\n"
         f"device: {run.device}, activations {run.accelerator.mixed_precision.replace('no', 'fp32')}; "
         f"a checkpoint takes about {needed / 1e6:.1f} MB"
     )
-    if len(order.rows_in_bucket) > 1:
+    if args.aspect_buckets:
         run.say(
-            f"buckets: {len(order.rows_in_bucket)}, and every step is of one: {order.short_steps} of the "
-            f"{order.steps_per_epoch} steps of an epoch have fewer than {order.total_batch_size} rows"
+            f"buckets: {len(sampler.rows_in_bucket)}, and every step is of one: {sampler.short_steps} of the "
+            f"{sampler.steps_per_epoch} steps of an epoch have fewer than {sampler.total_batch_size} rows"
+        )
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= total_steps:
+        run.say(
+            f"--lr_warmup_steps {args.lr_warmup_steps} is not shorter than the run of {total_steps} steps: the "
+            "learning rate never reaches --learning_rate"
         )
     kept = total_steps // args.checkpointing_steps if args.checkpointing_steps and limit is None else 0
     if kept * needed + exported > free:
@@ -72,22 +75,23 @@ def check_before_start(args, run, model, training, held_out, order, total_steps)
         )
 
 
-def choose_attention(args, run, model):
+def set_up_kernels(args, run, model):
     """Switch xformers on where it was asked for and works; say so where it cannot. Also torch.compile."""
+    denoiser = model.denoiser.denoiser
     if args.enable_xformers_memory_efficient_attention:
         if run.device.type == "cpu":
             run.say("--enable_xformers_memory_efficient_attention: xformers needs a GPU, PyTorch's attention is used")
         else:
-            _probe_xformers(run, model.denoiser.unet)
-            model.denoiser.unet.enable_xformers_memory_efficient_attention()
+            _probe_xformers(run, denoiser)
+            denoiser.enable_xformers_memory_efficient_attention()
     if args.channels_last and run.device.type != "cpu":
-        model.denoiser.unet.to(memory_format=torch.channels_last)
+        denoiser.to(memory_format=torch.channels_last)
     if args.compile:
-        model.denoiser.unet.compile()
+        denoiser.compile()
 
 
-def _probe_xformers(run, unet):
-    """Attention at the UNet's own head sizes, forward and backward, beside PyTorch's; over pixels and over 77 tokens.
+def _probe_xformers(run, denoiser):
+    """Attention at the denoiser's own head sizes, forward and backward, beside PyTorch's; over pixels and 77 tokens.
 
     Each size has a kernel of its own, and users report backward passes that fail or give NaN for some of them only.
     Raises ModelError where one fails or disagrees.
@@ -97,7 +101,9 @@ def _probe_xformers(run, unet):
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
         raise ModelError(f"xformers cannot be imported ({error}); {advice}") from error
-    sizes = sorted({m.inner_dim // m.heads for m in unet.modules() if isinstance(m, Attention)})
+    from diffusers.models.attention_processor import Attention
+
+    sizes = sorted({m.inner_dim // m.heads for m in denoiser.modules() if isinstance(m, Attention)})
     for head_size, keys in itertools.product(sizes, (64, 77)):
         case = f"xformers' attention with heads of {head_size} and {keys} keys"
         try:

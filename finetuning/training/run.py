@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 import os
 import random
 import signal
@@ -13,18 +12,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, gather_object, parse_flag_from_env
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
-from finetuning.cli import as_dict, flag
-from finetuning.families.model_args import ModelError
-from finetuning.files import write_json
-from finetuning.training.checkpoint import NonFinite, seed_of_resumed_run
+from finetuning.cli import UserError, as_dict, flag
+from finetuning.files import write_json, write_text
+from finetuning.training.checkpoint import seed_of_resumed_run
 
 TRACKERS = ("tensorboard", "wandb", "all", "none")
+
+# What accelerate would read besides the flags, and what would change the result without a word
+ENVIRONMENT_OF_OTHERS = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
 
 
 @dataclass
@@ -70,12 +67,18 @@ class Run:
     """What belongs to the process rather than to the model: accelerate, logs, signals."""
 
     def __init__(self, args: RunArgs):
+        from accelerate import Accelerator, PartialState
+        from accelerate.utils import ProjectConfiguration, parse_flag_from_env
+
         self.args = args
         # A shell starts what it puts in the background with Ctrl-C ignored: until `begin`, it ends the process.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         # Asked here first, accelerate would keep the answer: it has to hear of --cpu and use_cpu now.
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        _check_processes(state)
+        for name in ENVIRONMENT_OF_OTHERS:
+            os.environ.pop(name, None)
         precision = "no" if wanted == "fp16" and state.device.type == "cpu" else wanted
         self.output_dir = Path(args.output_dir)
         trackers = [] if args.report_to == "none" else args.report_to
@@ -87,6 +90,8 @@ class Run:
             ),
         )
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.processes, self.process = self.accelerator.num_processes, self.accelerator.process_index
+        self.autocast = self.accelerator.autocast
         self.bar = None
         self.stop_signal = None
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizing happens in forked loader processes
@@ -167,30 +172,26 @@ class Run:
             return bool(flag)
         return self.total(torch.tensor(float(bool(flag)), device=self.device)) > 0
 
-    def check_finite(self, loss, norm, training_set, rows):
-        """Raises NonFinite, naming the rows of the step, before anything of it can reach the weights.
+    def gathered(self, items):
+        """The lists of all processes, one after another."""
+        from accelerate.utils import gather_object
 
-        Under fp16 an overflowing gradient is ordinary: the loss scaler skips that step and lowers its scale.
-        """
-        overflow_is_ordinary = self.scaler is not None and self.scaler.get_scale() >= 1
-        if not math.isfinite(loss):
-            what = f"the loss is {loss}"
-        elif not torch.isfinite(norm) and not overflow_is_ordinary:
-            what = f"the gradient's norm is {norm.item()}"
-        else:
-            return
-        raise NonFinite(
-            f"{what}; the rows of this step were\n{training_set.describe(gather_object(rows))}\n"
-            "Usual causes: too high a --learning_rate, fp16 without --mixed_precision bf16 where the GPU has it, or a "
-            "broken image. The last checkpoint is whole: go on from it with --resume_from_checkpoint latest"
-        )
+        return gather_object(items)
+
+    def shared(self, items, compute):
+        """compute(items), a list of a result for each item; the processes share the items out, and all get all."""
+        parts = self.gathered([compute(items[self.process :: self.processes])])
+        results = [None] * len(items)
+        for process, part in enumerate(parts):
+            results[process :: self.processes] = part
+        return results
 
     def log(self, values, step):
         """Numbers of one step, to metrics.jsonl and the trackers."""
-        self.accelerator.log(values, step=step)
+        self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
         if self.is_main:
             with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
 
     def log_images(self, name, images, step):
         """PIL images of one size, to the trackers that show them."""
@@ -249,58 +250,14 @@ class Run:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
             kept = [line for line, one in whole if one["step"] < step or (one["step"] == step and "train_loss" in one)]
-            path.write_text("".join(kept), encoding="utf-8")
+            write_text(path, "".join(kept))
 
 
-class HubUpload:
-    """The repository that --push_to_hub uploads to, made before the first step: a wrong token fails at once.
-
-    `tags` go into the model card.
-    """
-
-    def __init__(self, run: Run, tags=()):
-        self.run, self.tags = run, tags
-        self.api = HfApi(token=run.args.hub_token)
-        name = run.args.hub_model_id or run.output_dir.resolve().name
-        try:
-            self.repo = self.api.create_repo(name, exist_ok=True)
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            message = f"--push_to_hub: no repository {name} to be had: {error}; log in with `hf auth login`"
-            raise ModelError(message) from error
-
-    def push(self):
-        """Upload the finished result with a model card; checkpoints and logs stay here. Whether it went well."""
-        args = self.run.args
-        base = args.pretrained_model_name_or_path
-        known_base = "" if Path(base).is_dir() else f"base_model: {base}\n"  # the Hub refuses what it does not know
-        tags = f"tags: [{', '.join(self.tags)}]\n" if self.tags else ""
-        (self.run.output_dir / "README.md").write_text(
-            f"---\n{known_base}library_name: diffusers\npipeline_tag: text-to-image\n{tags}---\n\n"
-            f"{base}, fine-tuned on {args.dataset_name or 'own images'}. "
-            "All arguments stand in args.json.\n",
-            encoding="utf-8",
+def _check_processes(state):
+    """Raises UserError where a launcher started several processes that know nothing of each other."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != state.num_processes:
+        raise UserError(
+            f"{started} processes were started, and each would train alone: accelerate sees {state.num_processes}. "
+            "Without a GPU, start them with `accelerate launch --cpu --num_processes N`"
         )
-        stays = ["checkpoint-*", "abandoned-*", ".incomplete-*", "metrics.jsonl", "validation/*"]
-        try:
-            self.api.upload_folder(
-                repo_id=self.repo.repo_id,
-                folder_path=self.run.output_dir,
-                commit_message="Fine-tuned Stable Diffusion",
-                ignore_patterns=[*stays, f"{Path(args.logging_dir)}/*"],
-            )
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            self.run.say(
-                f"the upload failed ({error}); the result is whole in {self.run.output_dir}: "
-                f"`hf upload {self.repo.repo_id} {self.run.output_dir} --exclude 'checkpoint-*'` tries again"
-            )
-            return False
-        self.run.say(f"uploaded: {self.repo}")
-        return True
-
-
-class NoUpload:
-    """The same call without --push_to_hub, and on all processes but the main one."""
-
-    def push(self):
-        """Nothing to upload, so nothing went wrong."""
-        return True

@@ -9,7 +9,8 @@ from PIL import Image
 
 from finetuning.cli import read
 from finetuning.conversion.caption_files import RewriteArgs, rewrite, rewritten
-from finetuning.data.reading import DatasetError, Findings, read_folder
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.reading import read_folder
 
 
 def lines(path):
@@ -143,7 +144,7 @@ def test_several_captions_are_all_rewritten_and_all_rows_become_lists(tmp_path):
         ["sks a dog"],
         ["sks cat", "sks a cat"],
     ]
-    assert "rows that lose a caption of which nothing is left: metadata.jsonl line 1" in said[0]
+    assert "nothing is left (1): metadata.jsonl line 1" in said[0]
 
 
 def test_first_keeps_the_first_and_says_so(tmp_path):
@@ -153,12 +154,12 @@ def test_first_keeps_the_first_and_says_so(tmp_path):
     said = []
     assert rewrite(args(tmp_path / "dogs", first=True), said.append) == 0
     assert [row["text"] for row in lines(tmp_path / "new/train/metadata.jsonl")] == ["a dog", "a cat"]
-    assert "1 rows of which only the first caption is kept: metadata.jsonl line 1" in said[0]
+    assert "the first caption is kept (1): metadata.jsonl line 1" in said[0]
 
 
 def test_a_row_without_any_caption_left_is_refused_or_left_out(dataset):
     flags = {"drop_regex": ["^arafed dog.*"]}
-    with pytest.raises(DatasetError, match=r"1 faults.*\n.*nothing is left: train/metadata.jsonl line 1"):
+    with pytest.raises(DatasetError, match=r"1 error:\n.*train/metadata.jsonl line 1"):
         rewrite(args(dataset, **flags), print)
     assert not (dataset.parent / "new").exists()
     rewrite(args(dataset, on_bad_rows="skip", **flags), print)

@@ -545,7 +545,7 @@ def problems(*flags):
         ("--streaming", ["--streaming needs --max_train_steps"]),
         ("--streaming --max_train_steps 5", []),
         ("--streaming --max_train_steps 5 --shuffle_buffer 0", ["--shuffle_buffer 0 must be at least 1"]),
-        ("--shuffle_buffer 5", ["--shuffle_buffer only goes with --streaming"]),
+        ("--shuffle_buffer 5", ["--shuffle_buffer does nothing without --streaming"]),
         ("--streaming --max_train_steps 5 --cache_latents --center_crop", ["--cache_latents needs"]),
         ("--streaming --max_train_steps 5 --aspect_buckets", ["--aspect_buckets needs"]),
         ("--streaming --max_train_steps 5 --max_train_samples 5", ["--max_train_samples needs"]),

@@ -12,6 +12,7 @@ from datasets import Image as ImageFeature
 from PIL import ExifTags, Image
 from transformers import CLIPTokenizer
 
+from finetuning.cli import problems_of
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.order import Order, Place
@@ -641,14 +642,14 @@ def test_dataset_without_a_train_split_lists_the_splits(hub_folder, tokenizer, t
 def test_resolution_is_a_side_or_height_by_width(text, size):
     args = DataFlags(dataset_name="x", resolution=text)
     assert args.size == size
-    assert list(args.problems()) == []
+    assert problems_of(args) == []
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         ({}, "--train_data_dir"),
-        ({"dataset_name": "x", "train_data_dir": "."}, "two datasets"),
+        ({"dataset_name": "x", "train_data_dir": "."}, "--train_data_dir and --dataset_name cannot be given together"),
         ({"train_data_dir": "no/such/folder"}, "no such folder"),
         *(({"dataset_name": "x", "resolution": r}, f"--resolution {r} ") for r in ("0", "-8", "8x", "a", "1x2x3")),
         *(({"dataset_name": "x", "random_resized_crop_scale": s}, "--random_resized_crop_scale") for s in (0, 1.1)),
@@ -659,5 +660,5 @@ def test_resolution_is_a_side_or_height_by_width(text, size):
     ],
 )  # fmt: skip
 def test_each_wrong_flag_is_named(flags, named):
-    (problem,) = DataArgs.problems(DataFlags(**flags))
+    (problem,) = problems_of(DataFlags(**flags))
     assert named in problem

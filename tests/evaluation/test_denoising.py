@@ -11,9 +11,10 @@ from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.reading import DatasetError
 from finetuning.data.training_set import DataArgs, load_images
-from finetuning.diffusion.objective import NoiseArgs, NoiseSchedule
+from finetuning.diffusion.objective import NoiseArgs
+from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation.denoising import chosen_rows, load_rows, row_losses, stratified_timesteps
-from finetuning.families.loading import load_model
+from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs
 from finetuning.rng import gaussian
 

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from finetuning.cli import read
-from finetuning.diffusion.objective import NoiseSchedule
+from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation import networks
+from finetuning.evaluation.checkers import load_checker
 from finetuning.evaluation.denoising import load_rows, row_losses
 from finetuning.evaluation.forgetting import (
     ForgettingArgs,
@@ -22,8 +23,8 @@ from finetuning.evaluation.generation import Row, general_rows
 from finetuning.evaluation.measuring import EvalNetworkArgs, Networks
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.networks import Weights
-from finetuning.evaluation.retention import RETENTION_MEASURES, learned_and_kept, ratio_of_means
-from finetuning.families.loading import load_model
+from finetuning.evaluation.retention import RETENTION_MEASURES, learned_and_kept, ratio_of_means, retention_measure
+from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs
 from finetuning.families.pipelines import open_pipeline
 from finetuning.shapes.drawing import draw
@@ -35,13 +36,14 @@ CAPTIONS = [
     "a large green star on a black background",
     "a small purple cross on a white background",
 ]
+SHAPES = load_checker("finetuning.shapes.checker")
 NOISE_FLOOR = "original, seed 2"
 
 
 # -- the two numbers -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", RETENTION_MEASURES)
+@pytest.mark.parametrize("by", ["checker", *RETENTION_MEASURES])
 def test_two_equal_models_learn_nothing_and_keep_everything(by):
     fit, retain = np.random.default_rng(0).uniform(0.5, 1.5, (2, 30))
     learned, kept = learned_and_kept(by, (fit, fit), (retain, retain))
@@ -49,7 +51,7 @@ def test_two_equal_models_learn_nothing_and_keep_everything(by):
     assert kept.value == 1 and kept.low <= 1 <= kept.high
 
 
-@pytest.mark.parametrize("by", RETENTION_MEASURES)
+@pytest.mark.parametrize("by", ["checker", *RETENTION_MEASURES])
 def test_two_seeds_of_a_model_are_within_their_interval(by):
     first, second, third, fourth = np.random.default_rng(1).uniform(0.5, 1.5, (4, 50))
     learned, kept = learned_and_kept(by, (first, second), (third, fourth))
@@ -57,8 +59,8 @@ def test_two_seeds_of_a_model_are_within_their_interval(by):
 
 
 @pytest.mark.parametrize(("by", "fit", "retain", "learned", "kept"), [
-    ("shapes", ([1, 1, 0.5, 0.5], [0, 0, 0, 0.2]), ([1, 0, 1, 0], [1, 1, 1, 1]), 0.7, 0.5),
-    ("shapes", ([0, 0, 0, 0], [0, 0, 0, 0]), ([1, 1, 1, 1], [1, 1, 1, 1]), 0, 1),
+    ("checker", ([1, 1, 0.5, 0.5], [0, 0, 0, 0.2]), ([1, 0, 1, 0], [1, 1, 1, 1]), 0.7, 0.5),
+    ("checker", ([0, 0, 0, 0], [0, 0, 0, 0]), ([1, 1, 1, 1], [1, 1, 1, 1]), 0, 1),
     ("clip", ([30, 31, 32], [28, 29, 30]), ([24, 27, 21], [30, 30, 30]), 2, 0.8),
     ("loss", ([0.5, 0.25], [1, 0.5]), ([2, 4], [1, 2]), 0.5, 0.5),
     ("loss", ([2, 4], [1, 2]), ([0.5, 0.4], [0.5, 0.5]), -1, 1 / 0.9),
@@ -78,7 +80,7 @@ def test_the_loss_may_come_as_tensors():
 
 
 def test_unknown_yardsticks_are_refused():
-    with pytest.raises(ValueError, match="'fid' is none of shapes, clip, loss"):
+    with pytest.raises(ValueError, match="'fid' is none of checker, clip, loss"):
         learned_and_kept("fid", ([1, 2], [1, 2]), ([1, 2], [1, 2]))
 
 
@@ -158,7 +160,7 @@ def opened(monkeypatch):
     difference = lambda network, a, b: np.array([abs(np.mean(x) - np.mean(y)) / 255 for x, y in zip(a, b, strict=True)])
     monkeypatch.setattr(networks, "lpips_of", difference)
     weights = lambda name: Weights(name, f"{name}.pth", "0" * 64, True)
-    return Networks({"lpips": (None, weights("lpips")), "clip": (BrightnessClip(), weights("clip"))}, {})
+    return Networks({"lpips": (None, weights("lpips")), "clip": (BrightnessClip(), weights("clip"))}, {}, SHAPES)
 
 
 @pytest.fixture
@@ -197,12 +199,12 @@ def test_the_shapes_world_is_judged_by_its_own_eyes(general, opened, args):
     dataset = measured_of(style=STYLE, clip_score=SCORES)
     found = forgetting(*general, opened, args, dataset=dataset, losses=LOSSES)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["by"] == "shapes" and list(found["all"]) == ["shapes", "clip", "loss"]
+    assert found["by"] == "checker" and list(found["all"]) == ["checker", "clip", "loss"]
     assert found["learned"]["tuned"]["value"] == pytest.approx(0.9)
     assert found["kept"]["tuned"]["value"] == pytest.approx(0.5)
     assert found["learned"][NOISE_FLOOR]["value"] == 0 and found["kept"][NOISE_FLOOR]["value"] == 1
     assert "original" not in found["learned"]
-    assert found["words"]["learned"] == RETENTION_MEASURES["shapes"].learned and found["words"]["kept"]
+    assert found["words"]["learned"] == retention_measure("checker", SHAPES).learned and found["words"]["kept"]
     assert found["all"]["clip"]["learned"]["tuned"]["value"] == pytest.approx(3)
     assert found["all"]["loss"]["learned"] == {"tuned": found["all"]["loss"]["learned"]["tuned"]}
     assert found["all"]["loss"]["learned"]["tuned"]["value"] == pytest.approx(0.5)
@@ -260,8 +262,8 @@ def test_an_original_that_can_do_nothing_has_nothing_to_keep(general, opened, ar
     for path in images["original"].values():
         Image.new("RGB", (64, 64)).save(path)
     found = forgetting(rows, images, opened, args, dataset=measured_of(style=STYLE), losses=LOSSES)
-    assert found["by"] == "loss" and "shapes" not in found["all"]
-    said = [one for one in found["left_out"] if one["metric"] == "learned and kept by shapes"]
+    assert found["by"] == "loss" and "checker" not in found["all"]
+    said = [one for one in found["left_out"] if one["metric"] == "learned and kept by checker"]
     assert [one["why"].split(":")[0] for one in said] == ["tuned", NOISE_FLOOR]
     assert "not clearly above 0" in said[0]["why"]
 

@@ -9,9 +9,10 @@ from PIL import Image
 
 from finetuning.cli import read
 from finetuning.evaluation import features, networks, statistics
+from finetuning.evaluation.checkers import load_checker
 from finetuning.evaluation.generation import Row
 from finetuning.evaluation.measuring import EvalNetworkArgs, Networks, measure, open_networks, summarise
-from finetuning.evaluation.metrics import METRICS, EvaluationError
+from finetuning.evaluation.metrics import EvaluationError, dataset_metrics
 from finetuning.evaluation.networks import Unavailable, Weights
 from finetuning.evaluation.preprocessing import matched
 from finetuning.shapes.checker import share_in_chalk
@@ -24,7 +25,8 @@ CAPTIONS = [
     "a large green star on a black background",
     "a small purple cross on a white background",
 ]
-ALL = tuple(METRICS)
+SHAPES = load_checker("finetuning.shapes.checker")
+ALL = dataset_metrics(SHAPES)
 OF_ROWS = ("clip_score", "clip_image", "lpips")
 
 
@@ -62,12 +64,12 @@ def opened(monkeypatch):
 
     monkeypatch.setattr(features, "features_of", corners)
     found = {name: (None, weights(name)) for name in ("inception", "lpips")}
-    return Networks(found | {"clip": (ColourClip(), weights("clip"))}, {})
+    return Networks(found | {"clip": (ColourClip(), weights("clip"))}, {}, SHAPES)
 
 
 @pytest.fixture
 def args():
-    return EvalNetworkArgs(eval_batch_size=3)  # 4 rows: the last batch is not full
+    return EvalNetworkArgs(eval_batch_size=3, checker=SHAPES.name)  # 4 rows: the last batch is not full
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ class Flags(EvalNetworkArgs):
 def test_every_metric_has_its_value_by_hand(world, opened, args):
     rows, images = world
     measured = measure(rows, images, opened, args)
-    assert measured.metrics == list(ALL) and measured.sides == [64] and measured.models == ["original", "tuned"]
+    assert tuple(measured.metrics) == ALL and measured.sides == [64] and measured.models == ["original", "tuned"]
     values = {metric: by_side[64] for metric, by_side in measured.values.items()}
     for label, own in images.items():
         for index, row in enumerate(rows):
@@ -208,8 +210,7 @@ def test_the_same_images_twice_do_not_differ(world, opened, args):
 def test_other_captions_have_no_shapes(world, opened, args):
     rows, images = world
     strange = [replace(row, caption="a cat") for row in rows]
-    measured = measure(strange, images, opened, args)
-    assert not {"shapes", "style"} & set(measured.metrics) and measured.left_out == []
+    assert [one["metric"] for one in measure(strange, images, opened, args).left_out] == ["shapes", "style"]
     mixed = measure([*strange[:1], *rows[1:]], images, opened, args)
     assert [one["metric"] for one in mixed.left_out] == ["shapes", "style"]
     assert "1 of 4 captions" in mixed.left_out[0]["why"] and "a cat" in mixed.left_out[0]["why"]
@@ -221,7 +222,7 @@ def test_without_true_images_the_rest_is_measured(world, opened, args):
     rows, images = world
     rows = [*rows[:3], replace(rows[3], image=None)]
     measured = measure(rows, images, opened, args)
-    assert measured.metrics == ["shapes", "style", "clip_score"]
+    assert list(measured.metrics) == ["shapes", "style", "clip_score"]
     assert [one["metric"] for one in measured.left_out] == ["clip_image", "lpips", "kid", "fid"]
     assert all("1 of 4 rows have no true image: rows 30" in one["why"] for one in measured.left_out)
     assert summarise(measured)["rows"][3]["truth"] is None
@@ -249,7 +250,7 @@ def test_missing_weights_leave_their_metrics_out_with_the_reason(world, offline,
     found = open_networks(args)
     assert list(found.found) == ["lpips"] and list(found.missing) == ["inception", "clip"]
     measured = measure(*world, found, args)
-    assert measured.metrics == ["shapes", "style", "lpips"]
+    assert list(measured.metrics) == ["shapes", "style", "lpips"]
     said = {one["metric"]: one["why"] for one in measured.left_out}
     assert said["fid"] == said["kid"] == "no inception_weights: give --inception_weights"
     assert said["clip_score"] == said["clip_image"] == "no clip_model: give --clip_model"

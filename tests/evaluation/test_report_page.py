@@ -10,19 +10,24 @@ import shlex
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import asdict
 from html import unescape
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
-from finetuning.evaluation.metrics import METRICS
-from finetuning.evaluation.report_page import EMBEDDED, THUMBNAIL, page
+from finetuning.evaluation.checkers import load_checker
+from finetuning.evaluation.metrics import table
+from finetuning.evaluation.notes import note
+from finetuning.evaluation.report_page import EMBEDDED, THUMBNAIL, chart, forest, page
 from finetuning.evaluation.statistics import mean_of, paired_difference
 from finetuning.evaluation.words import best_and_worst, verdict
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import draw_scene
 
+TABLE = {name: asdict(metric) for name, metric in table(load_checker("finetuning.shapes.checker")).items()}
 VOID = {"meta", "img", "br", "input"}
 LABELS = ("original", "original, seed 2", "tuned", "merged")
 ROW_METRICS = {"style": (0.0, 0.0, 0.93, 0.6), "clip_score": (24.1, 24.0, 27.3, 26.4), "lpips": (0.61, 0.6, 0.42, 0.5)}
@@ -135,14 +140,15 @@ def example(folder, count=24, drawn=True):
         "protocol": "clean",
         "policy": "The centre square of each image is resized with PIL's antialiased bicubic filter.",
         "sides": [64],
+        "metrics": TABLE,
         "reference": "original",
         "weights": [
             {"name": "inception", "origin": "random.safetensors", "sha256": "ab" * 32, "published": False},
             {"name": "lpips heads", "origin": "lpips 0.1.4", "sha256": "cd" * 32, "published": True},
             {"name": "clip", "origin": "models/clip", "sha256": "ef" * 32, "published": None},
         ],
-        "left_out": [{"metric": "clip_image", "why": "the CLIP model is not there; name one by --clip_model"}],
-        "warnings": [f"FID of {count} images is too large by about 61, for their number alone; look at KID"],
+        "left_out": [note("no_weights", metric="clip_image", network="clip", reason="no CLIP: --clip_model")],
+        "warnings": [note("few_images", images=count)],
         "models": [
             {"label": "original", "source": "models/mini-sd", "noise_floor": False},
             {"label": "original, seed 2", "source": "models/mini-sd", "noise_floor": True},
@@ -157,6 +163,7 @@ def example(folder, count=24, drawn=True):
             "summary": {"clip_score": {label: around(26 - at, 0.6, 9) for at, label in enumerate(LABELS)}},
             "learned": {"tuned": around(0.93, 0.05, count), "merged": around(0.6, 0.06, count)},
             "kept": {"tuned": around(0.81, 0.07, 9), "merged": around(0.96, 0.06, 9)},
+            "warnings": [], "left_out": [],
             "words": {"learned": "rise of the share of things in chalk", "kept": "CLIP score, divided by the reference",
                       "clip_score": "CLIP score on the general prompts"},
         },
@@ -222,28 +229,30 @@ def test_what_it_is_given_is_text_not_markup(report, tmp_path, where):
     elif where == "category":
         report["forgetting"]["prompts"][0]["category"] = EVIL
     elif where == "reason":
-        report["left_out"][0]["why"] = EVIL
+        report["left_out"][0]["reason"] = EVIL
     elif where == "args":
         report["made"]["args"]["lora"] = EVIL
     elif where == "curve":
         report["curves"][0]["title"] = report["curves"][0]["lines"][0]["label"] = EVIL
+    elif where == "warning":
+        report["warnings"].append(note("not_published", name=EVIL, origin="a"))
     else:
-        {"warning": report["warnings"], "command": report["made"]["command"]}[where].append(EVIL)
+        report["made"]["command"].append(EVIL)
     read = Reader(page(report, tmp_path))
     assert read.tags["script"] == 1 and read.tags["img"] == 0
     assert EVIL in read.text or (where == "command" and '<script>alert("x")</script>' in read.text)
     assert not [value for _, key, value in read.attributes if key.startswith("on")]
 
 
-def test_the_figures_stand_in_the_summary_with_interval_n_and_mark(shown):
+def test_the_metrics_stand_in_the_summary_with_interval_n_and_mark(shown):
     report, _, text = shown
-    lines = cells(text, "<h2>Figures</h2>")
+    lines = cells(text, "<h2>Metrics</h2>")
     heads = [line[0] for line in lines if len(line) == 1]
     assert [head.split(" higher")[0].split(" lower")[0] for head in heads] == [
-        METRICS[name].title for name in METRICS if name in report["summary"]
+        TABLE[name]["title"] for name in TABLE if name in report["summary"]
     ]
     assert "not comparable" in heads[-1] and "not comparable" in heads[-2] and "not comparable" not in heads[0]
-    assert all(METRICS[name].means in " ".join(heads) for name in report["summary"])
+    assert all(TABLE[name]["means"] in " ".join(heads) for name in report["summary"])
     kid = next(index for index, line in enumerate(lines) if len(line) == 1 and line[0].startswith("KID"))
     assert lines[kid + 1] == ["original", "0.214 0.197 to 0.231", "24", "", "", "reference"]
     assert lines[kid + 2] == [
@@ -266,34 +275,30 @@ def test_a_difference_inside_the_noise_floor_is_marked_so(report, tmp_path):
     assert line[-1] == "✓ better within the noise floor"
 
 
-def test_each_side_has_its_own_figures_and_one_explanation(report, tmp_path):
+def test_each_side_has_its_own_metrics_and_one_explanation(report, tmp_path):
     report["sides"] = [32, 64]
     report["summary"]["lpips"]["32"] = {"tuned": around(0.3, 0.1, 4)}
     text = page(report, tmp_path)
-    heads = [line[0] for line in cells(text, "<h2>Figures</h2>") if len(line) == 1 and "LPIPS" in line[0]]
+    heads = [line[0] for line in cells(text, "<h2>Metrics</h2>") if len(line) == 1 and "LPIPS" in line[0]]
     assert [head.split(" lower")[0] for head in heads] == ["LPIPS at 32 px", "LPIPS at 64 px"]
-    assert METRICS["lpips"].means in heads[0] and METRICS["lpips"].means not in heads[1]
-
-
-FEW = "FID of 4 images is biased: about +9 of its 12 comes from their number alone, ... (a line in 1/n): look at KID"
+    assert TABLE["lpips"]["means"] in heads[0] and TABLE["lpips"]["means"] not in heads[1]
 
 
 def test_the_verdict_and_short_notes_come_first_and_the_reasons_last(report, tmp_path):
-    why = "https://a.b/c.pth is not here: name a local file with --lpips_trunk"
-    report["left_out"].append({"metric": "lpips", "why": why})
-    report["warnings"] = [f"{label} at 64 px: {FEW}" for label in LABELS]
-    report["forgetting"]["warnings"] = [report["warnings"][0], "only 9 general prompts"]
+    report["left_out"].append(
+        note("no_weights", metric="lpips", network="lpips", reason="https://a.b/c.pth is not here")
+    )
+    report["forgetting"]["warnings"] = [note("cut_captions", captions=9, on="general prompts")]
     text = page(report, tmp_path)
-    assert text.index(verdict(report)[0]) < text.index('class="warnings"') < text.index("<h2>Figures</h2>")
+    assert text.index(verdict(report)[0]) < text.index('class="warnings"') < text.index("<h2>Metrics</h2>")
     noted = text[text.index('class="warnings"') : text.index("</section>")]
-    assert [" ".join(re.sub("<[^>]*>", "", one).split()[:4]) for one in re.findall(r"<li>(.*?)</li>", noted)] == [
-        "FID of 4 images", "only 9 general prompts", "CLIP image and LPIPS", "20 images cannot be",
+    assert [" ".join(re.sub("<[^>]*>", "", one).split()[:3]) for one in re.findall(r"<li>(.*?)</li>", noted)] == [
+        "only 4 images", "general prompts: 9", "CLIP image and", "20 images cannot",
     ]  # fmt: skip
     assert "<code>--clip_model</code> and <code>--lpips_trunk</code> name local files" in noted and "a.b" not in noted
-    end = text[text.index("<h2>Make it again</h2>") :]
+    end = text[text.index("<h2>Reproduce it</h2>") :]
     assert [row[0] for row in cells(end, "Not measured, and why")] == ["CLIP image", "LPIPS"]
-    assert why in re.sub("</?code>", "", end)
-    assert re.findall(r"<li>(.*?)</li>", end) == report["warnings"]
+    assert "https://a.b/c.pth" in end
 
 
 def test_all_that_makes_it_again_is_on_the_page(shown):
@@ -338,11 +343,37 @@ def test_a_share_of_all_says_so_and_a_difference_of_nothing_too(report, tmp_path
     assert cells(text, "<h2>Learned and kept</h2>")[2][2] == "1 all of 9"
 
 
-def test_curves_stand_under_their_titles(shown):
+def test_curves_stand_under_their_titles_with_named_axes(shown):
     report, _, text = shown
-    assert text.count('<svg class="chart"') == len(report["curves"]) == 2
     for curve in report["curves"]:
-        assert f"<h3>{curve['title']}</h3><ul" in text
+        part = text[text.index(f"<h3>{curve['title']}</h3>") :]
+        part = part[: part.index("</svg>")]
+        words = re.findall(r"<text[^>]*>([^<]*)</text>", part)
+        assert {curve["x_title"], curve["y_title"], *(line["label"] for line in curve["lines"])} <= set(words)
+        assert f'aria-label="{curve["title"]}' in part and "1970" not in part
+
+
+@pytest.mark.parametrize("points", [[], [(0, 0.5, None, None)], [(3, 0.0, 0.0, 0.0)]], ids=["none", "one", "at zero"])
+def test_a_curve_of_few_points_is_drawn_too(points):
+    points = [dict(zip(("x", "y", "low", "high"), point, strict=True)) for point in points]
+    text = chart({"title": "$a_", "x_title": "step", "y_title": "<i>", "lines": [{"label": "$x$", "points": points}]})
+    assert text.startswith("<svg role") and "<i>" not in text and "$x$" in text
+
+
+def test_a_difference_stands_on_its_side_of_0_and_the_noise_floor_around_it(report):
+    put = lambda value, low, high: {"value": value, "low": low, "high": high, "n": 9}
+    of = {"tuned": put(-0.2, -0.3, -0.1), "merged": put(0.5, 0.1, 0.6), LABELS[1]: put(0.0, -0.15, 0.15)}
+    report["differences"]["kid"] = {"64": of}
+    drawn = ElementTree.fromstring(forest(report, "kid", 64, "tuned"))
+    middle = float(drawn.find("line[@class='zero']").get("x1"))
+    bar, point, noise = drawn.find("line[@class='bar']"), drawn.find("circle"), drawn.find("rect")
+    left, right = float(bar.get("x1")), float(bar.get("x2"))
+    assert left < float(point.get("cx")) < right < middle == 100
+    per_unit = (right - left) / 0.2
+    assert middle + 0.6 * per_unit == pytest.approx(194, abs=0.5)  # the farthest end of all is just inside
+    assert float(noise.get("width")) == pytest.approx(0.3 * per_unit, abs=0.1)
+    of["tuned"]["low"] = None
+    assert forest(report, "kid", 64, "tuned") == forest(report, "lpips", 64, "none") == ""
 
 
 def test_every_row_stands_in_the_table_with_its_values(shown):
@@ -354,7 +385,7 @@ def test_every_row_stands_in_the_table_with_its_values(shown):
         values = [float(value) if value else None for value in re.findall(r'data-value="([^"]*)"', line)]
         assert values == [
             row["row"],
-            *(row["values"][m][label] for label in LABELS for m in METRICS if m in ROW_METRICS),
+            *(row["values"][m][label] for label in LABELS for m in TABLE if m in ROW_METRICS),
         ]
         assert row["caption"] in line and line.count("<img") == 1 + len(LABELS)
 

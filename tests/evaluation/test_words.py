@@ -1,20 +1,21 @@
-"""What a report says follows from its figures: digits, better and worse, the verdict, and short notes."""
+"""What a report says follows from its numbers: digits, better and worse, the verdict, and short notes."""
 
-import numpy as np
+from dataclasses import asdict
+
 import pytest
 
-from finetuning.evaluation.metrics import METRICS
-from finetuning.evaluation.statistics import small_sample_warning
+from finetuning.evaluation.checkers import load_checker
+from finetuning.evaluation.metrics import METRICS, table
+from finetuning.evaluation.notes import REASONS, WARNINGS, note, reasons, warning_sentences
 from finetuning.evaluation.words import (
     best_and_worst,
-    folded_warnings,
     is_beyond_noise,
     is_not_published,
+    left_out,
     listed,
     notes,
     number,
     percent,
-    reasons,
     row_metrics,
     row_number,
     standing,
@@ -23,6 +24,7 @@ from finetuning.evaluation.words import (
     written,
 )  # fmt: skip
 
+TABLE = {name: asdict(metric) for name, metric in table(load_checker("finetuning.shapes.checker")).items()}
 NOISE = "original, seed 2"
 
 
@@ -40,7 +42,7 @@ def report():
     models = [("original", False), (NOISE, True), ("tuned", False), ("merged", False)]
     return {
         "models": [{"label": label, "source": "a", "noise_floor": floor} for label, floor in models],
-        "reference": "original", "sides": [32, 64], "weights": [], "left_out": [], "warnings": [],
+        "reference": "original", "sides": [32, 64], "metrics": TABLE, "weights": [], "left_out": [], "warnings": [],
         "summary": {}, "differences": {}, "rows": [], "forgetting": None,
     }  # fmt: skip
 
@@ -106,15 +108,14 @@ def test_values_of_rows_have_as_many_digits_as_their_spread_asks_for():
     rows = [{"values": {"lpips": {"a": 0.4, "b": None}, "shapes": {"a": 1.0}}}, {"values": {"lpips": {"a": 0.6567}}}]
     assert row_number(rows, "lpips")(0.61234) == "0.612" and row_number(rows, "lpips")(None) == "-"
     assert row_number(rows, "shapes")(1.0) == "1"
-    assert row_metrics([{"values": {"drift_clip": {}, "lpips": {}}}, {"values": {"shapes": {}}}]) == [
+    assert row_metrics({"metrics": TABLE}, [{"values": {"drift_clip": {}, "lpips": {}}}, {"values": {"shapes": {}}}]) == [
         "shapes", "lpips", "drift_clip",
     ]  # fmt: skip
 
 
-def test_every_figure_has_a_title_for_people():
-    assert [title_of(name) for name in ("kid", "drift_lpips", "drift_clip")] == ["KID", "LPIPS drift", "CLIP drift"]
-    assert title_of("learned and kept by clip") == "learned and kept (by CLIP score)"
-    assert title_of("retain_loss") == "loss on what should be kept" and title_of("something_new") == "something new"
+def test_every_figure_has_a_title_for_people(report):
+    named = {"kid": "KID", "drift_lpips": "LPIPS drift", "shapes": "right shapes", "something_new": "something new"}
+    assert {name: title_of(report, name) for name in named} == named
 
 
 def test_words_are_listed():
@@ -144,7 +145,11 @@ def test_the_noise_floor_is_the_far_end_of_its_interval(report, value, beyond):
 def test_only_weights_known_to_be_others_make_a_metric_not_comparable(report):
     weights = {"inception": False, "lpips trunk": True, "lpips heads": False, "clip": None}
     report["weights"] = [{"name": name, "published": published} for name, published in weights.items()]
-    assert [name for name in METRICS if is_not_published(report, name)] == ["lpips", "kid", "fid"]
+    assert [name for name in METRICS if METRICS[name].measured_on == "dataset" and is_not_published(report, name)] == [
+        "lpips",
+        "kid",
+        "fid",
+    ]
 
 
 # -- the verdict ---------------------------------------------------------------------------------------------------
@@ -160,10 +165,10 @@ def test_the_verdict_names_the_figures_and_what_two_seeds_differ_by(report, comp
     compare("style", 0.0, noise=(0.0, 0.0), tuned=(0.966, 0.04))
     compare("shapes", 0.953, noise=(0.92, 0.05), tuned=(0.89, 0.1))
     assert learned(report) == (
-        "Against original, tuned has learned: it is better in chalk style (0.97 against 0.00), beyond what two seeds "
+        "Against original, tuned has learned: it is better in chalk style (0.966 against 0.000), beyond what two seeds "
         "of original differ by; in right shapes any difference may be chance."
     )
-    assert learned(report, "merged") == "merged was not compared with original."
+    assert learned(report, "merged") == "No metric compares merged with original."
 
 
 def test_better_and_worse_beyond_the_noise_and_within_it_are_told_apart(report, compare):
@@ -172,10 +177,10 @@ def test_better_and_worse_beyond_the_noise_and_within_it_are_told_apart(report, 
     compare("clip_image", 70.0, noise=(70.0, 1.0), tuned=(60.0, 2.0))
     compare("lpips", 0.4, tuned=(0.5, 0.05))
     assert learned(report) == (
-        "Against original, tuned has learned, but not in everything: it is better in chalk style (0.90 against 0.10), "
-        "beyond what two seeds of original differ by; better in CLIP score (25.00 against 24.00), but no more than two "
-        "seeds of original may differ by; worse in CLIP image (60.00 against 70.00), beyond what two seeds of original "
-        "differ by; worse in LPIPS (0.50 against 0.40)."
+        "Against original, tuned has learned, but not in everything: it is better in chalk style (0.900 against 0.100), "
+        "beyond what two seeds of original differ by; better in CLIP score (25.000 against 24.000), but no more than two "
+        "seeds of original may differ by; worse in CLIP image (60.000 against 70.000), beyond what two seeds of original "
+        "differ by; worse in LPIPS (0.500 against 0.400)."
     )
 
 
@@ -185,10 +190,10 @@ def test_better_and_worse_beyond_the_noise_and_within_it_are_told_apart(report, 
         ({"style": 0.9}, "has learned:"), ({"style": 0.1}, "has become worse:"),
         ({"style": 0.9, "shapes": 0.1}, "has learned, but not in everything:"),
         ({"style": 0.501}, "has not measurably learned: in chalk style any difference may be chance."),
-        ({"style": 0.56}, "has not measurably learned: it is better in chalk style (0.56 against 0.50), but no more"),
-        ({"style": 0.44}, "has not measurably learned: it is worse in chalk style (0.44 against 0.50), but no more"),
+        ({"style": 0.56}, "has not measurably learned: it is better in chalk style (0.560 against 0.500), but no more"),
+        ({"style": 0.44}, "has not measurably learned: it is worse in chalk style (0.440 against 0.500), but no more"),
         ({"style": 0.9, "shapes": 0.44}, "has learned: it is better"),
-        ({"kid": 0.1}, "has learned: it is better in KID (0.10 against 0.50)"),
+        ({"kid": 0.1}, "has learned: it is better in KID (0.100 against 0.500)"),
     ],
 )  # fmt: skip
 def test_what_is_within_the_noise_is_not_learned(report, compare, figures, said):
@@ -201,29 +206,28 @@ def test_without_a_second_seed_the_verdict_says_that_the_noise_is_not_known(repo
     compare("style", 0.0, tuned=(0.9, 0.1))
     report["models"].pop(1)
     assert learned(report) == (
-        "Against original, tuned has learned: it is better in chalk style (0.90 against 0.00). How far two seeds of "
+        "Against original, tuned has learned: it is better in chalk style (0.900 against 0.000). How far two seeds of "
         "original differ was not measured."
     )
     report["summary"] = {}
     assert "it is better in chalk style. How" in learned(report)
 
 
-@pytest.mark.parametrize(
-    ("by", "words"),
-    [
-        ("shapes", "on the general prompts it is right 35 % (15 to 55 %) as often as original."),
-        ("clip", "on the general prompts its CLIP score is 35 % (15 to 55 %) of original's."),
-        ("loss", "on what should be kept, the loss of original is 35 % (15 to 55 %) of its own."),
-        (None, "it kept 35 % (15 to 55 %) of what original can do."),
-    ],
-)
-def test_what_was_kept_is_a_share_of_the_originals_by_the_yardstick(report, by, words):
-    report["forgetting"] = {"by": by, "kept": {"tuned": around(0.35, 0.2)}}
+@pytest.mark.parametrize("metric", ["shapes", "clip_score", "retain_loss", None])
+def test_what_was_kept_is_a_share_of_the_originals_in_the_words_of_its_metric(report, metric):
+    report["forgetting"] = {"retained_metric": metric, "kept": {"tuned": around(0.35, 0.2)}}
+    words = TABLE[metric]["verdict"] if metric else "it kept {kept} of what {reference} can do"
+    words = words.format(kept="35 % (15 to 55 %)", reference="original")
+    assert verdict(report)[0] == f"No metric compares tuned with original. It has forgotten: {words}."
+
+
+def test_a_drift_alone_is_said_and_where_nothing_was_measured_what_helps(report):
+    assert "--retain_dataset" in verdict(report)[0]
+    report["forgetting"] = {
+        "summary": {"drift_lpips": {"tuned": around(0.3, 0.1)}, "clip_score": {"tuned": around(9, 1)}}
+    }
     tuned, merged = verdict(report)
-    assert tuned == f"tuned was not compared with original. It has forgotten: {words}"
-    assert merged.endswith("What it forgot was not measured.")
-    del report["forgetting"]["by"]
-    assert "it kept 35 %" in verdict(report)[0]
+    assert "LPIPS drift 0.30 (0.20 to 0.40)" in tuned and "CLIP" not in tuned and "--retain_dataset" in merged
 
 
 @pytest.mark.parametrize(
@@ -237,76 +241,75 @@ def test_what_was_kept_is_a_share_of_the_originals_by_the_yardstick(report, by, 
     ],
 )  # fmt: skip
 def test_that_it_has_forgotten_is_said_by_the_interval(report, kept, told):
-    report["forgetting"] = {"by": "shapes", "kept": {"tuned": kept}}
+    report["forgetting"] = {"by": "checker", "retained_metric": "shapes", "kept": {"tuned": kept}}
     assert f" {told} on the general" in verdict(report)[0]
 
 
 # -- notes ---------------------------------------------------------------------------------------------------------
 
-WHERE = "is not on this machine: name a local file with"
-INCEPTION, TRUNK = f"https://a.b/weights.pth {WHERE} --inception_weights", f"https://a.b/c.pth {WHERE} --lpips_trunk"
-CLIP = "--clip_model openai/clip cannot be had from the Hub, name a folder"
+
+def missing(metric, network):
+    return note("no_weights", metric=metric, network=network, reason=f"no {network} on this machine")
 
 
-def left_out(**why):
-    return [{"metric": metric, "why": words} for metric, words in why.items()]
-
-
-def test_what_needs_networks_that_are_not_there_is_one_note_and_the_reasons_stand_apart(report):
-    report["left_out"] = left_out(clip_score=CLIP, lpips=TRUNK, kid=INCEPTION, fid=INCEPTION)
-    report["forgetting"] = {"left_out": left_out(drift_lpips=TRUNK, kid=INCEPTION)}
-    assert notes(report) == [
-        "CLIP score, LPIPS, LPIPS drift, KID and FID were not measured: their networks' weights are not on this "
-        "machine. --clip_model, --lpips_trunk and --inception_weights name local files"
-    ]
-    assert reasons(report) == [("CLIP score", CLIP), ("LPIPS and LPIPS drift", TRUNK), ("KID and FID", INCEPTION)]
-
-
-def test_one_network_alone_is_said_of_one(report):
-    report["left_out"] = left_out(lpips=TRUNK)
-    assert notes(report) == [
-        "LPIPS was not measured: its network's weights are not on this machine. --lpips_trunk names a local file"
-    ]
-
-
-def test_other_reasons_are_said_as_they_are_each_once(report):
-    no_truth = "2 of 9 rows have no true image: rows 3, 4"
-    report["left_out"] = left_out(clip_image=no_truth, lpips=no_truth, kid=INCEPTION, fid="needs 2 images")
-    report["forgetting"] = {"left_out": left_out(**{"learned and kept by clip": "tuned: the original has 0"})}
-    assert notes(report)[1:] == [
-        f"CLIP image and LPIPS were not measured: {no_truth}", "FID was not measured: needs 2 images",
-        "learned and kept (by CLIP score) were not measured: tuned: the original has 0",
+def test_networks_that_are_not_there_are_one_note_and_their_reasons_stand_apart(report):
+    report["summary"] = {"style": {}}
+    report["left_out"] = [missing("clip_score", "clip"), missing("kid", "inception"), missing("fid", "inception")]
+    report["forgetting"] = {"left_out": [missing("drift_clip", "clip"), missing("kid", "inception")]}
+    (line,) = notes(report)
+    assert line.startswith("CLIP score, KID, FID and CLIP drift were not measured: ")
+    assert "--clip_model and --inception_weights name local files" in line and "on this machine" in line
+    assert left_out(report, reasons) == [
+        (["clip_score", "drift_clip"], "no clip on this machine"), (["kid", "fid"], "no inception on this machine"),
     ]  # fmt: skip
-    assert notes(report)[0].startswith("KID was not measured: its network's weights")
 
 
-@pytest.fixture(scope="module")
-def said_of_fid():
-    """What statistics.py says of 8 images, and of 3, too few to measure the bias."""
-    features = np.random.default_rng(0).normal(size=(2, 8, 16))
-    return small_sample_warning(*features), small_sample_warning(*features[:, :3])
+def test_other_reasons_are_told_once_for_all_their_metrics_and_models(report):
+    report["summary"] = {"style": {}}
+    report["left_out"] = [note("no_truth", metric=name, rows=[3, 4], of=9) for name in ("clip_image", "lpips")]
+    report["left_out"] += [
+        note("nothing_to_keep", metric="learned and kept by clip", model=label, mean=0.0, rows=5)
+        for label in ("tuned", "merged")
+    ]
+    first, second = notes(report)
+    assert first.startswith("CLIP image and LPIPS were not measured: 2 of 9 rows") and "rows 3, 4" in first
+    assert second.startswith("learned and kept by clip was not measured: tuned and merged:")
 
 
-def test_few_images_for_fid_are_one_note_for_all_models(report, said_of_fid):
-    said, _ = said_of_fid
-    report["warnings"] = ["first", f"original at 64 px: {said}", "second", f"a: b at 64 px: {said}", "first"]
-    first, note, second = notes(report)
-    assert (first, second) == ("first", "second") and folded_warnings(report) == report["warnings"][1:4:2]
-    by = said.split("biased: ")[1].split(" comes")[0]
-    assert by.startswith("at least about +") and note == (
-        "FID of 8 images is biased: look at KID, and compare FID only between models with as many images. "
-        f"From their number alone: original at 64 px: {by}; a: b at 64 px: {by}"
-    )
+def test_a_warning_is_told_once_for_all_models(report):
+    bias = [
+        note("fid_bias", model=label, side=side, images=8, bias=1.25, value=9.5)
+        for label in ("original", "tuned")
+        for side in (32, 64)
+    ]
+    report |= {
+        "summary": {"style": {}},
+        "warnings": [note("few_images", images=8), *bias, note("few_images", images=8)],
+    }
+    few, biased = notes(report)
+    assert few.startswith("only 8 images") and biased.startswith("FID of 8 images")
+    for words in ("original at 32 px: at least about +1.25 of its 9.5", "tuned at 64 px"):
+        assert words in biased
 
 
-def test_too_few_images_to_say_how_biased_fid_is_are_one_note_too(report, said_of_fid):
-    report["warnings"] = [f"{label} at 64 px: {said_of_fid[1]}" for label in ("original", "tuned")]
-    assert notes(report) == [f"{said_of_fid[1]}. Of original at 64 px and tuned at 64 px"]
+def test_where_nothing_was_measured_it_says_what_helps(report):
+    (line,) = notes(report)
+    for flag in ("--clip_model", "--checker", "--retain_dataset"):
+        assert flag in line
 
 
-def test_a_single_warning_of_fid_stays_as_it_is(report, said_of_fid):
-    report["warnings"] = [f"tuned at 64 px: {said_of_fid[0]}"]
-    assert notes(report) == report["warnings"] and folded_warnings(report) == []
+@pytest.mark.parametrize("code", [*WARNINGS, *REASONS])
+def test_every_note_has_a_sentence(code):
+    fields = {
+        "metric": "lpips", "model": "tuned", "side": 64, "sides": [64], "images": 3, "bias": 1.0, "value": 2.0,
+        "name": "clip", "origin": "a", "captions": ["a cat"], "own": "64x64", "truth": "32x32", "checker": "mine",
+        "smallest": 31, "reason": "why", "mean": 0.1, "network": "clip",
+    }  # fmt: skip
+    fields |= {"of": 3} if code in ("no_truth", "captions") else {"rows": 3}
+    fields |= {"rows": [1, 2]} if code == "no_truth" else {}
+    one = note(code, **fields)
+    (text,) = warning_sentences([one]) if code in WARNINGS else [why for _, why in reasons([one])]
+    assert text and "{" not in text
 
 
 # -- the best and the worst ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from finetuning.families.loading import load_model
+from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs, ModelError, StartArgs
 from finetuning.training.ema import AveragedWeights
 

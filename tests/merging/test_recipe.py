@@ -9,8 +9,16 @@ from safetensors.torch import save_file
 
 from finetuning.families.model_args import ModelError
 from finetuning.files import write_json
-from finetuning.merging.recipe import CHECKOUT, changed_inputs, code_version, metadata_of, read_recipe, recipe_of, told
-from finetuning.merging.sources import Source
+from finetuning.merging.model_sources import Source
+from finetuning.merging.recipe import (
+    CHECKOUT,
+    changed_inputs,
+    code_version,
+    described,
+    metadata_of,
+    read_recipe,
+    recipe_of,
+)
 
 
 @pytest.fixture
@@ -83,8 +91,8 @@ def test_what_holds_no_recipe_is_refused(made, tmp_path):
         assert str(path) in str(refusal.value)
 
 
-def test_recipe_is_told_with_every_flag_that_says_something(made, hashes):
-    lines = told(made)
+def test_recipe_is_described_with_every_flag_that_says_something(made, hashes):
+    lines = described(made)
     assert lines[0].startswith("made by  merge_checkpoints.py merge, code ")
     assert [line.split() for line in lines[2:4]] == [
         [digest, name]
@@ -92,7 +100,7 @@ def test_recipe_is_told_with_every_flag_that_says_something(made, hashes):
     ]
     assert lines[4].split() == ["flags", "--base", "a", "--ratio", "0.3", "1.0", "--drop_rate", "0.0"]
     made["run"]["taken_over"] = ["unet.a", "unet.b"]
-    assert told(made)[-1].endswith("unet.a, unet.b")
+    assert described(made)[-1].endswith("unet.a, unet.b")
 
 
 def test_files_that_changed_or_are_others_are_named(made, source, hashes):

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.training_set import DataArgs
 from finetuning.diffusion.objective import NoiseArgs
-from finetuning.families.loading import load_model
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
     KOHYA_NAME,
@@ -24,6 +23,7 @@ from finetuning.families.lora_files import (
     weights_hash,
     write_diffusers,
 )
+from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs, ModelError
 from finetuning.families.sd import Denoiser
 from finetuning.rng import gaussian

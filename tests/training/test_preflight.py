@@ -13,7 +13,7 @@ from finetuning.data.captions import CaptionArgs
 from finetuning.data.order import Order
 from finetuning.data.training_set import DataArgs
 from finetuning.diffusion.objective import NoiseArgs
-from finetuning.families.loading import load_model
+from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs, ModelError
 from finetuning.training import preflight
 from finetuning.training.checkpoint import CheckpointArgs

@@ -12,16 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
+from finetuning.cli import problems_of
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.reading import DatasetError
 from finetuning.data.training_set import DataArgs, load_images
-from finetuning.diffusion.objective import NoiseArgs, NoiseSchedule
+from finetuning.diffusion.objective import NoiseArgs
+from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation import networks
 from finetuning.evaluation.denoising import load_rows, row_losses
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.retention import learned_and_kept
-from finetuning.families.loading import load_model
+from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import single_scenes
@@ -337,7 +339,7 @@ def test_clip_scores_are_taken_of_image_and_prompt(by_images, painter, monkeypat
         (
             {"evaluate_every": 2, "stop_when_retention_below": 1.0, "clip_model": "x", "general_prompts": "y.txt"},
             [
-                "--stop_when_retention_below 1.0 must lie between",
+                "--stop_when_retention_below 1.0 must be",
                 "--general_prompts only goes with --evaluate_with shapes or clip",
                 "--clip_model only goes with --evaluate_with clip",
                 "--evaluate_with loss needs",
@@ -350,7 +352,7 @@ def test_clip_scores_are_taken_of_image_and_prompt(by_images, painter, monkeypat
     ],
 )
 def test_flags_that_cannot_work_are_named_together(flags, said):
-    problems = list(WatchArgs(**flags).problems())
+    problems = problems_of(WatchArgs(**flags))
     assert len(problems) == len(said)
     assert all(text in problem for text, problem in zip(said, problems, strict=True))
 
@@ -452,7 +454,10 @@ def test_looking_changes_nothing_and_lr_0_learns_nothing(script, arguments, tmp_
     assert looked.keys() == plain.keys() != set()
     assert all(torch.equal(value, looked[name][key]) for name in plain for key, value in plain[name].items())
 
-    assert train(script, arguments, tmp_path / "still", *few, "--learning_rate", 0, "--stop_when_retention_below", 0.99) == 0
+    assert (
+        train(script, arguments, tmp_path / "still", *few, "--learning_rate", 0, "--stop_when_retention_below", 0.99)
+        == 0
+    )
     looks = [line for line in metrics(tmp_path / "still") if "kept" in line]
     assert [line["step"] for line in looks] == [0, 2, 3]
     assert [(line["learned"], line["kept"]) for line in looks] == [pytest.approx((0, 1), abs=1e-6)] * 3
