@@ -147,6 +147,11 @@ def check_weights(what, tensors):
             f"{what} was saved with adapters in it ({first_few(adapters, 2)}): load it again, call "
             "pipeline.fuse_lora() and pipeline.unload_lora_weights() (in PEFT: model.merge_and_unload()), and save that"
         )
+    refuse_quantised(what, tensors)
+
+
+def refuse_quantised(what, tensors):
+    """Raises ModelError where {key: TensorReference or tensor} are codes and scales; see check_weights."""
     if quantised := [key for key, one in tensors.items() if _is_quantised(key, one)]:
         raise ModelError(
             f"{what} is quantised ({first_few(quantised, 2)}): its numbers are codes, with which nothing can be "
