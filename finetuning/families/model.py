@@ -215,7 +215,7 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
     start = start or StartArgs()
     source = open_source(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
-        kinds=("pipeline",),
+        kinds=("pipeline",), without_weights=("unet",) if start.from_scratch else (),
     )  # fmt: skip
     family = source.family
     components = {one.name: source.open(one.name) for one in family.components if one.name != family.denoiser}
