@@ -20,7 +20,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from finetuning.cli import REQUIRED, flag, parse
@@ -95,6 +94,8 @@ def main(argv=None):
 
 def draw(args):
     """Every model in turn, so that one at a time is in memory."""
+    from accelerate import PartialState
+
     device = PartialState().device
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]

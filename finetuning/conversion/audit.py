@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import transformers
 from tqdm.auto import tqdm
 
 from finetuning.cli import REQUIRED, flag
@@ -228,10 +227,12 @@ def examine(args: AuditArgs):
 def _tokenizer(name):
     if name is None:
         return _Words()
+    from transformers import CLIPTokenizer
+
     inside = (Path(name) / "tokenizer").is_dir() or (not Path(name).is_dir() and not Path(name).is_absolute())
     for subfolder in ("tokenizer", "") if inside else ("",):
         try:
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder=subfolder)
+            tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=subfolder)
             if len(tokenizer) > len(tokenizer.all_special_tokens):  # transformers returns an empty one for no files
                 return tokenizer
             reason = "it has no vocabulary"
