@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import transformers
 from tqdm.auto import tqdm
 
 from finetuning.cli import REQUIRED, UserError, flag
@@ -229,6 +228,8 @@ def _tokenizer(name):
     """The tokenizer in a folder, in a pipeline's folder, or of a Hub name. Raises DatasetError."""
     if name is None:
         return _Words()
+    from transformers import CLIPTokenizer
+
     from finetuning.families.opening import open_tokenizer
 
     folder = Path(name)
@@ -239,7 +240,7 @@ def _tokenizer(name):
             raise DatasetError(f"--tokenizer {name} cannot be loaded: {error}") from error
     for subfolder in ("tokenizer", ""):
         try:
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder=subfolder)
+            tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=subfolder)
             if len(tokenizer) > len(tokenizer.all_special_tokens):  # transformers returns an empty one for no files
                 return tokenizer
             reason = "it has no vocabulary"
