@@ -14,6 +14,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from finetuning.evaluation.grid import labelled_grid
+from finetuning.families import generation
 from finetuning.families.pipelines import SCHEDULERS, open_pipeline
 from finetuning.files import write_json
 from finetuning.rng import torch_generator
@@ -39,16 +40,12 @@ def held_out_scenes(count, shapes=SHAPES):
 
 def generate(pipeline, scenes, guidance_scale, steps, batch_size=64, seed=0):
     """A PIL image for each scene; image number i always starts from the same noise."""
-    images = []
-    for start in tqdm(range(0, len(scenes), batch_size), leave=False):
-        part = scenes[start : start + batch_size]
-        images += pipeline(
-            [scene.caption for scene in part],
-            guidance_scale=guidance_scale,
-            num_inference_steps=steps,
-            generator=[torch_generator(seed, "accuracy", start + offset) for offset in range(len(part))],
-        ).images
-    return images
+    generators = [torch_generator(seed, "accuracy", number) for number in range(len(scenes))]
+    images = generation.generate(
+        pipeline, [scene.caption for scene in scenes], generators, batch_size=batch_size,
+        guidance_scale=guidance_scale, num_inference_steps=steps,
+    )  # fmt: skip
+    return list(tqdm(images, total=len(scenes), leave=False))
 
 
 def score(scenes, images):

@@ -24,7 +24,7 @@ import sys, time
 from dataclasses import dataclass
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
-from finetuning.data.order import Order
+from finetuning.data.batch_sampler import BatchSampler
 from finetuning.data.training_set import DataArgs, load_images
 from transformers import CLIPTokenizer
 
@@ -40,8 +40,8 @@ before = resident("VmRSS")
 start = time.perf_counter()
 training, _ = load_images(Args(train_data_dir=sys.argv[1], resolution="64", check_images="none"), tokenizer, 0)
 training.fingerprint()
-order = Order(len(training), micro_batch=16, accumulation=1, processes=1, process=0, seed=0)
-next(iter(training.loader(order, 0, 10, workers=0)))
+sampler = BatchSampler(len(training), micro_batch=16, accumulation=1, processes=1, process=0, seed=0)
+next(iter(training.loader(sampler, 0, 10, workers=0)))
 print(time.perf_counter() - start, resident("VmHWM") - before, resident("VmRSS") - before)
 """
 
