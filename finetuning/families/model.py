@@ -154,7 +154,10 @@ class Model:
             path = Path(folder) / name
             if not path.is_dir():
                 raise ModelError(f"{folder} holds no trained {name}: it was made without --train_text_encoder")
-            module.load_state_dict(self._read_weights(name, path))
+            try:
+                module.load_state_dict(self._read_weights(name, path))
+            except RuntimeError as error:  # keys or shapes
+                raise ModelError(f"{path} holds the weights of another {name} than this run's: {error}") from error
         if not ema:
             return None
         return {
