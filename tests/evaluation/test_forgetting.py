@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from finetuning.cli import read
-from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation import networks
 from finetuning.evaluation.checkers import load_checker
 from finetuning.evaluation.denoising import load_rows, row_losses
@@ -114,8 +113,8 @@ def test_a_pipeline_has_the_loss_of_its_model(tiny_model, shapes_folder):
     model = load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0)
     pipeline = open_pipeline(tiny_model, scheduler="dpm++")
     for split, count in ((None, 4), ("train", 11)):
-        images, rows = load_rows(shapes_folder, model.tokenizer, (32, 32), split=split)
-        expected = row_losses(model, images, rows, NoiseSchedule.of(model.scheduler)).numpy()
+        images, rows = load_rows(shapes_folder, model.tokenize, (32, 32), split=split)
+        expected = row_losses(model, images, rows, model.schedule).numpy()
         found = pipeline_losses(pipeline, shapes_folder, split=split)
         assert found.dtype == np.float64 and len(found) == count
         np.testing.assert_allclose(found, expected, rtol=1e-5)

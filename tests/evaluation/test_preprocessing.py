@@ -1,7 +1,5 @@
 """Images are cut, matched and resized as POLICY and the protocols say, and none that is broken is lost."""
 
-import pickle
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from PIL import Image
 
 from finetuning.data.images import UnreadableImage
 from finetuning.evaluation.metrics import EvaluationError
-from finetuning.evaluation.preprocessing import PROTOCOLS, ImageFiles, matched, network_input, read_images
+from finetuning.evaluation.preprocessing import ImageFiles, matched, network_input, read_images
 
 
 def noise(width, height, seed=0):

@@ -1,7 +1,6 @@
 """FID, KID and their intervals: known answers, other programs' answers, and how often an interval holds the truth."""
 
 import inspect
-import json
 import math
 
 import numpy as np
