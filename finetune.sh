@@ -173,7 +173,7 @@ while kill -0 $LAUNCHER 2>/dev/null; do STATUS=0; wait $LAUNCHER || STATUS=$?; d
 command_line() { printf '  python'; printf ' %q' "$@"; printf '\n'; }  # paths may have spaces and quotes
 if [ "$METHOD" = lora ]; then
   GENERATE=(--model "$MODEL_NAME" --lora "$OUTPUT_DIR" --lora_scale 0 0.5 0.8 1)
-  TUNED=(--lora "tuned=$OUTPUT_DIR") MERGE=(fold --base "$MODEL_NAME" --lora "$OUTPUT_DIR" --scale 0.75)
+  TUNED=(--lora "tuned=$OUTPUT_DIR") MERGE=(fuse --base "$MODEL_NAME" --lora "$OUTPUT_DIR" --scale 0.75)
 else
   GENERATE=(--model "base=$MODEL_NAME" "tuned=$OUTPUT_DIR")
   TUNED=(--model "tuned=$OUTPUT_DIR") MERGE=(--base "$MODEL_NAME" --tuned "$OUTPUT_DIR" --ratio 0.5 0.7)

@@ -325,7 +325,7 @@ def _no_metadata_message(base, images):
     sidecars = sum(Path(path).with_suffix(suffix).is_file() for path in images for suffix in (".txt", ".caption"))
     message = f"{base} has {counted(len(images), 'image')} but no {' or '.join(METADATA_NAMES)}"
     if sidecars:
-        message += f"; {counted(sidecars, 'caption file')} beside them: `prepare_dataset.py convert sidecar` takes these"
+        message += f"; {counted(sidecars, 'caption file')} beside them: `prepare_dataset.py convert sidecar` reads them"
     return message + (
         '. Write one line {"file_name": "image.png", "text": "its caption"} per image into '
         f"{base / METADATA_NAMES[0]}, or train without captions with --caption_column none"

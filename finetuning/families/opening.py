@@ -179,8 +179,8 @@ class Source:
 
 
 def open_source(
-    name, *, weights="ema", revision=None, variant=None, cache_dir=None, base=None, only=None, kinds=KINDS,
-    relatives=False,
+    name, *, weights="ema", revision=None, variant=None, cache_dir=None, base=None, only=None, without_weights=(),
+    kinds=KINDS, relatives=False,
 ):  # fmt: skip
     """The Source that `name` names. Raises ModelError, which says `name`.
 
@@ -192,6 +192,7 @@ def open_source(
     base       folder or Hub name of the pipeline that lends what `name` lacks: the untrained components of a
                checkpoint (none: the model that the run started from), configurations, tokenizer and scheduler
     only       names of the components that are wanted: others are not downloaded and may be missing (none: all)
+    without_weights  components of which only the configuration is wanted
     kinds      those of KINDS that the caller can use
     relatives  whether RELATIVES of a family will do as well
     """
@@ -207,8 +208,8 @@ def open_source(
         raise ModelError(f"{name} is {what}, not a diffusers pipeline: it has no model_index.json{hint}")
     variants = [variant, None] if variant else [RAW, None] if weights == "raw" else [None]
     if kind == "pipeline":
-        folder = path if local else _hub_folder(name, revision, variants, cache_dir, only)
-        return _pipeline(str(name), folder, variants, variant, only, relatives)
+        folder = path if local else _hub_folder(name, revision, variants, cache_dir, only, without_weights)
+        return _pipeline(str(name), folder, variants, variant, only, without_weights, relatives)
     if variant and (kind == "checkpoint" or path.is_file()):
         raise ModelError(f"{name} is no pipeline and has no variants: leave the variant {variant} out")
     options = {"cache_dir": cache_dir, "only": only, "relatives": relatives}
@@ -272,7 +273,7 @@ def _kind(name, path):
     raise ModelError(_not_a_model(name, path))
 
 
-def _pipeline(name, folder, variants, asked, only, relatives):
+def _pipeline(name, folder, variants, asked, only, without_weights, relatives):
     index = pipeline_index(folder)
     family, class_name = _family(name, index, relatives)
     there = [one for one in components_of_index(index) if only is None or one in only]
@@ -282,8 +283,8 @@ def _pipeline(name, folder, variants, asked, only, relatives):
             "entry of a component that is not needed (safety_checker) to [null, null]"
         )
     components = {one.name: _component_files(name, one, folder / one.name, variants)
-                  for one in family.components if one.name in there}  # fmt: skip
-    for one in set(there) - components.keys():  # these are copied as they are
+                  for one in family.components if one.name in there and one.name not in without_weights}  # fmt: skip
+    for one in set(there) - components.keys() - set(without_weights):  # these are copied as they are
         refuse_pickles(folder / one)
         if (folder / one / "config.json").is_file() and not weights_by_variant(folder / one):
             raise ModelError(
@@ -430,7 +431,7 @@ def _filled(skeleton, tensors, dtype):
         return type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=tensors, dtype=dtype)
 
 
-def _hub_folder(name, revision, variants, cache_dir, only):
+def _hub_folder(name, revision, variants, cache_dir, only, without_weights=()):
     """The Hub's files in the cache: configurations, tokenizers, and of every component the first variant that it has.
 
     "" among `only` takes weights that lie in no folder.
@@ -444,7 +445,8 @@ def _hub_folder(name, revision, variants, cache_dir, only):
     try:
         folder = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=configs))
         if (folder / "model_index.json").is_file():
-            lacking = [one for one in components_of_index(pipeline_index(folder)) if only is None or one in only]
+            lacking = [one for one in components_of_index(pipeline_index(folder))
+                       if (only is None or one in only) and one not in without_weights]  # fmt: skip
         elif alone:
             lacking = [""]
         else:

@@ -209,6 +209,13 @@ def test_shards_are_read_as_one(model, name, file, kind):
         open_source(model, weights=kind)
 
 
+def test_weights_that_are_not_wanted_may_be_missing(model):
+    (model / "unet" / UNET).unlink()
+    (model / "unet" / UNET_RAW).unlink()
+    source = open_source(model, without_weights=("unet",))
+    assert source.components.keys() == {"text_encoder", "vae"} and source.folder == model
+
+
 def test_nothing_but_headers_is_read(model, monkeypatch):
     monkeypatch.setattr("finetuning.families.tensors.TensorReference.read", None)
     source = open_source(model)
