@@ -32,8 +32,8 @@ def model(tiny_model):
 def losses_of(model, shapes_folder):
     """The losses of the tiny model on the validation rows of the shapes folder."""
 
-    def measure(folder=shapes_folder, most=256, split=None, args=None, seed=0, **how):
-        images, rows = load_rows(folder, model.tokenize, (32, 32), most=most, split=split, seed=seed)
+    def measure(folder=shapes_folder, max_rows=256, split=None, args=None, seed=0, **how):
+        images, rows = load_rows(folder, model.tokenize, (32, 32), max_rows=max_rows, split=split, seed=seed)
         return row_losses(model, images, rows, model.schedule, args, seed=seed, **how)
 
     return measure
@@ -77,7 +77,7 @@ def test_the_rows_are_those_of_training(model, shapes_folder, losses_of):
     held_out = load_images(DataFlags(train_data_dir=str(shapes_folder), resolution="32"), model.tokenize, seed=3)[1]
     rows = chosen_rows(len(held_out), 3, 3)
     schedule = model.schedule
-    assert torch.equal(row_losses(model, held_out, rows, schedule, seed=3), losses_of(most=3, seed=3))
+    assert torch.equal(row_losses(model, held_out, rows, schedule, seed=3), losses_of(max_rows=3, seed=3))
 
 
 def test_only_the_form_of_the_loss_counts(losses_of):
@@ -90,7 +90,7 @@ def test_only_the_form_of_the_loss_counts(losses_of):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_comes_back_as_it_was(training, model, losses_of):
     model.denoiser.train(training)
-    losses_of(most=1)
+    losses_of(max_rows=1)
     assert model.denoiser.training is training
     assert all(parameter.grad is None for parameter in model.denoiser.parameters())
 
@@ -170,7 +170,7 @@ def test_rows_that_are_not_measured_need_not_be_whole(model, copied):
     chosen = chosen_rows(4, 2, seed=0)
     for index in set(range(4)) - set(chosen):
         (copied / f"validation/{index:05d}.png").write_bytes(b"not an image")
-    assert load_rows(copied, model.tokenize, (32, 32), most=2)[1] == chosen
+    assert load_rows(copied, model.tokenize, (32, 32), max_rows=2)[1] == chosen
 
 
 def test_what_is_worth_knowing_is_said(model, copied):
