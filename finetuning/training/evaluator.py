@@ -337,7 +337,7 @@ class Measure:
 def _by_loss(evaluator):
     args, held_out = evaluator.args, evaluator.held_out
     images, rows = load_rows(
-        args.retain_dataset, evaluator.model.tokenize, args.size, split=args.retain_split, most=args.retain_rows,
+        args.retain_dataset, evaluator.model.tokenize, args.size, split=args.retain_split, max_rows=args.retain_rows,
         seed=args.seed, say=evaluator.run.say,
     )  # fmt: skip
     if len(rows) < 2:

@@ -142,7 +142,7 @@ def test_the_figures_are_those_of_the_losses_by_hand(build, model, tmp_path):
     assert (len(fit), len(retain)) == (4, 3)
     silence(model)
     watch.look(2)
-    kept_rows = load_rows(watch.args.retain_dataset, model.tokenizer, (32, 32), split="train", most=3)
+    kept_rows = load_rows(watch.args.retain_dataset, model.tokenizer, (32, 32), split="train", max_rows=3)
     schedule = NoiseSchedule.of(model.scheduler)
     now = [row_losses(model, *rows, schedule).numpy() for rows in (watch.held_out, kept_rows)]
     values = watch.run.logged[2]
