@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 
-import diffusers
 import torch
-import transformers
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,10 @@ class Component:
 
     @property
     def cls(self):
-        """The class of its module; imports diffusers' or transformers' part that holds it."""
+        """The class of its module."""
+        import diffusers  # which takes longer than all else together, and no complaint about flags needs it
+        import transformers
+
         return getattr(transformers if self.is_text_encoder else diffusers, self.class_name)
 
     @property

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import diffusers
 import torch
 import yaml
 
@@ -111,6 +110,8 @@ class Model:
         """A diffusers pipeline of the weights as they are now, in evaluation mode for as long as it is used."""
         was_training = self.denoiser.training
         self.denoiser.eval()
+        import diffusers
+
         sampler = diffusers.DPMSolverMultistepScheduler.from_config(self.scheduler.config)
         tokenizers = {folder: self.tokenize.tokenizers[name] for name, folder in self.family.tokenizers.items()}
         pipeline = getattr(diffusers, self.family.pipeline)(
@@ -226,6 +227,8 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
     if start.non_ema_revision or start.non_ema_variant:
         main = source.open(family.denoiser)
         ema_start = {f"{family.denoiser}.{name}": value for name, value in main.state_dict().items()}
+    import diffusers
+
     scheduler = diffusers.DDPMScheduler.from_config(source.scheduler_config())
     if prediction_type:
         scheduler.register_to_config(prediction_type=prediction_type)
