@@ -7,6 +7,7 @@ stable_diffusion.py for the shortest one, and table.py for the list.
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from types import MappingProxyType
 
 import torch
@@ -26,11 +27,8 @@ class Component:
 
     @property
     def cls(self):
-        """The class of its module."""
-        import diffusers  # which takes longer than all else together, and no complaint about flags needs it
-        import transformers
-
-        return getattr(transformers if self.is_text_encoder else diffusers, self.class_name)
+        """The class of its module; imports diffusers' or transformers' part that holds it."""
+        return getattr(import_module("transformers" if self.is_text_encoder else "diffusers"), self.class_name)
 
     @property
     def is_text_encoder(self):

@@ -147,7 +147,7 @@ def extracted(args: ExtractArgs, base, tuned, models):
     problems = [*_differing_keys(base, tuned, compared), *([] if compared else ["--components: none is in both"])]
     if problems:
         raise ModelError("\n".join(problems))
-    targets, known = _targets(args, {name: models[name] for name in compared}), adaptable(models)
+    targets, known = _targets(args, base.family, {name: models[name] for name in compared}), adaptable(models)
 
     layers, ranks, energies, outside, unchanged, broken = {}, {}, Counter(), Counter(), [], []
     total = sum(reference.nbytes for name in compared for reference in base.tensors[name].values())
@@ -190,12 +190,12 @@ def extracted(args: ExtractArgs, base, tuned, models):
     }
 
 
-def _targets(args, models):
+def _targets(args, family, models):
     """Names of the layers that may get an adapter, by train_lora.py's words. Raises ModelError for strange ones."""
     from finetuning.training.lora_layout import Layout, LoraArgs
 
-    layout = Layout(LoraArgs(lora_target_modules=args.lora_target_modules), models)
-    if nothing := [word for word, names in layout.chosen.get("unet", {}).items() if not names]:
+    layout = Layout(LoraArgs(lora_target_modules=args.lora_target_modules), family, models)
+    if nothing := [word for word, names in layout.chosen.get(family.denoiser, {}).items() if not names]:
         raise ModelError(
             f"--lora_target_modules {' '.join(nothing)} matches no layer of the UNet: there are attention, "
             "all-linear, conv, and ends of module names such as to_q or ff.net.2"

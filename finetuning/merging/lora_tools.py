@@ -16,9 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 
 from finetuning.cli import REQUIRED, as_dict, flag
 from finetuning.families.lora_files import (
@@ -135,6 +133,9 @@ def skeletons(name, revision=None, cache_dir=None):
 
     name   folder of a pipeline, of a checkpoint, or of a UNet alone (then there is no text encoder), or Hub name
     """
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     where = {"revision": revision, "cache_dir": cache_dir}
     folder, models = Path(name), {}
     if folder.is_file():
@@ -142,11 +143,11 @@ def skeletons(name, revision=None, cache_dir=None):
     bare = (folder / "config.json").is_file()
     try:
         with torch.device("meta"):
-            config = diffusers.UNet2DConditionModel.load_config(name, subfolder=None if bare else "unet", **where)
-            models["unet"] = diffusers.UNet2DConditionModel.from_config(config)
+            config = UNet2DConditionModel.load_config(name, subfolder=None if bare else "unet", **where)
+            models["unet"] = UNet2DConditionModel.from_config(config)
             if not folder.is_dir() or (folder / "text_encoder").is_dir():
-                config = transformers.CLIPTextConfig.from_pretrained(name, subfolder="text_encoder", **where)
-                models["text_encoder"] = transformers.CLIPTextModel(config)
+                config = CLIPTextConfig.from_pretrained(name, subfolder="text_encoder", **where)
+                models["text_encoder"] = CLIPTextModel(config)
     except (OSError, ValueError) as error:
         raise ModelError(f"--base {name} has no configs of a Stable Diffusion to be read: {error}") from error
     return models
