@@ -23,6 +23,7 @@ from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
     KOHYA_NAME,
     find_lora,
+    for_kohya,
     read_lora,
     write_diffusers_for_all,
     write_kohya,
@@ -310,20 +311,25 @@ def write_result(command, args, sources, layers, components, facts, report, name
     hashes = {path: sha256(path) for source in sources for path in source.files}
     recipe = recipe_of(command, as_dict(args), sources, hashes)
     facts = facts | metadata_of(recipe) | _size_facts(layers)
+    held = dict.fromkeys(names, layers)
+    if KOHYA_NAME in names:
+        held[KOHYA_NAME], notice = for_kohya(layers)
+        if not held[KOHYA_NAME]:
+            raise ModelError(notice)
     with atomic_folder(args.output_dir) as folder:
         for name in names:
             if name == KOHYA_NAME:
-                write_kohya(folder / name, rounded, facts | _kohya_facts(layers))
+                write_kohya(folder / name, rounded, facts | _kohya_facts(held[name]))
             else:
                 write_diffusers_for_all(folder / name, rounded, facts)
-            _check(folder / name, layers, components, args.dtype)
+            _check(folder / name, held[name], components, args.dtype)
         recipe["run"]["report"] = report
         write_json(folder / RECIPE, recipe)
-    sizes = [(Path(args.output_dir) / name).stat().st_size for name in names]
-    return [
-        f"{Path(args.output_dir) / name}  {len(layers)} layers, {size / 1e6:.2f} MB"
-        for name, size in zip(names, sizes, strict=True)
-    ]
+    lines = []
+    for name in names:
+        path = Path(args.output_dir) / name
+        lines.append(f"{path}  {len(held[name])} layers, {path.stat().st_size / 1e6:.2f} MB")
+    return [*lines, *([notice] if KOHYA_NAME in names and notice else [])]
 
 
 def _rounded(layer, dtype):

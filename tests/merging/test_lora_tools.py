@@ -271,6 +271,13 @@ def test_to_kohya_and_back_nothing_changes(parts, made, written, converted, dtyp
         assert metadata_of(kohya)[key] == metadata_of(back)[key] == value
 
 
+def test_layers_that_sd_scripts_does_not_read_stay_out_of_kohyas_file(parts, written, converted):
+    time = "unet.time_embedding.linear_1"
+    assert read_lora(converted(written(names=(TO_Q, time)), "kohya"), parts).layers.keys() == {TO_Q}
+    with pytest.raises(ModelError, match="time_embedding"):
+        converted(written(names=(time,)), "kohya")
+
+
 def test_metadata_tells_rank_and_alpha_as_each_reader_looks_for_them(written, converted):
     path = converted(written(), "kohya")
     told = metadata_of(path)
