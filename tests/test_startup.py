@@ -22,7 +22,7 @@ SCRIPTS = (
 # Asks a script, and each of its commands, for help and for a flag that does not exist; prints which of the slow
 # libraries were imported, and by which chain of modules.
 PROGRAM = """
-import importlib, json, sys, types
+import importlib, json, runpy, sys, types
 
 slow, found = json.loads(sys.argv[2]), {}
 
@@ -42,11 +42,11 @@ import torch  # what it imports itself is none of our business
 slow = [name for name in slow if name not in sys.modules]
 sys.meta_path.insert(0, Watch())
 script = importlib.import_module(sys.argv[1])
-sys.argv = [sys.argv[1]]
 for command in getattr(script, "COMMANDS", [None]):
     for flag in ("--help", "--no_such_flag"):
         try:
-            script.main([word for word in (command, flag) if word])
+            sys.argv = [word for word in (script.__name__ + ".py", command, flag) if word]
+            runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as end:
             assert end.code == (0 if flag == "--help" else 2)
 print("\\n" + json.dumps(found))
