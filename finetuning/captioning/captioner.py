@@ -97,6 +97,9 @@ def open_model(model_class, name, device, dtype):
             f"{name} lacks {len(missing)} of its weights ({first_few(missing, 3)}): it is not whole, or kept for other "
             "code than transformers' own; name another with --model"
         )
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(f"{name} has no vocabulary: its tokenizer's files are missing; download them again")
     return processor, model.to(device).eval()
 
 

@@ -154,7 +154,10 @@ class Model:
             path = Path(folder) / name
             if not path.is_dir():
                 raise ModelError(f"{folder} holds no trained {name}: it was made without --train_text_encoder")
-            module.load_state_dict(self._read_weights(name, path))
+            try:
+                module.load_state_dict(self._read_weights(name, path))
+            except RuntimeError as error:  # keys or shapes
+                raise ModelError(f"{path} holds the weights of another {name} than this run's: {error}") from error
         if not ema:
             return None
         return {
@@ -218,7 +221,7 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
     start = start or StartArgs()
     source = open_source(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
-        kinds=("pipeline",),
+        kinds=("pipeline",), without_weights=("unet",) if start.from_scratch else (),
     )  # fmt: skip
     family = source.family
     components = {one.name: source.open(one.name) for one in family.components if one.name != family.denoiser}
