@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections import Counter
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -48,6 +50,28 @@ def write_text(path, text):
     """Write UTF-8 text to a file that is whole or as it was before."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def file_names(texts, most=80):
+    """{text: file name}: letters and digits of any script, anything else as "-", cut to `most` bytes.
+
+    Different texts have different names, also where upper and lower case are one: those that would share a name get a
+    hash behind it.
+    """
+    names = {text: _cut(re.sub(r"[^\w.]+", "-", text).strip("-."), most) for text in texts}
+    alike = Counter(name.casefold() for name in names.values())
+    return {
+        text: name if name and alike[name.casefold()] == 1 else f"{name}-{_short_hash(text)}".lstrip("-")
+        for text, name in names.items()
+    }
+
+
+def _cut(name, most):
+    return name.encode()[:most].decode(errors="ignore")
+
+
+def _short_hash(text):
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=4).hexdigest()
 
 
 def write_json(path, content):

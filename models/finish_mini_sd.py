@@ -4,12 +4,13 @@ python -m models.finish_mini_sd --run build/mini-sd/run --output_dir models/mini
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from finetuning.families.folders import components_of_index, pipeline_index
 
 
 def main():
@@ -17,13 +18,13 @@ def main():
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
-    index = json.loads((args.run / "model_index.json").read_text(encoding="utf-8"))
+    index = pipeline_index(args.run)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(args.run / "model_index.json", args.output_dir / "model_index.json")
-    for part in (name for name, value in index.items() if isinstance(value, list) and value[0]):
-        target = args.output_dir / part
+    for component in components_of_index(index):
+        target = args.output_dir / component
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(args.run / part, target)
+        shutil.copytree(args.run / component, target)
         for path in target.glob("*.safetensors"):
             weights = {name: value.to(torch.float16) for name, value in load_file(path).items()}
             save_file(weights, path, metadata={"format": "pt"})

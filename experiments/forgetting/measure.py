@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from finetuning.families.lora_files import attach, detach, parts_of, read_lora
+from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora
 from finetuning.families.pipelines import open_pipeline
 from finetuning.files import write_json
 from finetuning.shapes.scenes import SHAPES
@@ -45,7 +45,7 @@ def measure_all(folder):
                     place = run.with_name(f"{run.name}-early") if step in EARLY else run
                     checkpoint = place / f"checkpoint-{step}"
                     if label == "lora":
-                        attach(base, read_lora(checkpoint, parts_of(base)))
+                        attach(base, read_lora(checkpoint, adaptable_components(base)))
                         known[str(step)] = measured(base)
                         detach(base)
                     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from finetuning.families.lora_files import attach, detach, parts_of, read_lora, set_scale
+from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale
 from finetuning.families.pipelines import open_pipeline
 from finetuning.files import write_json
 from finetuning.shapes.scenes import SHAPES
@@ -43,7 +43,7 @@ def measure_all(folder):
         kept = run / "measured.json"
         known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
         if len(known) < len(SCALES):
-            attach(pipeline, read_lora(run, parts_of(pipeline)))
+            attach(pipeline, read_lora(run, adaptable_components(pipeline)))
             for scale in SCALES:
                 set_scale(pipeline, scale)
                 known[str(scale)] = measured(pipeline)

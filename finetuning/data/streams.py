@@ -149,6 +149,10 @@ class StreamedImages(CaptionedImages):
         self.shards = shards
         self.origins = {}  # {row: where it stands} of the step that is being trained on
 
+    def __getstate__(self):
+        """For the loader's workers: they get their samples with the indices, and what reads shards does not pickle."""
+        return self.__dict__ | {"shards": None}
+
     def row_at(self, index):
         return index.sample
 

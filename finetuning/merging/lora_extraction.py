@@ -134,7 +134,7 @@ def extract(args: ExtractArgs):
     A tensor at a time is read. A weight that is the same in both, at the precision of the coarser file, is left out.
     """
     base, tuned = args.open_sources()
-    models = stand_ins(base.components)
+    models = stand_ins(base.tensors)
     layers, report = extracted(args, base, tuned, models)
     facts = {"base_model": base.given, "tuned_model": tuned.given}
     written = write_result("extract", args, [base, tuned], layers, models, facts, report)
@@ -143,19 +143,19 @@ def extract(args: ExtractArgs):
 
 def extracted(args: ExtractArgs, base, tuned, models):
     """({layer name: Layer}, report) of two Sources; `models` are the base's layers (lora_tools.stand_ins)."""
-    compared = [name for name in separated(args.components) if name in base.components and name in tuned.components]
+    compared = [name for name in separated(args.components) if name in base.tensors and name in tuned.tensors]
     problems = [*_differing_keys(base, tuned, compared), *([] if compared else ["--components: none is in both"])]
     if problems:
         raise ModelError("\n".join(problems))
-    targets, known = _targets(args, {name: models[name] for name in compared}), adaptable(models)
+    targets, known = _targets(args, base.family, {name: models[name] for name in compared}), adaptable(models)
 
     layers, ranks, energies, outside, unchanged, broken = {}, {}, Counter(), Counter(), [], []
-    total = sum(reference.nbytes for name in compared for reference in base.components[name].values())
+    total = sum(reference.nbytes for name in compared for reference in base.tensors[name].values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="extracting", leave=False)
     for component in compared:
-        for key, reference in sorted(base.components[component].items()):
+        for key, reference in sorted(base.tensors[component].items()):
             name, layer = f"{component}.{key}", f"{component}.{key}".rpartition(".")[0]
-            difference = _difference(reference, tuned.components[component][key])
+            difference = _difference(reference, tuned.tensors[component][key])
             wanted = layer in targets and key.endswith(".weight")
             if difference is None:
                 unchanged += [layer] if wanted else []
@@ -186,16 +186,16 @@ def extracted(args: ExtractArgs, base, tuned, models):
         "kept_energy": energies["kept"] / energies["all"],
         "outside": {group: energy / difference for group, energy in sorted(outside.items())},
         "unchanged": unchanged,
-        "not_compared": sorted((base.components.keys() | tuned.components.keys()) - set(compared)),
+        "not_compared": sorted((base.tensors.keys() | tuned.tensors.keys()) - set(compared)),
     }
 
 
-def _targets(args, models):
+def _targets(args, family, models):
     """Names of the layers that may get an adapter, by train_lora.py's words. Raises ModelError for strange ones."""
     from finetuning.training.lora_layout import Layout, LoraArgs
 
-    layout = Layout(LoraArgs(lora_target_modules=args.lora_target_modules), models)
-    if nothing := [word for word, names in layout.chosen.get("unet", {}).items() if not names]:
+    layout = Layout(LoraArgs(lora_target_modules=args.lora_target_modules), family, models)
+    if nothing := [word for word, names in layout.chosen.get(family.denoiser, {}).items() if not names]:
         raise ModelError(
             f"--lora_target_modules {' '.join(nothing)} matches no layer of the UNet: there are attention, "
             "all-linear, conv, and ends of module names such as to_q or ff.net.2"
@@ -216,7 +216,7 @@ def _difference(base, tuned):
 def _differing_keys(base, tuned, components):
     """Tensors that only one of the two has, or in another shape, as text."""
     for name in components:
-        ours, theirs = base.components[name], tuned.components[name]
+        ours, theirs = base.tensors[name], tuned.tensors[name]
         for source, own, others in ((base, ours, theirs), (tuned, theirs, ours)):
             lone = sorted(f"{name}.{key}" for key in own.keys() - others.keys() if own[key].dtype.is_floating_point)
             if lone:

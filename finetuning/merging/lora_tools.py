@@ -16,9 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 
 from finetuning.cli import REQUIRED, as_dict, flag
 from finetuning.families.lora_files import (
@@ -30,14 +28,15 @@ from finetuning.families.lora_files import (
     write_kohya,
 )
 from finetuning.families.model_args import ModelError
+from finetuning.families.table import FAMILIES
 from finetuning.files import atomic_folder, sha256, write_json
 from finetuning.merging.model_flags import BaseArgs, open_all
 from finetuning.merging.model_writer import MergeOutput, OutputArgs, overlap, write_models
 from finetuning.merging.recipe import RECIPE, metadata_of, recipe_of
 from finetuning.merging.tensor_matching import Match
-from finetuning.merging.tensor_references import tensor_references
 
-ADAPTED = ("unet", "text_encoder")  # the components that LoRAs are made for
+# The components that LoRAs are made for
+ADAPTED = tuple(dict.fromkeys(one.name for family in FAMILIES.values() for one in family.adaptable))
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # How far a written layer may be from what was meant, by the norm of what it adds. Rounding both factors to fp16 moves
 # it by some 4e-4; numbers that are too small for fp16, or too large, move it much further.
@@ -134,6 +133,9 @@ def skeletons(name, revision=None, cache_dir=None):
 
     name   folder of a pipeline, of a checkpoint, or of a UNet alone (then there is no text encoder), or Hub name
     """
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     where = {"revision": revision, "cache_dir": cache_dir}
     folder, models = Path(name), {}
     if folder.is_file():
@@ -141,11 +143,11 @@ def skeletons(name, revision=None, cache_dir=None):
     bare = (folder / "config.json").is_file()
     try:
         with torch.device("meta"):
-            config = diffusers.UNet2DConditionModel.load_config(name, subfolder=None if bare else "unet", **where)
-            models["unet"] = diffusers.UNet2DConditionModel.from_config(config)
+            config = UNet2DConditionModel.load_config(name, subfolder=None if bare else "unet", **where)
+            models["unet"] = UNet2DConditionModel.from_config(config)
             if not folder.is_dir() or (folder / "text_encoder").is_dir():
-                config = transformers.CLIPTextConfig.from_pretrained(name, subfolder="text_encoder", **where)
-                models["text_encoder"] = transformers.CLIPTextModel(config)
+                config = CLIPTextConfig.from_pretrained(name, subfolder="text_encoder", **where)
+                models["text_encoder"] = CLIPTextModel(config)
     except (OSError, ValueError) as error:
         raise ModelError(f"--base {name} has no configs of a Stable Diffusion to be read: {error}") from error
     return models
@@ -194,10 +196,7 @@ def lora_files(names, args):
     """[LoraFile, ...]. Raises ModelError with all that cannot be found or read."""
 
     def found(name):
-        path = find_lora(name, args.weights, args.cache_dir)
-        if path.suffix == ".safetensors":
-            tensor_references(path)
-        return LoraFile(name, (path,))
+        return LoraFile(name, (find_lora(name, args.weights, args.cache_dir),))
 
     return open_all([partial(found, name) for name in names])
 
@@ -236,11 +235,11 @@ def about_the_base(loras):
 def fuse(args: FuseArgs):
     """Write the base with --lora in its weights. Returns lines. Raises ModelError."""
     base, *files = args.open_sources()
-    loras = read_loras(files, stand_ins(base.components), args)
+    loras = read_loras(files, stand_ins(base.tensors), args)
     computes = fuse_compute(loras, args.scales)
     matches = [
         Match(component, key, (reference,), is_copy=f"{component}.{key}" not in computes)
-        for component, own in base.components.items()
+        for component, own in base.tensors.items()
         for key, reference in own.items()
     ]
     output = MergeOutput(Path(args.output_dir), lambda one: computes[one.name], as_dict(args))

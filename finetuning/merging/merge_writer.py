@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from finetuning.families.model_args import ModelError
+from finetuning.families.tensors import DTYPES, TensorReference
 from finetuning.files import sha256
-from finetuning.merging.tensor_references import DTYPES, TensorReference
 
 CHUNK = 1 << 19  # elements
 UNKNOWN = "0" * 64  # stands for a hash until it is known

@@ -21,7 +21,7 @@ class MergedPipeline:
         matches, self.warnings = args.match(sources)
         self.blocks = block_ratios(args.block_ratios, matches)
         self.pipeline = _base_pipeline(sources[0], args.variant, scheduler, device, dtype)
-        self.targets = _parameters(self.pipeline, sources[0].components)
+        self.targets = _parameters(self.pipeline, sources[0].tensors)
         _check_places(matches, self.targets)
         self.mixed = self._take([one for one in matches if one.name in self.targets])
         self.ratio = None

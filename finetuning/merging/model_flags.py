@@ -1,13 +1,18 @@
 """The flags that name the models of a merge, and the models they name."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from finetuning.cli import REQUIRED, flag
+from finetuning.families.folders import STATE
 from finetuning.families.model_args import ModelError
+from finetuning.families.opening import open_source
+from finetuning.families.table import FAMILIES
 from finetuning.merging.methods import MethodArgs, ratio_problems
-from finetuning.merging.model_sources import COMPONENTS, open_source
 from finetuning.merging.ratios import BlockRatios
 from finetuning.merging.tensor_matching import match
+
+COMPONENTS = tuple(dict.fromkeys(one.name for family in FAMILIES.values() for one in family.components))
 
 
 @dataclass
@@ -24,17 +29,19 @@ class BaseArgs:
 
     def open_base(self):
         """Its Source. Raises ModelError."""
-        return open_source(
-            self.base, revision=self.revision, variant=self.variant, cache_dir=self.cache_dir,
-            layout_from=self.layout_from,
-        )  # fmt: skip
+        return self._open(self.base, revision=self.revision, variant=self.variant)
 
     def open_tuned(self, name):
         """The Source of a model that was trained further, as the flags for such models say. Raises ModelError."""
-        return open_source(
-            name, weights=self.weights, revision=self.tuned_revision, variant=self.tuned_variant,
-            cache_dir=self.cache_dir, layout_from=self.layout_from,
-        )  # fmt: skip
+        return self._open(name, weights=self.weights, revision=self.tuned_revision, variant=self.tuned_variant)
+
+    def _open(self, name, **options):
+        options |= {"cache_dir": self.cache_dir, "relatives": True}
+        lent = {"base": self.layout_from} if self.layout_from else {}
+        if (Path(name) / STATE).is_file():  # a checkpoint has the base of its run, where that can be opened
+            source = open_source(name, **options)
+            return open_source(name, **options, **lent) if source.folder is None and lent else source
+        return open_source(name, **options, **lent)
 
 
 @dataclass

@@ -12,7 +12,13 @@ import torch
 from tqdm.auto import tqdm
 
 from finetuning.cli import REQUIRED, flag
-from finetuning.families.folders import copy_part, parts_of_index, pipeline_index, weights_name, write_scheduler
+from finetuning.families.folders import (
+    components_of_index,
+    copy_component,
+    pipeline_index,
+    weights_name,
+    write_scheduler,
+)
 from finetuning.families.model_args import ModelError
 from finetuning.families.original import original_names, original_shape
 from finetuning.files import MANIFEST, atomic_folder, remove_leftovers, write_json
@@ -131,11 +137,9 @@ def _names(matches, base, single_file):
             shape = lambda one, component=component: original_shape(component, one.key, one.inputs[0].shape)
             names |= {one.name: (SINGLE_FILE, keys[one.key], shape(one)) for one in own}
             continue
-        # A bare UNet lies in the folder itself
-        file = Path(component if base.folder else "", weights_name(component))
-        # The names that transformers 4, A1111 and every file of SD 1.x have; transformers 5 writes them without.
-        prefix = "text_model." if component == "text_encoder" else ""
-        names |= {one.name: (file, prefix + one.key, one.inputs[0].shape) for one in own}
+        declared = base.family.by_name[component]
+        file = Path(component if base.folder else "", weights_name(declared))  # a bare UNet lies in the folder itself
+        names |= {one.name: (file, declared.file_prefix + one.key, one.inputs[0].shape) for one in own}
     return names
 
 
@@ -154,13 +158,13 @@ def _copy_rest(sources, matches, configs, class_name, folder):
         shutil.copyfile(base.folder / "model_index.json", folder / "model_index.json")
     else:
         write_json(folder / "model_index.json", index | {"_class_name": class_name})
-    for component in parts_of_index(index):
+    for component in components_of_index(index):
         if component == "scheduler":
             write_scheduler(base.folder / component, folder / component, base.prediction_type or "epsilon")
         elif component in written:
-            copy_part(configs[component], folder / component, weights=False)
+            copy_component(configs[component], folder / component, weights=False)
         else:
-            copy_part(base.folder / component, folder / component)
+            copy_component(base.folder / component, folder / component)
 
 
 def _config_folders(sources, matches):
@@ -169,8 +173,8 @@ def _config_folders(sources, matches):
     found, lacking = {}, []
     for component in dict.fromkeys(one.component for one in matches):
         source = others[0] if _has_foreign(matches, component, base) else base
-        beside = source.folder / component if source.folder else source.files[0].parent
-        found[component] = source.configs.get(component, beside)
+        files = source.components[component]
+        found[component] = files.config or files.files[0].parent  # a UNet's file may have its configuration beside it
         if not (found[component] / "config.json").is_file():
             lacking.append(f"{source.given} has no configuration of its {component} (config.json)")
     if lacking:
@@ -180,7 +184,7 @@ def _config_folders(sources, matches):
 
 def _has_foreign(matches, component, base):
     """Whether --on_mismatch took tensors that the base's configuration does not describe."""
-    own = base.components[component]
+    own = base.tensors[component]
     return any(
         one.component == component and (one.key not in own or one.inputs[0].shape != own[one.key].shape)
         for one in matches
@@ -190,16 +194,16 @@ def _has_foreign(matches, component, base):
 def _class_name(sources, matches):
     """The pipeline's class: the base's, or that of the model whose UNet takes other channels. Raises ModelError."""
     base, *others = sources
-    channels = base.components["unet"].get("conv_in.weight")
+    channels = base.tensors["unet"].get("conv_in.weight")
     taken = next((one.inputs[0] for one in matches if one.name == "unet.conv_in.weight"), channels)
     if taken is None or channels is None or taken.shape[1:2] == channels.shape[1:2]:
-        return pipeline_index(base.folder)["_class_name"]
-    if others[0].kind != "pipeline":
+        return base.class_name
+    if others[0].kind in ("original", "unet"):
         raise ModelError(
             f"{others[0].given} has a UNet of {taken.shape[1]} input channels and does not say which pipeline it goes "
             f"with, which is another than that of {base.given}: name its whole pipeline with --tuned"
         )
-    return pipeline_index(others[0].folder)["_class_name"]
+    return others[0].class_name
 
 
 # -- refused before anything is written ----------------------------------------------------------------------------
@@ -264,7 +268,7 @@ def _foreign(target):
 def _check_room(matches, base, outputs, args):
     needed = sum(_written_dtype(one, args.dtype).itemsize * one.inputs[0].numel for one in matches) + SPARE_BYTES
     if base.folder is not None and not args.single_file:
-        copied = set(parts_of_index(pipeline_index(base.folder))) - {one.component for one in matches}
+        copied = set(components_of_index(pipeline_index(base.folder))) - {one.component for one in matches}
         needed += sum(path.stat().st_size for name in copied for path in (base.folder / name).glob("*.safetensors"))
     needed *= len(outputs)
     where = next(path for path in outputs[0].target.resolve().parents if path.exists())

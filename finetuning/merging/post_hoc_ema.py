@@ -19,9 +19,9 @@ import numpy as np
 
 from finetuning.cli import REQUIRED, as_dict, first_few, flag
 from finetuning.families.model_args import ModelError
+from finetuning.families.opening import open_source
 from finetuning.merging.methods import linear_combination
 from finetuning.merging.model_flags import open_all
-from finetuning.merging.model_sources import open_source
 from finetuning.merging.model_writer import MergeOutput, OutputArgs, output_folder, write_models
 from finetuning.merging.tensor_matching import match
 
@@ -73,7 +73,7 @@ def average(args: PostHocArgs):
     """Write the average of each --sigma_rel, in one pass over the checkpoints. Returns lines. Raises ModelError."""
     plans = plan(args)
     used, sources = _used(plans), args.open_sources(plans)
-    if "text_encoder" not in sources[0].components:
+    if sources[0].folder is None:
         why = "; ".join(sources[0].warnings)
         raise ModelError(f"{args.run_dir}: the model that the run started from cannot be opened: {why}")
     matches, _ = match(sources)

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from finetuning.families.model_args import ModelError
+from finetuning.families.tensors import tensor_references
 from finetuning.files import sha256
-from finetuning.merging.tensor_references import tensor_references
 
 RECIPE = "merge.json"
 METADATA_KEY = "merge"

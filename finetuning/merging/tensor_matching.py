@@ -4,9 +4,7 @@ from dataclasses import dataclass
 
 from finetuning.cli import first_few
 from finetuning.families.model_args import ModelError
-from finetuning.merging.tensor_references import TensorReference
-
-MERGED = ("unet", "text_encoder")  # where --components says nothing: those of these that all models have
+from finetuning.families.tensors import TensorReference
 
 
 @dataclass(frozen=True)
@@ -45,11 +43,11 @@ def match(sources, components=None, on_mismatch=None):
             + "): between such weights nothing is meaningful"
         )
     matches = []
-    for component, own in base.components.items():
+    for component, own in base.tensors.items():
         if component not in merged:
             matches += [Match(component, key, (reference,), is_copy=True) for key, reference in own.items()]
             continue
-        of_others = [source.components[component] for source in others]
+        of_others = [source.tensors[component] for source in others]
         found += [text for source, other in zip(others, of_others, strict=True)
                   for text in _differences(component, own, other, base.given, source.given)]  # fmt: skip
         matches += _matched(component, own, of_others, on_mismatch)
@@ -61,7 +59,8 @@ def match(sources, components=None, on_mismatch=None):
 
 def _merged_components(sources, components):
     if components is None:
-        return [name for name in MERGED if all(name in source.components for source in sources)]
+        names = [one.name for one in sources[0].family.components if one.name != "vae"]
+        return [name for name in names if all(name in source.components for source in sources)]
     lacking = [
         f"{source.given} has no {name}" for name in components for source in sources if name not in source.components
     ]

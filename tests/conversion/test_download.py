@@ -217,12 +217,6 @@ def test_a_failure_that_may_pass_is_tried_again_after_a_pause(tmp_path, server, 
     assert clock.slept == pytest.approx(slept, abs=1e-4)
 
 
-def test_pauses_double(tmp_path, server, fetcher):
-    fetch, clock = fetcher(download_tries=4)
-    fetch.fetch(server.on("/one.png", *[Reply(502)] * 3, Reply()), tmp_path / "one.png")
-    assert clock.slept == [1, 2, 4]
-
-
 def test_a_pause_that_a_site_asks_for_as_a_date_is_kept(tmp_path, server, fetcher):
     fetch, clock = fetcher(download_tries=2)
     wait = Reply(503, headers=[("Retry-After", formatdate(time.time() + 60, usegmt=True))])
@@ -383,14 +377,6 @@ def test_a_folder_that_cannot_be_written_ends_the_run(tmp_path, server):
         take([item(tmp_path, "one.png", server.on("/one.png", Reply()))], settings(tmp_path))
 
 
-def test_a_stopped_fetcher_asks_no_more(tmp_path, server, fetcher):
-    fetch, _ = fetcher()
-    fetch.stop.set()
-    with pytest.raises(Unfetched, match="interrupted"):
-        fetch.fetch(server.on("/one.png", Reply()), tmp_path / "one.png")
-    assert not server.asked
-
-
 @pytest.mark.parametrize(
     ("name", "found"),
     [
@@ -424,8 +410,3 @@ def test_flags_that_cannot_work_are_told(flags, told):
     output = "" if "--output" in flags else " --output out"
     _, problems = read(Both, "", (flags + output).split())
     assert any(told in problem for problem in problems), problems
-
-
-def test_flags_that_work(tmp_path):
-    _, problems = read(DownloadArgs, "", f"--download --images {tmp_path}/new".split())
-    assert problems == []

@@ -176,12 +176,6 @@ def test_absolute_names_become_relative(tmp_path, check):
     assert rows(tmp_path / "new/train") == {"a.png": "moved", "b.png": "here"}
 
 
-def test_rows_of_one_image_become_one_with_all_captions(tmp_path, check):
-    write(tmp_path / "set/train", ("a.png", photo(0), "one"), ("a.png", None, "two"), ("a.png", None, " one"))
-    check()
-    assert rows(tmp_path / "new/train") == {"a.png": ["one", "two"]}
-
-
 def test_of_a_leak_whose_test_image_is_tiny_train_keeps_its_own(tmp_path, check):
     write(tmp_path / "set/train", ("a.png", photo(0), "large"), ("b.png", photo(1), "other"))
     small = photo(0).resize((12, 9), Image.Resampling.LANCZOS)
@@ -197,15 +191,6 @@ def test_images_without_captions_are_repaired_too(tmp_path, check):
         photo(seed).save(tmp_path / f"set/train/{name}.png")
     check(caption_column="none")
     assert rows(tmp_path / "new/train") == {"a.png": "", "c.png": ""}
-
-
-def test_other_columns_are_read_and_written_under_the_usual_names(tmp_path, check):
-    (tmp_path / "set/train").mkdir(parents=True)
-    photo(0).save(tmp_path / "set/train/a.png")
-    line = json.dumps({"image": "a.png", "prompt": " one "})
-    (tmp_path / "set/train/metadata.jsonl").write_text(line + "\n")
-    check(image_column="image", caption_column="prompt")
-    assert rows(tmp_path / "new/train") == {"a.png": "one"}
 
 
 def test_what_cannot_be_read_is_not_mended(tmp_path, check):

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -89,12 +88,6 @@ def test_images_have_the_last_part_of_their_address_for_a_name(tmp_path, args, w
     ((kind, (example,)),) = findings.as_dict()["errors"].items()
     assert kind == "image_not_here"
     assert re.fullmatch(r".* (line|record) 3 \(77_aa\.jpg\)", example)
-
-
-def test_images_are_looked_for_beside_the_list_where_torchvision_puts_them(tmp_path, args):
-    root = pairs(tmp_path, [FIRST], TEXTS[:1])
-    beside = image(root / "dataset/43_b0.jpg")
-    assert taken(root, args())[0] == [("43_b0.jpg", beside, (TEXTS[0],))]
 
 
 @pytest.mark.parametrize(("encoding", "end"), [("utf-8-sig", "\n"), ("utf-8", "\r\n"), ("utf-8", " \n")])
@@ -296,11 +289,6 @@ def test_a_broken_record_of_img2dataset_is_named(shards, args, content):
     assert example.startswith("00000/000000001 (")
 
 
-def test_a_caption_in_a_text_file_alone_is_taken(shards, args):
-    fetched_files(shards / "00000", "000000002", "fourth", parts=("jpg", "txt"))
-    assert ("fourth",) in [captions for _, _, captions in taken(shards, args())[0]]
-
-
 @pytest.mark.parametrize(
     ("files", "told"),
     [
@@ -318,8 +306,3 @@ def test_a_source_that_cannot_be_read_says_why(tmp_path, args, files, told):
         (tmp_path / name).write_text(content)
     with pytest.raises(DatasetError, match=told):
         taken(tmp_path, args())
-
-
-def test_a_path_that_is_not_there_is_said(args):
-    with pytest.raises(DatasetError, match="there is no nowhere"):
-        taken(Path("nowhere"), args())

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from finetuning.conversion.sidecar import read
-from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.findings import Findings
 
 
 @dataclass
@@ -79,11 +79,6 @@ def test_only_line_feeds_end_a_line(tmp_path):
     assert clean(tmp_path) == {"a.png": ("a cat\u2028on two lines\x0cof print",)}
 
 
-def test_dots_in_names(tmp_path):
-    pair(tmp_path / "v1.5 final.png", "a cat")
-    assert clean(tmp_path) == {"v1.5 final.png": ("a cat",)}
-
-
 @pytest.mark.parametrize(
     ("which", "captions"),
     [("all", ("a cat", "a tabby, asleep")), ("first", ("a cat",)), ("join", ("a cat a tabby, asleep",))],
@@ -140,40 +135,6 @@ def test_of_two_caption_files_kohya_s_counts(tmp_path):
     assert warnings == {"second_caption_file": ["a.txt"]}
 
 
-def test_split_folders_are_splits(tmp_path):
-    pair(tmp_path / "train/10_dog/1.png", "a dog")
-    pair(tmp_path / "val/1.png", "second")
-    pair(tmp_path / "loose.png", "third")
-    assert splits(tmp_path)[0] == {"train/10_dog/1.png", "validation/1.png"}
-    assert splits(tmp_path)[1] == {"beside_splits": ["loose.png"]}
-
-
-def splits(root):
-    """({split/name}, errors)"""
-    findings = Findings()
-    found = {f"{one.split}/{one.name}" for one in read(str(root), Args(), findings)}
-    return found, findings.as_dict()["errors"]
-
-
-def test_images_beside_a_validation_folder_are_for_training(tmp_path):
-    pair(tmp_path / "val/1.png", "first")
-    pair(tmp_path / "1.png", "second")
-    assert splits(tmp_path) == ({"train/1.png", "validation/1.png"}, {})
-
-
-def test_two_folders_for_one_split_are_refused(tmp_path):
-    pair(tmp_path / "val/1.png", "first")
-    pair(tmp_path / "valid/1.png", "second")
-    with pytest.raises(DatasetError, match="val/ and valid/"):
-        splits(tmp_path)
-
-
-def test_without_split_folders_there_is_no_split(tmp_path):
-    pair(tmp_path / "dogs/test/1.png", "a dog")  # not at the top
-    (one,) = read(str(tmp_path), Args(), Findings())
-    assert (one.split, one.name, one.origin) == (None, "dogs/test/1.png", "dogs/test/1.png")
-
-
 def test_links_that_lead_out_are_followed_only_by_leave(tmp_path):
     root, outside = tmp_path / "root", tmp_path / "outside"
     pair(outside / "b.png", "outside")
@@ -219,19 +180,3 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     found, errors, _ = reading(tmp_path)
     assert list(found) == ["a.png"]
     assert errors == {"unreadable_folder": [f"{tmp_path / 'private'} (Permission denied)"]}
-
-
-def test_hidden_files_and_folders_are_no_data(tmp_path):
-    pair(tmp_path / "a.png", "a cat")
-    pair(tmp_path / ".trash/b.png", "no")
-    text(tmp_path / "._a.txt", b"\x00\x05\x16\x07")  # what macOS leaves on other disks
-    assert clean(tmp_path) == {"a.png": ("a cat",)}
-
-
-@pytest.mark.parametrize(("make", "message"), [(False, "there is no folder"), (True, "there are no images")])
-def test_nothing_there(tmp_path, make, message):
-    root = tmp_path / "data"
-    if make:
-        root.mkdir()
-    with pytest.raises(DatasetError, match=message):
-        reading(root)

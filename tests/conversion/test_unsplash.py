@@ -107,7 +107,7 @@ def test_a_description_is_one_line_whatever_quotes_and_breaks_it_has(root, args)
     captions, findings = taken(root, args("--caption_from", "description"))
     assert captions == {DUNE: ("My dune",), LAKE: ('A "lake", seen from above',)}
     ((kind, examples),) = findings.as_dict()["errors"].items()
-    assert "photos without description" in kind
+    assert kind == "no_text"
     assert examples == [f"photos.tsv000 line 6 ({WOOD})"]  # the lake's description takes lines of its own
 
 
@@ -288,12 +288,6 @@ def test_a_dataset_that_cannot_be_read_says_why(root, args, how, flags, told):
         taken(spoil(root, how), args(*flags))
 
 
-def test_the_tables_need_a_folder_of_images(root, tmp_path):
-    args, _ = cli.read(Args, "", ["--output", f"{tmp_path}/out"])
-    with pytest.raises(DatasetError, match="--images and --download"):
-        taken(root, args)
-
-
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -383,8 +377,3 @@ def test_a_manifest_that_cannot_be_read_says_why(tmp_path, content, told):
     (tmp_path / "manifest.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(DatasetError, match=told):
         taken(tmp_path, alone(tmp_path))
-
-
-def test_a_manifest_has_no_keywords(manifest, tmp_path):
-    with pytest.raises(DatasetError, match="no keywords"):
-        taken(manifest(RECORD), alone(tmp_path, "--caption_from", "keywords"))

@@ -17,14 +17,14 @@ LAYOUTS_OF_EIGHT = [
 ROWS = [1, 3, 8, 11, 16, 29]  # fewer than a group, a whole number of groups, and partial last groups
 
 
-def order(rows=11, micro_batch=2, accumulation=1, processes=1, process=0, seed=7, buckets=()):
+def sampler(rows=11, micro_batch=2, accumulation=1, processes=1, process=0, seed=7, buckets=()):
     return BatchSampler(rows, micro_batch, accumulation, processes, process, seed, buckets)
 
 
 def run(rows, layout, first_step=0, last_step=9, **more):
     """Each process's micro-batches."""
     return [
-        list(order(rows, process=process, **layout, **more).micro_batches(first_step, last_step))
+        list(sampler(rows, process=process, **layout, **more).micro_batches(first_step, last_step))
         for process in range(layout["processes"])
     ]
 
@@ -39,15 +39,10 @@ def weights_by_step(rows, layout):
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("layout", LAYOUTS_OF_EIGHT[1:], ids=str)
-def test_layouts_of_one_global_batch_train_on_the_same_rows_with_the_same_weights(layout, rows):
-    assert weights_by_step(rows, layout) == weights_by_step(rows, ONE_BY_EIGHT)
-
-
-@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("layout", LAYOUTS_OF_EIGHT, ids=str)
-def test_weights_of_a_step_sum_to_one(layout, rows):
+def test_layouts_of_one_global_batch_train_on_the_same_rows_with_weights_that_sum_to_one(layout, rows):
     steps = weights_by_step(rows, layout)
+    assert steps == weights_by_step(rows, ONE_BY_EIGHT)
     assert sorted(steps) == list(range(9))
     assert [fsum(step.values()) for step in steps.values()] == pytest.approx([1] * 9, abs=1e-12)
 
@@ -56,28 +51,19 @@ def test_weights_of_a_step_sum_to_one(layout, rows):
     ("rows", "group", "steps"), [(1, 8, 1), (7, 8, 1), (8, 8, 1), (9, 8, 2), (11, 8, 2), (16, 8, 2), (17, 8, 3)]
 )
 def test_steps_per_epoch_count_the_partial_group(rows, group, steps):
-    assert order(rows, micro_batch=group).steps_per_epoch == steps
+    assert sampler(rows, micro_batch=group).steps_per_epoch == steps
 
 
-def test_an_epoch_of_11_rows_is_a_group_of_8_and_one_of_3():
-    first, last, *_ = order(11, **ONE_BY_EIGHT).micro_batches(0, 4)
-    assert [len(first), len(last)] == [8, 3]
-    assert sorted(place.row for place in first + last) == list(range(11))
-    assert {place.weight for place in first} == {1 / 8}
-    assert {place.weight for place in last} == {1 / 3}
-    assert {(place.epoch, place.step) for place in first} == {(0, 0)}
-    assert {(place.epoch, place.step) for place in last} == {(0, 1)}
-
-
-def test_a_step_never_reaches_into_the_next_epoch():
-    batches = list(order(11, **ONE_BY_EIGHT).micro_batches(0, 4))
-    assert [(batch[0].epoch, batch[0].step, len(batch)) for batch in batches] == [
-        (0, 0, 8), (0, 1, 3), (1, 2, 8), (1, 3, 3),
+def test_an_epoch_of_11_rows_is_a_step_of_8_and_one_of_3():
+    batches = list(sampler(11, **ONE_BY_EIGHT).micro_batches(0, 4))
+    assert [[(place.epoch, place.step, place.weight) for place in batch] for batch in batches] == [
+        [(0, 0, 1 / 8)] * 8, [(0, 1, 1 / 3)] * 3, [(1, 2, 1 / 8)] * 8, [(1, 3, 1 / 3)] * 3,
     ]  # fmt: skip
+    assert sorted(place.row for place in batches[0] + batches[1]) == list(range(11))
 
 
 def test_rows_are_taken_in_the_order_of_the_permutation():
-    plan = order(5, micro_batch=2)
+    plan = sampler(5, micro_batch=2)
     rows = [[place.row for place in batch] for batch in plan.micro_batches(0, 3)]
     first, second, third, fourth, fifth = plan.permutation(0)
     assert rows == [[first, second], [third, fourth], [fifth]]
@@ -85,39 +71,30 @@ def test_rows_are_taken_in_the_order_of_the_permutation():
 
 def test_accumulated_micro_batches_end_the_step_once():
     # 7 rows in groups of 4: a whole group of two micro-batches, and 3 rows left as 2 and 1.
-    batches = list(order(7, micro_batch=2, accumulation=2).micro_batches(0, 2))
+    batches = list(sampler(7, micro_batch=2, accumulation=2).micro_batches(0, 2))
     assert [len(batch) for batch in batches] == [2, 2, 2, 1]
     assert [batch[0].ends_step for batch in batches] == [False, True, False, True]
     assert [batch[0].weight for batch in batches] == [1 / 4, 1 / 4, 1 / 3, 1 / 3]
-
-
-def test_all_places_of_a_micro_batch_agree_on_its_step():
-    for batch in order(11, micro_batch=3, accumulation=2).micro_batches(0, 8):
-        assert len({(place.epoch, place.step, place.ends_step) for place in batch}) == 1
 
 
 def test_a_process_without_rows_gets_padding_that_weighs_nothing():
     # 5 rows over 2 processes of 2: 4 rows, then one row that only the first process has.
     layout = {"micro_batch": 2, "accumulation": 1, "processes": 2}
     first, second = run(5, layout, 0, 2)
-    only_row = order(5).permutation(0)[4]
+    only_row = sampler(5).permutation(0)[4]
     assert [(place.row, place.weight) for place in first[1]] == [(only_row, 1.0)]
     assert [(place.row, place.weight) for place in second[1]] == [(only_row, 0.0)]
 
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("layout", LAYOUTS_OF_EIGHT, ids=str)
-def test_all_processes_take_part_in_the_same_micro_batches(layout, rows):
+def test_all_processes_take_part_in_the_same_micro_batches_with_rows_of_their_own(layout, rows):
     """Processes that disagree on how many micro-batches a step has wait for each other for ever."""
-    ends = [[(batch[0].step, batch[0].ends_step) for batch in process] for process in run(rows, layout)]
-    assert all(one == ends[0] for one in ends)
-    assert all(batch for process in run(rows, layout) for batch in process)
-
-
-def test_no_row_is_given_to_two_processes():
-    first, second = run(11, {"micro_batch": 4, "accumulation": 1, "processes": 2})
-    weighted = lambda batch: {place.row for place in batch if place.weight}
-    assert all(not weighted(one) & weighted(other) for one, other in zip(first, second, strict=True))
+    for batches in zip(*run(rows, layout), strict=True):
+        assert all(batches)
+        assert len({(place.epoch, place.step, place.ends_step) for batch in batches for place in batch}) == 1
+        weighted = [place.row for batch in batches for place in batch if place.weight]
+        assert len(set(weighted)) == len(weighted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_OF_EIGHT, ids=str)
@@ -129,17 +106,14 @@ def test_resuming_at_any_step_yields_the_tail_of_the_whole_run(layout):
         assert tails == expected
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = [tuple(order(50, seed=seed).permutation(epoch)) for seed in (0, 1) for epoch in (0, 1)]
+def test_epochs_and_seeds_have_orders_of_their_own_that_need_no_history():
+    orders = [tuple(sampler(50, seed=seed).permutation(epoch)) for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(orders)) == 4
     assert all(sorted(one) == list(range(50)) for one in orders)
-
-
-def test_an_epochs_order_needs_no_history():
-    plan = order(50)
+    plan = sampler(50)
     later = plan.permutation(3)
     plan.permutation(0)
-    assert order(50).permutation(3) == plan.permutation(3) == later
+    assert sampler(50).permutation(3) == plan.permutation(3) == later
 
 
 # Buckets
@@ -150,11 +124,11 @@ BUCKETS = [(8, 8) if row % 3 else (4, 12) for row in range(28)] + [(12, 4)]  # 1
 def test_one_bucket_is_the_order_without_buckets():
     for layout in LAYOUTS_OF_EIGHT:
         assert run(29, layout, buckets=[(8, 8)] * 29) == run(29, layout)
-    assert order(29, buckets=[(8, 8)] * 29).steps_per_epoch == order(29).steps_per_epoch == 15
+    assert sampler(29, buckets=[(8, 8)] * 29).steps_per_epoch == sampler(29).steps_per_epoch == 15
 
 
 def test_every_step_is_of_one_bucket_and_an_epoch_has_every_row_once():
-    plan = order(29, micro_batch=8, buckets=BUCKETS)
+    plan = sampler(29, micro_batch=8, buckets=BUCKETS)
     assert (plan.steps_per_epoch, plan.short_steps) == (6, 3)  # 18 = 8 + 8 + 2, 10 = 8 + 2, 1
     for epoch in range(3):
         groups = plan.groups(epoch)
@@ -165,7 +139,7 @@ def test_every_step_is_of_one_bucket_and_an_epoch_has_every_row_once():
 
 
 def test_groups_keep_the_permutation_and_stand_where_their_first_row_stands():
-    plan = order(29, micro_batch=8, buckets=BUCKETS)
+    plan = sampler(29, micro_batch=8, buckets=BUCKETS)
     place = {row: number for number, row in enumerate(plan.permutation(0))}
     groups = plan.groups(0)
     assert [place[group[0]] for group in groups] == sorted(place[group[0]] for group in groups)
@@ -177,7 +151,7 @@ def test_groups_keep_the_permutation_and_stand_where_their_first_row_stands():
 
 
 def test_epochs_begin_with_different_buckets():
-    plan = order(29, micro_batch=4, buckets=BUCKETS)
+    plan = sampler(29, micro_batch=4, buckets=BUCKETS)
     first = [tuple(BUCKETS[group[0]] for group in plan.groups(epoch)) for epoch in range(8)]
     assert len(set(first)) > 1
 
@@ -194,7 +168,7 @@ def test_epochs_begin_with_different_buckets():
     ],
 )
 def test_steps_of_an_epoch_and_the_short_ones_are_counted_by_bucket(buckets, group, steps, short):
-    plan = order(8, micro_batch=group, buckets=buckets)
+    plan = sampler(8, micro_batch=group, buckets=buckets)
     assert (plan.steps_per_epoch, plan.short_steps, len(plan.groups(0))) == (steps, short, steps)
 
 
@@ -205,7 +179,7 @@ def test_with_buckets_every_layout_trains_on_the_same_rows_and_resumes_exactly(l
     for place in (place for process in whole for batch in process for place in batch):
         row_weights = steps.setdefault(place.step, {})
         row_weights[place.row] = row_weights.get(place.row, 0) + place.weight
-    plain = order(29, micro_batch=8, buckets=BUCKETS)
+    plain = sampler(29, micro_batch=8, buckets=BUCKETS)
     for step, found in steps.items():
         epoch, number = divmod(step, 6)
         rows = plain.groups(epoch)[number]

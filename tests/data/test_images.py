@@ -1,7 +1,6 @@
 """An image file is opened as its maker meant it, or named as unreadable."""
 
 import io
-import struct
 
 import numpy as np
 import pytest
@@ -78,33 +77,16 @@ def test_exif_that_cannot_be_read_is_ignored_with_a_remark(tmp_path, name):
         assert orientation(image) is None
 
 
-def profile(primaries, gamma):
-    """A small ICC profile of three colours: a matrix from its RGB to XYZ (D50) and one gamma for all."""
-    number = lambda value: struct.pack(">i", round(value * 65536))
-    xyz = lambda values: b"XYZ \0\0\0\0" + b"".join(map(number, values))
-    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
-    tags = {"wtpt": xyz((0.9642, 1, 0.8249))}
-    tags |= {f"{name}XYZ": xyz(values) for name, values in zip("rgb", primaries, strict=True)}
-    tags |= {f"{name}TRC": curve for name in "rgb"}
-    place, table, content = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
-    for name, data in tags.items():
-        table += name.encode() + struct.pack(">II", place + len(content), len(data))
-        content += data
-    head = struct.pack(">I4sI4s4s4s12s4s", place + len(content), b"none", 0x02100000, b"mntr", b"RGB ", b"XYZ ",
-                       bytes(12), b"acsp")  # fmt: skip
-    head = head + bytes(68 - len(head)) + b"".join(map(number, (0.9642, 1, 0.8249)))
-    return head + bytes(128 - len(head)) + table + content
-
-
-ADOBE = profile(((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)), 2.19921875)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-IN_ADOBE, IN_SRGB = (172, 44, 44), (200, 40, 40)  # one colour, as Adobe RGB and sRGB number it
+# A profile under which the first number is blue and the last one is red.
+SWAPPED = SRGB.replace(b"rXYZ", b"hold").replace(b"bXYZ", b"rXYZ").replace(b"hold", b"bXYZ")
+STORED, IN_SRGB = (40, 40, 200), (200, 40, 40)  # one colour, in the numbers of either
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp", "x.tif"])
 def test_colours_are_brought_to_srgb_by_the_embedded_profile(tmp_path, name):
     options = {"lossless": True} if name == "x.webp" else {"quality": 100, "subsampling": 0} if name == "x.jpg" else {}
-    path = saved(tmp_path, Image.new("RGB", (16, 16), IN_ADOBE), name, icc_profile=ADOBE, **options)
+    path = saved(tmp_path, Image.new("RGB", (16, 16), STORED), name, icc_profile=SWAPPED, **options)
     image = open_rgb(path)
     assert image.getpixel((8, 8)) == pytest.approx(IN_SRGB, abs=3)
     assert "icc_profile" not in image.info  # the numbers are sRGB now
@@ -113,15 +95,15 @@ def test_colours_are_brought_to_srgb_by_the_embedded_profile(tmp_path, name):
 
 
 def test_transparency_and_palettes_have_profiles_too(tmp_path):
-    clear = pil_image("RGBA", [(*IN_ADOBE, 255), (*IN_ADOBE, 0)])
-    assert pixels(open_rgb(saved(tmp_path, clear, icc_profile=ADOBE)))[0][1] == WHITE
-    assert pixels(open_rgb(saved(tmp_path, clear, icc_profile=ADOBE)))[0][0] == pytest.approx(IN_SRGB, abs=2)
-    palette = Image.new("RGB", (4, 4), IN_ADOBE).quantize(2)
-    assert open_rgb(saved(tmp_path, palette, icc_profile=ADOBE)).getpixel((1, 1)) == pytest.approx(IN_SRGB, abs=2)
+    clear = pil_image("RGBA", [(*STORED, 255), (*STORED, 0)])
+    assert pixels(open_rgb(saved(tmp_path, clear, icc_profile=SWAPPED)))[0][1] == WHITE
+    assert pixels(open_rgb(saved(tmp_path, clear, icc_profile=SWAPPED)))[0][0] == pytest.approx(IN_SRGB, abs=2)
+    palette = Image.new("RGB", (4, 4), STORED).quantize(2)
+    assert open_rgb(saved(tmp_path, palette, icc_profile=SWAPPED)).getpixel((1, 1)) == pytest.approx(IN_SRGB, abs=2)
 
 
 @pytest.mark.parametrize(
-    ("mode", "icc"), [("RGB", SRGB), ("RGB", b"no profile"), ("L", SRGB), ("L", ADOBE[:99]), ("RGB", None)]
+    ("mode", "icc"), [("RGB", SRGB), ("RGB", b"no profile"), ("L", SRGB), ("L", SWAPPED[:99]), ("RGB", None)]
 )
 def test_images_in_srgb_keep_every_pixel(tmp_path, mode, icc):
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)

@@ -18,6 +18,7 @@ from finetuning.families.lora_files import (
     write_diffusers,
 )
 from finetuning.families.model_args import ModelError
+from finetuning.families.opening import open_source
 from finetuning.merging.lora_extraction import (
     ExtractArgs,
     ResizeArgs,
@@ -28,7 +29,6 @@ from finetuning.merging.lora_extraction import (
     truncated_layer,
 )
 from finetuning.merging.lora_tools import FuseArgs, fuse, skeletons
-from finetuning.merging.model_sources import open_source
 from finetuning.merging.recipe import read_recipe
 from finetuning.rng import torch_generator
 
@@ -198,7 +198,7 @@ def test_a_difference_of_rank_2_comes_back_and_leads_to_the_tuned_model(tiny_mod
     assert {f"{name}.weight" for name in layers_of(done.folder, tiny_model)} == LOW.keys()
     assert done.report["kept_energy"] == pytest.approx(1, abs=1e-9) and done.report["outside"] == {}
     fuse(FuseArgs(base=str(tiny_model), lora=[str(done.folder)], output_dir=str(tmp_path / "again")))
-    expected, found = (open_source(str(place)).components for place in (tuned, tmp_path / "again"))
+    expected, found = (open_source(str(place)).tensors for place in (tuned, tmp_path / "again"))
     for part, own in expected.items():
         for key, stored in own.items():
             torch.testing.assert_close(found[part][key].read(), stored.read(), rtol=0, atol=1e-6)
@@ -208,7 +208,7 @@ def test_the_report_counts_what_is_kept_left_and_unchanged(tiny_model, changed, 
     outside = {NORM: 0.3, BIAS: 0.2, EMBEDDING: 0.01, f"{CONV_IN}.weight": 0.1}
     tuned = changed({**LOW, **{name: lambda old, step=step: old + step for name, step in outside.items()}})
     done = extracting(tuned, rank=1)
-    base, after = (open_source(str(place)).components for place in (tiny_model, tuned))
+    base, after = (open_source(str(place)).tensors for place in (tiny_model, tuned))
 
     def difference(name):
         part, _, key = name.partition(".")
@@ -360,12 +360,12 @@ def test_components_may_be_separated_by_commas_and_stay_as_they_were_given(tiny_
 
 def test_quantised_models_are_refused_by_name(tiny_model, changed, extracting):
     quantised = changed({NORM: lambda old: old, f"{TO_Q}.weight": lambda old: old.to(torch.int8)})
-    with pytest.raises(ModelError, match=rf"{quantised}/unet/.* holds quantised weights"):
+    with pytest.raises(ModelError, match=rf"{quantised}/unet/.* is quantised"):
         extracting(quantised, rank=2)
 
 
 def test_a_quantised_lora_is_refused_by_name(tiny_model, tmp_path):
     save_file({"unet.a.lora_A.weight": torch.zeros(2, 2, dtype=torch.int8)}, tmp_path / "codes.safetensors")
     args = ResizeArgs(base=str(tiny_model), lora=str(tmp_path / "codes.safetensors"), rank=1, output_dir="new")
-    with pytest.raises(ModelError, match=r"codes\.safetensors holds quantised weights"):
+    with pytest.raises(ModelError, match=r"codes\.safetensors is quantised"):
         resize(args)

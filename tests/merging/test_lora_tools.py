@@ -23,10 +23,10 @@ from finetuning.families.lora_files import (
     write_kohya,
 )
 from finetuning.families.model_args import ModelError
+from finetuning.families.opening import open_source
 from finetuning.families.pipelines import open_pipeline
 from finetuning.merging import lora_tools as commands
 from finetuning.merging.lora_tools import ConvertArgs, FuseArgs, convert, fuse, fuse_compute, skeletons, stand_ins
-from finetuning.merging.model_sources import open_source
 from finetuning.merging.recipe import read_recipe
 from finetuning.rng import torch_generator
 
@@ -89,7 +89,7 @@ def fused(tiny_model, tmp_path):
 
 def weights_of(place):
     """{part.key: tensor} of a model."""
-    found = open_source(str(place)).components
+    found = open_source(str(place)).tensors
     return {f"{part}.{key}": stored.read() for part, own in found.items() for key, stored in own.items()}
 
 
@@ -116,7 +116,7 @@ def drawn(pipeline):
 def test_skeletons_and_stand_ins_have_the_models_layers_and_no_weights(tiny_model, parts):
     loaded = adaptable(adaptable_components(open_pipeline(tiny_model)))
     expected = {name: (type(module), module.weight.shape) for name, module in loaded.items()}
-    for models in (parts, stand_ins(open_source(str(tiny_model)).components)):
+    for models in (parts, stand_ins(open_source(str(tiny_model)).tensors)):
         found = adaptable(models)
         assert {name: (type(module), module.weight.shape) for name, module in found.items()} == expected
         assert all(module.weight.is_meta for module in found.values())
@@ -332,7 +332,7 @@ def test_all_inputs_that_cannot_be_read_are_named_together(tiny_model, tmp_path)
     broken, missing = tmp_path / "broken.safetensors", tmp_path / "missing"
     broken.write_bytes(b"nothing")
     args = FuseArgs(base=str(tiny_model), lora=[str(broken)] * 2, output_dir=str(tmp_path / "new"))
-    with pytest.raises(ModelError, match=r"(?s)broken\.safetensors is broken.*broken\.safetensors is broken"):
+    with pytest.raises(ModelError, match=r"(?s)broken\.safetensors is damaged.*broken\.safetensors is damaged"):
         fuse(args)
     with pytest.raises(ModelError, match=r"(?s)no-model.*missing is neither"):
         fuse(replace(args, base=str(tmp_path / "no-model"), lora=[str(missing), str(broken)]))

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetuning.families.model_args import ModelError
+from finetuning.families.tensors import tensor_references
 from finetuning.merging import merge_writer
 from finetuning.merging.merge_writer import MergeTask, NotFinite, OutputTensor, write_files
-from finetuning.merging.tensor_references import tensor_references
 
 CHUNK = 64
 SHAPES = {
@@ -265,7 +265,7 @@ def test_a_file_that_was_cut_meanwhile_is_named(tmp_path, model):
     file = model("a")
     tasks = tasks_of([file], {tmp_path / "out.safetensors": (0, None)})
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ModelError, match=r"a\.safetensors is broken: it ends"):
+    with pytest.raises(ModelError, match=r"a\.safetensors is damaged: it ends"):
         write_files(tasks, lambda hashes: {})
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from finetuning import files
 from finetuning.families.model_args import ModelError
+from finetuning.families.opening import open_source
 from finetuning.files import check_manifest, write_json
 from finetuning.merging.methods import weighted_sum
-from finetuning.merging.model_sources import open_source
 from finetuning.merging.model_writer import SPARE_BYTES, MergeOutput, OutputArgs, output_folder, write_models
 from finetuning.merging.tensor_matching import match
 

@@ -88,11 +88,6 @@ def test_ema_profile_is_what_the_runs_average_does(kind, decay):
     np.testing.assert_allclose(ema_profile(decay, kind, steps), average.shadow["w"].numpy(), rtol=1e-5, atol=1e-7)
 
 
-def test_what_is_left_of_the_start_is_known():
-    assert ema_profile(0.9999, "warm", 1000)[0] == pytest.approx(0.9999**1000)
-    assert ema_profile(0.9999, "ramp", 1000)[0] == 0
-
-
 @pytest.mark.parametrize(
     "profile",
     [ema_profile(0.99, "warm", 200), ema_profile(0.99, "ramp", 200), power_profile(7, 200), raw_profile(200)],
