@@ -174,7 +174,7 @@ def test_the_loss_is_that_of_the_rows_by_hand_with_its_interval(build, model, tm
 
     answer(model, 0.5)
     resumed = build(first_step=3)
-    resumed.evaluate(7)
+    resumed.evaluate(7, last=True)
     now = losses_by_hand(range(4), 0.5)
     change = now - base
     assert resumed.run.logged[7] == {
@@ -228,7 +228,7 @@ def test_validation_loss_rows_is_a_limit_and_other_rows_are_not_compared(build, 
     assert len(base_file(tmp_path)["losses"]) == rows
     assert ("validation_loss_low" in evaluator.run.logged[0]) is (rows > 1)  # of one row there is no interval
     resumed = build(first_step=3)
-    resumed.evaluate(7)
+    resumed.evaluate(7, last=True)
     assert "validation_loss_change" not in resumed.run.logged[7]
 
 
@@ -327,7 +327,7 @@ def test_a_base_that_cannot_be_read_is_named_where_it_is_needed(build, tmp_path,
     with pytest.raises(EvaluationError, match=r"base_evaluation.json"):
         build(retain=True, first_step=2)
     evaluator = build(first_step=2)  # without --evaluate_every only the change is missing
-    evaluator.evaluate(7)
+    evaluator.evaluate(7, last=True)
     assert "validation_loss" in evaluator.run.logged[7] and "validation_loss_change" not in evaluator.run.logged[7]
 
 
@@ -357,7 +357,7 @@ def test_the_comparison_shows_the_base_beside_the_model(build, model, tmp_path):
     evaluator.evaluate(0)
     assert evaluator.compare(7) is None  # there are no images of step 7 yet
     answer(model, 0.5)
-    evaluator.evaluate(7)
+    evaluator.evaluate(7, last=True)
     assert evaluator.compare(7) == tmp_path / "comparison.png"
     images = [Image.open(tmp_path / f"validation/step-{step}/prompt01-1.png") for step in (0, 7)]
     assert images[0].tobytes() != images[1].tobytes()

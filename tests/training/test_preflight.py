@@ -131,10 +131,10 @@ def test_checkpoints_that_will_fill_the_disk_are_said(check, monkeypatch):
 
 def test_steps_that_buckets_leave_short_are_said(check):
     # 6 + 5 rows in steps of 4: 4 + 2 and 4 + 1
-    said = check(resolution="32", total_steps=8, buckets="aaaaaabbbbb")
+    said = check(resolution="32", total_steps=8, buckets="aaaaaabbbbb", aspect_buckets=True)
     assert "buckets: 2, and every step is of one: 2 of the 4 steps of an epoch have fewer than 4 rows" in said
     assert "8 steps of 4 rows (2 x 2 accumulated x 1 processes), 2.0 epochs" in said
-    assert "buckets" not in check(resolution="32", buckets="a" * 11)
+    assert "buckets" not in check(resolution="32")
 
 
 @pytest.mark.parametrize("use_ema", [False, True])
