@@ -1,7 +1,6 @@
 """Adapters on a frozen base: how they begin, what trains, what is saved, and what loads it again."""
 
 import copy
-import json
 from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
@@ -21,7 +20,6 @@ from finetuning.families.lora_files import (
     RAW_NAME,
     read_lora,
     weights_hash,
-    write_diffusers,
 )
 from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs, ModelError
@@ -274,12 +272,6 @@ def test_adapters_are_fp32_and_the_base_is_as_the_activations(flags, adapt, base
     assert 0 < distance(predicted, base_prediction) < 0.03
 
 
-def test_the_base_may_be_kept_in_fp32(adapt):
-    adapted = adapt(torch.bfloat16, base_precision="fp32")
-    assert {parameter.dtype for parameter in frozen(adapted)} == {torch.float32}
-    assert adapted.components["vae"].dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("precision", "kind", "off"), [("int8", bnb.nn.Linear8bitLt, 0.02), ("nf4", bnb.nn.Linear4bit, 0.1)]
@@ -435,13 +427,6 @@ def test_rows_that_a_larger_rank_brings_are_drawn_and_have_nothing_behind_them(o
             assert not value[:, 2:].any() and value[:, :2].any()
 
 
-def test_a_checkpoint_can_be_started_from_with_other_flags(train, adapt, tmp_path):
-    checkpoint = train(rank=3, lora_alpha=4.0)
-    checkpoint.save_trained(tmp_path)
-    adapted = adapt(rank=6, lora_target_modules=["all-linear"], init_lora=str(tmp_path / "lora"))
-    assert distance(prediction(adapted), prediction(checkpoint)) < 1e-5
-
-
 def test_a_lora_that_was_made_for_other_weights_is_noted(old, adapt, base):
     folder = old(variant="non_ema")
     (said,) = adapt(init_lora=str(folder)).said
@@ -528,27 +513,7 @@ def test_a_checkpoint_of_a_model_trained_whole_is_refused(base, adapt, tmp_path)
         adapt().load_trained(tmp_path, ema=False)
 
 
-def test_nothing_of_the_base_is_in_the_files(plain_checkpoint, adapt):
-    stored = load_file(plain_checkpoint / "lora" / DIFFUSERS_NAME)
-    assert sum(value.numel() for value in stored.values()) == 4 * (3 * (16 + 24 + 24) + 3 * 32)
-    assert adapt().copied_bytes() == 0
-
-
 # -- the finished files ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flags", "averaged", "expected"),
-    [
-        ({}, False, {DIFFUSERS_NAME}),
-        ({"save_kohya": True}, False, {DIFFUSERS_NAME, KOHYA_NAME}),
-        ({}, True, {DIFFUSERS_NAME, RAW_NAME}),
-    ],
-)
-def test_one_file_is_written_and_others_where_they_are_asked_for(flags, averaged, expected, train, tmp_path):
-    adapted = train(**flags)
-    adapted.save_lora(tmp_path, values(adapted) if averaged else None, FACTS)
-    assert {path.name for path in tmp_path.iterdir()} == expected
 
 
 def test_the_averaged_weights_are_exported_and_the_raw_ones_lie_beside_them(train, tmp_path, drawn_by_diffusers):
@@ -588,34 +553,6 @@ def test_the_file_says_what_it_was_made_of(precision, train, base, tiny_model, t
     assert not any(name.startswith(("ss_", "modelspec.")) for name in told)
 
 
-def test_kohyas_file_says_the_same_and_what_its_readers_look_for(train, tmp_path):
-    train(rank=4, save_kohya=True).save_lora(tmp_path, None, FACTS)
-    ours, kohya = metadata(tmp_path / DIFFUSERS_NAME), metadata(tmp_path / KOHYA_NAME)
-    shared = {name for name in ours if name not in ("lora_adapter_metadata", "sshs_model_hash")}
-    assert {name: kohya[name] for name in shared} == {name: ours[name] for name in shared}
-    assert kohya["ss_network_dim"] == "4" and kohya["ss_steps"] == "30" and kohya["modelspec.title"] == "chalk"
-    assert len(kohya["sshs_model_hash"]) == 64
-
-
-def test_a_checkpoint_says_which_base_it_belongs_to_and_its_alphas(train, base, tiny_model, tmp_path):
-    train(rank=4, lora_alpha=3.0).save_trained(tmp_path)
-    told = metadata(tmp_path / "lora" / DIFFUSERS_NAME)
-    assert told["base_model"] == str(tiny_model)
-    assert told["base_model_hash"] == weights_hash(base().denoiser.denoiser)
-    config = json.loads(told["lora_adapter_metadata"])
-    assert (config["unet.r"], config["unet.lora_alpha"]) == (4, 3.0)
-
-
-def test_files_that_do_not_do_what_was_trained_are_refused(train, tmp_path, monkeypatch):
-    def stronger(path, layers, *others):
-        changed = {name: replace(layer, alpha=1.01 * layer.alpha) for name, layer in layers.items()}
-        write_diffusers(path, changed, *others)
-
-    monkeypatch.setattr("finetuning.training.adapters.write_diffusers_for_all", stronger)
-    with pytest.raises(ModelError, match=f"^{DIFFUSERS_NAME} "):
-        train().save_lora(tmp_path, None, FACTS)
-
-
 # -- the optimizer ---------------------------------------------------------------------------------------------------
 
 
@@ -631,11 +568,6 @@ def test_parameter_groups_are_lists_so_that_clipping_sees_what_is_trained(adapt)
     for group in optimizer.param_groups:
         norms = [torch.nn.utils.clip_grad_norm_(group["params"], 1e-3).item() for _ in range(2)]
         assert norms[0] > 2e-3 and norms[1] == pytest.approx(1e-3, rel=1e-2)
-
-
-def test_without_a_trained_text_encoder_there_is_one_group(adapt):
-    (group,) = adapt().parameter_groups(1e-3, 2e-4)
-    assert group["lr"] == 1e-3 and len(group["params"]) == 24
 
 
 def test_parameters_are_named_as_in_the_files(train, tmp_path):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from finetuning.data.buckets import BucketArgs
@@ -378,19 +379,22 @@ def test_no_images_are_made_where_0_are_asked_for(build, tmp_path):
 class Painter:
     """A model whose pipeline shows what a caption asks for, in `style`; the last `wrong` images show a square."""
 
+    image_processor = VaeImageProcessor()
+
     def __init__(self, scenes):
         self.scenes, self.style, self.wrong, self.calls = {scene.caption: scene for scene in scenes}, "filled", 0, []
 
     @contextmanager
     def pipeline(self):
-        yield self.paint
+        yield self
 
-    def paint(self, prompts, generator, height, width, **how):
+    def __call__(self, prompts, generator, height, width, output_type, **how):
         self.calls.append((list(prompts), [one.initial_seed() for one in generator], how))
-        assert (height, width) == (64, 64)
+        assert (height, width, output_type) == (64, 64, "np")
         images = [draw(self.scenes[prompt], 0, self.style) for prompt in prompts]
         square = draw(next(s for s in single_scenes() if s.things[0].shape == "square"), 0, self.style)
-        return SimpleNamespace(images=images[: len(images) - self.wrong] + [square] * self.wrong)
+        shown = images[: len(images) - self.wrong] + [square] * self.wrong
+        return SimpleNamespace(images=np.stack([np.asarray(image) / 255 for image in shown]))
 
 
 CIRCLES = [scene for scene in single_scenes() if scene.things[0].shape == "circle"][:6]

@@ -175,16 +175,6 @@ def test_nothing_of_the_token_reaches_the_trackers(start):
     assert logs and not any(b"hf_secret" in path.read_bytes() for path in logs)
 
 
-def test_images_go_to_tensorboard_as_channels_first_bytes(start):
-    from PIL import Image
-
-    run, shown = start(), []
-    writer = SimpleNamespace(add_image=lambda name, pixels, step: shown.append((name, tuple(pixels.shape), step)))
-    run.accelerator.trackers = [SimpleNamespace(name="tensorboard", writer=writer)]
-    run.log_images("validation", [Image.new("RGB", (6, 4))] * 2, 9)
-    assert shown == [("validation/0", (3, 4, 6), 9), ("validation/1", (3, 4, 6), 9)]
-
-
 # -- signals ---------------------------------------------------------------------------------------------------------
 
 
