@@ -107,7 +107,7 @@ def base_prediction(base):
 
 
 @pytest.fixture(scope="module")
-def drawn_by_diffusers(base):
+def by_diffusers(base):
     """The prediction of a fresh pipeline that has loaded a LoRA by diffusers' own loader."""
 
     @cache
@@ -296,13 +296,13 @@ def test_int8_and_nf4_quantize_the_linear_layers_of_the_transformers(
 
 
 @pytest.mark.parametrize(("precision", "dora"), [("int8", False), ("nf4", False), ("nf4", True)])
-def test_adapters_on_a_quantized_base_are_trained_and_saved(precision, dora, adapt, tmp_path, drawn_by_diffusers):
+def test_adapters_on_a_quantized_base_are_trained_and_saved(precision, dora, adapt, tmp_path, by_diffusers):
     adapted = adapt(base_precision=precision, use_dora=dora)
     forward(adapted).square().mean().backward()
     ups = [parameter for name, parameter in adapted.trained_parameters().items() if "lora_B" in name]
     assert all(up.dtype == torch.float32 and up.grad.any() for up in ups)
     scramble(adapted).save_lora(tmp_path, None, FACTS)
-    assert distance(drawn_by_diffusers(tmp_path), prediction(adapted)) < 0.15
+    assert distance(by_diffusers(tmp_path), prediction(adapted)) < 0.15
 
 
 def test_a_prediction_for_images_changes_nothing_of_a_quantized_base(adapt):
@@ -395,26 +395,26 @@ def old(train, tmp_path_factory):
     ],
     ids=["same", "alpha", "rank", "rslora, patterns", "more layers"],
 )
-def test_a_run_begins_as_the_lora_that_it_starts_from(now, name, old, adapt, base_prediction, drawn_by_diffusers):
+def test_a_run_begins_as_the_lora_that_it_starts_from(now, name, old, adapt, base_prediction, by_diffusers):
     folder = old(rank=4, lora_alpha=2.5)
     adapted = adapt(init_lora=str(folder / name), **now)
-    expected = drawn_by_diffusers(folder, name)
+    expected = by_diffusers(folder, name)
     assert distance(prediction(adapted), expected) < 1e-5
     assert distance(expected, base_prediction) > 0.05
 
 
-def test_a_run_begins_as_a_lora_of_convolutions_and_a_text_encoder(old, adapt, drawn_by_diffusers):
+def test_a_run_begins_as_a_lora_of_convolutions_and_a_text_encoder(old, adapt, by_diffusers):
     folder = old(**EVERYWHERE, rank=4, lora_rank_pattern=["conv1=2", "q_proj=3"])
     adapted = adapt(**EVERYWHERE, rank=4, lora_alpha=3.0, init_lora=str(folder))
-    assert distance(prediction(adapted), drawn_by_diffusers(folder)) < 1e-5
+    assert distance(prediction(adapted), by_diffusers(folder)) < 1e-5
 
 
 @pytest.mark.parametrize("now", [{}, {"rank": 4, "lora_alpha": 5.0}], ids=["same", "rank and alpha"])
-def test_a_run_begins_as_the_dora_that_it_starts_from(now, old, adapt, drawn_by_diffusers):
+def test_a_run_begins_as_the_dora_that_it_starts_from(now, old, adapt, by_diffusers):
     flags = {**EVERYWHERE, "use_dora": True, "rank": 3}
     folder = old(**flags)
     adapted = adapt(**{**flags, **now}, init_lora=str(folder))
-    assert distance(prediction(adapted), drawn_by_diffusers(folder)) < 1e-5
+    assert distance(prediction(adapted), by_diffusers(folder)) < 1e-5
 
 
 def test_rows_that_a_larger_rank_brings_are_drawn_and_have_nothing_behind_them(old, adapt):
@@ -461,7 +461,7 @@ def kind(request, train, tmp_path_factory):
     adapted.save_lora(finished, None, FACTS)
     return SimpleNamespace(
         flags=flags, folder=folder, average=average, finished=finished, values=values(adapted),
-        prediction=prediction(adapted),
+        prediction=prediction(adapted), said=adapted.said,
     )  # fmt: skip
 
 
@@ -473,16 +473,19 @@ def test_a_checkpoint_gives_the_adapters_back_to_the_last_bit(kind, adapt):
     assert loaded.load_trained(kind.folder, ema=False) is None
 
 
-def test_diffusers_loads_the_adapters_of_a_checkpoint(kind, base_prediction, drawn_by_diffusers):
+def test_diffusers_loads_the_adapters_of_a_checkpoint(kind, base_prediction, by_diffusers):
     assert sorted(path.name for path in kind.folder.iterdir()) == ["lora", "lora_ema"]
     assert [path.name for path in (kind.folder / "lora").iterdir()] == [DIFFUSERS_NAME]
-    assert distance(drawn_by_diffusers(kind.folder / "lora"), kind.prediction) < 1e-5
+    assert distance(by_diffusers(kind.folder / "lora"), kind.prediction) < 1e-5
     assert distance(kind.prediction, base_prediction) > 0.05
 
 
-def test_every_finished_file_draws_as_the_run_did(kind, drawn_by_diffusers):
+def test_every_finished_file_does_what_the_run_did(kind, by_diffusers):
+    """But for a kohya file that has to leave layers out, which the run said."""
     for path in kind.finished.iterdir():
-        assert distance(drawn_by_diffusers(kind.finished, path.name), kind.prediction) < 1e-5
+        if path.name == KOHYA_NAME and kind.said:
+            continue
+        assert distance(by_diffusers(kind.finished, path.name), kind.prediction) < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -516,7 +519,7 @@ def test_a_checkpoint_of_a_model_trained_whole_is_refused(base, adapt, tmp_path)
 # -- the finished files ----------------------------------------------------------------------------------------------
 
 
-def test_the_averaged_weights_are_exported_and_the_raw_ones_lie_beside_them(train, tmp_path, drawn_by_diffusers):
+def test_the_averaged_weights_are_exported_and_the_raw_ones_lie_beside_them(train, tmp_path, by_diffusers):
     adapted = train(save_kohya=True)
     average = AveragedWeights(adapted.trained_parameters(), 0.5, "warm")
     scramble(adapted, seed=2)
@@ -527,7 +530,7 @@ def test_the_averaged_weights_are_exported_and_the_raw_ones_lie_beside_them(trai
         averaged = prediction(adapted)
     assert distance(raw, averaged) > 0.05
     for name, expected in ((DIFFUSERS_NAME, averaged), (KOHYA_NAME, averaged), (RAW_NAME, raw)):
-        assert distance(drawn_by_diffusers(tmp_path, name), expected) < 1e-5
+        assert distance(by_diffusers(tmp_path, name), expected) < 1e-5
 
 
 def test_files_for_all_readers_have_an_alpha_that_is_the_rank(train, base, tmp_path):
