@@ -131,16 +131,6 @@ def test_everything_that_does_not_fit_is_named_at_once(train, tmp_path, capfd):
     assert not list(tmp_path.glob("*"))
 
 
-def test_a_checkpoint_of_other_adapters_is_refused(train, tmp_path, capfd):
-    assert train(tmp_path) == 0
-    again = ("--max_train_steps", 6, "--resume_from_checkpoint", "latest")
-    assert train(tmp_path, "--rank", 8, *again) == 1
-    message = capfd.readouterr().err
-    assert "the same --rank" in message and f"--init_lora {tmp_path / 'checkpoint-4/lora'}" in message
-    assert train(tmp_path, "--use_dora", *again) == 1
-    assert train(tmp_path, *again) == 0
-
-
 def test_a_file_that_does_something_else_is_not_handed_over(train, tmp_path, capfd, monkeypatch):
     """An error in the writer, which a person would notice in their images only."""
     right = adapters.write_diffusers_for_all

@@ -383,38 +383,36 @@ def old(train, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("name", [DIFFUSERS_NAME, KOHYA_NAME])
+DORA = {**EVERYWHERE, "use_dora": True, "rank": 3}
+PLAIN = {"rank": 4, "lora_alpha": 2.5}
+
+
 @pytest.mark.parametrize(
-    "now",
+    ("before", "name", "now"),
     [
-        {},
-        {"lora_alpha": 3.0},
-        {"rank": 8, "lora_alpha": 5.0},
-        {"rank": 6, "use_rslora": True, "lora_rank_pattern": ["attn2.to_k=7"], "lora_alpha_pattern": ["to_v=3"]},
-        {"lora_target_modules": ["all-linear", "conv"], "train_text_encoder": True},
+        (PLAIN, DIFFUSERS_NAME, {}),
+        (PLAIN, KOHYA_NAME, {"lora_alpha": 3.0}),
+        (PLAIN, KOHYA_NAME, {"rank": 8, "lora_alpha": 5.0}),
+        (
+            PLAIN, DIFFUSERS_NAME,
+            {"rank": 6, "use_rslora": True, "lora_rank_pattern": ["attn2.to_k=7"], "lora_alpha_pattern": ["to_v=3"]},
+        ),
+        (PLAIN, KOHYA_NAME, {"lora_target_modules": ["all-linear", "conv"], "train_text_encoder": True}),
+        (
+            {**EVERYWHERE, "rank": 4, "lora_rank_pattern": ["conv1=2", "q_proj=3"]}, DIFFUSERS_NAME,
+            {**EVERYWHERE, "rank": 4, "lora_alpha": 3.0},
+        ),
+        (DORA, DIFFUSERS_NAME, DORA),
+        (DORA, DIFFUSERS_NAME, {**DORA, "rank": 4, "lora_alpha": 5.0}),
     ],
-    ids=["same", "alpha", "rank", "rslora, patterns", "more layers"],
-)
-def test_a_run_begins_as_the_lora_that_it_starts_from(now, name, old, adapt, base_prediction, by_diffusers):
-    folder = old(rank=4, lora_alpha=2.5)
+    ids=["same", "alpha", "rank", "rslora, patterns", "more layers", "everywhere", "dora", "dora, rank and alpha"],
+)  # fmt: skip
+def test_a_run_begins_as_the_lora_that_it_starts_from(before, name, now, old, adapt, base_prediction, by_diffusers):
+    folder = old(**before)
     adapted = adapt(init_lora=str(folder / name), **now)
     expected = by_diffusers(folder, name)
     assert distance(prediction(adapted), expected) < 1e-5
     assert distance(expected, base_prediction) > 0.05
-
-
-def test_a_run_begins_as_a_lora_of_convolutions_and_a_text_encoder(old, adapt, by_diffusers):
-    folder = old(**EVERYWHERE, rank=4, lora_rank_pattern=["conv1=2", "q_proj=3"])
-    adapted = adapt(**EVERYWHERE, rank=4, lora_alpha=3.0, init_lora=str(folder))
-    assert distance(prediction(adapted), by_diffusers(folder)) < 1e-5
-
-
-@pytest.mark.parametrize("now", [{}, {"rank": 4, "lora_alpha": 5.0}], ids=["same", "rank and alpha"])
-def test_a_run_begins_as_the_dora_that_it_starts_from(now, old, adapt, by_diffusers):
-    flags = {**EVERYWHERE, "use_dora": True, "rank": 3}
-    folder = old(**flags)
-    adapted = adapt(**{**flags, **now}, init_lora=str(folder))
-    assert distance(prediction(adapted), by_diffusers(folder)) < 1e-5
 
 
 def test_rows_that_a_larger_rank_brings_are_drawn_and_have_nothing_behind_them(old, adapt):

@@ -441,18 +441,6 @@ def test_a_checker_judges_the_images(by_images, painter, tmp_path):
     assert base["facts"]["checker"] == "finetuning.shapes.checker"
 
 
-def test_a_users_own_checker_is_a_file(by_images, painter, tmp_path):
-    module = tmp_path / "my_checker.py"
-    module.write_text(
-        "from finetuning.evaluation.metrics import Metric\n"
-        'METRICS = {"wide": Metric("wide", "how wide", role="retained"), "red": Metric("red", "x", role="learned")}\n'
-        'def scores(image, caption): return {"wide": image.width, "red": len(caption) * 0.0}\n'
-    )
-    evaluator = by_images(checker=str(module))
-    evaluator.evaluate(0)
-    assert base_file(tmp_path)["retain"] == [64, 64, 64, 64]
-
-
 def test_an_image_starts_from_the_same_noise_in_whatever_batch(by_images, painter):
     for together in (6, 4):
         by_images(train_batch_size=together).evaluate(0)

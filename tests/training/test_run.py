@@ -69,15 +69,6 @@ def test_a_seed_that_is_not_given_is_drawn_and_written_down(start):
     assert json.loads((runs[0].output_dir / "args.json").read_text())["seed"] == runs[0].args.seed
 
 
-def test_a_resumed_run_keeps_the_seed_of_its_checkpoint(start, tmp_path):
-    checkpoint = tmp_path / "run" / "checkpoint-4"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "training_state.json").write_text('{"args": {"seed": 7}}')
-    assert start(seed=None, resume_from_checkpoint="latest").args.seed == 7
-    assert start(seed=5, resume_from_checkpoint="latest").args.seed == 5
-    assert start(seed=None).args.seed != 7
-
-
 # -- the step --------------------------------------------------------------------------------------------------------
 
 
@@ -176,16 +167,6 @@ def test_nothing_of_the_token_reaches_the_trackers(start):
 
 
 # -- signals ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_for_a_checkpoint(number, start, capfd):
-    run = start()
-    run.begin(0, 10)
-    assert not run.any(run.stop_signal is not None)
-    os.kill(os.getpid(), number)
-    assert run.stop_signal == number and run.any(run.stop_signal is not None)
-    assert f"{signal.Signals(number).name}: stopping after this step, with a checkpoint" in capfd.readouterr().err
 
 
 def test_ctrl_c_works_before_the_first_step_where_a_shell_had_it_ignored(start):
