@@ -156,5 +156,10 @@ def _batches(items, size):
         yield batch
 
 
+def main(argv=None):
+    """Caption the folder, and return the exit status."""
+    return run_script(Args, __doc__, caption, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_script(Args, __doc__, caption))
+    sys.exit(main())

@@ -173,7 +173,7 @@ while kill -0 $LAUNCHER 2>/dev/null; do STATUS=0; wait $LAUNCHER || STATUS=$?; d
 command_line() { printf '  python'; printf ' %q' "$@"; printf '\n'; }  # paths may have spaces and quotes
 if [ "$METHOD" = lora ]; then
   GENERATE=(--model "$MODEL_NAME" --lora "$OUTPUT_DIR" --lora_scale 0 0.5 0.8 1)
-  TUNED=(--lora "tuned=$OUTPUT_DIR") MERGE=(fold --base "$MODEL_NAME" --lora "$OUTPUT_DIR" --scale 0.75)
+  TUNED=(--lora "tuned=$OUTPUT_DIR") MERGE=(fuse --base "$MODEL_NAME" --lora "$OUTPUT_DIR" --scale 0.75)
 else
   GENERATE=(--model "base=$MODEL_NAME" "tuned=$OUTPUT_DIR")
   TUNED=(--model "tuned=$OUTPUT_DIR") MERGE=(--base "$MODEL_NAME" --tuned "$OUTPUT_DIR" --ratio 0.5 0.7)
@@ -186,7 +186,9 @@ if [ -z "$DATASET_NAME" ]; then
   EVALUATE=(--model "original=$MODEL_NAME" "${TUNED[@]}" --dataset "$TRAIN_DIR")
   if [ -d "$TRAIN_DIR/validation" ]; then EVALUATE+=(--split validation)
   elif [ -d "$TRAIN_DIR/train" ]; then EVALUATE+=(--split train); fi
-  if [ "$TRAIN_DIR" = datasets/chalk ]; then EVALUATE+=(--general_prompts datasets/left_out_of_chalk.txt); fi
+  if [ "$TRAIN_DIR" = datasets/chalk ]; then
+    EVALUATE+=(--general_prompts datasets/left_out_of_chalk.txt --checker finetuning.shapes.checker)
+  fi
   printf 'Did it learn, and what did it forget?\n'
   command_line evaluate_model.py "${EVALUATE[@]}" --guidance_scale "$GUIDANCE" --output_dir "$OUTPUT_DIR-report"
 fi

@@ -76,7 +76,7 @@ def convert(args):
     findings, read = Findings(), SOURCES[args.source].read
     total = sum(1 for _ in read(args.path, args, findings))
     say = lambda text: print(text, file=sys.stderr)
-    findings.refuse(args.path, args.on_bad_rows, say, fix="mend them, or take the rest with")
+    findings.refuse(args.path, args.on_bad_rows, say, fix="correct them, or take the rest with")
     if not total:
         report = findings.report()
         raise DatasetError(f"{args.path} holds nothing that could be taken" + (f":\n{report}" if report else ""))

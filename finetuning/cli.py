@@ -371,11 +371,20 @@ def read(args_class, description, argv):
     problems += [f"{flag.spelled} is required: {flag.help}" for flag in missing if flag.name not in suspect]
 
     args = args_class(**values)
-    # What relates several flags is only said of those that could be read.
-    related = list(_unmet(args, flags))
-    if not missing:
-        related += _group_problems(args)
-    return args, problems + [text for text in related if not _names_one_of(text, suspect, flags)]
+    return args, problems + _related_problems(args, flags, suspect, with_groups=not missing)
+
+
+def problems_of(args):
+    """What is wrong with arguments that were made in code: a list, as `read` returns it."""
+    flags, problems, suspect = flags_of(type(args)), [], set()
+    for flag in flags.values():
+        try:
+            _convert(getattr(args, flag.name), flag)
+        except ValueError as problem:
+            problems.append(str(problem))
+            suspect.add(flag.name)
+    sound = dataclasses.replace(args, **{name: flags[name].default for name in suspect})
+    return problems + _related_problems(sound, flags, suspect)
 
 
 def _read_command_line(args_class, description, argv, flags):
@@ -532,6 +541,15 @@ def _convert_one(raw, flag, kind, whole):
     return value
 
 
+def _related_problems(args, flags, suspect, with_groups=True):
+    """What relates several flags, said only of those that could be read."""
+    problems = list(_unmet(args, flags))
+    for group in type(args).__mro__ if with_groups else ():
+        if "problems" in group.__dict__:
+            problems += group.__dict__["problems"](args)
+    return [text for text in problems if not _names_one_of(text, suspect, flags)]
+
+
 def _unmet(args, flags):
     """Flags that do nothing, or that exclude each other."""
     changed = {name for name, flag in flags.items() if getattr(args, name) != flag.default}
@@ -550,12 +568,6 @@ def _unmet(args, flags):
 def _is_on(args, wanted):
     name, equals, value = wanted.partition("=")
     return str(getattr(args, name)) == value if equals else bool(getattr(args, name))
-
-
-def _group_problems(args):
-    for group in type(args).__mro__:
-        if "problems" in group.__dict__:
-            yield from group.__dict__["problems"](args)
 
 
 def _names_one_of(text, names, flags):

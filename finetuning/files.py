@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections import Counter
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -48,6 +50,28 @@ def write_text(path, text):
     """Write UTF-8 text to a file that is whole or as it was before."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def file_names(texts, most=80):
+    """{text: file name}: letters and digits of any script, anything else as "-", cut to `most` bytes.
+
+    Different texts have different names, also where upper and lower case are one: those that would share a name get a
+    hash behind it.
+    """
+    names = {text: _cut(re.sub(r"[^\w.]+", "-", text).strip("-."), most) for text in texts}
+    alike = Counter(name.casefold() for name in names.values())
+    return {
+        text: name if name and alike[name.casefold()] == 1 else f"{name}-{_short_hash(text)}".lstrip("-")
+        for text, name in names.items()
+    }
+
+
+def _cut(name, most):
+    return name.encode()[:most].decode(errors="ignore")
+
+
+def _short_hash(text):
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=4).hexdigest()
 
 
 def write_json(path, content):
@@ -104,7 +128,7 @@ def atomic_result(target, write, key="model_index.json"):
 
 
 def write_manifest(folder, known=None):
-    """Give every file the mode that the umask asks for, sync it, and list its size and sha256 in manifest.json.
+    """Give every file the mode that the umask asks for, sync it, and list its size and hash in manifest.json.
 
     `known` {path: sha256} are hashes that are taken as they are.
     """
@@ -116,7 +140,7 @@ def write_manifest(folder, known=None):
         os.chmod(path, mode)  # safetensors writes 0600, which the next user of a shared machine cannot read
         listed[str(path.relative_to(folder))] = {
             "bytes": path.stat().st_size,
-            "sha256": known.get(path) or sha256(path),
+            **({"sha256": known[path]} if path in known else {"xxh3_128": xxh3(path)}),
         }
         _sync(path)
     write_json(folder / MANIFEST, listed)
@@ -140,7 +164,8 @@ def check_manifest(folder):
         size = path.stat().st_size
         if size != expected["bytes"]:
             raise BrokenFolder(f"{folder} is broken: {name} has {size} bytes, not {expected['bytes']}")
-        if sha256(path) != expected["sha256"]:
+        # Older versions wrote sha256, at a sixth of the speed.
+        if xxh3(path) != expected["xxh3_128"] if "xxh3_128" in expected else sha256(path) != expected["sha256"]:
             raise BrokenFolder(f"{folder} is broken: the content of {name} has changed since it was written")
 
 
@@ -157,6 +182,17 @@ def remove_leftovers(parent, name=None):
                 os.rename(path, home)
                 continue
         shutil.rmtree(path)
+
+
+def xxh3(path):
+    """Hex digest of a file, quick, against damage and not against forgery."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sha256(path):

@@ -1,4 +1,4 @@
-"""How often a model draws what was asked, on combinations that it was never trained on, read off the pixels.
+"""How often a model shows what was asked, on combinations that it was never trained on, read off the pixels.
 
     python -m models.measure_mini_sd --model models/mini-sd --output_dir build/mini-sd/accuracy
 
@@ -18,7 +18,7 @@ from finetuning.families import generation
 from finetuning.families.pipelines import SCHEDULERS, open_pipeline
 from finetuning.files import write_json
 from finetuning.rng import torch_generator
-from finetuning.shapes.checker import agrees, read, right, share_in_chalk
+from finetuning.shapes.checker import agrees, read, scores
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import SHAPES, draw_scene, single_scenes
 
@@ -42,8 +42,8 @@ def generate(pipeline, scenes, guidance_scale, steps, batch_size=64, seed=0):
     """A PIL image for each scene; image number i always starts from the same noise."""
     generators = [torch_generator(seed, "accuracy", number) for number in range(len(scenes))]
     images = generation.generate(
-        pipeline, [scene.caption for scene in scenes], generators, batch_size=batch_size,
-        guidance_scale=guidance_scale, num_inference_steps=steps,
+        pipeline, [scene.caption for scene in scenes], generators, batch_size=batch_size, guidance_scale=guidance_scale,
+        num_inference_steps=steps,
     )  # fmt: skip
     return list(tqdm(images, total=len(scenes), leave=False))
 
@@ -64,10 +64,8 @@ def chalk_and_right(pipeline, shapes, captions=128):
     """
     scenes = held_out_scenes(2 * captions, shapes)[0]
     images = generate(pipeline, scenes, guidance_scale=3.0, steps=25)
-    return {
-        "chalk": [share_in_chalk(image) for image in images],
-        "right": [right(scene, image) for scene, image in zip(scenes, images, strict=True)],
-    }
+    found = [scores(image, scene.caption) for scene, image in zip(scenes, images, strict=True)]
+    return {"chalk": [one["style"] for one in found], "right": [one["shapes"] for one in found]}
 
 
 def interval(share, n):

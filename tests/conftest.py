@@ -1,9 +1,12 @@
 """Shared fixtures: a tiny random Stable Diffusion, a tiny dataset, and runs of the scripts."""
 
+import importlib
+import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,7 +20,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from finetuning.files import write_json
+from finetuning.files import write_json, xxh3
 from finetuning.shapes.write_dataset import write as write_shapes
 from models.make_start import MODEL_INDEX, vocabulary
 
@@ -97,15 +100,110 @@ def shapes_folder(tmp_path_factory):
     return folder
 
 
+@contextmanager
+def accelerate_forgotten():
+    """accelerate keeps its state in the process: forget it, and the signal handlers of a run, after the block."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def fresh_accelerate():
-    """accelerate keeps its state in the process: forget it, and the signal handlers of a run, after each test."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    """A test of its own process-wide accelerate."""
+    with accelerate_forgotten():
+        yield
+
+
+class Training:
+    """Runs of the training scripts in this process, and what they leave behind."""
+
+    @staticmethod
+    def run(script, arguments, output_dir, *more):
+        """The exit status of `script` with these flags."""
+        words = [*map(str, arguments), "--output_dir", str(output_dir), *map(str, more)]
+        with accelerate_forgotten():
+            return importlib.import_module(script).main(words)
+
+    @staticmethod
+    def metrics(folder):
+        """The lines of metrics.jsonl; NaN and Infinity, which are not JSON, fail."""
+        path = Path(folder) / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        return [json.loads(line, parse_constant=int) for line in path.read_text().splitlines()]
+
+    @classmethod
+    def steps(cls, folder):
+        """The lines that training steps wrote; the evaluator writes others."""
+        return [line for line in cls.metrics(folder) if "train_loss" in line]
+
+    @classmethod
+    def state(cls, folder, step=8):
+        """All that a run computed, to the last bit: (weights by file, optimizer.pt of checkpoint-`step`, metrics)."""
+        folder = Path(folder)
+        weights = {
+            str(path.relative_to(folder)): xxh3(path)
+            for depth in ("*", "*/*", f"checkpoint-{step}/*/*")
+            for path in folder.glob(f"{depth}.safetensors")
+        }
+        optimizer = torch.load(folder / f"checkpoint-{step}/optimizer.pt", weights_only=True)
+        return weights, _exact(optimizer), cls.metrics(folder)
+
+    @staticmethod
+    def assert_same(first, second):
+        """Two states are one; compared part by part, so that a failure says what differs."""
+        for name, one, other in zip(("weights", "optimizer", "metrics"), first, second, strict=True):
+            assert one == other, f"{name} differ"
+        assert first[0]
+
+
+def _exact(value):
+    """Nested containers with every tensor as its exact bytes."""
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype), tuple(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    if isinstance(value, dict):
+        return {key: _exact(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_exact(item) for item in value]
+    return value
+
+
+@pytest.fixture(scope="session")
+def training():
+    """Runs of the training scripts in this process, and what they leave behind."""
+    return Training
+
+
+@pytest.fixture(scope="session")
+def arguments(tiny_model, shapes_folder):
+    """11 rows in groups of 4: three steps an epoch, the last of 3 rows. Everything that draws is switched on."""
+    return f"""
+        --pretrained_model_name_or_path {tiny_model} --train_data_dir {shapes_folder} --resolution 32
+        --train_batch_size 2 --gradient_accumulation_steps 2 --max_train_steps 8 --seed 3
+        --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 2 --use_ema --ema_decay 0.9 --train_text_encoder
+        --random_flip --proportion_empty_prompts 0.3 --noise_offset 0.05 --input_perturbation 0.1 --snr_gamma 5
+        --checkpointing_steps 2 --validation_epochs 0 --report_to none
+    """.split()
+
+
+@pytest.fixture(scope="session")
+def whole_run(arguments, tmp_path_factory):
+    """whole_run(script): a run of 8 steps that was never interrupted, with every checkpoint. Never write to it."""
+    folders = {}
+
+    def run(script):
+        if script not in folders:
+            folders[script] = tmp_path_factory.mktemp(script)
+            assert Training.run(script, arguments, folders[script], "--checkpointing_steps", 1) == 0
+        return folders[script]
+
+    return run
 
 
 @pytest.fixture

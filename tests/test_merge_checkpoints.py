@@ -145,7 +145,7 @@ def test_result_loads_and_is_the_mixture(tiny_model, tuned, merged, tensors):
 @pytest.mark.parametrize("method", ["weighted_sum", "slerp"])
 @pytest.mark.parametrize("ratio", [0, 1])
 def test_ratio_0_is_base_and_ratio_1_is_tuned_to_the_last_bit(tiny_model, tuned, merged, tensors, method, ratio):
-    parts = ["--parts", "unet,text_encoder", "vae"]
+    parts = ["--components", "unet,text_encoder", "vae"]
     out = merged("--base", tiny_model, "--tuned", tuned, "--ratio", ratio, "--method", method, *parts)
     expected = tensors([tiny_model, tuned][ratio])
     for file, result in tensors(out).items():
@@ -180,41 +180,6 @@ def test_text_encoder_keys_of_transformers_4_and_5_are_the_same_tensors(tiny_mod
     assert all(name.startswith("text_model.") for name in new[TEXT_ENCODER])
 
 
-def test_position_ids_are_copied_and_one_side_may_lack_them(tiny_model, tuned, copy, merged, tensors):
-    name, ids = "text_model.embeddings.position_ids", torch.arange(16)[None]
-    base, other = copy(tiny_model, "base"), copy(tuned, "other")
-    edit(base, TEXT_ENCODER, lambda tensors: tensors | {name: ids})
-    for theirs in ({name: ids.half() + 3}, {}):
-        edit(other, TEXT_ENCODER, lambda tensors, theirs=theirs: without("position_ids")(tensors) | theirs)
-        result = tensors(merged("--base", base, "--tuned", other, "--dtype", "fp16"))[TEXT_ENCODER][name]
-        assert result.dtype == torch.int64 and torch.equal(result, ids)
-
-
-# -- precision -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
-def test_dtype_is_that_of_all_files_and_rounded_once(tiny_model, tuned, merged, tensors, tmp_path, name, dtype):
-    models = ["--base", tiny_model, "--tuned", tuned]
-    exact, rounded = (
-        tensors(merged(*models, *more, out=tmp_path / str(len(more)))) for more in ([], ["--dtype", name])
-    )
-    for file, result in rounded.items():
-        assert same(result, {key: value.to(dtype) for key, value in exact[file].items()})
-
-
-def test_without_dtype_the_more_precise_one_of_the_inputs_is_kept(tiny_model, tuned, copy, merged, tensors):
-    halved = copy(tuned, "halved")
-    for file in (UNET, TEXT_ENCODER, VAE):
-        edit(halved, file, as_dtype(torch.float16))
-    both = tensors(merged("--base", halved, "--tuned", halved))
-    assert all(value.dtype == torch.float16 for part in both.values() for value in part.values())
-    mixed = tensors(merged("--base", halved, "--tuned", tiny_model, "--ratio", 0.6))
-    assert_mixture(mixed[UNET], tensors(halved)[UNET], tensors(tiny_model)[UNET], 0.6)
-    assert all(value.dtype == torch.float32 for value in mixed[UNET].values())
-    assert (halved / VAE).read_bytes() == (halved.parent / "out" / VAE).read_bytes()
-
-
 # -- kinds of models -------------------------------------------------------------------------------------------------
 
 
@@ -241,9 +206,11 @@ def test_single_file_loads_and_holds_what_the_folder_holds(tiny_model, tuned, me
 
 
 def test_single_file_is_as_good_an_input_as_the_folder(tiny_model, tuned, original, merged, tensors, tmp_path):
-    expected = tensors(merged("--base", tiny_model, "--tuned", tuned, "--parts", "unet", "text_encoder", "vae"))
+    expected = tensors(merged("--base", tiny_model, "--tuned", tuned, "--components", "unet", "text_encoder", "vae"))
     found = tensors(
-        merged("--base", tiny_model, "--tuned", original, "--parts", "unet", "text_encoder", "vae", out=tmp_path / "b")
+        merged(
+            "--base", tiny_model, "--tuned", original, "--components", "unet", "text_encoder", "vae", out=tmp_path / "b"
+        )
     )
     assert all(same(found[file], expected[file]) for file in (UNET, TEXT_ENCODER, VAE))
 
@@ -271,13 +238,6 @@ def test_bare_unet_as_tuned_leaves_the_text_encoder_to_the_base(tiny_model, tune
     out = tensors(merged("--base", tiny_model, "--tuned", tuned / place))
     assert_mixture(out[UNET], tensors(tiny_model)[UNET], tensors(tuned)[UNET], 0.5)
     assert same(out[TEXT_ENCODER], tensors(tiny_model)[TEXT_ENCODER])
-
-
-def test_bare_unet_with_a_layout_gives_a_pipeline(tiny_model, tuned, merged, tensors):
-    out = merged("--base", tuned / UNET, "--tuned", tiny_model / "unet", "--layout_from", tiny_model, "--ratio", 0)
-    StableDiffusionPipeline.from_pretrained(out)
-    assert same(tensors(out)[UNET], tensors(tuned)[UNET])
-    assert same(tensors(out)[VAE], tensors(tiny_model)[VAE])
 
 
 @pytest.fixture
@@ -327,16 +287,6 @@ def test_checkpoint_trained_from_scratch_keeps_its_own_configuration(tiny_model,
     assert StableDiffusionPipeline.from_pretrained(out).unet.config.block_out_channels == [8, 24]
 
 
-def test_variant_is_taken_where_it_is_there(tiny_model, tuned, merged, tensors, tmp_path):
-    base = merged("--base", tiny_model, "--variant", "non_ema", "--tuned", tuned, "--ratio", 0)
-    non_ema = load_file(tiny_model / "unet/diffusion_pytorch_model.non_ema.safetensors")
-    assert same(tensors(base)[UNET], non_ema)
-    other = merged(
-        "--base", tuned, "--tuned", tiny_model, "--tuned_variant", "non_ema", "--ratio", 1, out=tmp_path / "other"
-    )
-    assert same(tensors(other)[UNET], non_ema)
-
-
 def test_paths_may_be_written_in_any_way(tiny_model, tuned, merged, tensors, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tiny_model)
     monkeypatch.chdir(tmp_path)
@@ -359,12 +309,6 @@ def test_output_through_a_link_goes_where_the_link_points(tiny_model, tuned, mer
 # -- parts, blocks ---------------------------------------------------------------------------------------------------
 
 
-def test_parts_that_are_not_named_are_the_base_s(tiny_model, tuned, merged, tensors):
-    out = tensors(merged("--base", tiny_model, "--tuned", tuned, "--parts", "vae", "--ratio", 1))
-    assert same(out[VAE], tensors(tuned)[VAE])
-    assert same(out[UNET], tensors(tiny_model)[UNET]) and same(out[TEXT_ENCODER], tensors(tiny_model)[TEXT_ENCODER])
-
-
 def test_block_ratios_go_before_ratio(tiny_model, tuned, merged, tensors):
     out = tensors(merged("--base", tiny_model, "--tuned", tuned, "--ratio", 1, "--block_ratios", "unet.mid_block.*=0"))[
         UNET
@@ -377,27 +321,28 @@ def test_block_ratios_go_before_ratio(tiny_model, tuned, merged, tensors):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "named"),
     [
-        (["--ratio", "0.5", "0.5"], "names a ratio twice"),
-        (["--ratio", "0.1234567", "0.1234568"], "names a ratio twice"),
-        (["--ratio", "nan"], "--ratio nan must be a finite number"),
-        (["--ratio", "half"], "--ratio half must be a number"),
-        (["--parts", "unet,clip"], "--parts clip: the parts are unet, text_encoder and vae"),
-        (["--parts", ","], "--parts names none"),
+        (["--ratio", "0.5", "0.5"], "--ratio 0.5 0.5"),
+        (["--ratio", "0.1234567", "0.1234568"], "--ratio 0.1234567 0.1234568"),
+        (["--ratio", "nan"], "--ratio nan"),
+        (["--ratio", "half"], "--ratio half"),
+        (["--components", "unet,clip"], "--components clip"),
+        (["--components", ","], "--components"),
         (["--block_ratios", "much"], "--block_ratios much"),
-        (["--block_ratios", "unet.*=2", "--curve", "inverse_smoothstep"], "--block_ratios 2 must be between 0 and 1"),
-        (["--method", "add_difference"], "needs --origin"),
-        (["--dtype", "int8"], "--dtype int8 must be one of fp16, bf16, fp32"),
+        (["--block_ratios", "unet.*=2", "--curve", "inverse_smoothstep"], "--block_ratios 2"),
+        (["--method", "add_difference"], "--origin"),
+        (["--density", "0.3"], "--density"),
+        (["--dtype", "int8"], "--dtype int8"),
     ],
 )
-def test_wrong_flags_are_refused(tiny_model, tuned, refused, words, said):
-    assert said in refused("--base", tiny_model, "--tuned", tuned, *words, status=2)
+def test_wrong_flags_are_refused(tiny_model, tuned, refused, words, named):
+    assert named in refused("--base", tiny_model, "--tuned", tuned, *words, status=2)
 
 
 def test_all_that_is_wrong_with_the_flags_is_said_together(tiny_model, refused):
-    message = refused("--base", tiny_model, "--tuned", "a", "b", "--ratio", 2, 2, "--parts", "clip", status=2)
-    assert all(said in message for said in ("names a ratio twice", "--parts clip", "--tuned names 2 models"))
+    message = refused("--base", tiny_model, "--tuned", "a", "b", "--ratio", 2, 2, "--components", "clip", status=2)
+    assert all(named in message for named in ("--ratio 2.0 2.0", "--components clip", "--tuned names 2 models"))
     message = refused("merge", status=2, out=None)
     assert all(f"{name} is required" in message for name in ("--base", "--tuned", "--output_dir"))
 
@@ -408,37 +353,18 @@ def test_all_that_is_wrong_with_the_flags_is_said_together(tiny_model, refused):
         (UNET, without("conv_in.bias"), "lacks 1 tensor(s) of the unet: conv_in.bias"),
         (TEXT_ENCODER, lambda tensors: tensors | {"text_model.a": torch.ones(2)}, "1 tensor(s) of the text_encoder: a"),
         (UNET, lambda tensors: tensors | {"conv_in.weight": torch.ones(8, 9, 3, 3)}, "[8, 4, 3, 3] and [8, 9, 3, 3]"),
-        (UNET, as_dtype(torch.int8), "has only integers for"),
+        (UNET, as_dtype(torch.int8), "is quantised"),
+        (UNET, lambda tensors: tensors | {"a.base_layer.weight": torch.ones(2)}, "saved with adapters in it"),
         (UNET, with_value("conv_in.bias", torch.nan), "unet.conv_in.bias: NaN"),
         (TEXT_ENCODER, with_value("text_model.final_layer_norm.bias", -torch.inf), "final_layer_norm.bias: NaN"),
     ],
-    ids=["missing", "extra", "shape", "integers", "nan", "inf"],
+    ids=["missing", "extra", "shape", "quantised", "adapters", "nan", "inf"],
 )
 def test_models_that_do_not_fit_together_are_refused(tiny_model, tuned, copy, refused, file, change, said):
     other = copy(tuned, "other")
     edit(other, file, change)
     message = refused("--base", tiny_model, "--tuned", other)
     assert said in message and str(other) in message
-
-
-def test_all_that_does_not_fit_is_said_together(tiny_model, tuned, copy, refused):
-    other = copy(tuned, "other")
-    edit(other, UNET, lambda tensors: without("conv_in.bias")(tensors) | {"more": torch.ones(1)})
-    edit(other, TEXT_ENCODER, without("final_layer_norm.bias"))
-    scheduler = other / "scheduler/scheduler_config.json"
-    write_json(scheduler, json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"})
-    message = refused("--base", tiny_model, "--tuned", other)
-    for said in ("predict different things", "unet: conv_in.bias", "unet: more", "text_encoder: final_layer_norm.bias"):
-        assert said in message
-
-
-def test_models_that_predict_different_things_are_refused_whatever_is_said_of_tensors(tiny_model, tuned, copy, refused):
-    other = copy(tuned, "other")
-    scheduler = other / "scheduler/scheduler_config.json"
-    write_json(scheduler, json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"})
-    for more in ([], ["--on_mismatch", "tuned"]):
-        message = refused("--base", tiny_model, "--tuned", other, *more)
-        assert "predict different things" in message and "v_prediction" in message
 
 
 def test_what_is_no_model_is_refused_and_all_of_it_at_once(tiny_model, refused, tmp_path):
@@ -458,7 +384,7 @@ def test_what_is_no_model_is_refused_and_all_of_it_at_once(tiny_model, refused, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--base", "{tiny}", "--tuned", "{tuned}/unet", "--parts", "text_encoder"], "/unet has no text_encoder"),
+        (["--base", "{tiny}", "--tuned", "{tuned}/unet", "--components", "text_encoder"], "/unet has no text_encoder"),
         (["--base", "{tiny}/unet", "--tuned", "{tuned}", "--single_file"], "has no text_encoder, vae"),
         (["--base", "{original}", "--tuned", "{tuned}"], "add --single_file, or --layout_from"),
         (["--base", "{bare}", "--tuned", "{tuned}"], "--layout_from"),
@@ -519,14 +445,6 @@ def test_on_mismatch_tuned_takes_a_wider_unet_with_its_configuration(tiny_model,
         assert_mixture(rest(result), rest(base), rest(other), 0.3)
 
 
-def test_on_mismatch_tuned_takes_the_configuration_of_a_bare_unet(tiny_model, tuned, merged, tmp_path):
-    UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(tuned / "unet"), in_channels=9).save_pretrained(
-        tmp_path / "wide"
-    )
-    out = merged("--base", tiny_model, "--tuned", tmp_path / "wide", "--on_mismatch", "tuned")
-    assert StableDiffusionPipeline.from_pretrained(out).unet.config.in_channels == 9
-
-
 @pytest.mark.parametrize("side", ["base", "tuned"])
 def test_on_mismatch_says_whose_tensor_is_taken_where_one_is_not_finite(
     tiny_model, tuned, copy, merged, tensors, capsys, side
@@ -543,24 +461,6 @@ def test_on_mismatch_says_whose_tensor_is_taken_where_one_is_not_finite(
     assert "unet.conv_out.weight" in capsys.readouterr().out
 
 
-def test_on_mismatch_cannot_mend_with_a_tensor_that_is_not_finite_itself(tiny_model, tuned, copy, refused):
-    other = copy(tuned, "other")
-    edit(other, UNET, with_value("conv_in.bias", torch.nan))
-    assert "unet.conv_in.bias" in refused("--base", tiny_model, "--tuned", other, "--on_mismatch", "tuned")
-
-
-def test_on_mismatch_says_what_it_did_with_missing_and_extra_tensors(tiny_model, tuned, copy, merged, tensors, capsys):
-    other = copy(tuned, "other")
-    edit(other, UNET, lambda tensors: without("conv_in.bias")(tensors) | {"more": torch.ones(1)})
-    models = ["--base", tiny_model, "--tuned", other, "--on_mismatch"]
-    for side in ("base", "tuned"):
-        result = tensors(merged(*models, side))[UNET]
-        assert torch.equal(result["conv_in.bias"], tensors(tiny_model)[UNET]["conv_in.bias"])
-        assert ("more" in result) == (side == "tuned")
-        told = capsys.readouterr().out
-        assert "conv_in.bias" in told and "more" in told
-
-
 # -- whole or not there ----------------------------------------------------------------------------------------------
 
 
@@ -573,7 +473,7 @@ def broken(*_, **__):
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-@pytest.mark.parametrize("failing", ["compute", "posix_fallocate", "pwrite", "fsync"])
+@pytest.mark.parametrize("failing", ["compute", "posix_fallocate", "fsync"])
 def test_failure_leaves_nothing_or_what_was_there(
     tiny_model, tuned, merged, tmp_path, monkeypatch, capsys, failing, earlier
 ):
@@ -601,7 +501,7 @@ def test_too_little_room_is_said_before_anything_is_written(tiny_model, tuned, r
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     monkeypatch.setattr(os, "posix_fallocate", broken)
-    assert "0.0 GB left: free some" in refused("--base", tiny_model, "--tuned", tuned, "--ratio", 0.1, 0.2)
+    assert "0 MB left: free some" in refused("--base", tiny_model, "--tuned", tuned, "--ratio", 0.1, 0.2)
 
 
 SLOW = """
@@ -668,18 +568,11 @@ def test_show_tells_how_a_result_was_made(tiny_model, tuned, merged, capsys, pla
     assert all(said in told for said in ("--ratio 0.3", str(tiny_model), f"{digest}  {UNET}"))
 
 
-@pytest.mark.parametrize("command", ["show", "replay"])
-def test_what_has_no_recipe_is_refused(tiny_model, refused, tmp_path, command):
-    write_json(tmp_path / "merge.json", {"ratio": [1]})
-    (tmp_path / "broken.json").write_text("{")
-    for path in (tiny_model, tiny_model / UNET, tmp_path, tmp_path / "broken.json", tmp_path / "absent"):
-        out = tmp_path / "out" if command == "replay" else None
-        assert f"{path} holds no recipe" in refused(command, path, out=out)
-
-
 @pytest.mark.parametrize("how", ["replay", "--config"])
 def test_recipe_makes_the_same_files_again(tiny_model, tuned, merged, tmp_path, how):
-    first = merged("--base", tiny_model, "--tuned", tuned, "--ratio", 0.3, "--parts", "unet,vae", "--dtype", "bf16")
+    first = merged(
+        "--base", tiny_model, "--tuned", tuned, "--ratio", 0.3, "--components", "unet,vae", "--dtype", "bf16"
+    )
     path = first if how == "replay" else first / "merge.json"
     assert below(merged(how, path, out=tmp_path / "again")) == below(first)
 
@@ -692,15 +585,32 @@ def test_replay_refuses_inputs_that_have_changed_by_name(tiny_model, tuned, copy
     assert f"{other / TEXT_ENCODER} is not the file of the recipe" in message and str(other / UNET) not in message
 
 
-def test_replay_refuses_a_recipe_of_another_version(tiny_model, tuned, merged, refused):
+@pytest.mark.parametrize(
+    ("flags", "command", "named"),
+    [
+        ({"warp": 9}, "merge", "warp"),
+        ({}, "mix", "mix"),
+        ({"ratio": [0.5, 0.5]}, "merge", "--ratio 0.5 0.5"),
+        ({"components": ["clip"]}, "merge", "--components clip"),
+    ],
+)
+def test_replay_refuses_a_recipe_that_this_version_cannot_follow(
+    tiny_model, tuned, merged, refused, flags, command, named
+):
     first = merged("--base", tiny_model, "--tuned", tuned)
     recipe = json.loads((first / "merge.json").read_text())
-    for changed, said in (
-        (recipe | {"warp": 9}, "warp"),
-        (recipe | {"run": recipe["run"] | {"command": "mix"}}, "mix"),
-    ):
-        write_json(first.parent / "changed.json", changed)
-        assert said in refused("replay", first.parent / "changed.json", out=first.parent / "again")
+    write_json(first.parent / "changed.json", recipe | flags | {"run": recipe["run"] | {"command": command}})
+    message = refused("replay", first.parent / "changed.json", out=first.parent / "again")
+    assert named in message and "changed.json" in message
+
+
+def test_replay_follows_a_recipe_with_older_names(tiny_model, tuned, merged):
+    first = merged("--base", tiny_model, "--tuned", tuned, "--components", "vae", "--ratio", 1)
+    recipe = json.loads((first / "merge.json").read_text())
+    recipe["parts"] = recipe.pop("components")
+    write_json(first.parent / "older.json", recipe)
+    again = merged("replay", first.parent / "older.json", out=first.parent / "again")
+    assert below(again) == below(first)
 
 
 # -- the script ------------------------------------------------------------------------------------------------------
@@ -711,6 +621,11 @@ def test_help_of_every_command(capsys):
         with pytest.raises(SystemExit) as end:
             merge_checkpoints.main([*command.split(), "--help"])
         assert end.value.code == 0 and "merge_checkpoints.py" in capsys.readouterr().out
+
+
+def test_fold_goes_on_working_as_fuse(tiny_model, refused, capsys):
+    message = refused("fold", "--base", tiny_model, "--lora", "nowhere.safetensors")
+    assert "fold is now called fuse" in message and "nowhere.safetensors" in message
 
 
 def test_script_as_a_user_runs_it(tiny_model, tuned, run_script, tmp_path):

@@ -7,7 +7,7 @@ Reads from the environment, beside the name of the report:
     GPU_CHECK_KILL_AT=25        end it at this step as `kill -9` does
     GPU_CHECK_MEMORY_GB=14.5    let PyTorch allocate no more than this on the GPU
     GPU_CHECK_PROFILE=FILE      profile five steps, from the tenth, and write the most expensive operations
-    GPU_CHECK_LOCK=FILE         run one script at a time: only the imports overlap with another's measurement
+    GPU_CHECK_LOCK=FILE         run one script at a time: only the imports overlap with another's loading and warm-up
 """
 
 import fcntl
@@ -34,18 +34,28 @@ def setting(name, default=None):
     return os.environ.get(f"GPU_CHECK_{name}") or default
 
 
+def hold(name, how=fcntl.LOCK_EX):
+    """Wait for a lock among the processes of GPU_CHECK_LOCK; closing the file frees it, and the process's end."""
+    file = open(f"{setting('LOCK')}.{name}", "w", encoding="utf-8")  # noqa: SIM115
+    fcntl.flock(file, how)
+    return file
+
+
 class Watch:
     """Called after every optimizer step: when it was, and whether to stop there."""
 
     def __init__(self):
         self.times, self.ready = [], START
         self.stop_after, self.kill_at = int(setting("STOP_AFTER", 0)), int(setting("KILL_AT", 0))
-        self.profiler = None
+        self.profiler, self.locks = None, []
 
     def step(self, *_):
         import torch
 
         done = len(self.times) + 1
+        if setting("LOCK") and done == WARM_UP:
+            # Small steps wait for the CPU: nobody imports while they are timed. `turn` keeps new imports from starting.
+            self.locks += [hold("turn"), hold("quiet")]
         if torch.cuda.is_available() and done in (1, WARM_UP, self.stop_after):
             torch.cuda.synchronize()
         self.times.append(time.time())
@@ -93,15 +103,17 @@ def main():
     script, sys.argv = sys.argv[1], sys.argv[1:]
     sys.path[0] = str(Path(script).resolve().parent)
     watch = Watch()
+    if setting("LOCK"):
+        for name in IMPORTS:
+            with hold("turn"):
+                importing = hold("quiet", fcntl.LOCK_SH)
+            with importing:
+                importlib.import_module(name)
+        watch.locks = [hold("script")]  # until the process ends
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     register_optimizer_step_post_hook(watch.step)
-    if setting("LOCK"):
-        for name in IMPORTS:
-            importlib.import_module(name)
-        lock = open(setting("LOCK"), "w", encoding="utf-8")  # noqa: SIM115  # held until the process ends
-        fcntl.flock(lock, fcntl.LOCK_EX)
     watch.ready = time.time()
     if setting("MEMORY_GB") and torch.cuda.is_available():
         share = float(setting("MEMORY_GB")) * 1e9 / torch.cuda.get_device_properties(0).total_memory

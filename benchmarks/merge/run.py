@@ -4,8 +4,9 @@
 
 Makes two UNets of Stable Diffusion 1.5's layout with random weights, then measures in alternation, each kind in a
 process of its own whose inputs are not in the page cache: a copy (both inputs are read, one is written, 16 MB at a
-time), the copy with three more files written, and merges by finetuning.merging.streaming. All times include the sync to
-the disk. Prints a Markdown table of medians for each dtype. Needs 5 times the size of a model of disk, 17 GB for fp32.
+time), the copy with three more files written, and merges by finetuning/merging/merge_writer.py. All times include the
+sync to the disk. Prints a Markdown table of medians for each dtype. Needs 5 times the size of a model of disk, 17 GB
+for fp32.
 """
 
 import argparse
@@ -23,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from finetuning.families.tensors import tensor_references
+from finetuning.merging.merge_writer import MergeTask, OutputTensor, write_files
 from finetuning.merging.methods import weighted_sum
-from finetuning.merging.streaming import Piece, Written, write_files
-from finetuning.merging.tensors import stored_tensors
 
 COPIED_AT_ONCE = 16_000_000  # bytes
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -93,20 +94,20 @@ def copy(inputs, outputs):
 
 def merge(inputs, outputs, hashed):
     """As merge_checkpoints.py does it, one output for each of RATIOS as far as there are outputs."""
-    base, tuned = (stored_tensors(path)[0] for path in inputs)
+    base, tuned = (tensor_references(path)[0] for path in inputs)
     ways = [(path, partial(weighted_sum, ratio=ratio)) for path, ratio in zip(outputs, RATIOS, strict=False)]
-    pieces = [
-        Piece(key, (one, tuned[key]), tuple(Written(path, key, one.dtype, one.shape, way) for path, way in ways))
+    tasks = [
+        MergeTask(
+            key, (one, tuned[key]), tuple(OutputTensor(path, key, one.dtype, one.shape, way) for path, way in ways)
+        )
         for key, one in base.items()
     ]
-    write_files(
-        pieces, lambda hashes: {path: {"inputs": json.dumps(list(hashes.values()))} for path in outputs}, hashed
-    )
+    write_files(tasks, lambda hashes: {path: {"inputs": json.dumps(list(hashes.values()))} for path in outputs}, hashed)
 
 
 def check(inputs, output, ratio):
     """Elements of some tensors are what NumPy has in float64, within a unit in the last place of the larger input."""
-    base, tuned, merged = (stored_tensors(path)[0] for path in (*inputs, output))
+    base, tuned, merged = (tensor_references(path)[0] for path in (*inputs, output))
     picker = np.random.default_rng(0)
     for key in picker.choice(list(merged), 40, replace=False):
         a, b, value = (one[key].read().double().numpy().reshape(-1) for one in (base, tuned, merged))

@@ -118,8 +118,9 @@ def prepare_rows(folder, workers, metric):
     from finetuning.evaluation.measuring import EvalNetworkArgs, measure, open_networks
 
     args = EvalNetworkArgs(
-        [metric], lpips_trunk=f"{folder / 'alexnet.safetensors'}", clip_model=f"{folder / 'clip'}", num_workers=workers
-    )
+        metrics=[metric], lpips_trunk=f"{folder / 'alexnet.safetensors'}", clip_model=f"{folder / 'clip'}",
+        num_workers=workers,
+    )  # fmt: skip
     paths = enumerate(sorted((folder / "truth").iterdir()))
     rows = [Row(number, "a small red circle on a white background", path) for number, path in paths]
     drawn = {"drawn": {row.number: folder / "drawn" / row.image.name for row in rows}}

@@ -22,11 +22,12 @@ LINKS_OF_ONE_FILE = 50_000  # ext4 takes 65,000
 LOAD = """
 import sys, time
 from dataclasses import dataclass
+from finetuning.data.batch_sampler import BatchSampler
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
-from finetuning.data.batch_sampler import BatchSampler
 from finetuning.data.training_set import DataArgs, load_images
-from transformers import CLIPTokenizer
+from finetuning.families.family import Tokenizers
+from finetuning.families.opening import open_tokenizer
 
 @dataclass
 class Args(BucketArgs, CaptionArgs, DataArgs): pass
@@ -35,10 +36,10 @@ def resident(name):
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(lines[name].split()[0]) / 1024
 
-tokenizer = CLIPTokenizer.from_pretrained("models/mini-sd/tokenizer")
+tokenize = Tokenizers({"text_encoder": open_tokenizer("models/mini-sd/tokenizer")})
 before = resident("VmRSS")
 start = time.perf_counter()
-training, _ = load_images(Args(train_data_dir=sys.argv[1], resolution="64", check_images="none"), tokenizer, 0)
+training, _ = load_images(Args(train_data_dir=sys.argv[1], resolution="64", check_images="none"), tokenize, 0)
 training.fingerprint()
 sampler = BatchSampler(len(training), micro_batch=16, accumulation=1, processes=1, process=0, seed=0)
 next(iter(training.loader(sampler, 0, 10, workers=0)))

@@ -1,4 +1,4 @@
-"""Draw with every mixture of base and fine-tuned weights, read the images' pixels, write the table and the plot.
+"""Generate with every mixture of base and fine-tuned weights, read the images' pixels, write the table and the plot.
 
 python experiments/merge_ratio/measure.py runs/merge_ratio
 """
@@ -7,9 +7,9 @@ import json
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 
 from finetuning.families.pipelines import open_pipeline
 from finetuning.files import write_json
@@ -46,7 +46,8 @@ def measure_all(folder):
         for kind, part in KINDS.items():
             kept = run / f"{kind}.json"
             known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-            tuned = UNet2DConditionModel.from_pretrained(run / "checkpoint-500" / part).state_dict()
+            place = run / "checkpoint-500" / part
+            tuned = diffusers.UNet2DConditionModel.from_pretrained(place, use_safetensors=True).state_dict()
             for ratio in RATIOS:
                 if str(ratio) not in known:
                     put(pipeline.unet, base, tuned, ratio)
@@ -81,22 +82,22 @@ def curves(results):
     found = {}
     for weights in KINDS:
         runs = [run for (name, _), run in results.items() if name == weights]
-        learned, kept = (
-            np.mean([rows(run, *figure) for run in runs], axis=0)
-            for figure in (("shown", "chalk"), ("left_out", "right"))
+        learned, retained = (
+            np.mean([rows(run, *measure) for run in runs], axis=0)
+            for measure in (("shown", "chalk"), ("left_out", "right"))
         )
-        found[f"{weights} weights"] = frontier.summary(RATIOS, learned, kept)
+        found[f"{weights} weights"] = frontier.summary(RATIOS, learned, retained)
     return found
 
 
 if __name__ == "__main__":
     everything = measure_all(Path(sys.argv[1]))
     means = curves(everything)
-    axes = "style learned: drawn in chalk, shapes shown (%)", "kept: right in shape and colour, shapes left out (%)"
+    axes = "learned: drawn in chalk, shapes shown (%)", "retained: right in shape and colour, shapes left out (%)"
     frontier.plot(means, HERE / "learned_and_kept.png", *axes)
     print(table(everything))
     for label, summary in means.items():
-        print(f"{label}: {summary['knee']['says']}")
+        print(f"{label}: {summary['knee']['sentence']}")
     for (weights, seed), run in everything.items():
         own = frontier.summary(RATIOS, rows(run, "shown", "chalk"), rows(run, "left_out", "right"))
         print(f"{weights} weights, seed {seed}: knee at {own['knee']['ratio']}, Pareto {own['pareto']}")

@@ -1,7 +1,6 @@
 """A captioner at work: images in, captions out."""
 
 import torch
-import transformers
 
 from finetuning.captioning.kinds import GenerationArgs, Kind
 from finetuning.cli import first_few
@@ -59,7 +58,9 @@ class SeededNucleus:
     """
 
     def __init__(self, top_p, temperature, generators):
-        self.nucleus = transformers.TopPLogitsWarper(top_p)
+        from transformers import TopPLogitsWarper
+
+        self.nucleus = TopPLogitsWarper(top_p)
         self.temperature, self.generators = temperature, generators
 
     def __call__(self, input_ids, scores):
@@ -74,6 +75,8 @@ def open_model(model_class, name, device, dtype):
 
     model_class  its name in transformers
     """
+    import transformers
+
     model_class = getattr(transformers, model_class)
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -94,6 +97,9 @@ def open_model(model_class, name, device, dtype):
             f"{name} lacks {len(missing)} of its weights ({first_few(missing, 3)}): it is not whole, or kept for other "
             "code than transformers' own; name another with --model"
         )
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(f"{name} has no vocabulary: its tokenizer's files are missing; download them again")
     return processor, model.to(device).eval()
 
 

@@ -68,7 +68,7 @@ class CaptionedFolder:
         if not args.overwrite:
             self._find_sidecars(unsafe)
         if unsafe.errors:
-            raise DatasetError(f"{root} holds captions that could be lost; mend this first:\n{unsafe.report()}")
+            raise DatasetError(f"{root} holds captions that could be lost; correct this first:\n{unsafe.report()}")
 
     def todo(self):
         """Entries that want a caption."""

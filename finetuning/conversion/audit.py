@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import transformers
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, flag
+from finetuning.cli import REQUIRED, UserError, flag
 from finetuning.conversion.caption_text import oddities
 from finetuning.conversion.measures import (
     COVERED,
@@ -226,12 +225,22 @@ def examine(args: AuditArgs):
 
 
 def _tokenizer(name):
+    """The tokenizer in a folder, in a pipeline's folder, or of a Hub name. Raises DatasetError."""
     if name is None:
         return _Words()
-    inside = (Path(name) / "tokenizer").is_dir() or (not Path(name).is_dir() and not Path(name).is_absolute())
-    for subfolder in ("tokenizer", "") if inside else ("",):
+    from transformers import CLIPTokenizer
+
+    from finetuning.families.opening import open_tokenizer
+
+    folder = Path(name)
+    if folder.exists() or folder.is_absolute():
         try:
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder=subfolder)
+            return open_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
+        except UserError as error:
+            raise DatasetError(f"--tokenizer {name} cannot be loaded: {error}") from error
+    for subfolder in ("tokenizer", ""):
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=subfolder)
             if len(tokenizer) > len(tokenizer.all_special_tokens):  # transformers returns an empty one for no files
                 return tokenizer
             reason = "it has no vocabulary"

@@ -25,10 +25,10 @@ def report(audit, shown=3, bar=28):
     if audit.concerns:
         lines += ["", "worth a look"]
     for concern in audit.concerns:
-        lines.append(f"  {len(concern.groups):>6} {concern.title}: {concern.advice}")
+        lines.append(f"  {concern.title} ({len(concern.groups)}): {concern.advice}")
         for group in concern.groups[:shown]:
             names = [audit.shown(one) for one in dict.fromkeys(group)]
-            lines.append(f"           {first_few(names, 4)}")
+            lines.append(f"      {first_few(names, 4)}")
     lines += ["", "  split       images  captions   shorter side: least  median    most"]
     for split in SPLIT_NAMES:
         own = [one for one in audit.seen if one.split == split]

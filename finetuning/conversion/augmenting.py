@@ -120,9 +120,9 @@ def augment(args: AugmentArgs, say=print):
 def _counted(originals, kinds, args, say):
     """Say what is written; {split: how many images}."""
     counts = originals | {"train": originals["train"] + sum(kinds.values())}
-    told = {split: f"{count} {split}" for split, count in counts.items()}
-    told["train"] += f" ({originals['train']}{''.join(f' + {count} {kind}' for kind, count in kinds.items())})"
-    say(f"{args.output}: {', '.join(told.values())}")
+    summary = {split: f"{count} {split}" for split, count in counts.items()}
+    summary["train"] += f" ({originals['train']}{''.join(f' + {count} {kind}' for kind, count in kinds.items())})"
+    say(f"{args.output}: {', '.join(summary.values())}")
     if not counts.get("validation"):
         say(
             "  - there is no validation split, and rows that training holds out (--validation_fraction) would have "

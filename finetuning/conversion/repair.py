@@ -60,7 +60,7 @@ def _left_out(found):
         for level, code, sentence, _, examples in findings.kinds():
             change = "left out" if level == "error" else "name made relative" if code == "moved" else None
             fixes += [
-                {"change": change, "why": sentence, "where": one.where, "reason": one.reason}
+                {"change": change, "code": code, "why": sentence, "where": one.where, "reason": one.reason}
                 for one in examples
                 if change
             ]

@@ -125,7 +125,7 @@ def _box(name, files, findings):
         findings.warn("several_dogs", name)
     around = (max(min(left), 0), max(min(top), 0), min(max(right), width), min(max(bottom), height))
     if around[0] >= around[2] or around[1] >= around[3]:
-        findings.error("empty_box", name, around)
+        findings.error("empty_box", name, ", ".join(map(str, around)))
         return None
     return around
 

@@ -404,7 +404,7 @@ def _failures_message(folder, failed):
     listed = "\n".join(f"  x {one['where']}: {one['reason']}" for one in first)
     return (
         f"{counted(failed, 'image')} could not be taken (all in {folder / 'failures.jsonl'}):\n{listed}\n"
-        "  mend them and give the same command again, or take the rest with --on_bad_rows skip"
+        "  correct them and give the same command again, or take the rest with --on_bad_rows skip"
     )
 
 

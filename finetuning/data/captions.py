@@ -1,10 +1,8 @@
 """Caption text: words of direction in mirrored images, tags, prefixes, and which caption a row is trained with.
 
-Which words are sides is decided by a small rule, for English alone. "left" and "right" are, by themselves, joined by a
-hyphen or an underscore (left-hand, upper_right) or with an ending (rightmost, leftwards); not inside other words
-(bright, upright, cleft, leftovers). Phrases that can hardly mean a side are set aside: all right, right now, right
-angle, right side up, left over from, "was left behind", "has left the room". Whatever is in doubt ("the right answer")
-counts as a side: at worst an image is then not mirrored that might have been.
+"left" and "right" are sides wherever they stand by themselves, joined by a hyphen or an underscore (left-hand,
+upper_right) or with an ending (rightmost, leftwards); not inside other words (bright, upright, cleft, leftovers). "All
+right" counts as a side too: at worst an image is then not mirrored that might have been. English alone.
 """
 
 import re
@@ -12,20 +10,7 @@ from dataclasses import dataclass
 
 from finetuning.cli import flag
 
-_OTHER_MEANINGS = (  # a space stands for any gap between words
-    "all right(?![-_]| (?:of|side|hand))",
-    r"(?<!the\s)right (?:now|away(?! from)|angled?|angles|side up|way up)",  # "the right now" may be the side
-    "left-overs?|left overs|left over(?= from)",
-    # The verb; "was left of the house" and "has left arm raised" are sides.
-    r"(?:was|were|been|being) left(?= (?:behind|over|out|alone|open|unattended|empty|standing|in|on|there|here)\b)",
-    r"(?:has|have|had) left(?= (?:the|a|an|his|her|its|their|this|that)\b)",
-)
-_DIRECTIONS = re.compile(
-    r"(?<![^\W\d_])(?:(?:"
-    + "|".join(_OTHER_MEANINGS).replace(" ", r"[\s_-]+")
-    + r")(?![^\W\d_])|(?P<side>left|right)(?=(?:most|wards?|hand(?:ed)?|side)?(?![^\W\d_])))",
-    re.IGNORECASE,
-)
+_SIDE = re.compile(r"(?<![^\W\d_])(left|right)(?=(?:most|wards?|hand(?:ed)?|side)?(?![^\W\d_]))", re.IGNORECASE)
 
 
 @dataclass
@@ -79,12 +64,12 @@ def may_mirror(captions, flip_captions):
 
 def names_a_side(text):
     """Whether a text says left or right; when in doubt, yes."""
-    return any(match["side"] for match in _DIRECTIONS.finditer(text))
+    return _SIDE.search(text) is not None
 
 
 def swap_sides(text):
     """left <-> right wherever `names_a_side` sees one, with the case of each word kept."""
-    return _DIRECTIONS.sub(lambda match: _opposite(match[0]) if match["side"] else match[0], text)
+    return _SIDE.sub(lambda match: _opposite(match[0]), text)
 
 
 def _opposite(side):

@@ -123,13 +123,13 @@ def _readable(rows, images, args, findings):
     ):
         for start in range(0, len(rows), TOGETHER):
             some = list(rows[start : start + TOGETHER])
-            for number, (size, told) in enumerate(pool.map(look, some), start):
+            for number, (size, found) in enumerate(pool.map(look, some), start):
                 bar.update()
                 where = some[number - start].origin
                 if size is None:
-                    findings.error("unreadable_image", where, told)
+                    findings.error("unreadable_image", where, found)
                     continue
-                for code in told:
+                for code in found:
                     findings.warn(code, where)
                 kept.append(number)
                 sizes.append(equal.setdefault(size, size))

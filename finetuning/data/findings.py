@@ -137,6 +137,12 @@ PROBLEMS = {  # code: (what the examples are, what helps or happens, "" where th
     "no_first_caption": ("images without a caption to begin with", ""),
     "silent_model": ("images that the model says nothing about", "try another --prompt"),
     "perhaps_cut": ("captions as long as --max_length allows, so perhaps cut short", ""),
+    # Images of an evaluation
+    "first_caption_used": ("rows with several captions", "the first is used"),
+    "fits_two_rows": ("names that are the numbers of some rows and the names of other rows' images", ""),
+    "doubtful_order": ("names that come in another order as numbers than as text", "pad the numbers with zeros"),
+    "image_without_row": ("images without a row", ""),
+    "row_without_image": ("rows without an image", ""),
 }  # fmt: skip
 
 
@@ -202,21 +208,18 @@ class Findings:
         return "\n".join(lines)
 
     def as_dict(self):
-        """For JSON: {"errors": [{code, problem, where, reason}, ...], "warnings": [...]}."""
-        found = {"errors": [], "warnings": []}
-        for level, code, sentence, _, examples in self.kinds():
-            found[f"{level}s"] += [
-                {"code": code, "problem": sentence, "where": one.where, "reason": one.reason} for one in examples
-            ]
-        return found
+        """For JSON: {"errors": {code: ["where (reason)", ...]}, "warnings": {...}}."""
+        texts = lambda found: {code: [*map(str, examples)] for code, examples in found.items() if examples}
+        return {"errors": texts(self.errors), "warnings": texts(self.warnings)}
 
-    def refuse(self, source, on_bad_rows="error", say=print, fix="mend them, or leave those rows out with"):
+    def refuse(self, source, on_bad_rows="error", say=print, fix="correct them, or leave those rows out with"):
         """Say what was found. Raises DatasetError where there are errors and --on_bad_rows is error."""
         report = self.report()
         if self.count() and on_bad_rows == "error":
             raise DatasetError(f"{source} has {counted(self.count(), 'error')}:\n{report}\n  {fix} --on_bad_rows skip")
         if report:
-            say(f"{source}: {counted(self.count(), 'row')} left out\n{report}")
+            left_out = f", {self.count()} left out" if self.count() else ""
+            say(f"{source}{left_out}:\n{report}")
 
 
 def counted(number, noun):

@@ -36,8 +36,8 @@ def split_folders(root):
         if len(folders) > 1:
             found[split] = [folder for folder in folders if has_images(folder)] or folders[:1]
     if doubled := [folders for folders in found.values() if len(folders) > 1]:
-        told = "; ".join(" and ".join(f"{folder.name}/" for folder in folders) for folders in doubled)
-        raise DatasetError(f"{root} has several folders for one split: {told}: put their images into one")
+        names = "; ".join(" and ".join(f"{folder.name}/" for folder in folders) for folders in doubled)
+        raise DatasetError(f"{root} has several folders for one split: {names}: put their images into one")
     return {split: folders[0] for split, folders in found.items() if folders}
 
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 
-from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.findings import DatasetError, Findings, counted
 from finetuning.data.folders import (
     METADATA_NAMES,
     SPLIT_NAMES,  # noqa: F401 (many take it from here)
@@ -266,7 +266,7 @@ class _Resolver:
         elif name.casefold() == meant.casefold():
             why = "small and capital letters differ"
         else:
-            why = f"names count from {_shown(folder, self.root) or 'the folder of the metadata'}"
+            why = f"names count from {'the folder of the metadata' if inside == '.' else f'{inside}/'}"
         return f": {_printable(meant)} is there; {why}"
 
     @cached_property
@@ -323,9 +323,9 @@ def _refuse_nested_splits(base, tree):
 
 def _no_metadata_message(base, images):
     sidecars = sum(Path(path).with_suffix(suffix).is_file() for path in images for suffix in (".txt", ".caption"))
-    message = f"{base} has {len(images)} images but no {' or '.join(METADATA_NAMES)}"
+    message = f"{base} has {counted(len(images), 'image')} but no {' or '.join(METADATA_NAMES)}"
     if sidecars:
-        message += f"; {sidecars} captions stand in .txt/.caption files beside them, which have to be gathered first"
+        message += f"; {counted(sidecars, 'caption file')} beside them: `prepare_dataset.py convert sidecar` reads them"
     return message + (
         '. Write one line {"file_name": "image.png", "text": "its caption"} per image into '
         f"{base / METADATA_NAMES[0]}, or train without captions with --caption_column none"

@@ -30,7 +30,7 @@ class Shards:
         self.source, self.names, self.reader, self.files = source, names, reader, files
         self.skips = on_bad_rows == "skip"
         self.lengths = {}  # {number: samples} of those that were read to their end
-        self.told, self.left_out = set(), 0
+        self.reported, self.left_out = set(), 0
 
     def __len__(self):
         return len(self.names)
@@ -49,15 +49,15 @@ class Shards:
         new = Findings()
         for known, found in ((findings.errors, new.errors), (findings.warnings, new.warnings)):
             for code, finding in ((code, finding) for code, examples in known.items() for finding in examples):
-                if (code, finding) not in self.told:
-                    self.told.add((code, finding))
+                if (code, finding) not in self.reported:
+                    self.reported.add((code, finding))
                     found[code].append(finding)
         self.left_out += new.count()
         if new.errors and not self.skips:
             raise DatasetError(
                 f"the stream has {counted(new.count(), 'error')} here:\n{new.report()}\n"
-                "  mend them, or leave them out with --on_bad_rows skip; --resume_from_checkpoint latest goes on from "
-                "the last checkpoint"
+                "  correct them, or leave them out with --on_bad_rows skip; --resume_from_checkpoint latest goes on "
+                "from the last checkpoint"
             )
         if report := new.report():  # from every process: each reads other shards
             tqdm.write(f"stream, {self.left_out} left out so far:\n{report}", file=sys.stderr)

@@ -16,6 +16,7 @@ import torch
 from finetuning.data.batch_sampler import SampleIndex
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
+from finetuning.data.findings import counted
 from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.data.latents import sampled
 from finetuning.data.reading import DatasetError, Findings, read_split
@@ -92,14 +93,14 @@ def load_rows(folder, tokenize, size, *, split=None, most=256, seed=0, caption_c
         try:
             open_rgb(row.image)
         except UnreadableImage as error:
-            findings.errors["images that cannot be read"].append(f"{row.origin} ({error})")
+            findings.error("unreadable_image", row.origin, error)
     if findings.errors:
         raise DatasetError(
-            f"{folder} has {findings.count()} faults (x): mend them, or leave those rows out of its metadata\n"
+            f"{folder} has {counted(findings.count(), 'error')}: repair them, or leave those rows out of its metadata\n"
             f"{findings.report()}"
         )
     if findings.warnings:
-        say(f"{folder}, noted (-):\n{findings.report()}")
+        say(f"{folder}:\n{findings.report()}")
     if not rows:
         raise DatasetError(f"{folder} has no rows")
     height, width = size

@@ -131,7 +131,10 @@ def forgetting(rows, images, opened, args, device="cpu", *, dataset=None, losses
         "kept": chosen["kept"],
         "words": {**chosen["words"], **{name: opened.table[name].means for name in values}},
         "all": every,
-        "left_out": [one | {"metric": _drift(one["metric"])} for one in left_out],
+        "left_out": [
+            one | {"metric": _drift(one["metric"])} | ({"on": "general prompts"} if one["code"] == "captions" else {})
+            for one in left_out
+        ],
         "warnings": _warnings(measured, dataset),
     }
 

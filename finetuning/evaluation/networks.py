@@ -160,12 +160,12 @@ def clip(model, device):
     try:
         with errors_only():
             processor = transformers.CLIPProcessor.from_pretrained(folder)
-            network, told = transformers.CLIPModel.from_pretrained(
+            network, loading = transformers.CLIPModel.from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True
             )
     except Exception as error:  # on broken folders the libraries also raise AttributeError, TypeError, ...
         raise EvaluationError(f"--clip_model {model} cannot be opened as a CLIPModel: {error}") from error
-    if lost := sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]])):
+    if lost := sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]])):
         raise EvaluationError(
             f"--clip_model {model} lacks {len(lost)} weights of a CLIPModel ({', '.join(lost[:3])} ...): it is not "
             "whole, or another kind of model"

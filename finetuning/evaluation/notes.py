@@ -27,7 +27,7 @@ WARNINGS = {
 }
 REASONS = {
     "no_truth": "{count} of {of} rows have no true image: rows {rows}",
-    "captions": "{checker} cannot judge {count} of {of} captions: {captions}",
+    "captions": "{on}{checker} cannot judge {count} of {of} captions: {captions}",
     "too_small": "LPIPS needs images of at least {smallest} pixels, not {side}: raise --resolutions",
     "no_weights": "{reason}",
     "nothing_to_keep": "{models}: the original has {mean:.3g} on average over {rows} rows, not clearly above 0: there "

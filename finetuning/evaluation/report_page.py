@@ -142,7 +142,7 @@ class RowTable:
 
     def text_of(self, row):
         """What the filter looks in."""
-        return " ".join(str(row[key] or "") for key in self.plain).lower()
+        return " ".join("" if row[key] is None else str(row[key]) for key in self.plain).lower()
 
 
 def _by_category(report):
@@ -220,6 +220,7 @@ def chart(curve):
     from matplotlib.figure import Figure
 
     options = {"svg.fonttype": "none", "svg.hashsalt": curve["title"], "text.parse_math": False}
+    options |= {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"]}
     options |= {"axes.edgecolor": "gray", "xtick.color": "gray", "ytick.color": "gray", "grid.color": "gray"}
     options |= {"xtick.labelcolor": "black", "ytick.labelcolor": "black"}
     with matplotlib.rc_context(options):
@@ -236,7 +237,9 @@ def chart(curve):
         if curve["lines"]:
             axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
         text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     name = escape(f"{curve['title']}: {curve['y_title']} over {curve['x_title']}")
     return text.getvalue()[text.getvalue().index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
 

@@ -7,11 +7,10 @@ stable_diffusion.py for the shortest one, and table.py for the list.
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from types import MappingProxyType
 
-import diffusers
 import torch
-import transformers
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Component:
     @property
     def cls(self):
         """The class of its module; imports diffusers' or transformers' part that holds it."""
-        return getattr(transformers if self.is_text_encoder else diffusers, self.class_name)
+        return getattr(import_module("transformers" if self.is_text_encoder else "diffusers"), self.class_name)
 
     @property
     def is_text_encoder(self):

@@ -35,8 +35,7 @@ def components_of_index(index):
 
 def weights_name(component, variant=None):
     """The file that holds a Component's weights."""
-    stem = getattr(component, "stem", None) or ("model" if component == "text_encoder" else "diffusion_pytorch_model")
-    return f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+    return f"{component.stem}.{variant}.safetensors" if variant else f"{component.stem}.safetensors"
 
 
 def of_checkpoint(folder, name, weights="ema"):
@@ -94,7 +93,8 @@ def copy_component(source, target, weights=True):
     """Copy a component's files, but for weights that are not safetensors. Where only a variant is there
     (model.fp16.safetensors), it takes the plain name. Without `weights` only what stands beside them.
     """
-    refuse_pickles(source)
+    if weights:
+        refuse_pickles(source)
     target.mkdir()
     for path in sorted(source.iterdir()):
         is_weights = path.suffix == ".safetensors" or ".safetensors.index" in path.name
@@ -114,6 +114,3 @@ def write_scheduler(source, target, prediction_type):
         shutil.copyfile(source / "scheduler_config.json", target / "scheduler_config.json")
     else:
         write_json(target / "scheduler_config.json", config | {"prediction_type": prediction_type})
-
-
-parts_of_index, copy_part = components_of_index, copy_component  # until merging and sd.py use the new names

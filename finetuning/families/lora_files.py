@@ -22,7 +22,7 @@ from finetuning.cli import first_few
 from finetuning.families.folders import RAW, of_checkpoint
 from finetuning.families.model_args import ModelError
 from finetuning.families.table import FAMILIES
-from finetuning.families.tensors import first_not_finite, read_header, read_json
+from finetuning.families.tensors import first_not_finite, read_json, refuse_quantised, tensor_references
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"  # which diffusers' load_lora_weights(folder) looks for
 RAW_NAME = f"pytorch_lora_weights.{RAW}.safetensors"
@@ -120,9 +120,6 @@ def adaptable_components(pipeline):
     return {component.name: getattr(pipeline, component.name) for component in _family_of(pipeline).adaptable}
 
 
-parts_of = adaptable_components  # until all use the new name
-
-
 def _family_of(pipeline):
     return FAMILIES.get(type(pipeline).__name__, DEFAULT_FAMILY)
 
@@ -159,7 +156,8 @@ def read_lora(source, components, weights="ema", cache_dir=None, family=DEFAULT_
     weights     "ema" or "raw": which of the two a run has kept; where only one is there, that one
     """
     path = find_lora(source, weights, cache_dir)
-    references, metadata = read_header(path)
+    references, metadata = tensor_references(path)
+    refuse_quantised(str(path), references)
     tensors = {key: reference.read() for key, reference in references.items()}
     if key := first_not_finite(tensors):
         raise ModelError(f"{path} holds NaN or infinite values ({key}): the training that made it went wrong")

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import diffusers
 import torch
 import yaml
 
@@ -109,6 +108,8 @@ class Model:
     @contextmanager
     def pipeline(self):
         """A diffusers pipeline of the weights as they are now, in evaluation mode for as long as it is used."""
+        import diffusers
+
         was_training = self.denoiser.training
         self.denoiser.eval()
         sampler = diffusers.DPMSolverMultistepScheduler.from_config(self.scheduler.config)
@@ -215,10 +216,12 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
     `prediction_type` None keeps the base's; `seed` makes the weights of --from_scratch; without `start` the weights
     are the base's own.
     """
+    from diffusers import DDPMScheduler
+
     start = start or StartArgs()
     source = open_source(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
-        kinds=("pipeline",),
+        kinds=("pipeline",), without_weights=("unet",) if start.from_scratch else (),
     )  # fmt: skip
     family = source.family
     components = {one.name: source.open(one.name) for one in family.components if one.name != family.denoiser}
@@ -229,7 +232,7 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
     if start.non_ema_revision or start.non_ema_variant:
         main = source.open(family.denoiser)
         ema_start = {f"{family.denoiser}.{name}": value for name, value in main.state_dict().items()}
-    scheduler = diffusers.DDPMScheduler.from_config(source.scheduler_config())
+    scheduler = DDPMScheduler.from_config(source.scheduler_config())
     if prediction_type:
         scheduler.register_to_config(prediction_type=prediction_type)
     trained = (family.denoiser, *(family.tokenizers if args.train_text_encoder else ()))

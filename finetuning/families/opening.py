@@ -7,9 +7,8 @@ Only safetensors are read. A component whose weights are not exactly those that 
 """
 
 import re
-from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -38,8 +37,8 @@ from finetuning.families.tensors import (
     check_weights,
     first_not_finite,
     pickled,
-    read_header,
     read_json,
+    tensor_references,
 )
 
 # Pipelines made of a family's components, whose weights can be merged; what they do to images is not done here.
@@ -80,8 +79,13 @@ class Source:
     folder: Path | None  # pipeline folder whose other files (configurations, tokenizers, scheduler) go with it
     components: dict[str, ComponentFiles]
     prediction_type: str | None
-    notes: tuple[str, ...] = ()  # warnings: tensors left out, a base that cannot be opened
+    warnings: tuple[str, ...] = ()  # tensors that are left out, a base that cannot be opened
     base: "Source | None" = field(default=None, repr=False)  # what components that it lacks are opened from
+
+    @property
+    def tensors(self):
+        """{component: {key: TensorReference}}, by the names that the modules have."""
+        return {name: one.tensors for name, one in self.components.items()}
 
     @property
     def files(self):
@@ -167,16 +171,16 @@ class Source:
         return self.folder
 
     def _why_missing(self):
-        if self.notes and self.kind == "checkpoint":
-            return self.notes[0]
+        if self.warnings and self.kind == "checkpoint":
+            return self.warnings[0]
         if self.kind == "pipeline":
             return "it cannot be used as it is"
         return "name the pipeline that goes with it (--base; --layout_from of a merge)"
 
 
 def open_source(
-    name, *, weights="ema", revision=None, variant=None, cache_dir=None, base=None, only=None, kinds=KINDS,
-    relatives=False,
+    name, *, weights="ema", revision=None, variant=None, cache_dir=None, base=None, only=None, without_weights=(),
+    kinds=KINDS, relatives=False,
 ):  # fmt: skip
     """The Source that `name` names. Raises ModelError, which says `name`.
 
@@ -188,6 +192,7 @@ def open_source(
     base       folder or Hub name of the pipeline that lends what `name` lacks: the untrained components of a
                checkpoint (none: the model that the run started from), configurations, tokenizer and scheduler
     only       names of the components that are wanted: others are not downloaded and may be missing (none: all)
+    without_weights  components of which only the configuration is wanted
     kinds      those of KINDS that the caller can use
     relatives  whether RELATIVES of a family will do as well
     """
@@ -203,13 +208,14 @@ def open_source(
         raise ModelError(f"{name} is {what}, not a diffusers pipeline: it has no model_index.json{hint}")
     variants = [variant, None] if variant else [RAW, None] if weights == "raw" else [None]
     if kind == "pipeline":
-        folder = path if local else _hub_folder(name, revision, variants, cache_dir, only)
-        return _pipeline(str(name), folder, variants, variant, only, relatives)
+        folder = path if local else _hub_folder(name, revision, variants, cache_dir, only, without_weights)
+        return _pipeline(str(name), folder, variants, variant, only, without_weights, relatives)
     if variant and (kind == "checkpoint" or path.is_file()):
         raise ModelError(f"{name} is no pipeline and has no variants: leave the variant {variant} out")
+    options = {"cache_dir": cache_dir, "only": only, "relatives": relatives}
     if kind == "checkpoint":
-        return _checkpoint(str(name), path, weights, cache_dir, base, only, relatives)
-    lent = _lent(base, cache_dir, only, relatives)
+        return _checkpoint(str(name), path, weights, base, options)
+    lent = _lent(base, options)
     if path.is_file():
         return _single_file(str(name), path, weights, lent)
     return _bare_unet(str(name), path, variants, variant, lent)
@@ -267,7 +273,7 @@ def _kind(name, path):
     raise ModelError(_not_a_model(name, path))
 
 
-def _pipeline(name, folder, variants, asked, only, relatives):
+def _pipeline(name, folder, variants, asked, only, without_weights, relatives):
     index = pipeline_index(folder)
     family, class_name = _family(name, index, relatives)
     there = [one for one in components_of_index(index) if only is None or one in only]
@@ -277,8 +283,8 @@ def _pipeline(name, folder, variants, asked, only, relatives):
             "entry of a component that is not needed (safety_checker) to [null, null]"
         )
     components = {one.name: _component_files(name, one, folder / one.name, variants)
-                  for one in family.components if one.name in there}  # fmt: skip
-    for one in set(there) - components.keys():  # these are copied as they are
+                  for one in family.components if one.name in there and one.name not in without_weights}  # fmt: skip
+    for one in set(there) - components.keys() - set(without_weights):  # these are copied as they are
         refuse_pickles(folder / one)
         if (folder / one / "config.json").is_file() and not weights_by_variant(folder / one):
             raise ModelError(
@@ -293,38 +299,39 @@ def _pipeline(name, folder, variants, asked, only, relatives):
     return Source(name, "pipeline", family, class_name, folder, components, predicts)
 
 
-def _checkpoint(name, path, weights, cache_dir, base, only, relatives):
+def _checkpoint(name, path, weights, base, options):
     """The trained components are the checkpoint's; the others are the base's, as the run loaded them."""
     args = read_json(path / STATE).get("args") or {}
-    started = {key: args.get(key) for key in ("revision", "variant", "cache_dir")}
-    try:
-        if not base and not args.get("pretrained_model_name_or_path"):
-            raise ModelError(f"{path / STATE} does not say from which model the run started")
-        options = {"cache_dir": cache_dir} if base else {**started, "cache_dir": cache_dir or started["cache_dir"]}
-        lent, notes = open_source(
-            base or args["pretrained_model_name_or_path"], **options, only=only, kinds=("pipeline",),
-            relatives=relatives,
-        ), ()  # fmt: skip
-    except ModelError as error:
-        if base:
-            raise
-        lent = None
-        notes = (f"{name}: the model that the run started from cannot be opened, so its other components are missing; "
-                 f"name a pipeline that has them (--base; --layout_from of a merge): {error}",)  # fmt: skip
+    lent, warnings = (_lent(base, options), ()) if base else _model_of_run(name, args, options)
     family = lent.family if lent else _first_family()
     folders = {one: of_checkpoint(path, one.name, weights) for one in family.components}
-    own = {one.name: _component_files(name, one, folder, [None]) for one, folder in folders.items() if folder.is_dir()}
-    if family.denoiser not in own:
-        raise ModelError(f"{name} holds no trained {family.denoiser}: it is not a whole checkpoint of a run")
-    predicts = args.get("prediction_type") or (lent and lent.prediction_type)
-    components = {one.name: found for one in family.components
-                  if (found := own.get(one.name) or (lent and lent.components.get(one.name)))}  # fmt: skip
-    return Source(name, "checkpoint", family, lent.class_name if lent else family.pipeline,
-                  lent and lent.folder, components, predicts, notes)  # fmt: skip
+    components = dict(lent.components) if lent else {}
+    for one, folder in folders.items():
+        if folder.is_dir():
+            components[one.name] = _component_files(name, one, folder, [None])
+        elif one.name == family.denoiser:
+            raise ModelError(f"{name} holds no trained {one.name}: it is not a whole checkpoint of a run")
+    whole = _borrowing(name, "checkpoint", components, lent, warnings)
+    return replace(whole, prediction_type=args.get("prediction_type") or whole.prediction_type)
+
+
+def _model_of_run(name, args, options):
+    """(Source of the model that a run started from, or None; warnings)."""
+    try:
+        if not args.get("pretrained_model_name_or_path"):
+            raise ModelError(f"{STATE} does not name it")
+        asked = {key: args.get(key) for key in ("revision", "variant")}
+        options = options | {"cache_dir": options["cache_dir"] or args.get("cache_dir")}
+        return open_source(args["pretrained_model_name_or_path"], **asked, **options, kinds=("pipeline",)), ()
+    except ModelError as error:
+        return None, (
+            f"{name}: the model that the run started from cannot be opened, so what it did not train is missing; name "
+            f"a pipeline that has it (--base; --layout_from of a merge): {error}",
+        )
 
 
 def _single_file(name, path, weights, lent):
-    tensors, _ = read_header(path)
+    tensors, _ = tensor_references(path)
     if _is_unet(tensors):
         return _unet(name, ComponentFiles(_config(lent, "unet"), (path,), None, tensors), lent)
     if any(map(is_lora_key, tensors)):
@@ -341,12 +348,10 @@ def _single_file(name, path, weights, lent):
         raise ModelError(f"{name}: {error}") from error
     if "unet" not in parts:
         raise ModelError(f"{name} holds no UNet of SD 1.x or 2.x (model.diffusion_model.*)")
-    notes = ()
-    if strange:
-        notes = (f"{name}: {len(strange)} tensors belong to no component of SD 1.x or 2.x and are left out: "
-                 f"{first_few(strange, 3)}",)  # fmt: skip
+    warnings = [f"{name}: {len(strange)} tensors belong to no component of SD 1.x or 2.x and are left out: "
+                f"{first_few(strange, 3)}"] if strange else []  # fmt: skip
     components = {one: ComponentFiles(_config(lent, one), (path,), None, own) for one, own in parts.items()}
-    return _borrowing(name, "original", components, lent, notes)
+    return _borrowing(name, "original", components, lent, tuple(warnings))
 
 
 def _bare_unet(name, path, variants, asked, lent):
@@ -360,16 +365,16 @@ def _bare_unet(name, path, variants, asked, lent):
 
 
 def _unet(name, found, lent):
-    check_weights(f"{name}", found.tensors)
+    check_weights(name, found.tensors)
     return _borrowing(name, "unet", {"unet": found}, lent)
 
 
-def _borrowing(name, kind, components, lent, notes=()):
+def _borrowing(name, kind, components, lent, warnings=()):
     """A Source that takes from the pipeline `lent`, or None, whatever it lacks."""
     family = lent.family if lent else _first_family()
     folder, predicts = (lent.folder, lent.prediction_type) if lent else (None, None)
     class_name = lent.class_name if lent else family.pipeline
-    return Source(name, kind, family, class_name, folder, components, predicts, notes, lent)
+    return Source(name, kind, family, class_name, folder, components, predicts, warnings, lent)
 
 
 def _is_unet(tensors):
@@ -383,14 +388,12 @@ def _component_files(name, component, folder, variants):
     files, variant = weights_files(name, component.name, folder, variants)
     tensors, came_from = {}, {}
     for path in files:
-        found, _ = read_header(path)
+        found, _ = tensor_references(path)
         check_weights(str(path), found)
         for key, reference in found.items():
             own = module_name(component, key)
             if own in tensors:
-                raise ModelError(
-                    f"{name}: its {component.name} has one tensor twice, as {came_from[own]} and as {key}: remove one"
-                )
+                raise ModelError(f"{path} has one tensor twice, as {came_from[own]} and as {key}: remove one")
             tensors[own], came_from[own] = reference, key
     return ComponentFiles(folder, tuple(files), variant, tensors)
 
@@ -428,7 +431,7 @@ def _filled(skeleton, tensors, dtype):
         return type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=tensors, dtype=dtype)
 
 
-def _hub_folder(name, revision, variants, cache_dir, only):
+def _hub_folder(name, revision, variants, cache_dir, only, without_weights=()):
     """The Hub's files in the cache: configurations, tokenizers, and of every component the first variant that it has.
 
     "" among `only` takes weights that lie in no folder.
@@ -442,7 +445,8 @@ def _hub_folder(name, revision, variants, cache_dir, only):
     try:
         folder = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=configs))
         if (folder / "model_index.json").is_file():
-            lacking = [one for one in components_of_index(pipeline_index(folder)) if only is None or one in only]
+            lacking = [one for one in components_of_index(pipeline_index(folder))
+                       if (only is None or one in only) and one not in without_weights]  # fmt: skip
         elif alone:
             lacking = [""]
         else:
@@ -462,11 +466,9 @@ def _hub_folder(name, revision, variants, cache_dir, only):
     return folder
 
 
-def _lent(name, cache_dir, only, relatives):
+def _lent(name, options):
     """The pipeline that goes with a model which is not whole, or None."""
-    if name is None:
-        return None
-    return open_source(name, cache_dir=cache_dir, only=only, kinds=("pipeline",), relatives=relatives)
+    return name and open_source(name, **options, kinds=("pipeline",))
 
 
 def _config(lent, component):
@@ -477,8 +479,8 @@ def _family(name, index, relatives):
     class_name = index.get("_class_name")
     own = RELATIVES.get(class_name, class_name) if relatives else class_name
     if own not in FAMILIES:
-        usable: Iterable = (*FAMILIES, *(RELATIVES if relatives else ()))
-        raise ModelError(f"{name} is a {class_name}; what can be used here is {', '.join(usable)}")
+        usable = ", ".join([*FAMILIES, *(RELATIVES if relatives else ())])
+        raise ModelError(f"{name} is a {class_name}; what can be used here is {usable}")
     return FAMILIES[own], class_name
 
 

@@ -15,23 +15,11 @@ from finetuning.cli import first_few
 from finetuning.families.model_args import ModelError
 
 DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
     "F64": torch.float64,
-}
-LONGEST_HEADER = 100_000_000  # bytes; what the safetensors library reads
+}  # fmt: skip
 LFS_POINTER = b"version https://git-lfs"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 CONVERT = (
@@ -83,20 +71,23 @@ class TensorReference:
 
     def read(self):
         """The tensor, in its own dtype and shape. Raises ModelError where the file has become shorter."""
-        content = torch.empty(self.nbytes, dtype=torch.uint8)
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.start)
-            view, done = memoryview(content.numpy()), 0
-            while done < self.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise truncated(self.path)
-                done += count
-        return content.view(self.dtype).reshape(self.shape)
+        return self.read_elements(0, self.numel).reshape(self.shape)
+
+    def read_elements(self, first, last):
+        """Elements first to last - 1 of the flattened tensor, [last - first] in its own dtype. Raises as `read`."""
+        # A plain read: a mapped file would count as memory, and end the process where the file has become shorter.
+        content = torch.empty(last - first, dtype=self.dtype)
+        with open(self.path, "rb") as file:
+            file.seek(self.start + first * self.dtype.itemsize)
+            if file.readinto(content.view(torch.uint8).numpy()) < content.nbytes:
+                raise _damaged(self.path, "it ends before its last tensor")
+        return content
 
 
-def read_header(path):
+def tensor_references(path):
     """({key: TensorReference}, metadata) of a .safetensors file. Raises ModelError: damaged, or something else."""
+    from safetensors import SafetensorError, safe_open
+
     path = Path(path)
     if path.suffix in PICKLES:
         raise pickled(path)
@@ -104,27 +95,27 @@ def read_header(path):
         raise ModelError(f"{path} is not a .safetensors file, the only kind of weights that is read")
     try:
         with open(path, "rb") as file:
-            size, start = path.stat().st_size, file.read(len(LFS_POINTER))
+            start = file.read(len(LFS_POINTER))
             if start == LFS_POINTER:
                 raise lfs_pointer(path)
-            if not size:
+            if not start:
                 raise _damaged(path, "it is empty")
-            length = int.from_bytes(start[:8], "little")
-            if size < 8 or length > min(size - 8, LONGEST_HEADER):
-                raise _damaged(path, "its header is cut, or it is not a safetensors file at all")
-            file.seek(8)
-            header = json.loads(file.read(length))
+            with safe_open(path, framework="pt"):  # checks the header, and that every byte belongs to one tensor
+                length = int.from_bytes(start[:8], "little")
+                file.seek(8)
+                header = json.loads(file.read(length))
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise error if isinstance(error, ModelError) else _damaged(path, "its header is not JSON") from error
-    try:
-        metadata = header.pop("__metadata__", None) or {}
-        tensors = {key: _reference(path, key, entry, 8 + length) for key, entry in header.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise error if isinstance(error, ModelError) else _damaged(path, f"its header is wrong ({error!r})") from error
-    _check_places(path, tensors, 8 + length, size)
-    return tensors, metadata
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, MemoryError) as error:
+        raise _damaged(path, error) from error
+    metadata = header.pop("__metadata__", None) or {}
+    if strange := sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys()):
+        raise ModelError(f"{path} holds {', '.join(strange)}, which is not read; what is: {', '.join(DTYPES)}")
+    data = 8 + length
+    return {
+        key: TensorReference(path, DTYPES[one["dtype"]], tuple(one["shape"]), data + one["data_offsets"][0])
+        for key, one in header.items()
+    }, metadata
 
 
 def read_json(path):
@@ -156,6 +147,11 @@ def check_weights(what, tensors):
             f"{what} was saved with adapters in it ({first_few(adapters, 2)}): load it again, call "
             "pipeline.fuse_lora() and pipeline.unload_lora_weights() (in PEFT: model.merge_and_unload()), and save that"
         )
+    refuse_quantised(what, tensors)
+
+
+def refuse_quantised(what, tensors):
+    """Raises ModelError where {key: TensorReference or tensor} are codes and scales; see check_weights."""
     if quantised := [key for key, one in tensors.items() if _is_quantised(key, one)]:
         raise ModelError(
             f"{what} is quantised ({first_few(quantised, 2)}): its numbers are codes, with which nothing can be "
@@ -177,11 +173,6 @@ def first_not_finite(tensors):
     return None
 
 
-def truncated(path):
-    """The ModelError for a file that ends before its tensors do."""
-    return _damaged(path, "it ends before its last tensor")
-
-
 def lfs_pointer(path):
     """The ModelError for what a clone holds in place of a large file."""
     return ModelError(f"{path} is a pointer of git LFS, not the file itself: run `git lfs pull` where you cloned it")
@@ -194,26 +185,3 @@ def pickled(path, target=None):
 
 def _damaged(path, why):
     return ModelError(f"{path} is damaged: {why}. Copy or download it again")
-
-
-def _reference(path, key, entry, data):
-    if entry["dtype"] not in DTYPES:
-        raise ModelError(f"{path}: {key} is {entry['dtype']}, which is not read; what is: {', '.join(DTYPES)}")
-    first, last = entry["data_offsets"]
-    found = TensorReference(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), data + first)
-    if any(type(side) is not int or side < 0 for side in (first, *found.shape)) or last - first != found.nbytes:
-        raise _damaged(path, f"{key} {entry['dtype']} {entry['shape']} cannot take bytes {first} to {last}")
-    return found
-
-
-def _check_places(path, tensors, data, size):
-    """Every byte after the header belongs to one tensor."""
-    end = data
-    for key, one in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
-        if one.start != end:
-            raise _damaged(path, f"{key} overlaps another tensor, or bytes before it belong to none")
-        end = one.start + one.nbytes
-    if end > size:
-        raise truncated(path)
-    if end < size:
-        raise _damaged(path, f"{size - end} bytes after its last tensor belong to none")

@@ -1,33 +1,30 @@
 """LoRA by truncated singular value decomposition: out of the difference of two models, or of a LoRA of another rank.
 
 The best matrix of rank r is the sum of the r largest singular parts (Eckart and Young, Psychometrika 1936). What it
-keeps is told as energy: the sum of the squares of its singular values, as a share of all.
+keeps is reported as energy: the sum of the squares of its singular values, as a share of all.
 """
 
 from collections import Counter
 from dataclasses import dataclass
 
-import scipy.linalg
 import torch
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, flag
+from finetuning.cli import REQUIRED, first_few, flag
 from finetuning.families.lora_files import Layer, adaptable
 from finetuning.families.model_args import ModelError
 from finetuning.merging.lora_tools import (
     ADAPTED,
     LoraModelArgs,
     LoraOutputArgs,
-    origin,
-    read_loras,
+    about_the_base,
     refuse_dora,
-    skeletons,
     stand_ins,
     write_result,
 )
-from finetuning.merging.models import BaseArgs, opened
-from finetuning.merging.sources import open_source
-from finetuning.training.lora_layout import Layout, LoraArgs
+from finetuning.merging.model_flags import BaseArgs, component_problems, open_all, separated
+
+KEEP_ENERGY = "the smallest rank for each layer that keeps this share of its energy, at most --rank; e.g. 0.95"
 
 
 @dataclass
@@ -35,12 +32,10 @@ class ExtractArgs(LoraOutputArgs, BaseArgs):
     """Extract"""
 
     tuned: str = flag(REQUIRED, "the model that was trained further: what it has and --base has not is the LoRA")
-    rank: int = flag(REQUIRED, "rank of the LoRA; a layer's smaller side where that is less")
-    conv_rank: int | None = flag(None, "the same for convolutions larger than 1 x 1 (none: --rank)")
-    keep_energy: float | None = flag(
-        None, "a smaller rank for each layer whose difference keeps this share of its energy with it, e.g. 0.95"
-    )
-    parts: list[str] = flag(list(ADAPTED), "parts to compare, e.g. unet,text_encoder")
+    rank: int = flag(REQUIRED, "rank of the LoRA; a layer's smaller side where that is less", min=1)
+    conv_rank: int | None = flag(None, "the same for convolutions larger than 1 x 1 (none: --rank)", min=1)
+    keep_energy: float | None = flag(None, KEEP_ENERGY, above=0, max=1)
+    components: list[str] = flag(list(ADAPTED), "components to compare, e.g. unet,text_encoder", was=("parts",))
     lora_target_modules: list[str] = flag(
         ["all-linear", "conv"], "layers of the UNet that may get an adapter, as in train_lora.py: attention, "
         "all-linear, conv, or ends of module names",
@@ -50,45 +45,24 @@ class ExtractArgs(LoraOutputArgs, BaseArgs):
     tuned_variant: str | None = flag(None, "weights' variant of the tuned model")
 
     def problems(self):
-        yield from rank_problems(self)
-        if self.conv_rank is not None and self.conv_rank < 1:
-            yield f"--conv_rank {self.conv_rank} must be at least 1"
-        self.parts = [part for word in self.parts for part in word.split(",") if part]
-        if strange := [part for part in self.parts if part not in ADAPTED]:
-            yield f"--parts {' '.join(strange)}: a LoRA can hold {' and '.join(ADAPTED)}"
+        yield from component_problems(self.components, ADAPTED)
 
     def open_sources(self):
         """[base, tuned]: the Sources. Raises ModelError."""
-        return opened([self.open_base, self._open_tuned])
-
-    def _open_tuned(self):
-        return open_source(
-            self.tuned, weights=self.weights, revision=self.tuned_revision, variant=self.tuned_variant,
-            cache_dir=self.cache_dir, layout_from=self.layout_from,
-        )  # fmt: skip
+        return open_all([self.open_base, lambda: self.open_tuned(self.tuned)])
 
 
 @dataclass
-class ResizeArgs(LoraModelArgs, LoraOutputArgs):
+class ResizeArgs(LoraOutputArgs, LoraModelArgs):
     """Resize"""
 
     lora: str = flag(REQUIRED, "LoRA: file of diffusers, kohya or PEFT, folder of a run, or Hub name")
-    rank: int | None = flag(None, "new rank; layers of a smaller one keep theirs")
-    keep_energy: float | None = flag(
-        None, "the smallest rank for each layer that keeps this share of its energy, at most --rank; e.g. 0.95"
-    )
+    rank: int | None = flag(None, "new rank; layers of a smaller one keep theirs", min=1)
+    keep_energy: float | None = flag(None, KEEP_ENERGY, above=0, max=1)
 
     def problems(self):
-        yield from rank_problems(self)
         if self.rank is None and self.keep_energy is None:
             yield "resize needs --rank, --keep_energy or both"
-
-
-def rank_problems(args):
-    if args.rank is not None and args.rank < 1:
-        yield f"--rank {args.rank} must be at least 1"
-    if args.keep_energy is not None and not 0 < args.keep_energy <= 1:
-        yield f"--keep_energy {args.keep_energy} must be above 0 and at most 1"
 
 
 # -- the decomposition ---------------------------------------------------------------------------------------------
@@ -100,6 +74,8 @@ def truncated(difference, rank, keep_energy=None):
     In float64, through the eigenvectors of the smaller side's Gram matrix: 0.8 s of one core for 1280 x 11520 at rank
     32, where torch.linalg.svd took 17 s. The matrix is projected on them, so no precision is lost to the squares.
     """
+    import scipy.linalg
+
     matrix = difference.double().flatten(1)
     flat = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T  # [smaller side, larger side]
     side = flat.shape[0]
@@ -158,44 +134,47 @@ def extract(args: ExtractArgs):
     A tensor at a time is read. A weight that is the same in both, at the precision of the coarser file, is left out.
     """
     base, tuned = args.open_sources()
-    models = stand_ins(base.parts)
+    models = stand_ins(base.tensors)
     layers, report = extracted(args, base, tuned, models)
     facts = {"base_model": base.given, "tuned_model": tuned.given}
     written = write_result("extract", args, [base, tuned], layers, models, facts, report)
-    return [*base.notes, *tuned.notes, *_extract_lines(report), *written]
+    return [*base.warnings, *tuned.warnings, *_extract_lines(report), *written]
 
 
 def extracted(args: ExtractArgs, base, tuned, models):
-    """({layer name: Layer}, report) of two Sources; `models` are the base's layers (lora.stand_ins)."""
-    compared = [part for part in args.parts if part in base.parts and part in tuned.parts]
-    if problems := [*_differing_keys(base, tuned, compared), *([] if compared else ["--parts: none is in both"])]:
+    """({layer name: Layer}, report) of two Sources; `models` are the base's layers (lora_tools.stand_ins)."""
+    compared = [name for name in separated(args.components) if name in base.tensors and name in tuned.tensors]
+    problems = [*_differing_keys(base, tuned, compared), *([] if compared else ["--components: none is in both"])]
+    if problems:
         raise ModelError("\n".join(problems))
-    targets, known = _targets(args, {part: models[part] for part in compared}), adaptable(models)
+    targets, known = _targets(args, base.family, {name: models[name] for name in compared}), adaptable(models)
 
     layers, ranks, energies, outside, unchanged, broken = {}, {}, Counter(), Counter(), [], []
-    total = sum(stored.nbytes for part in compared for stored in base.parts[part].values())
+    total = sum(reference.nbytes for name in compared for reference in base.tensors[name].values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="extracting", leave=False)
-    for part in compared:
-        for key, stored in sorted(base.parts[part].items()):
-            name, layer = f"{part}.{key}", f"{part}.{key}".rpartition(".")[0]
-            difference = _difference(stored, tuned.parts[part][key])
+    for component in compared:
+        for key, reference in sorted(base.tensors[component].items()):
+            name, layer = f"{component}.{key}", f"{component}.{key}".rpartition(".")[0]
+            difference = _difference(reference, tuned.tensors[component][key])
             wanted = layer in targets and key.endswith(".weight")
             if difference is None:
                 unchanged += [layer] if wanted else []
             elif not difference.isfinite().all():
                 broken.append(name)
             elif not wanted:
-                outside[_group(name, stored, known)] += difference.square().sum().item()
+                outside[_group(name, reference, known)] += difference.square().sum().item()
             elif not broken:
                 rank = args.rank if difference.shape[2:].numel() == 1 else args.conv_rank or args.rank
                 layers[layer], kept = truncated(difference, rank, args.keep_energy)
                 energy = difference.square().sum().item()
                 energies.update({"all": energy, "kept": kept * energy})
                 ranks[layer] = {"rank": layers[layer].rank, "kept_energy": kept, "norm": energy**0.5}
-            bar.update(stored.nbytes)
+            bar.update(reference.nbytes)
     bar.close()
     if broken:
-        raise ModelError(f"NaN or infinity in {len(broken)} tensors of {base.given} or {tuned.given}: {_few(broken)}")
+        raise ModelError(
+            f"NaN or infinity in {len(broken)} tensors of {base.given} or {tuned.given}: {first_few(broken)}"
+        )
     if not layers:
         raise ModelError(
             f"{base.given} and {tuned.given} have the same weights in all {len(targets)} layers that may get an "
@@ -207,19 +186,21 @@ def extracted(args: ExtractArgs, base, tuned, models):
         "kept_energy": energies["kept"] / energies["all"],
         "outside": {group: energy / difference for group, energy in sorted(outside.items())},
         "unchanged": unchanged,
-        "not_compared": sorted((base.parts.keys() | tuned.parts.keys()) - set(compared)),
+        "not_compared": sorted((base.tensors.keys() | tuned.tensors.keys()) - set(compared)),
     }
 
 
-def _targets(args, models):
+def _targets(args, family, models):
     """Names of the layers that may get an adapter, by train_lora.py's words. Raises ModelError for strange ones."""
-    layout = Layout(LoraArgs(lora_target_modules=args.lora_target_modules), models)
-    if nothing := [word for word, names in layout.chosen.get("unet", {}).items() if not names]:
+    from finetuning.training.lora_layout import Layout, LoraArgs
+
+    layout = Layout(LoraArgs(lora_target_modules=args.lora_target_modules), family, models)
+    if nothing := [word for word, names in layout.chosen.get(family.denoiser, {}).items() if not names]:
         raise ModelError(
             f"--lora_target_modules {' '.join(nothing)} matches no layer of the UNet: there are attention, "
             "all-linear, conv, and ends of module names such as to_q or ff.net.2"
         )
-    return {f"{part}.{module}" for part, own in layout.ranks.items() for module in own}
+    return {f"{component}.{module}" for component, own in layout.ranks.items() for module in own}
 
 
 def _difference(base, tuned):
@@ -232,42 +213,44 @@ def _difference(base, tuned):
     return None if torch.equal(before.to(coarser), after.to(coarser)) else after.double() - before.double()
 
 
-def _differing_keys(base, tuned, parts):
+def _differing_keys(base, tuned, components):
     """Tensors that only one of the two has, or in another shape, as text."""
-    for part in parts:
-        ours, theirs = base.parts[part], tuned.parts[part]
-        for source, keys in ((base, ours.keys() - theirs.keys()), (tuned, theirs.keys() - ours.keys())):
-            if floating := sorted(f"{part}.{key}" for key in keys if source.parts[part][key].dtype.is_floating_point):
-                yield f"only {source.given} has {len(floating)} of the tensors: {_few(floating)}"
-        both = sorted(ours.keys() & theirs.keys())
-        if other := [f"{part}.{key}" for key in both if ours[key].shape != theirs[key].shape]:
-            key = other[0].partition(".")[2]
+    for name in components:
+        ours, theirs = base.tensors[name], tuned.tensors[name]
+        for source, own, others in ((base, ours, theirs), (tuned, theirs, ours)):
+            lone = sorted(f"{name}.{key}" for key in own.keys() - others.keys() if own[key].dtype.is_floating_point)
+            if lone:
+                yield f"only {source.given} has {len(lone)} of the tensors: {first_few(lone)}"
+        shapes = [
+            f"{name}.{key} {list(ours[key].shape)} and {list(theirs[key].shape)}"
+            for key in sorted(ours.keys() & theirs.keys())
+            if ours[key].shape != theirs[key].shape
+        ]
+        if shapes:
             yield (
-                f"{len(other)} tensors have other shapes in {base.given} than in {tuned.given}, another kind of model: "
-                f"{other[0]} {list(ours[key].shape)} and {list(theirs[key].shape)}"
+                f"{len(shapes)} tensors have other shapes in {base.given} than in {tuned.given}, another kind of "
+                f"model: {shapes[0]}"
             )
 
 
-def _group(name, stored, known):
+def _group(name, reference, known):
     """What a tensor is that no adapter holds."""
     layer, _, kind = name.rpartition(".")
     if layer in known:
         return "biases" if kind == "bias" else "layers outside --lora_target_modules"
-    return "norms" if len(stored.shape) == 1 else "embeddings"
+    return "norms" if len(reference.shape) == 1 else "embeddings"
 
 
 def _extract_lines(report):
-    yet = sorted(report["ranks"].items(), key=lambda item: item[1]["kept_energy"])
-    lines = [f"kept energy {report['kept_energy']:.4f} of {len(yet)} layers, {len(report['unchanged'])} are unchanged"]
-    lines += [f"  least: {one['kept_energy']:.4f} at rank {one['rank']} in {name}" for name, one in yet[:3]]
+    by_energy = sorted(report["ranks"].items(), key=lambda item: item[1]["kept_energy"])
+    lines = [
+        f"kept energy {report['kept_energy']:.4f} of {len(by_energy)} layers, {len(report['unchanged'])} are unchanged"
+    ]
+    lines += [f"  least: {one['kept_energy']:.4f} at rank {one['rank']} in {name}" for name, one in by_energy[:3]]
     lines += [f"{share:.4f} of the difference is in {group}" for group, share in report["outside"].items()]
     if report["not_compared"]:
         lines.append(f"not compared: {', '.join(report['not_compared'])}")
     return lines
-
-
-def _few(names):
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # -- resize --------------------------------------------------------------------------------------------------------
@@ -278,9 +261,8 @@ def resize(args: ResizeArgs):
 
     A layer that adds nothing is left out.
     """
-    parts = skeletons(args.base, args.revision, args.cache_dir)
-    (lora,) = read_loras([args.lora], parts, args)
-    refuse_dora([lora], "has magnitudes that go with its full rank: fold it into its base, and extract that")
+    components, (lora,) = args.open_loras()
+    refuse_dora([lora], "has magnitudes that go with its full rank: fuse it into its base, and extract that")
     layers, ranks, energies, nothing = {}, {}, Counter(), []
     for name, layer in lora.layers.items():
         energy = layer.delta().double().square().sum().item()
@@ -293,7 +275,7 @@ def resize(args: ResizeArgs):
     if not layers:
         raise ModelError(f"--lora {lora.path} adds nothing to any layer: there is nothing to resize")
     report = {"ranks": ranks, "kept_energy": energies["kept"] / energies["all"], "nothing": nothing}
-    written = write_result("resize", args, args.open_sources(), layers, parts, origin([lora]), report)
+    written = write_result("resize", args, args.open_sources(), layers, components, about_the_base([lora]), report)
     before, after = (sorted({one[what] for one in ranks.values()}) for what in ("of_rank", "rank"))
     lines = [f"rank {_span(before)} -> {_span(after)}, kept energy {report['kept_energy']:.4f}"]
     lines += [f"{len(nothing)} layers add nothing and are left out"] if nothing else []

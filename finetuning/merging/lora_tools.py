@@ -1,12 +1,12 @@
-"""LoRA in and out: what the LoRA commands of merge_checkpoints.py share, folding into weights, and conversion.
+"""LoRA in and out: what the LoRA commands of merge_checkpoints.py share, fusing into weights, and conversion.
 
-    fold      base + scale x LoRA -> weights         here
+    fuse      base + scale x LoRA -> weights         here
     convert   one LoRA file -> another layout        here
     extract   tuned - base -> LoRA                   lora_extraction.py
     resize    LoRA -> LoRA of another rank           lora_extraction.py
     combine   several LoRAs -> one                   lora_combination.py
 
-Each command's function takes its flags and gives back what to print, a list of lines. What it did in full, layer by
+Each command's function takes its flags and returns what to print, a list of lines. What it did in full, layer by
 layer, is in the recipe beside the result (see recipe.py), under "run" and there "report".
 """
 
@@ -17,9 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from finetuning.cli import REQUIRED, as_dict, flag
 from finetuning.families.lora_files import (
@@ -31,20 +28,22 @@ from finetuning.families.lora_files import (
     write_kohya,
 )
 from finetuning.families.model_args import ModelError
+from finetuning.families.table import FAMILIES
 from finetuning.files import atomic_folder, sha256, write_json
-from finetuning.merging.matching import Match
-from finetuning.merging.models import BaseArgs, opened
+from finetuning.merging.model_flags import BaseArgs, open_all
+from finetuning.merging.model_writer import MergeOutput, OutputArgs, overlap, write_models
 from finetuning.merging.recipe import RECIPE, metadata_of, recipe_of
-from finetuning.merging.writing import OutputArgs, Product, write_models
+from finetuning.merging.tensor_matching import Match
 
-ADAPTED = ("unet", "text_encoder")  # the parts that LoRAs are made for
+# The components that LoRAs are made for
+ADAPTED = tuple(dict.fromkeys(one.name for family in FAMILIES.values() for one in family.adaptable))
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # How far a written layer may be from what was meant, by the norm of what it adds. Rounding both factors to fp16 moves
 # it by some 4e-4; numbers that are too small for fp16, or too large, move it much further.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3}
 
-ORIGIN = ("base_model", "base_model_hash", "ss_sd_model_name", "ss_base_model_version", "ss_v2")
-OF_THE_FILE = ("format", "sshs_model_hash", "sshs_legacy_hash", LORA_ADAPTER_METADATA_KEY)
+ABOUT_THE_BASE = ("base_model", "base_model_hash", "ss_sd_model_name", "ss_base_model_version", "ss_v2")
+ABOUT_THE_FILE = ("format", "sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata")
 
 
 @dataclass
@@ -56,64 +55,74 @@ class LoraModelArgs:
     )
     revision: str | None = flag(None, "git revision of the Hub model")
     weights: str = flag("ema", "which weights of a LoRA run: averaged or as trained", choices=("ema", "raw"))
-    cache_dir: str | None = flag(None, "where models of the Hub are kept")
+    cache_dir: str | None = flag(None, "where models of the Hub are kept", affects_result=False)
 
     def open_sources(self):
         """[LoraFile, ...]: the inputs, for the recipe. Raises ModelError."""
         return lora_files([self.lora] if isinstance(self.lora, str) else self.lora, self)
 
+    def open_loras(self):
+        """(the model's components without weights, [Lora, ...] of --lora that fit them). Raises ModelError."""
+        components = skeletons(self.base, self.revision, self.cache_dir)
+        return components, read_loras(self.open_sources(), components, self)
+
 
 @dataclass
-class LoraOutputArgs:
+class LoraFileArgs:
     """Output"""
 
-    output_dir: str = flag(REQUIRED, f"new folder for {DIFFUSERS_NAME}")
-    save_kohya: bool = flag(False, f"also write {KOHYA_NAME}, for A1111 and ComfyUI")
-    dtype: str = flag("fp32", "precision of the files", choices=tuple(DTYPES))
+    output_dir: str = flag(REQUIRED, "new folder for the LoRA's file", affects_result=False)
+    dtype: str = flag("fp32", "precision of the file", choices=tuple(DTYPES))
 
     def problems(self):
-        yield from taken(self.output_dir)
+        if Path(self.output_dir).exists():
+            yield f"--output_dir {self.output_dir} exists already: name a new folder, or move that one away"
+        given = [getattr(self, name, None) or [] for name in ("base", "tuned", "lora")]
+        if problem := overlap(self.output_dir, [one for own in given for one in ([own] if type(own) is str else own)]):
+            yield problem
 
 
 @dataclass
-class FoldArgs(OutputArgs, BaseArgs):
-    """Fold"""
+class LoraOutputArgs(LoraFileArgs):
+    """Output"""
+
+    save_kohya: bool = flag(False, f"also write {KOHYA_NAME}, for A1111 and ComfyUI")
+
+
+@dataclass
+class ScaleArgs:
+    """LoRAs"""
 
     lora: list[str] = flag(REQUIRED, "LoRAs: files of diffusers, kohya or PEFT, folders of runs, or Hub names")
     scale: list[float] | None = flag(None, "how strongly each LoRA counts, one number for each (none: 1)")
-    weights: str = flag("ema", "which weights of a LoRA run: averaged or as trained", choices=("ema", "raw"))
+
+    @property
+    def scales(self):
+        return self.scale or [1.0] * len(self.lora)
 
     def problems(self):
-        yield from scale_problems(self)
+        if self.scale is not None and len(self.scale) != len(self.lora):
+            yield f"--scale has {len(self.scale)} number(s) for {len(self.lora)} LoRA(s): give one for each"
+
+
+@dataclass
+class FuseArgs(OutputArgs, ScaleArgs, BaseArgs):
+    """Fuse"""
+
+    weights: str = flag("ema", "which weights of a LoRA run: averaged or as trained", choices=("ema", "raw"))
 
     def open_sources(self):
         """[Source of the base, LoraFile, ...]: the inputs, for the recipe. Raises ModelError."""
-        base, files = opened([self.open_base, partial(lora_files, self.lora, self)])
+        base, files = open_all([self.open_base, partial(lora_files, self.lora, self)])
         return [base, *files]
 
 
 @dataclass
-class ConvertArgs(LoraModelArgs):
+class ConvertArgs(LoraFileArgs, LoraModelArgs):
     """Convert"""
 
     lora: str = flag(REQUIRED, "LoRA: file of diffusers, kohya or PEFT, folder of a run, or Hub name")
     to: str = flag(REQUIRED, "layout to write", choices=("diffusers", "kohya"))
-    output_dir: str = flag(REQUIRED, f"new folder for {DIFFUSERS_NAME} or {KOHYA_NAME}")
-    dtype: str = flag("fp32", "precision of the file", choices=tuple(DTYPES))
-
-    def problems(self):
-        yield from taken(self.output_dir)
-
-
-def taken(output_dir):
-    """Why nothing can be written there, as text."""
-    if Path(output_dir).exists():
-        yield f"--output_dir {output_dir} exists already: name a new folder, or move that one away"
-
-
-def scale_problems(args):
-    if args.scale is not None and len(args.scale) != len(args.lora):
-        yield f"--scale has {len(args.scale)} number(s) for {len(args.lora)} LoRA(s): give one for each"
 
 
 # -- the layers of a model -----------------------------------------------------------------------------------------
@@ -124,6 +133,9 @@ def skeletons(name, revision=None, cache_dir=None):
 
     name   folder of a pipeline, of a checkpoint, or of a UNet alone (then there is no text encoder), or Hub name
     """
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     where = {"revision": revision, "cache_dir": cache_dir}
     folder, models = Path(name), {}
     if folder.is_file():
@@ -141,18 +153,19 @@ def skeletons(name, revision=None, cache_dir=None):
     return models
 
 
-def stand_ins(parts):
-    """Models without weights, that have the layers of {part: {key: Stored}}: linear by 2 dimensions, convolution by 4.
+def stand_ins(components):
+    """Models without weights, with the layers of {component: {key: TensorReference}}.
 
-    Only the parts that LoRAs are made for. Embeddings have 2 dimensions as well, but no adapter is put on them.
+    A weight of 2 dimensions is a linear layer, one of 4 a convolution. Only of the components that LoRAs are made for.
+    Embeddings have 2 dimensions as well, but no adapter is put on them.
     """
     models = {}
-    for part in (part for part in ADAPTED if part in parts):
-        model = models[part] = torch.nn.Module()
-        for key, stored in parts[part].items():
+    for component in (name for name in ADAPTED if name in components):
+        model = models[component] = torch.nn.Module()
+        for key, reference in components[component].items():
             name, _, kind = key.rpartition(".")
-            if kind == "weight" and len(stored.shape) in (2, 4) and not name.endswith("_embedding"):
-                _put(model, name, stored.shape)
+            if kind == "weight" and len(reference.shape) in (2, 4) and not name.endswith("_embedding"):
+                _put(model, name, reference.shape)
     return models
 
 
@@ -180,29 +193,25 @@ class LoraFile:
 
 
 def lora_files(names, args):
-    """[LoraFile, ...]. Raises ModelError with all that are not to be found."""
+    """[LoraFile, ...]. Raises ModelError with all that cannot be found or read."""
 
     def found(name):
         return LoraFile(name, (find_lora(name, args.weights, args.cache_dir),))
 
-    return opened([partial(found, name) for name in names])
+    return open_all([partial(found, name) for name in names])
 
 
-def read_loras(sources, parts, args):
-    """[Lora, ...] of --lora, checked against `parts` of --base. Raises ModelError with all that is wrong."""
-    loras, problems = [], []
-    for source in sources:
-        try:
-            loras.append(read_lora(source, parts, args.weights, args.cache_dir))
-        except ModelError as problem:
-            problems.append(f"--lora {problem}")
-    if problems and "text_encoder" not in parts:
-        problems.append(
-            f"--base {args.base} has no text encoder: a LoRA that adapts one needs a base that is a whole pipeline"
-        )
-    if problems:
-        raise ModelError("\n".join(problems))
-    return loras
+def read_loras(files, components, args):
+    """[Lora, ...] of LoraFiles, checked against `components` of --base. Raises ModelError with all that is wrong."""
+    try:
+        return open_all([partial(read_lora, file.files[0], components) for file in files])
+    except ModelError as problem:
+        lines = [f"--lora {problem}"]
+        if "text_encoder" not in components:
+            lines.append(
+                f"--base {args.base} has no text encoder: a LoRA that adapts one needs a base that is a whole pipeline"
+            )
+        raise ModelError("\n".join(lines)) from problem
 
 
 def refuse_dora(loras, why):
@@ -211,57 +220,56 @@ def refuse_dora(loras, why):
         raise ModelError(f"--lora {', '.join(doras)}: DoRA {why}")
 
 
-def origin(loras):
+def about_the_base(loras):
     """What all the files say alike of the base that they were made for."""
     return {
         key: loras[0].metadata[key]
-        for key in ORIGIN
+        for key in ABOUT_THE_BASE
         if key in loras[0].metadata and len({lora.metadata.get(key) for lora in loras}) == 1
     }
 
 
-# -- folding -------------------------------------------------------------------------------------------------------
+# -- fuse ----------------------------------------------------------------------------------------------------------
 
 
-def fold(args: FoldArgs):
+def fuse(args: FuseArgs):
     """Write the base with --lora in its weights. Returns lines. Raises ModelError."""
     base, *files = args.open_sources()
-    loras = read_loras(args.lora, stand_ins(base.parts), args)
-    scales = args.scale or [1.0] * len(loras)
-    computes = fold_compute(loras, scales)
+    loras = read_loras(files, stand_ins(base.tensors), args)
+    computes = fuse_compute(loras, args.scales)
     matches = [
-        Match(part, key, (stored,), is_copy=f"{part}.{key}" not in computes)
-        for part, own in base.parts.items()
-        for key, stored in own.items()
+        Match(component, key, (reference,), is_copy=f"{component}.{key}" not in computes)
+        for component, own in base.tensors.items()
+        for key, reference in own.items()
     ]
-    product = Product(Path(args.output_dir), lambda one: computes[one.name], as_dict(args))
+    output = MergeOutput(Path(args.output_dir), lambda one: computes[one.name], as_dict(args))
     lines = [
         f"{lora.path} at scale {scale:g}: {len(lora.layers)} layers, made for "
         f"{lora.metadata.get('base_model', 'a base that it does not name')}"
-        for lora, scale in zip(loras, scales, strict=True)
+        for lora, scale in zip(loras, args.scales, strict=True)
     ]
-    return [*base.notes, *lines, *write_models("fold", [product], [base, *files], matches, args, whole=True)]
+    return [*base.warnings, *lines, *write_models("fuse", [output], [base, *files], matches, args, whole=True)]
 
 
-def fold_compute(loras, scales):
-    """{"part.layer.weight": compute(weight, out=)} that fills `out` with the weight and all LoRAs in it, in fp32.
+def fuse_compute(loras, scales):
+    """{"component.layer.weight": compute(weight, out=)} that fills `out` with the weight and all LoRAs in it, in fp32.
 
-    Or 0 in its place, as in streaming.Written: the weight itself.
+    Or 0 in its place, as in merge_writer.OutputTensor: the weight itself.
 
     What LoRAs add is summed. At scale 0 a LoRA, or a DoRA, is not there, as in generation. A DoRA gives each output
     another length, so beside it the order would matter: raises ModelError.
     """
     acting = [(lora, scale) for lora, scale in zip(loras, scales, strict=True) if scale]
     if len(acting) > 1:
-        refuse_dora([lora for lora, _ in acting], "is folded alone, beside others the order would matter: fold in turn")
+        refuse_dora([lora for lora, _ in acting], "is fused alone, beside others the order would matter: fuse in turn")
     computes = {}
     for name in dict.fromkeys(name for lora in loras for name in lora.layers):
         layers = [(lora.layers[name], scale) for lora, scale in acting if name in lora.layers]
-        computes[f"{name}.weight"] = partial(_fold, layers) if layers else 0
+        computes[f"{name}.weight"] = partial(_fuse, layers) if layers else 0
     return computes
 
 
-def _fold(layers, weight, *, out):
+def _fuse(layers, weight, *, out):
     """`weight` in any shape of as many elements; `out` in any other."""
     first = layers[0][0]
     moved = weight.reshape(first.up.shape[0], *first.down.shape[1:])
@@ -270,33 +278,32 @@ def _fold(layers, weight, *, out):
     return out.copy_(moved.reshape(out.shape))
 
 
-# -- converting ----------------------------------------------------------------------------------------------------
+# -- convert -------------------------------------------------------------------------------------------------------
 
 
 def convert(args: ConvertArgs):
     """Write --lora in the layout --to, with all that its metadata says. Returns lines. Raises ModelError."""
-    parts = skeletons(args.base, args.revision, args.cache_dir)
-    (lora,) = read_loras([args.lora], parts, args)
+    components, (lora,) = args.open_loras()
     if args.to == "kohya":
-        refuse_dora([lora], "is applied by other formulas in A1111 and ComfyUI: fold it into its base instead")
-    kept = {key: value for key, value in lora.metadata.items() if key not in OF_THE_FILE}
+        refuse_dora([lora], "is applied by other formulas in A1111 and ComfyUI: fuse it into its base instead")
+    kept = {key: value for key, value in lora.metadata.items() if key not in ABOUT_THE_FILE}
     name = {"diffusers": DIFFUSERS_NAME, "kohya": KOHYA_NAME}[args.to]
-    return write_result("convert", args, args.open_sources(), lora.layers, parts, kept, {}, (name,))
+    return write_result("convert", args, args.open_sources(), lora.layers, components, kept, {}, (name,))
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
-def write_result(command, args, sources, layers, parts, facts, report, names=None):
+def write_result(command, args, sources, layers, components, facts, report, names=None):
     """Write {layer name: Layer} as --output_dir, whole or not there. Returns lines. Raises ModelError.
 
-    Each file is read back against `parts`, the models by part, and must hold the layers up to the rounding of --dtype.
+    Each file is read back against `components`, the models by name, and must hold the layers up to --dtype's rounding.
     sources   what it was made of: [Source or LoraFile, ...]
     facts     what the metadata should say besides the recipe, rank and alpha
     report    what the recipe should say besides, ready for JSON
     names     the files: DIFFUSERS_NAME, KOHYA_NAME (none: as --save_kohya says)
     """
-    if problem := next(taken(args.output_dir), None):
+    if problem := next(LoraFileArgs.problems(args), None):
         raise ModelError(problem)
     names = names or ((DIFFUSERS_NAME, KOHYA_NAME) if args.save_kohya else (DIFFUSERS_NAME,))
     rounded = {name: _rounded(layer, DTYPES[args.dtype]) for name, layer in layers.items()}
@@ -309,7 +316,7 @@ def write_result(command, args, sources, layers, parts, facts, report, names=Non
                 write_kohya(folder / name, rounded, facts | _kohya_facts(layers))
             else:
                 write_diffusers_for_all(folder / name, rounded, facts)
-            _check(folder / name, layers, parts, args.dtype)
+            _check(folder / name, layers, components, args.dtype)
         recipe["run"]["report"] = report
         write_json(folder / RECIPE, recipe)
     sizes = [(Path(args.output_dir) / name).stat().st_size for name in names]
@@ -331,7 +338,7 @@ def _size_facts(layers):
     return {
         "rank": ", ".join(map(str, sorted(ranks))),
         "alpha": ", ".join(f"{alpha:g}" for alpha in sorted(alphas)),
-        "parts": ", ".join(part for part in ADAPTED if any(name.startswith(f"{part}.") for name in layers)),
+        "parts": ", ".join(name for name in ADAPTED if any(layer.startswith(f"{name}.") for layer in layers)),
         "use_dora": any(layer.magnitude is not None for layer in layers.values()),
     }
 
@@ -351,9 +358,9 @@ def _kohya_facts(layers):
     }
 
 
-def _check(path, layers, parts, dtype):
+def _check(path, layers, components, dtype):
     """Raises ModelError unless the file holds the layers."""
-    found, tolerance = read_lora(path, parts).layers, TOLERANCE[DTYPES[dtype]]
+    found, tolerance = read_lora(path, components).layers, TOLERANCE[DTYPES[dtype]]
     off = {name: _distance(found[name], layer) if name in found else 1.0 for name, layer in layers.items()}
     far = {name: distance for name, distance in off.items() if not distance <= tolerance}
     if found.keys() - layers.keys() or far:

@@ -219,6 +219,11 @@ METHODS = {
 }
 
 
+def _named(wanted):
+    """For flag(requires=): the methods that are so."""
+    return tuple(f"method={name}" for name, one in METHODS.items() if wanted(one))
+
+
 @dataclass
 class MethodArgs:
     """Method"""
@@ -226,51 +231,41 @@ class MethodArgs:
     method: str = flag(
         "weighted_sum", "how models become one; soup, ties and dare take several", choices=tuple(METHODS)
     )
-    origin: str | None = flag(None, "for add_difference and train_difference: the model that --tuned was trained from")
+    origin: str | None = flag(
+        None, "the model that --tuned was trained from", requires=_named(lambda one: one.needs_origin)
+    )
     tuned_weights: list[float] | None = flag(
-        None, "for soup, ties and dare: shares of the --tuned models (none: equal)"
+        None, "shares of the --tuned models, whatever their sum (none: equal)", above=0,
+        requires=_named(lambda one: one.many),
+    )  # fmt: skip
+    density: float = flag(
+        DENSITY, "share of each tensor's changes that is kept, the largest ones", above=0, max=1, requires="method=ties"
     )
-    density: float = flag(DENSITY, "for ties: share of each tensor's changes that is kept, the largest ones")
     drop_rate: float = flag(
-        DROP_RATE, "for dare: probability that a change is dropped; the others grow to make up for it"
-    )
+        DROP_RATE, "probability that a change is dropped; the others grow to make up for it", min=0, below=1,
+        requires="method=dare",
+    )  # fmt: skip
     curve: str = flag("linear", "bends ratios between 0 and 1, also those of blocks", choices=tuple(CURVES))
-    drop_seed: int = flag(0, "for dare: what the draws start from")
+    drop_seed: int = flag(0, "seed of what is dropped", requires="method=dare")
 
     def problems(self):
         method = METHODS[self.method]
-        several = ", ".join(name for name, one in METHODS.items() if one.many)
         if not method.many and len(self.tuned) > 1:
+            several = ", ".join(name for name, one in METHODS.items() if one.many)
             yield f"--tuned names {len(self.tuned)} models, but --method {self.method} takes one: take {several}"
         if method.needs_origin and not self.origin:
             yield f"--method {self.method} needs --origin, the model that --tuned was trained from"
-        if self.origin and not method.needs_origin:
-            yield f"--origin does nothing with --method {self.method}: add_difference and train_difference use it"
-        if self.tuned_weights and not method.many:
-            yield f"--tuned_weights does nothing with --method {self.method}: {several} use it"
-        elif self.tuned_weights and len(self.tuned_weights) != len(self.tuned):
+        if self.tuned_weights and len(self.tuned_weights) != len(self.tuned):
             yield f"--tuned_weights: {len(self.tuned_weights)} numbers for {len(self.tuned)} models, give one for each"
-        if any(not 0 < weight < math.inf for weight in self.tuned_weights or []):
-            yield f"--tuned_weights {_listed(self.tuned_weights)} must be greater than 0 (their sum does not matter)"
-        if not 0 < self.density <= 1:
-            yield f"--density {self.density} must be greater than 0 and at most 1"
-        elif self.density != DENSITY and self.method != "ties":
-            yield f"--density does nothing with --method {self.method}: ties uses it"
-        if not 0 <= self.drop_rate < 1:
-            yield f"--drop_rate {self.drop_rate} must be at least 0 and less than 1"
-        elif self.drop_rate != DROP_RATE and self.method != "dare":
-            yield f"--drop_rate does nothing with --method {self.method}: dare uses it"
 
 
 def ratio_problems(name, ratios, method, curve):
     """What is wrong with the ratios of the flag `name`. Outside 0..1 most methods extrapolate."""
-    if wild := [ratio for ratio in ratios if not math.isfinite(ratio)]:
-        yield f"{name} {_listed(wild)} must be a finite number"
-    outside = [ratio for ratio in ratios if math.isfinite(ratio) and not 0 <= ratio <= 1]
+    outside = " ".join(f"{ratio:g}" for ratio in ratios if not 0 <= ratio <= 1)
     if outside and method == "slerp":
-        yield f"{name} {_listed(outside)} must be between 0 and 1 with --method slerp"
+        yield f"{name} {outside} must be between 0 and 1 with --method slerp"
     if outside and curve != "linear":
-        yield f"{name} {_listed(outside)} must be between 0 and 1 with --curve {curve}"
+        yield f"{name} {outside} must be between 0 and 1 with --curve {curve}"
 
 
 def bound(args: MethodArgs, name: str, ratio: float) -> Callable | int:
@@ -289,7 +284,3 @@ def bound(args: MethodArgs, name: str, ratio: float) -> Callable | int:
     if args.method == "dare":
         options |= {"drop_rate": args.drop_rate, "key": (args.drop_seed, name)}
     return partial(METHODS[args.method].function, **options)
-
-
-def _listed(numbers):
-    return " ".join(f"{number:g}" for number in numbers)

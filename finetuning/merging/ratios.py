@@ -10,6 +10,7 @@ from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
 
 from finetuning.families.model_args import ModelError
+from finetuning.families.original import original_names
 
 MOST = 1000  # ratios of one range: each is a whole model
 
@@ -89,13 +90,14 @@ CURVES = {"linear": linear, "smoothstep": smoothstep, "inverse_smoothstep": inve
 
 
 def block_ratios(words, matches):
-    """BlockRatios of the words, settled for the tensors among `matches` that are merged.
+    """BlockRatios of the words, resolved for the tensors among `matches` that are merged.
 
     Raises ModelError where a word fits none of them.
     """
     merged = [one for one in matches if not one.is_copy]
     found = BlockRatios(words)
-    found.resolve({part: [one.key for one in merged if one.part == part] for part in {one.part for one in merged}})
+    components = {one.component for one in merged}
+    found.resolve({name: [one.key for one in merged if one.component == name] for name in components})
     if unused := found.unused():
         raise ModelError(f"--block_ratios: {', '.join(unused)} matches none of the tensors that are merged")
     return found
@@ -137,14 +139,14 @@ class BlockRatios:
         """Every ratio that was given."""
         return [one for _, given in self._rules for one in (given if isinstance(given, list) else [given])]
 
-    def resolve(self, parts):
-        """Settle the ratios of {part: canonical names of its tensors}.
+    def resolve(self, components):
+        """Find the ratios of {component: canonical names of its tensors}.
 
         Raises ModelError where the number of ratios is not the number of the UNet's blocks.
         """
-        blocks = unet_blocks(parts.get("unet", ()))
+        blocks = unet_blocks(components.get("unet", ()))
         order = sorted(set(blocks.values()) - {"BASE"})  # IN.., M00, OUT..: as the alphabet has them
-        names = [f"{part}.{key}" for part, keys in parts.items() for key in keys]
+        names = [f"{component}.{key}" for component, keys in components.items() for key in keys]
         self._ratios, self._matched = {}, set()
         for pattern, given in self._rules:
             if pattern is None:
@@ -155,9 +157,9 @@ class BlockRatios:
                 self._matched |= {pattern} if found else set()
             self._ratios |= found
 
-    def of(self, part: str, key: str, ratio: float) -> float:
+    def of(self, component: str, key: str, ratio: float) -> float:
         """The ratio of a tensor: `ratio`, unless a block or a pattern has its own."""
-        return self._ratios.get(f"{part}.{key}", ratio)
+        return self._ratios.get(f"{component}.{key}", ratio)
 
     def unused(self) -> list[str]:
         """Patterns that match no tensor."""
@@ -165,41 +167,19 @@ class BlockRatios:
 
 
 def unet_blocks(keys) -> dict[str, str]:
-    """{name: block} of a UNet's tensors as diffusers names them: IN00, ..., M00, OUT00, ... or BASE.
+    """{name: block} of a UNet's tensors as diffusers names them: IN00, ..., M00, OUT00, ... or BASE."""
+    inside = [key for key in keys if key.startswith(("conv_in.", "down_blocks.", "mid_block.", "up_blocks."))]
+    return dict.fromkeys(keys, "BASE") | {key: _block(name) for key, name in original_names("unet", inside).items()}
 
-    The original layout counts blocks through: conv_in, then for each resolution its residual blocks and its
-    downsampler; on the way up its residual blocks, where an upsampler belongs to the last one.
-    """
-    keys = list(keys)
-    found = {key: re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|\w+samplers)\.(\d+)\.", key) for key in keys}
-    inside = {
-        (way, int(level), kind, int(index)) for way, level, kind, index in (m.groups() for m in found.values() if m)
-    }
-    first = {}  # block in which a resolution starts
-    for way, start in (("down", 1), ("up", 0)):
-        for level in sorted({level for one, level, _, _ in inside if one == way}):
-            first[way, level] = start
-            start += sum(one[:2] == (way, level) and one[2] in ("resnets", "downsamplers") for one in inside)
 
-    def block(key):
-        if key.startswith("conv_in."):
-            return "IN00"
-        if key.startswith("mid_block."):
-            return "M00"
-        if not found[key]:
-            return "BASE"
-        way, level, kind, index = found[key][1], int(found[key][2]), found[key][3], int(found[key][4])
-        if kind.endswith("samplers"):
-            residual = sum(one[:3] == (way, level, "resnets") for one in inside)
-            index = residual if way == "down" else residual - 1
-        return f"{'IN' if way == 'down' else 'OUT'}{first[way, level] + index:02d}"
-
-    return {key: block(key) for key in keys}
+def _block(name):
+    found = re.match(r"model\.diffusion_model\.(input|middle|output)_blocks?\.(\d+)\.", name)
+    return "M00" if found[1] == "middle" else f"{'IN' if found[1] == 'input' else 'OUT'}{int(found[2]):02d}"
 
 
 def _one_for_each(order, given):
     if not order:
-        raise ModelError("--block_ratios: numbers are for the UNet's blocks, and no UNet is merged: see --parts")
+        raise ModelError("--block_ratios: numbers are for the UNet's blocks, and no UNet is merged: see --components")
     if len(given) != len(order):
         base = "; the first of 26 numbers (BASE) is --ratio here" if len(given) == len(order) + 1 == 26 else ""
         raise ModelError(

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from finetuning.families.model_args import ModelError
+from finetuning.families.tensors import tensor_references
 from finetuning.files import sha256
-from finetuning.merging.tensors import stored_tensors
 
 RECIPE = "merge.json"
 METADATA_KEY = "merge"
@@ -42,7 +42,7 @@ def read_recipe(place):
         path = path / RECIPE
     try:
         if path.suffix == ".safetensors":
-            content = json.loads(stored_tensors(path)[1][METADATA_KEY])
+            content = json.loads(tensor_references(path)[1][METADATA_KEY])
         else:
             content = json.loads(path.read_text(encoding="utf-8"))
         if not all(content["run"][key] for key in ("command", "inputs", "code")):
@@ -52,14 +52,14 @@ def read_recipe(place):
     return content
 
 
-def told(recipe):
-    """The recipe in lines for a person."""
+def described(recipe):
+    """The recipe in lines to print."""
     run = recipe["run"]
     lines = [f"made by  merge_checkpoints.py {run['command']}, code {run['code']}"]
     for source in run["inputs"]:
         lines.append(f"from     {source['given']}")
         lines += [f"           {digest}  {name}" for name, digest in source["files"].items()]
-    flags = {name: value for name, value in recipe.items() if name != "run" and _is_said(value)}
+    flags = {name: value for name, value in recipe.items() if name != "run" and _is_set(value)}
     words = [f"--{name}" if value is True else f"--{name} {_words(value)}" for name, value in flags.items()]
     lines += ["flags    " + "  ".join(words)]
     if run.get("taken_over"):
@@ -98,7 +98,7 @@ def _below(source, path):
     return path.name
 
 
-def _is_said(value):
+def _is_set(value):
     return value is not None and value is not False and value != []
 
 

@@ -1,19 +1,18 @@
 """The sweep: the same prompts and seeds at every ratio, side by side, and the ratio that gives most for what it costs.
 
 The merged weights are made in memory and put into one pipeline; none are written. What can be measured stands in
-measures.py.
+sweep_metrics.py.
 
-Written to --output_dir: ratio-R/*.png, grid.png (a row for each prompt, a column for each ratio), sweep.json with all
-that made them and every row's results; with a metric also curve.png and frontier.md. A sweep that was interrupted goes
-on where it was, and one with more ratios draws only those.
+Writes to --output_dir: ratio-R/*.png, grid.png (a row for each prompt, a column for each ratio), sweep.json with all
+that made them and every row's results; with a metric also curve.png and frontier.md. The same command continues a sweep
+that was interrupted, and one with more ratios generates only those.
 """
 
 import json
 import os
 import re
 import shlex
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -21,57 +20,56 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, as_dict, flag
-from finetuning.evaluation.grid import labelled_grid
+from finetuning.cli import REQUIRED, UserError, as_dict, flag, flags_of, flags_without_effect
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import SCHEDULERS
-from finetuning.files import sha256, write_json
-from finetuning.merging import frontier
-from finetuning.merging.blend import Blend
-from finetuning.merging.measures import METRICS
-from finetuning.merging.methods import MethodArgs, bound, ratio_problems
-from finetuning.merging.models import TunedArgs
-from finetuning.merging.ratios import BlockRatios, parse_ratios
+from finetuning.files import atomic_file, sha256, write_json, write_text
+from finetuning.merging.methods import bound
+from finetuning.merging.model_flags import MixArgs
+from finetuning.merging.model_writer import overlap
+from finetuning.merging.ratios import parse_ratios
 from finetuning.merging.recipe import recipe_of
 from finetuning.rng import torch_generator
-from finetuning.shapes.scenes import parse
 
 SETTINGS = "settings.json"
-MAY_CHANGE = (  # flags that no image depends on
-    "output_dir", "ratios", "batch_size", "grid_side", "metric", "fit_dataset", "retain_dataset", "loss_rows",
-    "cache_dir",
-)  # fmt: skip
+SHAPES_CHECKER = "finetuning.shapes.checker"  # what --metric shapes named before there was --checker
 
 
 @dataclass
-class SweepArgs(MethodArgs, TunedArgs):
+class SweepArgs(MixArgs):
     """Sweep"""
 
-    output_dir: str = flag(REQUIRED, "where images, grid.png and sweep.json go; one that is there is gone on with")
-    ratios: list[str] = flag(["0:1:0.1"], "ratios to try: numbers, or FROM:TO:STEP")
-    block_ratios: list[str] | None = flag(None, "ratios of single blocks at every ratio of the sweep, as for a merge")
+    output_dir: str = flag(
+        REQUIRED, "where images, grid.png and sweep.json go; a sweep that is there is continued", affects_result=False
+    )
+    ratios: list[str] = flag(["0:1:0.1"], "ratios to try: numbers, or FROM:TO:STEP", affects_result=False)
     prompts_in: list[str] | None = flag(
         None, "prompts of what was trained: texts, or text files with one on each line (a value that names a file is "
         "read)",
     )  # fmt: skip
-    prompts_out: list[str] | None = flag(None, "prompts of what was not, which the base can draw; as --prompts_in")
+    prompts_out: list[str] | None = flag(None, "prompts of what was not, which the base can generate; as --prompts_in")
     seed: list[int] = flag([0], "seeds of the images; each gives every prompt one")
     guidance_scale: float = flag(7.5, "classifier-free guidance scale; 1 is none")
-    num_inference_steps: int = flag(25, "sampling steps")
+    num_inference_steps: int = flag(25, "sampling steps", min=1)
     scheduler: str | None = flag("dpm++", "sampler", choices=tuple(SCHEDULERS))
     size: str | None = flag(None, "side in pixels, or HEIGHTxWIDTH (none: the model's own)")
-    batch_size: int = flag(4, "images drawn, or rows measured, together")
+    batch_size: int = flag(4, "images generated, or rows measured, together", min=1, affects_result=False)
     metric: str | None = flag(
-        None, "what is measured: loss on two datasets; shapes, read off images of the shapes world; or none (without "
-        "the flag: loss where both datasets are given)",
-        choices=(*METRICS, "none"),
+        None, "what is measured: loss on two datasets, what --checker reads off the images, or none (without the flag: "
+        f"what is given; shapes is --checker {SHAPES_CHECKER})",
+        choices=("loss", "checker", "shapes", "none"), affects_result=False,
+    )  # fmt: skip
+    checker: str | None = flag(
+        None, "module or .py file that judges images, with a metric for what is learned on --prompts_in and one for "
+        "what is retained on --prompts_out (docs/evaluation.md says how to write one)", affects_result=False,
     )  # fmt: skip
     fit_dataset: str | None = flag(
-        None, "for loss: folder of what was trained; its validation split, or all of a folder without splits"
-    )
-    retain_dataset: str | None = flag(None, "for loss: the same of what should be kept")
-    loss_rows: int = flag(256, "for loss: rows of each dataset at most")
-    grid_side: int = flag(160, "about how large an image of the grid is, in pixels")
+        None, "for loss: folder of what was trained; its validation split, or all of a folder without splits",
+        affects_result=False,
+    )  # fmt: skip
+    retain_dataset: str | None = flag(None, "for loss: the same of what should be kept", affects_result=False)
+    loss_rows: int = flag(256, "for loss: rows of each dataset at most", min=1, affects_result=False)
+    grid_side: int = flag(160, "about how large an image of the grid is, in pixels", min=1, affects_result=False)
 
     @property
     def ratio(self):
@@ -82,42 +80,45 @@ class SweepArgs(MethodArgs, TunedArgs):
             return []
 
     @property
+    def ratio_flag(self):
+        return "--ratios", self.ratio
+
+    @property
     def height_and_width(self):
         """(height, width) in pixels, or None for the model's own."""
         sides = [int(side) for side in self.size.split("x")] if self.size else []
         return (sides[0], sides[-1]) if sides else None
 
     @property
+    def checker_named(self):
+        return self.checker or (SHAPES_CHECKER if self.metric == "shapes" else None)
+
+    @property
     def measured_by(self):
-        """A key of METRICS, or "none"."""
-        return self.metric or ("loss" if self.fit_dataset and self.retain_dataset else "none")
+        """A key of sweep_metrics.METRICS, or "none"."""
+        if self.metric == "shapes":
+            return "checker"
+        given = "checker" if self.checker else "loss" if self.fit_dataset and self.retain_dataset else "none"
+        return self.metric or given
 
     def problems(self):
         try:
             parse_ratios(self.ratios)
         except ValueError as problem:
             yield f"--ratios {problem}"
-        yield from ratio_problems("--ratios", self.ratio, self.method, self.curve)
-        try:
-            yield from ratio_problems("--block_ratios", BlockRatios(self.block_ratios).values, self.method, self.curve)
-        except ValueError as problem:
-            yield f"--block_ratios {problem}"
         for name in ("prompts_in", "prompts_out"):
             yield from _prompt_problems(f"--{name}", getattr(self, name) or [])
         if not (self.prompts_in or self.prompts_out or self.measured_by == "loss"):
-            yield "say what to draw, --prompts_in and --prompts_out, or what to measure, --fit_dataset and so on"
+            yield "say what to generate, --prompts_in and --prompts_out, or what to measure, --fit_dataset and so on"
         if self.size and not re.fullmatch(r"\d+(x\d+)?", self.size):
             yield f"--size {self.size} must be one side in pixels or HEIGHTxWIDTH"
         elif self.size and any(int(side) % 8 or not int(side) for side in self.size.split("x")):
             yield f"--size {self.size} must be a multiple of 8"
-        for name in ("num_inference_steps", "batch_size", "loss_rows", "grid_side"):
-            if getattr(self, name) < 1:
-                yield f"--{name} {getattr(self, name)} must be at least 1"
         if len(set(self.seed)) < len(self.seed):
             yield f"--seed {' '.join(map(str, self.seed))} names a seed twice"
-        inputs = [self.base, *self.tuned, *([self.origin] if self.origin else [])]
-        if any(Path(self.output_dir).resolve() == Path(name).resolve() for name in inputs):
-            yield f"--output_dir {self.output_dir} is one of the models: name another folder"
+        read = [self.base, *self.tuned, self.origin, self.fit_dataset, self.retain_dataset]
+        if problem := overlap(self.output_dir, filter(None, read)):
+            yield problem
         yield from self._metric_problems()
 
     def _metric_problems(self):
@@ -129,52 +130,64 @@ class SweepArgs(MethodArgs, TunedArgs):
                 yield f"--metric loss needs --{name}"
             elif given and self.measured_by != "loss":
                 yield f"--{name} only goes with --metric loss, which needs both datasets"
-        if self.measured_by == "shapes":
+        if self.measured_by == "checker":
+            if not self.checker_named:
+                yield "--metric checker needs --checker"
             for name in ("prompts_in", "prompts_out"):
                 if not getattr(self, name):
-                    yield f"--metric shapes needs --{name}"
-                yield from _not_shapes(f"--{name}", getattr(self, name) or [])
+                    yield f"--checker needs --{name}"
+            if self.checker_named:
+                yield from _checker_problems(self.checker_named, self.prompts_in, self.prompts_out)
 
 
-def sweep(args, device="cpu", dtype=torch.float32):
-    """Draw and measure at every ratio; returns lines for a person. Raises ModelError.
+def sweep(args):
+    """Generate and measure at every ratio on the device that accelerate finds; returns lines. Raises ModelError."""
+    from accelerate import PartialState
 
-    device, dtype   of the pipeline; merging itself is fp32 on the CPU
-    """
+    device = PartialState().device
+    return sweep_on(args, device, torch.float32 if device.type == "cpu" else torch.float16)
+
+
+def sweep_on(args, device="cpu", dtype=torch.float32):
+    """The same with the device and the precision of the pipeline; merging itself is fp32 on the CPU."""
+    from finetuning.merging.merged_pipeline import MergedPipeline
+    from finetuning.merging.sweep_metrics import METRICS
+
     sources, folder = args.open_models(args.origin), Path(args.output_dir)
-    prompts_in, prompts_out = _prompts(args.prompts_in), _prompts(args.prompts_out)
+    prompts = {"in": _prompts(args.prompts_in), "out": _prompts(args.prompts_out)}
     hashes = {path: sha256(path) for source in sources for path in source.files}
     recipe = recipe_of("sweep", as_dict(args), sources, hashes)
-    recipe["run"] |= {"prompts_in": prompts_in, "prompts_out": prompts_out, "dtype": str(dtype)}
-    blend = Blend(args, sources, args.scheduler, device, dtype)
-    metric = METRICS.get(args.measured_by)
-    measure, facts = metric.prepare(args, blend, prompts_in, prompts_out) if metric else (None, {})
+    recipe["run"] |= {f"prompts_{kind}": own for kind, own in prompts.items()} | {"dtype": str(dtype)}
+    merged = MergedPipeline(args, sources, args.scheduler, device, dtype)
+    metric = METRICS[args.measured_by](args, merged, *prompts.values()) if args.measured_by != "none" else None
     _claim(folder, _settings(recipe))
     measured = folder / f"measured-{args.measured_by}.json"
-    known = _known(measured, {"metric": args.measured_by, **facts})
+    known = _known(measured, {"metric": args.measured_by, **metric.facts} if metric else {})
 
-    asked = [list(product(prompts, args.seed)) for prompts in (prompts_in, prompts_out)]
+    rows = {kind: list(product(own, args.seed)) for kind, own in prompts.items()}
     columns = []  # [ratios] of the images, as small as the grid shows them
-    with tqdm(total=len(args.ratio) * (1 + sum(map(len, asked))), desc="sweep") as bar:
+    with tqdm(total=len(args.ratio) * (1 + sum(map(len, rows.values()))), desc="sweep") as bar:
         for ratio in args.ratio:
             place = folder / f"ratio-{ratio:g}"
-            drawn = [_draw(args, blend, ratio, place, *kind, bar) for kind in zip(("in", "out"), asked, strict=True)]
-            columns.append([_reduced(image, args.grid_side) for images in drawn for image in images])
+            images = [_generate(args, merged, ratio, place, kind, own, bar) for kind, own in rows.items()]
+            columns.append([_reduced(image, args.grid_side) for own in images for image in own])
             if metric and f"{ratio:g}" not in known["ratios"]:
-                learned, kept = measure(ratio, *drawn)
-                known["ratios"][f"{ratio:g}"] = {"learned": learned.tolist(), "kept": kept.tolist()}
-                _write_whole(measured, partial(write_json, content=known))
+                learned, retained = metric.measure(ratio, *images)
+                known["ratios"][f"{ratio:g}"] = {"learned": learned.tolist(), "retained": retained.tolist()}
+                write_json(measured, known)
             bar.update()
 
-    lines = [note for source in sources for note in source.notes] + blend.notes
-    if any(asked):
-        _grid(args, asked, columns).save(folder / "grid.png")
-        lines.append(f"{sum(map(len, asked))} images at each of {len(args.ratio)} ratios: {folder / 'grid.png'}")
+    lines = [warning for source in sources for warning in source.warnings] + merged.warnings
+    if any(rows.values()):
+        _grid(args, rows, columns).save(folder / "grid.png")
+        lines.append(
+            f"{sum(map(len, rows.values()))} images at each of {len(args.ratio)} ratios: {folder / 'grid.png'}"
+        )
     if metric:
         results = [known["ratios"][f"{ratio:g}"] for ratio in args.ratio]
-        summary, told = _judge(args, metric, results, folder)
+        summary, more = _judge(args, metric, results, folder)
         recipe["run"] |= {**known, "ratios": dict(zip(args.ratio, results, strict=True)), "summary": summary}
-        lines += told
+        lines += more
     write_json(folder / "sweep.json", recipe)
     return lines
 
@@ -182,42 +195,43 @@ def sweep(args, device="cpu", dtype=torch.float32):
 # -- images ------------------------------------------------------------------------------------------------------
 
 
-def _draw(args, blend, ratio, folder, kind, rows, bar):
-    """The PIL images of `rows` [(prompt, seed)]; those that are in the folder are read, the others drawn and written.
+def _generate(args, merged, ratio, folder, kind, rows, bar):
+    """The PIL images of `rows` [(prompt, seed)]; those that are in the folder are read, the others generated.
 
-    What is drawn together is drawn together again if any of it is missing: another number of rows may round otherwise.
+    What was generated together is generated together again if any of it is missing: another number of rows may round
+    otherwise.
     """
-    names = [f"{kind}-{index // len(args.seed):03d}-seed{seed}.png" for index, (_, seed) in enumerate(rows)]
-    size = dict(zip(("height", "width"), args.height_and_width or (), strict=False))
+    from finetuning.families.generation import generate
+
+    paths = [folder / f"{kind}-{index // len(args.seed):03d}-seed{seed}.png" for index, (_, seed) in enumerate(rows)]
     images = []
     for start in range(0, len(rows), args.batch_size):
-        part = rows[start : start + args.batch_size]
-        paths = [folder / name for name in names[start : start + args.batch_size]]
-        if not all(path.is_file() for path in paths):
-            blend.set(ratio)
-            drawn = blend.pipeline(
-                [prompt for prompt, _ in part],
-                guidance_scale=args.guidance_scale,
+        batch, places = rows[start : start + args.batch_size], paths[start : start + args.batch_size]
+        if not all(path.is_file() for path in places):
+            merged.set(ratio)
+            generators = [torch_generator(seed, "picture") for _, seed in batch]  # as generate_images.py has it
+            made = generate(
+                merged.pipeline, [prompt for prompt, _ in batch], generators, batch_size=len(batch),
+                size=args.height_and_width, guidance_scale=args.guidance_scale,
                 num_inference_steps=args.num_inference_steps,
-                generator=[torch_generator(seed, "picture") for _, seed in part],  # as generate_images.py has it
-                **size,
-            ).images
-            folder.mkdir(parents=True, exist_ok=True)
-            for path, image in zip(paths, drawn, strict=True):
-                _write_whole(path, partial(image.save, format="PNG"))
-        images += [Image.open(path).convert("RGB") for path in paths]
-        bar.update(len(part))
+            )  # fmt: skip
+            for path, image in zip(places, made, strict=True):
+                with atomic_file(path) as temporary:
+                    image.save(temporary, format="PNG")
+        images += [Image.open(path).convert("RGB") for path in places]
+        bar.update(len(batch))
     return images
 
 
-def _grid(args, asked, columns):
+def _grid(args, rows, columns):
     """A row for each prompt and seed, those of --prompts_out last; a column for each ratio."""
-    kinds = ("", "unrelated: ") if all(asked) else ("", "")
-    seeds = len(args.seed) > 1
+    from finetuning.evaluation.grid import labelled_grid
+
+    prefix = {"in": "", "out": "unrelated: " if all(rows.values()) else ""}
     labels = [
-        f"{kind}{prompt}" + (f" (seed {seed})" if seeds else "")
-        for kind, rows in zip(kinds, asked, strict=True)
-        for prompt, seed in rows
+        f"{prefix[kind]}{prompt}" + (f" (seed {seed})" if len(args.seed) > 1 else "")
+        for kind, own in rows.items()
+        for prompt, seed in own
     ]
     return labelled_grid(list(zip(*columns, strict=True)), labels, _headings(args), args.grid_side)
 
@@ -234,6 +248,9 @@ def _reduced(image, side):
     small = image.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     return small
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------
 
 
 def _prompts(words):
@@ -256,31 +273,35 @@ def _prompt_problems(name, words):
             yield f"{name} {word}: there is no such file"
 
 
-def _not_shapes(name, words):
-    """What --metric shapes cannot read."""
+def _checker_problems(name, *words):
+    """What keeps a checker from judging the prompts."""
+    from finetuning.evaluation.checkers import load_checker
+
     try:
-        prompts = _prompts(words)
-    except (OSError, UnicodeDecodeError):  # said already
+        checker = load_checker(name)
+        checker.require_roles()
+        checker.check([prompt for own in words for prompt in _prompts(own)])
+    except UserError as problem:
+        yield str(problem)
+    except (OSError, UnicodeDecodeError):  # _prompt_problems names the file
         return
-    for prompt in prompts:
-        try:
-            parse(prompt)
-        except ValueError as problem:
-            yield f"--metric shapes: {name}: {problem}"
 
 
-# -- results -------------------------------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------------
 
 
 def _judge(args, metric, results, folder):
-    """(summary, lines for a person); writes curve.png and frontier.md."""
-    learned, kept = ([one[what] for one in results] for what in ("learned", "kept"))
-    summary = frontier.summary(args.ratio, learned, kept)
-    frontier.plot({"merge": summary}, folder / "curve.png", metric.learned, metric.kept)
-    text = f"# Ratios from base (0) to tuned (1)\n\n{metric.learned}; {metric.kept}\n\n{frontier.table(summary)}"
-    (folder / "frontier.md").write_text(text, encoding="utf-8")
+    """(summary, lines to print); writes curve.png and frontier.md."""
+    from finetuning.merging import frontier
+
+    summary = frontier.summary(args.ratio, *([one[what] for one in results] for what in ("learned", "retained")))
+    with atomic_file(folder / "curve.png") as temporary:
+        frontier.plot({"merge": summary}, temporary, metric.learned, metric.retained)
+    heading = "# Ratios from base (0) to tuned (1)"
+    text = f"{heading}\n\n{metric.learned}; {metric.retained}\n\n{frontier.table(summary)}"
+    write_text(folder / "frontier.md", text)
     best, lines = summary["knee"]["ratio"], [f"curve: {folder / 'curve.png'}, table: {folder / 'frontier.md'}"]
-    lines.append(f"knee: {summary['knee']['says']}")
+    lines.append(f"knee: {summary['knee']['sentence']}")
     if best is not None:
         share = next(point["knee_share"] for point in summary["points"] if point["ratio"] == best)
         lines[-1] += f" (it is the knee in {share:.0%} of {summary['resamples']} resamples of the rows)"
@@ -291,19 +312,20 @@ def _judge(args, metric, results, folder):
 def _merge_command(args, ratio):
     """The command that writes the model of a ratio."""
     words = ["python", "merge_checkpoints.py"]
-    for field in [*fields(TunedArgs), *fields(MethodArgs), *(f for f in fields(args) if f.name == "block_ratios")]:
-        value, default = getattr(args, field.name), field.default
-        if value is not None and value != default:
-            words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
+    for name, one in flags_of(MixArgs).items():
+        value = getattr(args, name)
+        if value is not None and value != one.default:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join([*words, "--ratio", f"{ratio:g}", "--output_dir", f"{Path(args.output_dir)}-merged"])
 
 
-# -- what was done before ------------------------------------------------------------------------------------------
+# -- what was done before ----------------------------------------------------------------------------------------
 
 
 def _settings(recipe):
     """All that the images depend on, ready for JSON."""
-    flags = {name: value for name, value in recipe.items() if name not in (*MAY_CHANGE, "run")}
+    harmless = {*flags_without_effect(SweepArgs), "run"}
+    flags = {name: value for name, value in recipe.items() if name not in harmless}
     return flags | {name: recipe["run"][name] for name in ("prompts_in", "prompts_out", "dtype", "inputs")}
 
 
@@ -311,7 +333,7 @@ def _claim(folder, settings):
     """Take the folder for these settings. Raises ModelError where it holds a sweep of others."""
     path = folder / SETTINGS
     if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = _json(path)
         changed = [name for name in settings | known if settings.get(name) != known.get(name)]
         if changed:
             raise ModelError(
@@ -319,22 +341,21 @@ def _claim(folder, settings):
                 "or remove it"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, partial(write_json, content=settings))
+    write_json(path, settings)
 
 
 def _known(path, facts):
     """What was measured before under the same facts: {**facts, "ratios": {ratio: results}}."""
     known = {**facts, "ratios": {}}
     if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if {**kept, "ratios": {}} == known:
-            return kept
+        before = _json(path)
+        if {**before, "ratios": {}} == known:
+            return before
     return known
 
 
-def _write_whole(path, write):
-    """Let write(path) make a file that is whole or not there."""
-    aside = path.with_name(f".{path.name}.incomplete")
-    write(aside)
-    os.replace(aside, path)
+def _json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is broken ({error}): remove it, and what it held is made again") from error

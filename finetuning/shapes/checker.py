@@ -117,18 +117,8 @@ def _agreement(scene, read_off):
     return right
 
 
-def right(scene: Scene, image):
-    """1.0 where an image shows the asked shapes in the asked colours, else 0.0."""
-    seen = agrees(scene, image)
-    return float(seen["shape"] and seen["color"])
-
-
-def share_in_chalk(image):
-    """The share of an image's things that are not filled; 0.0 where it shows nothing."""
-    return _share_in_chalk(read(image))
-
-
 def _share_in_chalk(read_off):
+    """The share of an image's things that are not filled; 0.0 where it shows nothing."""
     things = read_off[1]
     return sum(one.style == "chalk" for one in things) / max(1, len(things))
 

@@ -59,12 +59,11 @@ def harmless_flags():
     from finetuning.data.training_set import DataArgs
     from finetuning.families.model_args import ModelArgs
     from finetuning.training.ema import EMAArgs
+    from finetuning.training.evaluator import RetentionArgs, ValidationArgs
     from finetuning.training.lora_layout import LoraArgs
     from finetuning.training.run import RunArgs
-    from finetuning.training.validation import ValidationArgs
-    from finetuning.training.watch import WatchArgs
 
-    groups = (RunArgs, WatchArgs, ValidationArgs, CheckpointArgs, EMAArgs, LoraArgs, DataArgs, ModelArgs)
+    groups = (RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, LoraArgs, DataArgs, ModelArgs)
     return frozenset().union(*map(flags_without_effect, groups))
 
 

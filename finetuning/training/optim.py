@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 
-import diffusers
 import torch
 
 from finetuning.cli import flag
@@ -91,9 +90,11 @@ def build_schedule(args: OptimArgs, optimizer, total_steps, first_step=0):
     the flags, and a changed --learning_rate is really used. It is never prepared by accelerate, which would step it
     once per process and so run its clock faster.
     """
+    from diffusers.optimization import get_scheduler
+
     for group in optimizer.param_groups:
         group.pop("initial_lr", None)
-    schedule = diffusers.optimization.get_scheduler(
+    schedule = get_scheduler(
         args.lr_scheduler,
         optimizer=optimizer,
         step_rules=args.lr_step_rules,

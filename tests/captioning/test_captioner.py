@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from finetuning.captioning import CAPTIONERS
 from finetuning.captioning.captioner import Captioner, SeededNucleus, without_prompt
 from finetuning.captioning.kinds import GenerationArgs
-from finetuning.data.reading import Findings
+from finetuning.data.findings import Findings
 from finetuning.families.model_args import ModelError
 from finetuning.files import write_json
 from finetuning.rng import torch_generator
@@ -101,9 +101,9 @@ def test_captions_that_may_be_cut_short_are_named(tiny_captioner, images, name):
     likely["end"] = 1e9
     captioner(images, NAMES)
     likely["end"] = -1e9
-    assert not findings.notes
+    assert not findings.warnings
     captioner(images, NAMES)
-    assert findings.notes == {"captions as long as --max_length allows, so perhaps cut short": NAMES}
+    assert findings.as_dict()["warnings"] == {"captions as long as --max_length allows, so perhaps cut short": NAMES}
 
 
 def test_a_nucleus_draw_depends_on_the_seed_and_the_name(tiny_captioner, images):

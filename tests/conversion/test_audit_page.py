@@ -6,14 +6,14 @@ import json
 import re
 from collections import Counter
 from html.parser import HTMLParser
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from finetuning.conversion.audit import AuditArgs, examine, histograms
-from finetuning.conversion.audit_page import GROUPS, OF_A_GROUP, SAMPLE, page, write_page
+from finetuning.conversion.audit import AuditArgs, examine
+from finetuning.conversion.audit_page import GROUPS, OF_A_GROUP, SAMPLE, page
+from finetuning.conversion.audit_report import histograms
 
 VOID = {"meta", "img", "br"}
 
@@ -104,9 +104,9 @@ def test_thumbnails_are_small_and_show_the_image_upright(audit):
 def test_the_verdict_findings_and_concerns_are_on_the_page(audit):
     found = audit(("a.png", photo(0), "one"), ("b.png", photo(0), "two"), ("gone.png", None, "three"))
     text = Reader(page(found)).text
-    assert "Training would refuse it." in text
-    assert "1 rows whose image is not there" in text and "metadata.jsonl line 3 (gone.png)" in text
-    assert "1 the same image more than once in a split" in text
+    assert "Training would REFUSE it." in text
+    assert "rows whose image is not there (1)" in text and "metadata.jsonl line 3 (gone.png)" in text
+    assert "The same image more than once in a split (1)" in text
     (found.path / "train/metadata.jsonl").write_text('{"file_name": "a.png", "text": "one"}\n')
     (found.path / "train/b.png").unlink()
     assert "Training would accept it." in Reader(page(examine(found.args))).text
@@ -116,25 +116,23 @@ def test_a_folder_that_cannot_be_read_gets_a_page_too(audit):
     found = audit(("a.png", photo(0), "one"))
     (found.path / "train/metadata.jsonl").write_bytes(b"caf\xe9")
     text = Reader(page(examine(found.args))).text
-    assert "Training would refuse it." in text and "is not UTF-8" in text
+    assert "Training would REFUSE it." in text and "is not UTF-8" in text
 
 
-def test_histograms_are_drawings_with_every_bin(audit):
+def test_histograms_have_every_bin(audit):
     found = audit(*((f"{n}.png", photo(n, (40, 40 + n)), "a room " * (n + 1)) for n in range(6)), resolution="64")
-    drawings = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page(found), re.S)]
-    assert len(drawings) == len(histograms(found)) == 5
-    for drawing, (_, counts) in zip(drawings, histograms(found), strict=True):
-        words = [text.text for text in drawing.iter("text")]
-        assert words == [word for label, count in counts for word in (label, str(count))]
-        widths = [float(rect.get("width")) for rect in drawing.iter("rect")]
-        most = max(count for _, count in counts)
-        assert widths == pytest.approx([200 * count / most for _, count in counts], abs=1)
+    charts = re.findall(r'<table class="chart">.*?</table>', page(found), re.S)
+    assert len(charts) == len(histograms(found)) == 5
+    for chart, (_, counts) in zip(charts, histograms(found), strict=True):
+        assert re.findall(r"<th>(.*?)</th>", chart) == [label for label, _ in counts]
+        assert [int(count) for count in re.findall(r"</span>(\d+)", chart)] == [count for _, count in counts]
+        widths = [float(width) for width in re.findall(r"width: ([\d.]+)%", chart)]
+        assert widths == pytest.approx([70 * n / max(n for _, n in counts) for _, n in counts], abs=0.1)
 
 
-def test_it_is_made_for_a_phone_and_for_the_dark(audit):
-    text = page(audit(("a.png", photo(0), "one")))
-    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
-    assert "prefers-color-scheme: dark" in text and "color-scheme: light dark" in text
+def test_a_set_of_which_images_are_flagged_is_not_simply_good(audit):
+    text = page(audit(("a.png", Image.new("RGB", (40, 30)), "one"), ("b.png", photo(0), "two")))
+    assert 'class="doubtful"' in text and "1 of 2 images" in text and 'class="good"' not in text
 
 
 def test_of_many_a_few_are_shown_and_the_rest_is_counted(audit):
@@ -152,9 +150,3 @@ def test_an_image_that_went_away_meanwhile_leaves_its_name(audit):
     (found.path / "train/a.png").unlink()
     shown = Reader(page(found))
     assert shown.tags["img"] == 1 and "train/a.png" in shown.text
-
-
-def test_the_file_is_written_where_it_is_asked_for(audit, tmp_path):
-    found = audit(("a.png", photo(0), "部屋"))
-    write_page(found, tmp_path / "new/report.html")
-    assert "部屋" in (tmp_path / "new/report.html").read_text(encoding="utf-8")

@@ -1,15 +1,19 @@
-"""prepare_dataset.py captions: what each flag does to a caption, and what the copy holds."""
+"""prepare_dataset.py captions: what each flag does to a caption, and what a changed copy of a dataset holds."""
 
 import json
 import os
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from datasets import load_dataset
 from PIL import Image
 
 from finetuning.cli import read
 from finetuning.conversion.caption_files import RewriteArgs, rewrite, rewritten
-from finetuning.data.reading import DatasetError, Findings, read_folder
+from finetuning.conversion.copying import CopyArgs, new_folder
+from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.reading import read_folder
 
 
 def lines(path):
@@ -127,13 +131,6 @@ def test_dry_run_says_all_and_writes_nothing(dataset):
     assert sorted(dataset.parent.rglob("*")) == before
 
 
-def test_three_examples_are_shown(tmp_path):
-    write(tmp_path / "dogs", [{"file_name": f"{n}.png", "text": f"dog {n}"} for n in range(9)])
-    said = []
-    rewrite(args(tmp_path / "dogs", prefix="sks"), said.append)
-    assert said[1:] == [f"  - dog {n}\n  + sks dog {n}" for n in range(3)]
-
-
 def test_several_captions_are_all_rewritten_and_all_rows_become_lists(tmp_path):
     rows = [{"file_name": "a.png", "text": ["a dog", "arafed"]}, {"file_name": "b.png", "text": ["cat", "a cat"]}]
     write(tmp_path / "dogs", rows)
@@ -143,7 +140,7 @@ def test_several_captions_are_all_rewritten_and_all_rows_become_lists(tmp_path):
         ["sks a dog"],
         ["sks cat", "sks a cat"],
     ]
-    assert "rows that lose a caption of which nothing is left: metadata.jsonl line 1" in said[0]
+    assert "nothing is left (1): metadata.jsonl line 1" in said[0]
 
 
 def test_first_keeps_the_first_and_says_so(tmp_path):
@@ -153,12 +150,12 @@ def test_first_keeps_the_first_and_says_so(tmp_path):
     said = []
     assert rewrite(args(tmp_path / "dogs", first=True), said.append) == 0
     assert [row["text"] for row in lines(tmp_path / "new/train/metadata.jsonl")] == ["a dog", "a cat"]
-    assert "1 rows of which only the first caption is kept: metadata.jsonl line 1" in said[0]
+    assert "the first caption is kept (1): metadata.jsonl line 1" in said[0]
 
 
 def test_a_row_without_any_caption_left_is_refused_or_left_out(dataset):
     flags = {"drop_regex": ["^arafed dog.*"]}
-    with pytest.raises(DatasetError, match=r"1 faults.*\n.*nothing is left: train/metadata.jsonl line 1"):
+    with pytest.raises(DatasetError, match=r"1 error:\n.*train/metadata.jsonl line 1"):
         rewrite(args(dataset, **flags), print)
     assert not (dataset.parent / "new").exists()
     rewrite(args(dataset, on_bad_rows="skip", **flags), print)
@@ -191,3 +188,145 @@ def test_bad_flags_are_named(dataset, flags, named):
     assert len(problems) == len(named)
     for problem, name in zip(sorted(problems), sorted(named), strict=True):
         assert name in problem
+
+
+# What every changed copy of a dataset has in common (copying.py)
+
+
+def test_no_link_makes_files_of_their_own(dataset):
+    rewrite(args(dataset, prefix="sks", link=False), print)
+    assert not os.path.samefile(dataset.parent / "new/train/a.png", dataset / "train/a.png")
+    assert (dataset.parent / "new/train/a.png").read_bytes() == (dataset / "train/a.png").read_bytes()
+
+
+def test_a_folder_without_splits_becomes_train(tmp_path):
+    write(tmp_path / "dogs", [{"file_name": "images/a.png", "text": "a dog"}])
+    rewrite(args(tmp_path / "dogs", prefix="sks"), print)
+    assert lines(tmp_path / "new/train/metadata.jsonl") == [{"file_name": "images/a.png", "text": "sks a dog"}]
+    assert (tmp_path / "new/train/images/a.png").is_file()
+
+
+def test_all_splits_go_by_their_usual_names(tmp_path):
+    for name in ("training", "dev", "test"):
+        write(tmp_path / "dogs" / name, [{"file_name": "a.png", "text": name}])
+    rewrite(args(tmp_path / "dogs", prefix="sks"), print)
+    found = {path.parent.name: lines(path)[0]["text"] for path in (tmp_path / "new").rglob("metadata.jsonl")}
+    assert found == {"train": "sks training", "validation": "sks dev", "test": "sks test"}
+
+
+def test_other_columns_and_the_caption_columns_name_are_kept(tmp_path):
+    write(tmp_path / "dogs", [
+        {"file_name": "a.png", "prompt": "a dog", "text": "other", "origin": {"by": "blip", "n": 1}},
+        {"file_name": "b.png", "prompt": "a cat"},
+    ])  # fmt: skip
+    rewrite(args(tmp_path / "dogs", prefix="sks", caption_column="prompt"), print)
+    assert lines(tmp_path / "new/train/metadata.jsonl") == [
+        {"file_name": "a.png", "prompt": "sks a dog", "text": "other", "origin": {"by": "blip", "n": 1}},
+        {"file_name": "b.png", "prompt": "sks a cat"},
+    ]
+
+
+def test_parquet_metadata_is_read_and_its_dates_become_text(tmp_path):
+    write(tmp_path / "dogs", [{"file_name": "a.png", "text": "a dog"}])
+    (tmp_path / "dogs/metadata.jsonl").unlink()
+    day = pyarrow.array([0], pyarrow.date32())
+    table = pyarrow.table({"file_name": ["a.png"], "text": ["a dog"], "day": day})
+    pyarrow.parquet.write_table(table, tmp_path / "dogs/metadata.parquet")
+    rewrite(args(tmp_path / "dogs", suffix="!"), print)
+    assert lines(tmp_path / "new/train/metadata.jsonl") == [
+        {"file_name": "a.png", "text": "a dog!", "day": "1970-01-01"}
+    ]
+
+
+def test_what_training_refuses_is_refused_all_at_once(dataset):
+    Image.new("RGB", (4, 4)).save(dataset / "train/nobody.png")
+    with open(dataset / "validation/metadata.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"file_name": "gone.png", "text": "a ghost"}\n')
+    with pytest.raises(DatasetError) as caught:
+        rewrite(args(dataset, prefix="sks"), print)
+    message = str(caught.value)
+    assert all(word in message for word in ("2 errors", "nobody.png", "gone.png", "--on_bad_rows skip"))
+    assert sorted(path.name for path in dataset.parent.iterdir()) == ["dogs"]
+    said = []
+    rewrite(args(dataset, prefix="sks", on_bad_rows="skip"), said.append)
+    assert "nobody.png" in said[0] and "gone.png" in said[0]
+    assert not (dataset.parent / "new/train/nobody.png").exists()
+
+
+def test_images_from_outside_with_one_name_are_kept_apart(tmp_path):
+    (tmp_path / "dogs").mkdir()
+    for number, name in enumerate(("one/a.png", "two/a.png", "three/A.png")):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / name)
+    Image.new("RGB", (4, 4)).save(tmp_path / "dogs/b.png")
+    names = ("b.png", "../one/a.png", "../two/a.png", str(tmp_path / "three/A.png"))
+    text = "".join(json.dumps({"file_name": name, "text": name}) + "\n" for name in names)
+    (tmp_path / "dogs/metadata.jsonl").write_text(text, encoding="utf-8")
+    rewrite(args(tmp_path / "dogs", prefix="sks", allow_outside_paths=True), print)
+    new = lines(tmp_path / "new/train/metadata.jsonl")
+    assert len({row["file_name"].lower() for row in new}) == 4
+    for row in new:
+        source = tmp_path / "dogs" / row["text"].removeprefix("sks ")
+        assert os.path.samefile(tmp_path / "new/train" / row["file_name"], source)
+
+
+def test_what_a_killed_run_left_is_cleared_and_an_empty_folder_is_taken(dataset):
+    (dataset.parent / ".new.part/train").mkdir(parents=True)
+    (dataset.parent / ".new.part/train/old.png").touch()
+    (dataset.parent / "new").mkdir()
+    rewrite(args(dataset, prefix="sks"), print)
+    assert not (dataset.parent / "new/train/old.png").exists()
+    assert not (dataset.parent / ".new.part").exists()
+
+
+def test_origins_of_captions_go_with_them(tmp_path):
+    """What caption_images.py writes beside them, so that a person's caption can be told from a model's."""
+    write(tmp_path / "dogs", [
+        {"file_name": "a.png", "text": ["arafed", "a dog"], "text_origin": ["given", "blip:large"]},
+        {"file_name": "b.png", "text": ["a cat"], "text_origin": ["git:base"]},
+        {"file_name": "c.png", "text": ["a", "cow"], "text_origin": ["of another number"]},
+    ])  # fmt: skip
+    new = tmp_path / "new/train/metadata.jsonl"
+    rewrite(args(tmp_path / "dogs", drop=["arafed"]), print)
+    assert [(row["text"], row["text_origin"]) for row in lines(new)] == [
+        (["a dog"], ["blip:large"]), (["a cat"], ["git:base"]), (["a", "cow"], None),
+    ]  # fmt: skip
+    first = args(tmp_path / "dogs", first=True)
+    first.output = str(tmp_path / "first")
+    rewrite(first, print)
+    assert [(row["text"], row["text_origin"]) for row in lines(tmp_path / "first/train/metadata.jsonl")] == [
+        ("arafed", "given"), ("a cat", "git:base"), ("a", None),
+    ]  # fmt: skip
+
+
+def test_what_is_no_text_is_copied_as_it_is(tmp_path):
+    write(tmp_path / "dogs", [{"file_name": "a.png", "text": "a dog", "by": "half \ud83d"}])
+    rewrite(args(tmp_path / "dogs", prefix="sks"), print)
+    assert lines(tmp_path / "new/train/metadata.jsonl")[0]["by"] == "half \ud83d"
+
+
+def test_an_error_of_the_disk_is_named_and_leaves_nothing_behind(tmp_path):
+    with (
+        pytest.raises(DatasetError, match=r"new is not written: .*No space left"),
+        new_folder(tmp_path / "new") as new,
+    ):
+        (new / "half.png").touch()
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("output", "named"),
+    [
+        ("dogs/new", "lie inside one another"),
+        ("dogs", "lie inside one another"),
+        (".", "lie inside one another"),
+        ("full", "already there"),
+        ("full/x.txt", "already there"),
+    ],
+)
+def test_an_output_that_is_in_the_way_is_named(dataset, output, named):
+    (dataset.parent / "full").mkdir()
+    (dataset.parent / "full/x.txt").touch()
+    _, problems = read(CopyArgs, "", [str(dataset), "--output", str(dataset.parent / output)])
+    assert len(problems) == 1 and named in problems[0]

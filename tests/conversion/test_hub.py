@@ -9,8 +9,8 @@ from datasets import Dataset, DatasetDict, Features, Image, Value, config
 from PIL import Image as PILImage
 
 from finetuning.conversion import hub
+from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.images import UnreadableImage
-from finetuning.data.reading import DatasetError, Findings
 
 
 @dataclass
@@ -49,7 +49,7 @@ def read(path, **flags):
 
 def clean(path, **flags):
     samples, findings = read(path, **flags)
-    assert (dict(findings.faults), dict(findings.notes)) == ({}, {})
+    assert findings.report() == ""
     return samples
 
 
@@ -85,12 +85,12 @@ def test_a_dataset_of_one_split_is_undivided(tmp_path, split):
     ]  # fmt: skip
 
 
-def test_splits_that_say_nothing_are_faults(tmp_path):
+def test_splits_that_say_nothing_are_errors(tmp_path):
     folder = tmp_path / "d"
     DatasetDict(train=table("one"), unlabeled=table("two", "three"), val=table("four")).save_to_disk(folder)
     samples, findings = read(folder)
     assert [(sample.captions, sample.split) for sample in samples] == [(("one",), "train"), (("four",), "validation")]
-    assert list(findings.faults.values()) == [["unlabeled, 2 rows"]]
+    assert list(findings.as_dict()["errors"].values()) == [["unlabeled (2 rows)"]]
 
 
 def test_the_columns_may_have_other_names(tmp_path):
@@ -104,7 +104,7 @@ def test_empty_captions_are_named_with_their_split(tmp_path):
     folder = written(tmp_path / "d", "parquet", train=table("one", " "), test=table(None, "two"))
     samples, findings = read(folder)
     assert [(sample.name, sample.open().width) for sample in samples] == [("train/00000000", 1), ("test/00000001", 2)]
-    assert dict(findings.faults) == {"rows with an empty caption": ["train row 1", "test row 0"]}
+    assert findings.as_dict()["errors"] == {"no_caption": ["train row 1", "test row 0"]}
 
 
 def test_rows_without_an_image_or_with_a_broken_one_are_unreadable(tmp_path):

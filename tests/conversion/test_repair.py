@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from finetuning.conversion import repair as mending
+from finetuning.conversion import repair
 from finetuning.conversion.audit import AuditArgs, examine
 from finetuning.conversion.repair import audit
+from finetuning.data.findings import DatasetError
 from finetuning.data.images import open_rgb
-from finetuning.data.reading import DatasetError
 
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -62,10 +62,10 @@ def check(tmp_path):
 
 def accepted(folder):
     found = examine(AuditArgs(path=str(folder), resolution="32", workers=1))
-    return found.accepted, [concern.kind for concern in found.concerns]
+    return found.accepted, [concern.code for concern in found.concerns]
 
 
-def test_every_fault_is_mended_and_told(tmp_path, check):
+def test_every_error_is_repaired_and_told(tmp_path, check):
     root = tmp_path / "set"
     write(
         root / "train",
@@ -91,7 +91,9 @@ def test_every_fault_is_mended_and_told(tmp_path, check):
     assert rows(tmp_path / "new/test") == {"x.png": "x", "y.png": "y", "z.png": "z"}
     assert accepted(tmp_path / "new") == (True, [])
 
-    left_out = {fix.get("image") or fix["where"]: fix["why"] for fix in fixes if fix["change"] == "left out"}
+    left_out = {
+        fix.get("image") or fix["where"]: fix.get("code", fix["why"]) for fix in fixes if fix["change"] == "left out"
+    }
     reasons = {
         "train/again.png": "the same image as train/a.png",
         "train/leak.png": "the same image in several splits: test/x.png",
@@ -99,9 +101,9 @@ def test_every_fault_is_mended_and_told(tmp_path, check):
         "train/mute.png": "no caption is left",
         "train/tiny.png": "tiny: 12 x 9",
         "validation/leak.png": "the same image in several splits: test/z.png",
-        "train/metadata.jsonl line 3": "images that cannot be read",
-        "train/metadata.jsonl line 4": "rows whose image is not there",
-        "train/unnamed.png": "images that no metadata row names",
+        "train/metadata.jsonl line 3": "unreadable_image",
+        "train/metadata.jsonl line 4": "image_missing",
+        "train/unnamed.png": "unnamed_image",
     }
     assert len(left_out) == len(reasons)
     for place, reason in reasons.items():
@@ -174,12 +176,6 @@ def test_absolute_names_become_relative(tmp_path, check):
     assert rows(tmp_path / "new/train") == {"a.png": "moved", "b.png": "here"}
 
 
-def test_rows_of_one_image_become_one_with_all_captions(tmp_path, check):
-    write(tmp_path / "set/train", ("a.png", photo(0), "one"), ("a.png", None, "two"), ("a.png", None, " one"))
-    check()
-    assert rows(tmp_path / "new/train") == {"a.png": ["one", "two"]}
-
-
 def test_of_a_leak_whose_test_image_is_tiny_train_keeps_its_own(tmp_path, check):
     write(tmp_path / "set/train", ("a.png", photo(0), "large"), ("b.png", photo(1), "other"))
     small = photo(0).resize((12, 9), Image.Resampling.LANCZOS)
@@ -189,21 +185,12 @@ def test_of_a_leak_whose_test_image_is_tiny_train_keeps_its_own(tmp_path, check)
     assert list(rows(tmp_path / "new/test")) == ["c.png"]
 
 
-def test_images_without_captions_are_mended_too(tmp_path, check):
+def test_images_without_captions_are_repaired_too(tmp_path, check):
     (tmp_path / "set/train").mkdir(parents=True)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         photo(seed).save(tmp_path / f"set/train/{name}.png")
     check(caption_column="none")
     assert rows(tmp_path / "new/train") == {"a.png": "", "c.png": ""}
-
-
-def test_other_columns_are_read_and_written_under_the_usual_names(tmp_path, check):
-    (tmp_path / "set/train").mkdir(parents=True)
-    photo(0).save(tmp_path / "set/train/a.png")
-    line = json.dumps({"image": "a.png", "prompt": " one "})
-    (tmp_path / "set/train/metadata.jsonl").write_text(line + "\n")
-    check(image_column="image", caption_column="prompt")
-    assert rows(tmp_path / "new/train") == {"a.png": "one"}
 
 
 def test_what_cannot_be_read_is_not_mended(tmp_path, check):
@@ -222,7 +209,7 @@ def test_nothing_left_is_a_problem(tmp_path, check):
 
 def test_an_interrupted_copy_is_gone_on_with(tmp_path, check, monkeypatch):
     write(tmp_path / "set/train", *((f"{n}.png", photo(n), f"room  {n}") for n in range(4)))
-    real = mending.write_dataset
+    real = repair.write_dataset
 
     def interrupted(samples, *args, **options):
         def some():
@@ -232,7 +219,7 @@ def test_an_interrupted_copy_is_gone_on_with(tmp_path, check, monkeypatch):
         return real(some(), *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mending, "write_dataset", interrupted)
+        patch.setattr(repair, "write_dataset", interrupted)
         with pytest.raises(KeyboardInterrupt):
             check()
     _, _, fixes = check()

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from finetuning.conversion import webdataset
+from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.images import UnreadableImage
-from finetuning.data.reading import DatasetError, Findings
+from finetuning.data.tars import WebDatasetArgs
 
 
 @dataclass
-class Args(webdataset.WebDatasetArgs):
+class Args(WebDatasetArgs):
     """Every flag that the reader looks at."""
 
     allow_outside_paths: bool = False
@@ -55,7 +56,7 @@ def read(path, **flags):
 
 def clean(path, **flags):
     samples, findings = read(path, **flags)
-    assert (dict(findings.faults), dict(findings.notes)) == ({}, {})
+    assert findings.report() == ""
     return samples
 
 
@@ -126,37 +127,10 @@ def test_patterns(tmp_path, pattern, shards):
             read(f"{tmp_path}/{pattern}")
 
 
-def test_numbers_without_leading_zeros_get_none(tmp_path):
-    for number in range(11):
-        pack(tmp_path / f"s{number}.tar", {"0.jpg": IMAGE, "0.txt": "x"})
-    assert len(clean(tmp_path / "s{0..10}.tar")) == 11
-
-
 def test_shards_of_a_pattern_that_are_missing_are_named_together(tmp_path):
     pack(tmp_path / "00001.tar", {"0.jpg": IMAGE, "0.txt": "x"})
     with pytest.raises(DatasetError, match=r"there is no .*00000\.tar, .*00002\.tar$"):
         read(tmp_path / "{00000..00002}.tar")
-
-
-def test_folders_and_hidden_files_that_are_called_like_shards_are_none(tmp_path):
-    pack(tmp_path / "folder.tar/0.tar", {"0.jpg": IMAGE, "0.txt": "x"})
-    (tmp_path / "folder.tar/._0.tar").write_bytes(b"of a Mac")
-    assert list(clean(tmp_path)) == ["0/0.jpg"]
-
-
-def test_links_that_lead_out_are_followed_only_by_leave(tmp_path):
-    pack(tmp_path / "elsewhere/0.tar", {"0.jpg": IMAGE, "0.txt": "x"})
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards/more").symlink_to(tmp_path / "elsewhere")
-    samples, findings = read(tmp_path / "shards")
-    assert samples == {} and list(findings.faults.values()) == [["more"]]
-    assert list(clean(tmp_path / "shards", allow_outside_paths=True)) == ["0/0.jpg"]
-
-
-def test_a_json_file_of_no_end_is_named(tmp_path):
-    shard = pack(tmp_path / "s.tar", {"0.jpg": IMAGE, "0.json": "[" * 200_000})
-    samples, findings = read(shard)
-    assert samples == {} and list(findings.faults) == ["JSON files that have no text under 'caption' (--json_key)"]
 
 
 @pytest.mark.parametrize("path", [".", "gone", "gone-*.tar"])
@@ -179,12 +153,12 @@ def test_names_of_shards_and_folders_say_the_split_where_one_says_train(tmp_path
     assert [sample.split for sample in clean(tmp_path).values()] == splits
 
 
-def test_a_shard_without_a_split_beside_others_is_noted(tmp_path):
+def test_a_shard_without_a_split_beside_others_is_a_warning(tmp_path):
     for name in ("train-0", "extra-0"):
         pack(tmp_path / f"{name}.tar", {"0.jpg": IMAGE, "0.txt": name})
     samples, findings = read(tmp_path)
     assert [sample.split for sample in samples.values()] == [None, "train"]
-    assert list(findings.notes.values()) == [[str(tmp_path / "extra-0.tar")]]
+    assert list(findings.as_dict()["warnings"].values()) == [[str(tmp_path / "extra-0.tar")]]
 
 
 # Keys, fields and captions
@@ -202,8 +176,8 @@ def test_of_several_images_none_is_taken_until_one_is_named(tmp_path, fields):
     shard = pack(tmp_path / "s.tar", {f"0.{field}": content for field, content in fields.items()})
     samples, findings = read(shard)
     assert samples == {}
-    ((kind, examples),) = findings.faults.items()
-    assert "--image_field" in kind and examples == [f"{shard}/0 has {', '.join(list(fields)[:2])}"]
+    ((kind, examples),) = findings.as_dict()["errors"].items()
+    assert kind == "several_images" and examples == [f"{shard}/0 ({', '.join(list(fields)[:2])})"]
     wanted = list(fields)[1]
     assert captions(clean(shard, image_field=wanted)) == {f"s/0.{wanted}": ("x",)}
 
@@ -221,12 +195,7 @@ def test_of_several_images_none_is_taken_until_one_is_named(tmp_path, fields):
 def test_where_the_caption_comes_from(tmp_path, flags, expected):
     record = {"caption": " from json ", "tags": ["a", None, "b "]}
     files = {"0.jpg": IMAGE, "0.json": record, "0.txt": "from txt\n", "0.blip.txt": "from blip\n\ntwice"}
-    assert captions(clean(pack(tmp_path / "s.tar", files), **flags)) == {"s/0.jpg": expected}
-
-
-def test_json_alone_gives_the_caption(tmp_path):
-    shard = pack(tmp_path / "s.tar", {"0.jpg": IMAGE, "0.json": {"caption": "ein Hündchen"}})
-    assert captions(clean(shard)) == {"s/0.jpg": ("ein Hündchen",)}
+    assert captions(read(pack(tmp_path / "s.tar", files), **flags)[0]) == {"s/0.jpg": expected}
 
 
 def test_faults_of_samples_are_named_and_the_rest_is_taken(tmp_path):
@@ -240,19 +209,19 @@ def test_faults_of_samples_are_named_and_the_rest_is_taken(tmp_path):
     shard = pack(tmp_path / "s.tar", files)
     samples, findings = read(shard)
     assert captions(samples) == {"s/fine.jpg": ("fine",)}
-    faults = dict(findings.faults)
-    json_faults = faults.pop("JSON files that have no text under 'caption' (--json_key)")
-    assert faults == {
-        "samples without an image": [f"{shard}/alone has txt"],
-        "samples without a caption (--caption_field)": [f"{shard}/bare has jpg, cls"],
-        "captions that are not UTF-8 (pack them again as UTF-8)": [f"{shard}/latin.txt"],
-        "samples with an empty caption": [f"{shard}/empty.txt"],
+    errors = findings.as_dict()["errors"]
+    of_json = errors.pop("no_json_text")
+    assert errors == {
+        "sample_without_image": [f"{shard}/alone (it has txt)"],
+        "sample_without_caption": [f"{shard}/bare (it has jpg, cls)"],
+        "caption_not_utf8": [f"{shard}/latin.txt"],
+        "no_caption": [f"{shard}/empty.txt"],
     }
-    assert [fault.removeprefix(f"{shard}/").split(":")[0] for fault in json_faults] == [
+    assert [one.removeprefix(f"{shard}/").split(" ")[0] for one in of_json] == [
         "cut.json", "other.json", "number.json", "list.json",
     ]  # fmt: skip
-    assert json_faults[1].endswith("it has text, url") and json_faults[2].endswith("it has 3")
-    assert list(findings.notes.values()) == [[f"{shard}/README"]]
+    assert "it has text, url" in of_json[1] and "it has 3" in of_json[2]
+    assert list(findings.as_dict()["warnings"].values()) == [[f"{shard}/README"]]
 
 
 def test_a_file_that_stands_twice_is_named(tmp_path):
@@ -260,7 +229,7 @@ def test_a_file_that_stands_twice_is_named(tmp_path):
     pack(shard, {"0.jpg": encoded(5), "1.jpg": IMAGE, "1.txt": "x"}, mode="a")
     samples, findings = read(shard)
     assert samples["s/0.jpg"].open().width == 3 and "s/1.jpg" in samples
-    assert list(findings.faults.values()) == [[f"{shard}/0.jpg"]]
+    assert list(findings.as_dict()["errors"].values()) == [[f"{shard}/0.jpg"]]
 
 
 def test_links_in_a_tar_are_named(tmp_path):
@@ -273,9 +242,7 @@ def test_links_in_a_tar_are_named(tmp_path):
         for name in ("0.txt", "1.txt"):
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
     _, findings = read(tmp_path / "s.tar")
-    assert findings.faults["links and special files in a tar (pack the files themselves)"] == [
-        f"{tmp_path / 's.tar'}/1.jpg"
-    ]
+    assert findings.as_dict()["errors"]["tar_link"] == [f"{tmp_path / 's.tar'}/1.jpg"]
 
 
 # Shards that are not whole
@@ -308,9 +275,9 @@ def test_a_cut_shard_is_named_and_what_stands_before_the_cut_is_taken(tmp_path, 
     pack(tmp_path / "t.tar", {"0.jpg": IMAGE, "0.txt": "x"})
     samples, findings = read(tmp_path)
     assert list(samples) == [*(f"s/{number}.jpg" for number in range(whole)), "t/0.jpg"]
-    ((example,),) = (v for kind, v in findings.faults.items() if kind.startswith("damaged tars"))
+    ((example,),) = (v for kind, v in findings.as_dict()["errors"].items() if kind == "damaged_tar")
     assert example.startswith(f"{shard} (")
-    assert len(findings.faults) == 1 + half  # the image whose caption is lost is named too
+    assert len(findings.errors) == 1 + half  # the image whose caption is lost is named too
 
 
 def test_a_damaged_header_in_the_middle_is_named(tmp_path):
@@ -321,8 +288,8 @@ def test_a_damaged_header_in_the_middle_is_named(tmp_path):
     shard.write_bytes(content)
     samples, findings = read(shard)
     assert list(samples) == ["s/0.jpg"]
-    ((kind, (example,)),) = findings.faults.items()
-    assert kind.startswith("damaged tars") and str(place) in example
+    ((kind, (example,)),) = findings.as_dict()["errors"].items()
+    assert kind == "damaged_tar" and str(place) in example
 
 
 def test_tars_joined_with_cat_are_named(tmp_path):
@@ -330,7 +297,7 @@ def test_tars_joined_with_cat_are_named(tmp_path):
     one.write_bytes(one.read_bytes() + two.read_bytes())
     samples, findings = read(one)
     assert len(samples) == 3
-    assert "joined" in findings.faults["damaged tars (what stands before the damage is taken)"][0]
+    assert "joined" in findings.as_dict()["errors"]["damaged_tar"][0]
 
 
 @pytest.mark.parametrize(
@@ -341,8 +308,8 @@ def test_compressed_shards_are_refused_with_the_fix(tmp_path, name, mode):
     for path in (tmp_path, shard):
         samples, findings = read(path)
         assert samples == {}
-        ((kind, examples),) = findings.faults.items()
-        assert "gunzip" in kind and examples == [str(shard)]
+        ((kind, examples),) = findings.as_dict()["errors"].items()
+        assert kind == "compressed_tar" and examples == [str(shard)]
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404 not found</html>" * 100])

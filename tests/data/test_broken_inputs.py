@@ -1,7 +1,7 @@
 """What people's folders really hold: over forty broken things, each with its stated outcome.
 
 LOADS     the row is trained on, with this caption and this size of image
-COUNTED   the row is left out with --on_bad_rows skip, and named under this kind of fault; without it the run stops
+COUNTED   the row is left out with --on_bad_rows skip, and named under this code; without it the run stops
 REFUSED   nothing can be trained on before this is mended; the message says these words
 
 Whatever it is, no image and no row may vanish: each is trained on, or named.
@@ -16,25 +16,21 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, features
+from PIL.PngImagePlugin import PngInfo
 from transformers import CLIPTokenizer
 
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.checking import read_checked
+from finetuning.data.findings import PROBLEMS, DatasetError
 from finetuning.data.images import EXTENSIONS, open_rgb
-from finetuning.data.reading import DatasetError
 from finetuning.data.training_set import DataArgs
 from models.make_start import vocabulary
 from prepare_dataset import main as prepare_dataset
 
 LOADS, COUNTED, REFUSED = "loads", "counted", "refused"
-UNREADABLE = "images that cannot be read"
-NOT_THERE = "rows whose image is not there"
-OUTSIDE = "rows that reach outside the dataset's folder"
-EMPTY = "rows with an empty caption"
-NOT_JSON = "metadata lines that are not JSON"
-NO_ROW = "images that no metadata row names"
-NO_IMAGE = "rows that name no image"
+UNREADABLE, NOT_THERE, OUTSIDE = "unreadable_image", "image_missing", "outside"
+EMPTY, NOT_JSON, NO_ROW, NO_IMAGE = "no_caption", "not_json", "unnamed_image", "no_image_named"
 
 
 @dataclass
@@ -88,6 +84,16 @@ def bomb():
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
     )
+
+
+def workflow():
+    """What image generators write into their PNGs."""
+    text = PngInfo()
+    text.add_text("workflow", json.dumps(list(range(1_000_000))), zip=True)
+    return text
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
 
 def animation():
@@ -214,11 +220,18 @@ CASES = {
     "turned by EXIF": (image_case("x.jpg", turned), LOADS, (8, 10)),
     "a phone's HEIC": (image_case("X.HEIC", lambda: encoded(noise(), "HEIF")), LOADS, (10, 8)),
     "truncated HEIC": (image_case("x.heic", lambda: cut(encoded(noise((90, 80)), "HEIF"))), COUNTED, UNREADABLE),
+    "EXIF that is text": (
+        image_case("x.png", lambda: encoded(noise(), "PNG", exif=b"Exif\0\0MM no TIFF")), LOADS, (10, 8),
+    ),
+    "Git LFS pointer": (image_case("x.png", LFS_POINTER), COUNTED, UNREADABLE),
+    "a megabyte of text in a PNG": (
+        image_case("x.png", lambda: encoded(noise(), "PNG", pnginfo=workflow())), LOADS, (10, 8),
+    ),
     "one pixel": (image_case("x.png", lambda: encoded(noise((1, 1)), "PNG")), LOADS, (1, 1)),
     # where they lie
     "link to an image inside": (link_inside, LOADS, (10, 8)),
     "link out of the folder": (link_outside, COUNTED, OUTSIDE),
-    "link to nothing": (dead_link, COUNTED, NOT_THERE),
+    "link to nothing": (dead_link, COUNTED, "dead_link"),
     "../ in a name": (above, COUNTED, OUTSIDE),
     "absolute name, outside": (absolute_outside, COUNTED, OUTSIDE),
     "absolute name, inside": (absolute_inside, LOADS, (10, 8)),
@@ -226,9 +239,9 @@ CASES = {
     "a URL": (row_case(row("https://example.org/x.png")), COUNTED, NOT_THERE),
     "an image that is not there": (row_case(row("gone.png")), COUNTED, NOT_THERE),
     "a folder named as an image": (named_folder, COUNTED, NOT_THERE),
-    "a file that is no image": (not_an_image, COUNTED, "rows that name a file that is not an image"),
+    "a file that is no image": (not_an_image, COUNTED, "not_an_image"),
     "an image without a row": (unnamed, COUNTED, NO_ROW),
-    "a hidden image": (hidden, COUNTED, "rows whose image is hidden"),
+    "a hidden image": (hidden, COUNTED, "hidden"),
     "a name with a space, a quote, U+2028": (unprintable, LOADS, (10, 8)),
     # rows
     "two rows of one image": (twice, LOADS, (10, 8)),
@@ -239,7 +252,7 @@ CASES = {
     "file_name is a number": (row_case({"file_name": 7, "text": "a thing"}), COUNTED, NO_IMAGE),
     "not JSON": (row_case("{'file_name': 'x.png'}"), COUNTED, NOT_JSON),
     "half a line": (row_case('{"file_name": "x.png", "te'), COUNTED, NOT_JSON),
-    "a list for a row": (row_case(["x.png", "a thing"]), COUNTED, "metadata lines that are not JSON objects"),
+    "a list for a row": (row_case(["x.png", "a thing"]), COUNTED, "not_an_object"),
     "caption is null": (text_case(None), COUNTED, EMPTY),
     "caption is empty": (text_case(""), COUNTED, EMPTY),
     "caption is blank": (text_case(" \t\n "), COUNTED, EMPTY),
@@ -250,7 +263,7 @@ CASES = {
     "caption is NaN": (text_case(float("nan")), REFUSED, ("metadata.jsonl line 2", "must be text", "nan")),
     "caption is a number": (text_case(12), REFUSED, ("metadata.jsonl line 2", "must be text", "12")),
     "caption is an object": (text_case({"en": "a thing"}), REFUSED, ("metadata.jsonl line 2", "must be text")),
-    "caption with half a character": (text_case("a \ud83d thing"), COUNTED, "captions that are not valid text"),
+    "caption with half a character": (text_case("a \ud83d thing"), COUNTED, "half_character"),
     "several captions": (text_case(["one", "two", None]), LOADS, (10, 8)),
     "a huge caption": (text_case("circle " * 20_000), LOADS, (10, 8)),
     # files
@@ -305,15 +318,14 @@ def test_every_broken_thing_has_its_outcome(make, outcome, expected, tmp_path, t
         return
 
     found = read_checked(args, tokenizer, 0)
-    told = "\n".join(one for kind in found.findings.faults.values() for one in kind)
+    told = "\n".join(str(one) for examples in found.findings.errors.values() for one in examples)
     trained = {one.image.name for one in found.rows}
     if outcome == LOADS:
-        assert not found.findings.faults
+        assert not found.findings.errors
         (loaded,) = {one.image for one in found.rows if one.image.name != "sound.png"} - {folder / "target.png"}
         assert open_rgb(loaded).size == expected and open_rgb(loaded).mode == "RGB"
     else:
-        kinds = [kind for kind, examples in found.findings.faults.items() if examples and kind.startswith(expected)]
-        assert kinds, dict(found.findings.faults)
+        assert found.findings.errors[expected], dict(found.findings.errors)
     for name in images:
         assert name in trained or name in told, f"{name} has vanished"
     rows_told = {one.origin for one in found.rows}
@@ -341,16 +353,16 @@ def all_at_once(tmp_path_factory):
 
 def test_check_refuses_all_of_them_in_one_message(all_at_once, capsys):
     assert prepare_dataset(["check", str(all_at_once)]) == 1
-    said = capsys.readouterr().out
-    kinds = {expected for _, outcome, expected in TOGETHER.values() if outcome == COUNTED}
-    assert [kind for kind in kinds if kind not in said] == []
+    printed = capsys.readouterr().out
+    codes = {expected for _, outcome, expected in TOGETHER.values() if outcome == COUNTED}
+    assert [code for code in codes if PROBLEMS[code][0] not in printed] == []
 
 
 def test_convert_takes_what_can_be_taken_and_names_the_rest(all_at_once, tmp_path, capsys):
     output = tmp_path / "out"
     command = ["convert", "imagefolder", str(all_at_once), "--output", str(output)]
     assert prepare_dataset(command) == 1
-    assert "faults (x)" in capsys.readouterr().err and not (output / "conversion.json").exists()
+    assert "--on_bad_rows skip" in capsys.readouterr().err and not (output / "conversion.json").exists()
     assert prepare_dataset([*command, "--on_bad_rows", "skip"]) == 0
     counts = json.loads((output / "conversion.json").read_text())
     loading = sum(outcome == LOADS for _, outcome, _ in TOGETHER.values())
@@ -358,8 +370,8 @@ def test_convert_takes_what_can_be_taken_and_names_the_rest(all_at_once, tmp_pat
     assert sum(counts["images"].values()) == loading + sound
     unreadable = sum(expected == UNREADABLE for _, _, expected in TOGETHER.values())
     assert counts["failures"] == unreadable == len((output / "failures.jsonl").read_text().splitlines())
-    left_out = json.loads((output / "findings.json").read_text())["left out"]
+    errors = json.loads((output / "findings.json").read_text())["errors"]
     others = [expected for _, outcome, expected in TOGETHER.values() if outcome == COUNTED and expected != UNREADABLE]
-    for kind in set(others):
-        assert sum(len(found) for told, found in left_out.items() if told.startswith(kind)) >= others.count(kind)
+    for code in set(others):
+        assert len(errors[code]) >= others.count(code)
     assert prepare_dataset(["check", str(output)]) == 0

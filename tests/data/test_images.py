@@ -4,9 +4,19 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
-from finetuning.data.images import EXTENSIONS, UnreadableImage, frames, open_rgb
+from finetuning.data import images
+from finetuning.data.images import (
+    EXTENSIONS,
+    UnreadableImage,
+    has_other_colours,
+    open_rgb,
+    orientation,
+    remarks,
+    size_in_header,
+)
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 ORIENTATION = 0x0112  # the EXIF tag
@@ -47,6 +57,63 @@ def test_exif_orientation_is_applied(tmp_path, orientation, shown):
     path = saved(tmp_path, pil_image("RGB", [RED, GREEN], [BLUE, WHITE]), exif=exif)
     letters = {RED: "R", GREEN: "G", BLUE: "B", WHITE: "W"}
     assert " ".join("".join(letters[pixel] for pixel in row) for row in pixels(open_rgb(path))) == shown
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp", "x.tif"])
+@pytest.mark.parametrize("value", [1, 3, 6, 8])
+def test_the_size_in_the_header_is_that_of_the_opened_image(tmp_path, name, value):
+    exif = Image.Exif()
+    exif[ORIENTATION] = value
+    path = saved(tmp_path, Image.new("RGB", (32, 16)), name, exif=exif)
+    assert size_in_header(path) == open_rgb(path).size[::-1]
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.webp"])
+def test_exif_that_cannot_be_read_is_ignored_with_a_remark(tmp_path, name):
+    path = saved(tmp_path, Image.new("RGB", (32, 16), RED), name, exif=b"Exif\0\0no TIFF at all")
+    assert open_rgb(path).size == (32, 16) and size_in_header(path) == (16, 32)
+    assert remarks(path) == ["unreadable_exif"]
+    with Image.open(path) as image:
+        assert orientation(image) is None
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# A profile under which the first number is blue and the last one is red.
+SWAPPED = SRGB.replace(b"rXYZ", b"hold").replace(b"bXYZ", b"rXYZ").replace(b"hold", b"bXYZ")
+STORED, IN_SRGB = (40, 40, 200), (200, 40, 40)  # one colour, in the numbers of either
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp", "x.tif"])
+def test_colours_are_brought_to_srgb_by_the_embedded_profile(tmp_path, name):
+    options = {"lossless": True} if name == "x.webp" else {"quality": 100, "subsampling": 0} if name == "x.jpg" else {}
+    path = saved(tmp_path, Image.new("RGB", (16, 16), STORED), name, icc_profile=SWAPPED, **options)
+    image = open_rgb(path)
+    assert image.getpixel((8, 8)) == pytest.approx(IN_SRGB, abs=3)
+    assert "icc_profile" not in image.info  # the numbers are sRGB now
+    with Image.open(path) as stored:
+        assert has_other_colours(stored)
+
+
+def test_transparency_and_palettes_have_profiles_too(tmp_path):
+    clear = pil_image("RGBA", [(*STORED, 255), (*STORED, 0)])
+    assert pixels(open_rgb(saved(tmp_path, clear, icc_profile=SWAPPED)))[0][1] == WHITE
+    assert pixels(open_rgb(saved(tmp_path, clear, icc_profile=SWAPPED)))[0][0] == pytest.approx(IN_SRGB, abs=2)
+    palette = Image.new("RGB", (4, 4), STORED).quantize(2)
+    assert open_rgb(saved(tmp_path, palette, icc_profile=SWAPPED)).getpixel((1, 1)) == pytest.approx(IN_SRGB, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "icc"), [("RGB", SRGB), ("RGB", b"no profile"), ("L", SRGB), ("L", SWAPPED[:99]), ("RGB", None)]
+)
+def test_images_in_srgb_keep_every_pixel(tmp_path, mode, icc):
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    opened = open_rgb(saved(tmp_path, image, icc_profile=icc))
+    assert np.array_equal(np.asarray(opened), np.asarray(image.convert("RGB")))
+
+
+def test_a_cmyk_image_without_a_profile_is_remarked_on(tmp_path):
+    assert remarks(saved(tmp_path, Image.new("CMYK", (4, 4)), "print.jpg")) == ["cmyk_without_profile"]
 
 
 def test_a_phone_jpeg_taken_upright_is_turned_upright(tmp_path):
@@ -125,7 +192,7 @@ def test_one_bit_and_grey_become_rgb(tmp_path, mode, values):
 def test_animation_shows_its_first_frame(tmp_path):
     path = saved(tmp_path, plain(RED), "moving.gif", save_all=True, append_images=[plain(BLUE), plain(GREEN)])
     assert open_rgb(path).getpixel((2, 2)) == RED
-    assert frames(path) == 3
+    assert remarks(path) == ["animated"]
 
 
 def test_animation_cut_after_its_first_frame_is_unreadable(tmp_path):
@@ -134,11 +201,7 @@ def test_animation_cut_after_its_first_frame_is_unreadable(tmp_path):
     path.write_bytes(whole[: whole.rindex(b"\x21\xf9\x04") + 11])  # into the second frame's description
     assert open_rgb(path).getpixel((2, 2)) == RED
     with pytest.raises(UnreadableImage, match=r"cut\.gif: "):
-        frames(path)
-
-
-def test_still_image_has_one_frame(tmp_path):
-    assert frames(saved(tmp_path, Image.new("RGB", (4, 4)))) == 1
+        remarks(path)
 
 
 @pytest.mark.parametrize("extension", sorted(EXTENSIONS))
@@ -184,9 +247,25 @@ def test_unreadable_open_image_is_named(tmp_path):
         open_rgb(Image.open(tmp_path / "cut.jpg"))
 
 
-@pytest.mark.parametrize("read", [open_rgb, frames])
-def test_an_image_of_absurd_size_is_unreadable(tmp_path, monkeypatch, read):
+@pytest.mark.parametrize("read", [open_rgb, remarks, size_in_header])
+def test_an_image_of_absurd_size_is_unreadable_and_says_how_to_shrink_it(tmp_path, monkeypatch, read):
     path = saved(tmp_path, Image.new("RGB", (10, 10)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(UnreadableImage, match=r"image.png.*bomb"):
+    monkeypatch.setattr(images, "MAX_PIXELS", 10)
+    monkeypatch.setattr(images._opened.__wrapped__, "__defaults__", (10,))
+    monkeypatch.setattr(open_rgb, "__defaults__", (10,))
+    with pytest.raises(UnreadableImage, match=r"image\.png.*10 x 10.*--max_side"):
         read(path)
+    assert open_rgb(path, max_pixels=100).size == (10, 10)
+
+
+def test_a_git_lfs_pointer_says_git_lfs(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UnreadableImage, match=r"x\.png.*git lfs pull"):
+        open_rgb(path)
+
+
+def test_large_text_in_a_png_is_no_error(tmp_path):
+    text = PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    assert open_rgb(saved(tmp_path, Image.new("RGB", (4, 4), RED), pnginfo=text)).getpixel((0, 0)) == RED

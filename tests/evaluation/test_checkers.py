@@ -90,7 +90,7 @@ def test_what_is_wrong_with_a_module_is_said(text, words, written):
 
 
 def test_a_module_that_is_not_there_is_named():
-    with pytest.raises(EvaluationError, match="--checker finetuning.no_such"):
+    with pytest.raises(EvaluationError, match="no_such"):
         load_checker("finetuning.no_such")
 
 
@@ -106,3 +106,16 @@ def test_words_of_learned_and_kept_are_those_of_its_metrics():
     assert (measure.fit, measure.retain) == ("style", "shapes")
     assert "drawn in chalk" in measure.learned and "shape and colour" in measure.kept
     assert np.all([retention_measure(by) for by in ("clip", "loss")])
+
+
+def test_the_checker_in_the_docs_works(root, written):
+    text = (root / "docs/evaluation.md").read_text(encoding="utf-8")
+    code = text.split("<!-- a test runs this -->")[1].split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    checker = load_checker(written(code))
+    assert checker.has_roles
+    image = draw(parse(CAPTION), 0)
+    found = checker.scores(image, CAPTION)
+    assert found["color"] == 1 and 0 < found["dark"] < 0.5
+    assert checker.scores(image, CAPTION.replace("red", "blue"))["color"] == 0
+    assert list(checker.strange([CAPTION, "a cat"])) == ["a cat"]

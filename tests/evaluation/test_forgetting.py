@@ -23,6 +23,7 @@ from finetuning.evaluation.generation import Row, general_rows
 from finetuning.evaluation.measuring import EvalNetworkArgs, Networks
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.networks import Weights
+from finetuning.evaluation.notes import note
 from finetuning.evaluation.retention import RETENTION_MEASURES, learned_and_kept, ratio_of_means, retention_measure
 from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs
@@ -229,10 +230,14 @@ def test_drift_is_measured_from_the_originals_image(general, opened, args, tmp_p
     assert set(record["values"]["clip_score"]) == {"original", "tuned", NOISE_FLOOR}
 
 
-def test_without_a_yardstick_the_drift_still_stands(general, opened, args):
+def test_what_was_kept_needs_nothing_of_the_dataset_and_drift_stands_alone(general, opened, args):
     found = forgetting(*general, opened, args)
+    assert found["by"] == "checker" and found["learned"] == {} and found["kept"]["tuned"]["value"] == 0.5
+    rows = [replace(row, caption="a cat") for row in general[0]]
+    blind = Networks({"lpips": opened.found["lpips"]}, {}, SHAPES)
+    found = forgetting(rows, general[1], blind, args)
     assert found["by"] is None and found["learned"] == found["kept"] == found["all"] == {}
-    assert "cannot be said" in found["words"]["learned"] and found["summary"]["drift_clip"]
+    assert list(found["summary"]) == ["drift_lpips"]
 
 
 def test_other_captions_are_judged_by_clip_and_without_it_by_the_loss(general, opened, args):
@@ -244,10 +249,10 @@ def test_other_captions_are_judged_by_clip_and_without_it_by_the_loss(general, o
         label: np.mean([np.cos(brightness(p) * np.pi / 2) for p in own.values()]) for label, own in images.items()
     }
     assert found["kept"]["tuned"]["value"] == pytest.approx(expected["tuned"] / expected["original"])
-    blind = Networks({"lpips": opened.found["lpips"]}, {"clip": "no CLIP here: --clip_model"})
+    blind = Networks({"lpips": opened.found["lpips"]}, {"clip": "no CLIP here"})
     found = forgetting(rows, images, blind, args, dataset=measured_of(), losses=LOSSES)
     assert found["by"] == "loss" and list(found["all"]) == ["loss"]
-    assert {"metric": "drift_clip", "why": "no CLIP here: --clip_model"} in found["left_out"]
+    assert note("no_weights", metric="drift_clip", network="clip", reason="no CLIP here") in found["left_out"]
 
 
 def test_without_general_prompts_there_is_the_loss(opened, args):
@@ -263,9 +268,8 @@ def test_an_original_that_can_do_nothing_has_nothing_to_keep(general, opened, ar
         Image.new("RGB", (64, 64)).save(path)
     found = forgetting(rows, images, opened, args, dataset=measured_of(style=STYLE), losses=LOSSES)
     assert found["by"] == "loss" and "checker" not in found["all"]
-    said = [one for one in found["left_out"] if one["metric"] == "learned and kept by checker"]
-    assert [one["why"].split(":")[0] for one in said] == ["tuned", NOISE_FLOOR]
-    assert "not clearly above 0" in said[0]["why"]
+    told = [one for one in found["left_out"] if one["code"] == "nothing_to_keep"]
+    assert [(one["model"], one["mean"], one["rows"]) for one in told] == [("tuned", 0, 4), (NOISE_FLOOR, 0, 4)]
 
 
 def test_metrics_that_were_named_for_the_dataset_choose_here_too(general, opened, args):
@@ -293,11 +297,11 @@ class Flags(ForgettingArgs):
 
 
 def test_bad_flags_are_listed_at_once(tmp_path):
-    line = "--general_prompts nowhere.txt --retain_split train --fit_split test --loss_rows 1"
-    problems = "\n".join(read(Flags, "", line.split())[1])
-    for words in ("--general_prompts nowhere.txt", "--retain_split only", "--fit_split only", "--loss_rows 1"):
+    problems = "\n".join(read(Flags, "", ["--retain_split", "train", "--fit_split", "test", "--loss_rows", "1"])[1])
+    for words in ("--retain_split", "--fit_split", "--loss_rows"):
         assert words in problems
-    assert "--retain_dataset nowhere" in read(Flags, "", ["--retain_dataset", "nowhere"])[1][0]
+    problems = "\n".join(read(Flags, "", ["--general_prompts", "no.txt", "--retain_dataset", "nowhere"])[1])
+    assert "--general_prompts no.txt" in problems and "--retain_dataset nowhere" in problems
     assert not read(Flags, "", ["--retain_dataset", str(tmp_path), "--retain_split", "test"])[1]
 
 

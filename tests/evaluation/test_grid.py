@@ -35,9 +35,6 @@ def test_cells_stand_in_rows_and_columns_a_gap_apart():
     assert box(sheet, BLUE) == (left, top + 30 + GAP, left + 40, top + 60 + GAP)
 
 
-def test_an_empty_cell_is_paper():
-    sheet = labelled_grid([[plain(RED), None]], [], [])
-    assert (np.asarray(sheet)[:, GAP + 40 :] == PAPER).all()
 
 
 def test_the_first_cell_may_be_empty():
@@ -61,8 +58,6 @@ def test_small_images_are_enlarged_by_whole_factors_without_smoothing(scale_to, 
     assert sheet.shape[:2] == (3 * GAP + side, 2 * GAP + side)
 
 
-def test_large_images_are_not_reduced():
-    assert box(labelled_grid([[plain(RED, (200, 100))]], [], [], 64), RED) == (GAP, 2 * GAP, GAP + 200, 2 * GAP + 100)
 
 
 def test_labels_stand_beside_their_row_and_above_their_column():

@@ -14,8 +14,8 @@ from finetuning.evaluation.generation import Row
 from finetuning.evaluation.measuring import EvalNetworkArgs, Networks, measure, open_networks, summarise
 from finetuning.evaluation.metrics import EvaluationError, dataset_metrics
 from finetuning.evaluation.networks import Unavailable, Weights
+from finetuning.evaluation.notes import note
 from finetuning.evaluation.preprocessing import matched
-from finetuning.shapes.checker import share_in_chalk
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import parse
 
@@ -120,7 +120,7 @@ def test_the_shape_and_the_colour_have_to_be_right(world, opened, args):
 
 
 def test_nothing_drawn_is_not_in_chalk():
-    assert share_in_chalk(Image.new("RGB", (64, 64))) == 0
+    assert SHAPES.scores(Image.new("RGB", (64, 64)), "a cat") == {"style": 0}
 
 
 def test_a_cosine_below_zero_is_a_clip_score_of_zero(world, opened, args, monkeypatch):
@@ -213,8 +213,8 @@ def test_other_captions_have_no_shapes(world, opened, args):
     assert [one["metric"] for one in measure(strange, images, opened, args).left_out] == ["shapes", "style"]
     mixed = measure([*strange[:1], *rows[1:]], images, opened, args)
     assert [one["metric"] for one in mixed.left_out] == ["shapes", "style"]
-    assert "1 of 4 captions" in mixed.left_out[0]["why"] and "a cat" in mixed.left_out[0]["why"]
-    with pytest.raises(EvaluationError, match="--metrics shapes: 4 of 4 captions"):
+    assert mixed.left_out[0] == note("captions", metric="shapes", checker=SHAPES.name, captions=["a cat"], of=4)
+    with pytest.raises(EvaluationError, match=r"--metrics shapes: .* 4 of 4 captions"):
         measure(strange, images, opened, replace(args, metrics=["shapes"]))
 
 
@@ -224,7 +224,7 @@ def test_without_true_images_the_rest_is_measured(world, opened, args):
     measured = measure(rows, images, opened, args)
     assert list(measured.metrics) == ["shapes", "style", "clip_score"]
     assert [one["metric"] for one in measured.left_out] == ["clip_image", "lpips", "kid", "fid"]
-    assert all("1 of 4 rows have no true image: rows 30" in one["why"] for one in measured.left_out)
+    assert all((one["code"], one["rows"], one["of"]) == ("no_truth", [30], 4) for one in measured.left_out)
     assert summarise(measured)["rows"][3]["truth"] is None
     with pytest.raises(EvaluationError) as problem:
         measure(rows, images, opened, replace(args, metrics=["kid", "lpips"]))
@@ -251,7 +251,7 @@ def test_missing_weights_leave_their_metrics_out_with_the_reason(world, offline,
     assert list(found.found) == ["lpips"] and list(found.missing) == ["inception", "clip"]
     measured = measure(*world, found, args)
     assert list(measured.metrics) == ["shapes", "style", "lpips"]
-    said = {one["metric"]: one["why"] for one in measured.left_out}
+    said = {one["metric"]: one["reason"] for one in measured.left_out}
     assert said["fid"] == said["kid"] == "no inception_weights: give --inception_weights"
     assert said["clip_score"] == said["clip_image"] == "no clip_model: give --clip_model"
     assert [one["name"] for one in summarise(measured)["weights"]] == ["lpips"]
@@ -267,16 +267,16 @@ def test_missing_weights_of_a_metric_asked_for_by_name_are_refused(offline, args
 def test_lpips_of_images_too_small_for_it_is_left_out(world, opened, args):
     small = replace(args, resolutions=[64, 16])
     measured = measure(*world, opened, small)
-    assert [one["metric"] for one in measured.left_out] == ["lpips"] and "31 pixels" in measured.left_out[0]["why"]
-    with pytest.raises(EvaluationError, match=r"--metrics lpips: .*not 16"):
+    assert measured.left_out == [note("too_small", metric="lpips", smallest=31, side=16)]
+    with pytest.raises(EvaluationError, match="--metrics lpips"):
         measure(*world, opened, replace(small, metrics=["lpips"]))
 
 
 # -- warnings --------------------------------------------------------------------------------------------------------
 
 
-def warned(words, measured):
-    return [line for line in measured.warnings if words in line]
+def warned(code, measured):
+    return [one for one in measured.warnings if one["code"] == code]
 
 
 @pytest.mark.parametrize(("count", "unreliable"), [(10, True), (37, True), (50, False)])
@@ -285,37 +285,43 @@ def test_few_images_are_called_unreliable(count, unreliable, world, opened, args
     rows = [replace(rows[index % 4], number=index) for index in range(count)]
     images = {label: {index: own[index % 4 * 10] for index in range(count)} for label, own in images.items()}
     measured = measure(rows, images, opened, args, offered=("lpips",))
-    assert bool(warned(f"only {count} images", measured)) is unreliable
+    assert warned("few_images", measured) == [note("few_images", images=count)] * unreliable
 
 
-def test_a_fid_of_few_images_is_warned_of_for_each_model_and_side(world, opened, args):
+def test_an_fid_of_few_images_is_warned_of_for_each_model_and_side(world, opened, args):
     measured = measure(*world, opened, replace(args, resolutions=[32, 64]), offered=("kid", "fid"))
-    for label in ("original", "tuned"):
-        for side in (32, 64):
-            assert len(warned(f"{label} at {side} px: ", measured)) == 1
-    assert not warned(" px: ", measure(*world, opened, args, offered=("kid",)))
-
-
-@pytest.mark.parametrize(("published", "words"), [
-    (False, "not comparable with figures from elsewhere"), (None, "cannot be known"), (True, None),
-])  # fmt: skip
-def test_weights_of_unknown_origin_are_said(published, words, world, opened, args):
-    opened.found["lpips"] = (None, Weights("lpips", "random.pth", "f" * 64, published))
-    measured = measure(*world, opened, args)
-    said = warned("random.pth", measured)
-    assert len(said) == (words is not None) and (not said or words in said[0])
-    assert not warned("random.pth", measure(*world, opened, args, offered=("clip_score",)))
-
-
-def test_unlike_sizes_and_cut_captions_are_said(world, opened, args, monkeypatch):
+    told = {(one["model"], one["side"]): one for one in warned("fid_bias", measured)}
+    assert sorted(told) == [(label, side) for label in ("original", "tuned") for side in (32, 64)]
+    features, truth = measured.features[64]["tuned"], measured.truth[64]
+    assert told["tuned", 64]["bias"] == statistics.frechet_bias(features, truth)[0]
+    assert told["tuned", 64]["value"] == pytest.approx(statistics.frechet(features, truth))
     rows, images = world
-    assert not warned("brought to", measure(rows, images, opened, args))
+    images = {label: {row.number: own[row.number] for row in rows[:3]} for label, own in images.items()}
+    assert len(warned("fid_bias_unknown", measure(rows[:3], images, opened, args))) == 2
+    assert not warned("fid_bias", measure(*world, opened, args, offered=("kid",)))
+
+
+@pytest.mark.parametrize(("published", "code"), [(False, "not_published"), (None, "unknown_weights"), (True, None)])
+def test_weights_of_unknown_origin_are_named(published, code, world, opened, args):
+    opened.found["lpips"] = (None, Weights("lpips", "random.pth", "f" * 64, published))
+    told = [one["code"] for one in measure(*world, opened, args).warnings if one.get("origin") == "random.pth"]
+    assert told == [code] * (code is not None)
+    others = measure(*world, opened, args, offered=("clip_score",))
+    assert not any(one.get("origin") == "random.pth" for one in others.warnings)
+
+
+def test_unlike_sizes_and_cut_captions_are_named(world, opened, args, monkeypatch):
+    rows, images = world
+    assert not warned("unlike_sizes", measure(rows, images, opened, args))
     Image.new("RGB", (600, 400)).save(rows[1].image)
     monkeypatch.setattr(ColourClip, "truncated", 2)
     measured = measure(rows, images, opened, args)
-    assert len(warned("images are 64x64, the true ones 64x64 to 600x400", measured)) == 2
-    assert warned("2 captions are longer", measured)
-    assert not warned("brought to", measure(rows, images, opened, args, offered=("shapes", "clip_score")))
+    told = warned("unlike_sizes", measured)
+    assert [(one["model"], one["own"], one["truth"]) for one in told] == [
+        (label, "64x64", "64x64 to 600x400") for label in ("original", "tuned")
+    ]
+    assert warned("cut_captions", measured)[0]["captions"] == 2
+    assert not warned("unlike_sizes", measure(rows, images, opened, args, offered=("shapes", "clip_score")))
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
@@ -364,6 +370,11 @@ def test_values_that_are_not_numbers_are_named(world, opened, args, monkeypatch)
 def test_bad_flags_are_listed_at_once():
     line = "--metrics fid fid --resolutions 64 4 --inception_weights nowhere.pth --num_workers -1 --eval_batch_size 0"
     problems = "\n".join(read(Flags, "", line.split())[1])
-    for words in ("--metrics fid fid", "--resolutions 4", "nowhere.pth", "--num_workers -1", "--eval_batch_size 0"):
+    for words in ("--resolutions", "--num_workers", "--eval_batch_size"):
         assert words in problems
+    problems = "\n".join(read(Flags, "", ["--metrics", "fid", "fid", "--inception_weights", "nowhere.pth"])[1])
+    assert "--metrics fid fid" in problems and "nowhere.pth" in problems
+    assert "--metrics style" in read(Flags, "", ["--metrics", "style"])[1][0]
+    assert not read(Flags, "", ["--metrics", "style", "--checker", SHAPES.name])[1]
+    assert "--checker" in read(Flags, "", ["--checker", "no.such"])[1][0]
     assert not read(Flags, "", ["--metrics", "kid", "lpips", "--protocol", "legacy"])[1]

@@ -1,7 +1,6 @@
 """FID, KID and their intervals: known answers, other programs' answers, and how often an interval holds the truth."""
 
 import inspect
-import json
 import math
 
 import numpy as np
@@ -25,7 +24,7 @@ from finetuning.evaluation.statistics import (
     kernel_influence,
     mean_of,
     paired_difference,
-    small_sample_warning,
+    resampled_means,
 )
 
 SIZES = [(40, 40, 6), (60, 25, 8), (5, 9, 12), (30, 7, 12)]  # n, m, d: more images than features, fewer, mixed
@@ -326,12 +325,6 @@ def test_draws_are_the_same_every_time_and_leave_numpys_own_alone(monkeypatch):
     assert mean_of(a[:, 0], seed=1) != first[2]
 
 
-def test_estimate_is_ready_for_json():
-    a, truth = pair(20, 30, 5)
-    for one in (frechet_estimate(a, truth), kernel_estimate(a, truth), mean_of(np.float32([1, 2, 4]))):
-        assert json.loads(json.dumps(one.as_dict())) == one.as_dict()
-        assert set(one.as_dict()) == {"value", "low", "high", "n"}
-        assert json.dumps(one.excludes_zero) in ("true", "false")
 
 
 # -- bias ------------------------------------------------------------------------------------------------------------
@@ -363,17 +356,16 @@ def test_halves_are_of_the_same_rows_where_the_sets_pair():
     assert frechet_bias(a, normal(60, 4, seed=1))[0] > 0
 
 
-def test_warning_says_how_much_of_fid_comes_from_the_number_of_images():
-    a, truth = normal(50, 4) + 1, normal(80, 4, seed=1)
-    bias, infinite = frechet_bias(a, truth)
-    said = small_sample_warning(a, truth)
-    assert said.startswith(f"FID of 50 images is biased: about {bias:+.3g} of its {frechet(a, truth):.3g} comes from")
-    assert f"near {infinite:.3g}" in said and "KID" in said
-    assert "biased: at least about +" in small_sample_warning(normal(10, 40), normal(12, 40, seed=1))
-    assert "cannot be measured below 4" in small_sample_warning(a[:3], truth)
-    enough = np.zeros((2048, 1))
-    assert small_sample_warning(enough, enough) is None
-    assert "FID of 2047 images" in small_sample_warning(enough, enough[1:])
+def test_all_series_are_resampled_with_the_same_rows():
+    values = normal(3, 40)
+    means = resampled_means(values, 5, "a sweep", rounds=300)
+    assert means.shape == (3, 300)
+    for one, own in zip(means, values, strict=True):
+        assert np.array_equal(one, resampled_means(own, 5, "a sweep", rounds=300))
+        assert one.mean() == pytest.approx(own.mean(), abs=0.1) and one.std() == pytest.approx(
+            own.std() / 40**0.5, rel=0.2
+        )
+    assert not np.array_equal(means, resampled_means(values, 5, "another", rounds=300))
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------

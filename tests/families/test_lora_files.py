@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from finetuning.families.family import Component, Family
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
     KOHYA_NAME,
@@ -24,11 +25,12 @@ from finetuning.families.lora_files import (
     Layer,
     Lora,
     adaptable,
+    adaptable_components,
     attach,
     detach,
     diffusers_tensors,
     find_lora,
-    parts_of,
+    for_kohya,
     read_lora,
     set_scale,
     weights_hash,
@@ -92,7 +94,7 @@ def pipeline(tiny_model):
 
 @pytest.fixture(scope="module")
 def parts(pipeline):
-    return parts_of(pipeline)
+    return adaptable_components(pipeline)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,7 @@ def layers(request, kinds):
 def copied(pipeline):
     """The same pipeline with parts of its own, for LoRAs to change."""
     again = copy.copy(pipeline)
-    for part, model in parts_of(pipeline).items():
+    for part, model in adaptable_components(pipeline).items():
         setattr(again, part, copy.deepcopy(model))
     return again
 
@@ -168,13 +170,13 @@ def prediction(pipeline):
 
 
 @pytest.fixture
-def folded_prediction(pipeline):
+def fused_prediction(pipeline):
     """What a pipeline predicts that has the layers in its weights, by the formula itself."""
 
     def predict(layers, scale=1.0):
         changed = copied(pipeline)
         for name, layer in layers.items():
-            module = adaptable(parts_of(changed))[name]
+            module = adaptable(adaptable_components(changed))[name]
             module.weight.data = layer.fused(module.weight.data, scale)
         predicted = prediction(changed)
         assert (predicted - prediction(pipeline)).abs().max() > 1e-3  # else there is nothing to compare
@@ -202,19 +204,13 @@ def reference(layer, weight, scale):
 @pytest.mark.parametrize("scale", [1.0, 0.5, -2.0])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", [TO_K, PROJ_IN, CONV])
-def test_delta_and_folded_are_the_formula(name, dora, scale, weights):
+def test_delta_and_fused_are_the_formula(name, dora, scale, weights):
     layer = made_layer(weights[name], 3, 7, dora)
-    delta, folded = reference(layer, weights[name], scale)
+    delta, fused = reference(layer, weights[name], scale)
     assert layer.rank == 3
     assert layer.delta(scale).shape == layer.fused(weights[name], scale).shape == weights[name].shape
     assert np.allclose(layer.delta(scale), delta, rtol=1e-5, atol=1e-6)
-    assert np.allclose(layer.fused(weights[name], scale), folded, rtol=1e-5, atol=1e-6)
-
-
-def test_scale_is_one_unless_it_is_given(weights):
-    layer = made_layer(weights[TO_K], 3, 7, dora=True)
-    assert torch.equal(layer.delta(), layer.delta(1.0))
-    assert torch.equal(layer.fused(weights[TO_K]), layer.fused(weights[TO_K], 1.0))
+    assert np.allclose(layer.fused(weights[name], scale), fused, rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision_is_computed_in_fp32(weights):
@@ -226,12 +222,6 @@ def test_half_precision_is_computed_in_fp32(weights):
     assert torch.equal(half.fused(weights[CONV].half()), again.fused(weights[CONV].half().float()))
 
 
-def test_a_dora_whose_magnitudes_are_the_norms_of_what_it_makes_is_a_lora(weights):
-    plain = made_layer(weights[CONV], 3, 7)
-    norms = plain.fused(weights[CONV]).flatten(1).norm(dim=1)
-    assert close(Layer(plain.down, plain.up, 7, norms).fused(weights[CONV]), plain.fused(weights[CONV]))
-
-
 @pytest.mark.parametrize("alpha", [0.5, 3, 4.0, 100])
 @pytest.mark.parametrize("name", [TO_K, CONV])
 def test_with_alpha_keeps_the_delta(name, alpha, weights):
@@ -240,16 +230,12 @@ def test_with_alpha_keeps_the_delta(name, alpha, weights):
     assert other.alpha == alpha and other.rank == 3
     assert close(other.delta(), layer.delta()) and close(other.fused(weights[name]), layer.fused(weights[name]))
     assert torch.equal(other.down, layer.down) and torch.equal(other.magnitude, layer.magnitude)
-
-
-def test_with_its_own_alpha_a_layer_is_itself(weights):
-    layer = made_layer(weights[TO_K], 3, 4)
     assert layer.with_alpha(4.0) is layer
 
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", [TO_K, PROJ_IN, CONV])
-def test_folding_is_what_peft_merges(name, dora, parts, weights):
+def test_fusing_is_what_peft_merges(name, dora, parts, weights):
     module = copy.deepcopy(adaptable(parts)[name])
     layer = made_layer(weights[name], 3, 7, dora)
     config = LoraConfig(r=3, lora_alpha=7, target_modules=["0"], use_dora=dora, init_lora_weights=False)
@@ -264,17 +250,6 @@ def test_folding_is_what_peft_merges(name, dora, parts, weights):
         assert close(adapter.get_delta_weight("default"), layer.delta())
         merged = wrapped.merge_and_unload()[0].weight
     assert close(merged, layer.fused(weights[name])) and not close(merged, weights[name])
-
-
-# -- what can carry an adapter ---------------------------------------------------------------------------------------
-
-
-def test_linear_layers_and_convolutions_of_each_part_can_carry_an_adapter(weights, parts):
-    assert {name.split(".")[0] for name in weights} == {"unet", "text_encoder"}
-    assert {TO_Q, TO_OUT, PROJ_IN, CONV, "unet.conv_in", "unet.time_embedding.linear_1", *TEXT} <= weights.keys()
-    assert not any("norm" in name or "embeddings" in name for name in weights)
-    only = adaptable({"text_encoder": parts["text_encoder"]})
-    assert only.keys() == {name for name in weights if name.startswith("text_encoder.")}
 
 
 # -- written and read again ------------------------------------------------------------------------------------------
@@ -299,13 +274,6 @@ def test_write_diffusers_keeps_alphas_and_tensors_as_they_are(kinds, file, parts
         assert torch.equal(layer.down, layers[name].down) and torch.equal(layer.up, layers[name].up)
 
 
-def test_in_the_file_for_all_readers_every_alpha_is_the_rank(kinds, file, parts):
-    write_diffusers_for_all(file, kinds["many ranks and alphas"], {})
-    assert all(layer.alpha == layer.rank for layer in read_lora(file, parts).layers.values())
-    stripped = save_without_metadata(file)
-    assert_same(read_lora(stripped, parts).layers, kinds["many ranks and alphas"])
-
-
 def test_the_metadata_is_what_peft_needs_to_build_the_layers(kinds, file):
     write_diffusers(file, kinds["many ranks and alphas"], {})
     found = {}
@@ -317,9 +285,6 @@ def test_the_metadata_is_what_peft_needs_to_build_the_layers(kinds, file):
             rank, alpha = config.rank_pattern.get(name, config.r), config.alpha_pattern.get(name, config.lora_alpha)
             found[f"{part}.{name}"] = (rank, alpha)
     assert found == KINDS["many ranks and alphas"][0]
-
-
-def test_the_metadata_says_which_part_is_a_dora(kinds, file):
     write_diffusers(file, kinds["plain"] | {TEXT_Q: kinds["DoRA"][TEXT_Q]}, {})
     config = json.loads(metadata_of(file)["lora_adapter_metadata"])
     assert config["text_encoder.use_dora"] is True and config["unet.use_dora"] is False
@@ -367,6 +332,42 @@ def test_kohya_files_have_one_alpha_the_most_common(kinds, file):
     assert alphas == [3.0] * 6
 
 
+def test_kohya_files_leave_out_what_sd_scripts_does_not_read(kinds, weights, file, parts):
+    time = "unet.time_embedding.linear_1"
+    held, notice = for_kohya(kinds["plain"] | {time: made_layer(weights[time], 2, 2)})
+    assert held.keys() == kinds["plain"].keys() and time in notice and DIFFUSERS_NAME in notice
+    assert for_kohya(held) == (held, None)
+    write_kohya(file, kinds["plain"] | {time: made_layer(weights[time], 2, 2)}, {})
+    assert read_lora(file, parts).layers.keys() == kinds["plain"].keys()
+
+
+class TwoTextEncoders(Family):
+    pipeline = "StableDiffusionXLPipeline"
+    components = (
+        Component("text_encoder", "CLIPTextModel", "text_encoder.text_model.", "lora_te1_text_model_", "text_model."),
+        Component("text_encoder_2", "CLIPTextModelWithProjection", "text_encoder_2.", "lora_te2_"),
+    )
+
+
+def test_a_second_text_encoder_works_by_declaration(file):
+    ours, module = f"{ATTENTION}.q_proj", torch.nn.Linear(16, 16)
+    models = {name: torch.nn.Module() for name in ("text_encoder", "text_encoder_2")}
+    names = {"text_encoder": ours, "text_encoder_2": f"text_model.{ours}"}  # transformers 5 kept it in the second
+    layers = {}
+    for name, model in models.items():
+        *above, last = names[name].split(".")
+        for word in above:
+            model.add_module(word, torch.nn.Module())
+            model = getattr(model, word)
+        model.add_module(last, module)
+        layers[f"{name}.{names[name]}"] = made_layer(module.weight, 2, 2, name=name)
+    for write in (write_diffusers, write_kohya):
+        write(file, layers, {}, TwoTextEncoders())
+        assert_same(read_lora(file, models, family=TwoTextEncoders()).layers, layers)
+    flat = "text_model_encoder_layers_0_self_attn_q_proj"
+    assert {key.split(".")[0] for key in load_file(file)} == {f"lora_te1_{flat}", f"lora_te2_{flat}"}
+
+
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_hash_in_a_file_is_of_all_after_its_header(dtype, write, kinds, file):
@@ -403,108 +404,80 @@ def test_layers_that_are_views_of_other_tensors_can_be_written(weights, file, pa
 
 
 @pytest.mark.parametrize("write", [write_diffusers, write_diffusers_for_all])
-def test_diffusers_loads_what_was_written(write, layers, tmp_path, own, folded_prediction):
+def test_diffusers_loads_what_was_written(write, layers, tmp_path, own, fused_prediction):
     write(tmp_path / DIFFUSERS_NAME, layers, {})
     own.load_lora_weights(tmp_path)
-    assert close(prediction(own), folded_prediction(layers))
+    assert close(prediction(own), fused_prediction(layers))
 
 
-def test_the_file_for_all_readers_acts_the_same_without_its_metadata(layers, tmp_path, own, folded_prediction):
+def test_the_file_for_all_readers_acts_the_same_without_its_metadata(layers, tmp_path, own, fused_prediction):
     write_diffusers_for_all(tmp_path / DIFFUSERS_NAME, layers, {})
     own.load_lora_weights(tmp_path, weight_name=save_without_metadata(tmp_path / DIFFUSERS_NAME).name)
-    assert close(prediction(own), folded_prediction(layers))
+    assert close(prediction(own), fused_prediction(layers))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "DoRA" not in kind])
-def test_diffusers_loads_kohya_files(kind, kinds, file, own, folded_prediction):
+def test_diffusers_loads_kohya_files(kind, kinds, file, own, fused_prediction):
     """It loses the magnitudes of a DoRA."""
     write_kohya(file, kinds[kind], {})
     own.load_lora_weights(file.parent, weight_name=file.name)
-    assert close(prediction(own), folded_prediction(kinds[kind]))
+    assert close(prediction(own), fused_prediction(kinds[kind]))
 
 
 # -- other people's layouts ------------------------------------------------------------------------------------------
 
 
 KOHYA_BLOCK = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"
-STEMS = {
-    # {layer name: what stands before .weight in its two tensors}
-    "diffusers of 2023": {
-        TO_Q: (f"unet.{BLOCK}.attn1.processor.to_q_lora.down", f"unet.{BLOCK}.attn1.processor.to_q_lora.up"),
-        TO_OUT: (f"unet.{BLOCK}.attn1.processor.to_out_lora.down", f"unet.{BLOCK}.attn1.processor.to_out_lora.up"),
-        TEXT_Q: (
-            f"text_encoder.text_model.{ATTENTION}.to_q_lora.down", f"text_encoder.text_model.{ATTENTION}.to_q_lora.up",
-        ),
-        TEXT_OUT: (
-            f"text_encoder.text_model.{ATTENTION}.to_out_lora.down",
-            f"text_encoder.text_model.{ATTENTION}.to_out_lora.up",
-        ),
-    },
-    "attention processors without a prefix": {
-        TO_Q: (f"{BLOCK}.attn1.processor.to_q_lora.down", f"{BLOCK}.attn1.processor.to_q_lora.up"),
-        TO_OUT: (f"{BLOCK}.attn1.processor.to_out_lora.down", f"{BLOCK}.attn1.processor.to_out_lora.up"),
-    },
-    "the official script": {
-        TO_Q: (f"unet.{BLOCK}.attn1.to_q.lora.down", f"unet.{BLOCK}.attn1.to_q.lora.up"),
-        TO_OUT: (f"unet.{BLOCK}.attn1.to_out.0.lora.down", f"unet.{BLOCK}.attn1.to_out.0.lora.up"),
-        CONV: ("unet.down_blocks.1.resnets.0.conv1.lora.down", "unet.down_blocks.1.resnets.0.conv1.lora.up"),
-        TEXT_Q: (
-            f"text_encoder.text_model.{ATTENTION}.q_proj.lora_linear_layer.down",
-            f"text_encoder.text_model.{ATTENTION}.q_proj.lora_linear_layer.up",
-        ),
-        FC1: (
-            f"text_encoder.text_model.{MLP}.fc1.lora_linear_layer.down",
-            f"text_encoder.text_model.{MLP}.fc1.lora_linear_layer.up",
-        ),
-    },
-    "diffusers with the names of transformers 5": {
-        TO_K: (f"unet.{BLOCK}.attn2.to_k.lora_A", f"unet.{BLOCK}.attn2.to_k.lora_B"),
-        TEXT_Q: (f"text_encoder.{ATTENTION}.q_proj.lora_A", f"text_encoder.{ATTENTION}.q_proj.lora_B"),
-    },
-    "diffusers with the adapter's name": {
-        TO_K: (f"unet.{BLOCK}.attn2.to_k.lora_A.default", f"unet.{BLOCK}.attn2.to_k.lora_B.default"),
-    },
-    "PEFT of a UNet": {
-        TO_Q: (f"base_model.model.{BLOCK}.attn1.to_q.lora_A", f"base_model.model.{BLOCK}.attn1.to_q.lora_B"),
-        CONV: (
-            "base_model.model.down_blocks.1.resnets.0.conv1.lora_A",
-            "base_model.model.down_blocks.1.resnets.0.conv1.lora_B",
-        ),
-    },
-    "PEFT of a text encoder": {
-        TEXT_Q: (f"base_model.model.{ATTENTION}.q_proj.lora_A", f"base_model.model.{ATTENTION}.q_proj.lora_B"),
-    },
-    "PEFT of a text encoder before transformers 5": {
-        FC1: (f"base_model.model.text_model.{MLP}.fc1.lora_A", f"base_model.model.text_model.{MLP}.fc1.lora_B"),
-    },
-    "kohya": {
-        TO_Q: (f"{KOHYA_BLOCK}_attn1_to_q.lora_down", f"{KOHYA_BLOCK}_attn1_to_q.lora_up"),
-        TO_OUT: (f"{KOHYA_BLOCK}_attn1_to_out_0.lora_down", f"{KOHYA_BLOCK}_attn1_to_out_0.lora_up"),
-        CONV: ("lora_unet_down_blocks_1_resnets_0_conv1.lora_down", "lora_unet_down_blocks_1_resnets_0_conv1.lora_up"),
-        TEXT_Q: (
-            "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down",
-            "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up",
-        ),
-    },
-    "kohya with two text encoders' names": {
-        TEXT_Q: (
-            "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_down",
-            "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_up",
-        ),
-        FC1: (
-            "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down",
-            "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up",
-        ),
-    },
+KOHYA_CONV = "lora_unet_down_blocks_1_resnets_0_conv1"
+KOHYA_TEXT_Q = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+OLD, AB = ("down", "up"), ("lora_A", "lora_B")
+LAYOUTS = {
+    # how down and up are called, {layer name: what stands around that and before .weight}
+    "diffusers of 2023": (OLD, {
+        TO_Q: f"unet.{BLOCK}.attn1.processor.to_q_lora.*",
+        TO_OUT: f"unet.{BLOCK}.attn1.processor.to_out_lora.*",
+        TEXT_Q: f"text_encoder.text_model.{ATTENTION}.to_q_lora.*",
+        TEXT_OUT: f"text_encoder.text_model.{ATTENTION}.to_out_lora.*",
+    }),
+    "attention processors without a prefix": (OLD, {
+        TO_Q: f"{BLOCK}.attn1.processor.to_q_lora.*", TO_OUT: f"{BLOCK}.attn1.processor.to_out_lora.*",
+    }),
+    "the official script": (OLD, {
+        TO_Q: f"unet.{BLOCK}.attn1.to_q.lora.*",
+        TO_OUT: f"unet.{BLOCK}.attn1.to_out.0.lora.*",
+        CONV: "unet.down_blocks.1.resnets.0.conv1.lora.*",
+        TEXT_Q: f"text_encoder.text_model.{ATTENTION}.q_proj.lora_linear_layer.*",
+        FC1: f"text_encoder.text_model.{MLP}.fc1.lora_linear_layer.*",
+    }),
+    "diffusers with the names of transformers 5": (AB, {
+        TO_K: f"unet.{BLOCK}.attn2.to_k.*", TEXT_Q: f"text_encoder.{ATTENTION}.q_proj.*",
+    }),
+    "diffusers with the adapter's name": (AB, {TO_K: f"unet.{BLOCK}.attn2.to_k.*.default"}),
+    "PEFT of a UNet": (AB, {
+        TO_Q: f"base_model.model.{BLOCK}.attn1.to_q.*", CONV: "base_model.model.down_blocks.1.resnets.0.conv1.*",
+    }),
+    "PEFT of a text encoder": (AB, {TEXT_Q: f"base_model.model.{ATTENTION}.q_proj.*"}),
+    "PEFT of a text encoder before transformers 5": (AB, {FC1: f"base_model.model.text_model.{MLP}.fc1.*"}),
+    "kohya": (OLD, {
+        TO_Q: f"{KOHYA_BLOCK}_attn1_to_q.lora_*",
+        TO_OUT: f"{KOHYA_BLOCK}_attn1_to_out_0.lora_*",
+        CONV: f"{KOHYA_CONV}.lora_*",
+        TEXT_Q: f"{KOHYA_TEXT_Q}.lora_*",
+    }),
+    "kohya with two text encoders' names": (OLD, {
+        TEXT_Q: "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_*",
+        FC1: "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_*",
+    }),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", STEMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_read_and_a_missing_alpha_is_the_rank(layout, file, parts, weights):
+    (down, up), stems = LAYOUTS[layout]
     layers, tensors = {}, {}
-    for rank, (name, (down, up)) in enumerate(STEMS[layout].items(), start=2):
-        layers[name] = made_layer(weights[name], rank, rank, name=name)
-        tensors |= {f"{down}.weight": layers[name].down, f"{up}.weight": layers[name].up}
+    for rank, (name, stem) in enumerate(stems.items(), start=2):
+        layers[name] = layer = made_layer(weights[name], rank, rank, name=name)
+        tensors |= {f"{stem.replace('*', down)}.weight": layer.down, f"{stem.replace('*', up)}.weight": layer.up}
     save_file(tensors, file)
     lora = read_lora(str(file), parts)
     assert_same(lora.layers, layers)
@@ -515,11 +488,7 @@ def test_every_layout_is_read_and_a_missing_alpha_is_the_rank(layout, file, part
 
 def test_kohya_files_have_an_alpha_and_a_dora_scale_for_each_layer(file, parts, kinds):
     layers = {name: kinds["DoRA of many ranks"][name] for name in (TO_K, CONV, TEXT_Q)}
-    stems = {
-        TO_K: f"{KOHYA_BLOCK}_attn2_to_k",
-        CONV: "lora_unet_down_blocks_1_resnets_0_conv1",
-        TEXT_Q: "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
-    }
+    stems = {TO_K: f"{KOHYA_BLOCK}_attn2_to_k", CONV: KOHYA_CONV, TEXT_Q: KOHYA_TEXT_Q}
     shapes = {TO_K: (8, 1), CONV: (16, 1, 1, 1), TEXT_Q: (16, 1)}
     tensors = {}
     for name, layer in layers.items():
@@ -612,8 +581,8 @@ def test_what_diffusers_saves_with_its_metadata_is_read_as_peft_means_it(tmp_pat
     }  # fmt: skip
     expected = {}
     for part, config in settings.items():
-        parts_of(own)[part].add_adapter(config)
-        expected |= deltas(parts_of(own)[part], part)
+        adaptable_components(own)[part].add_adapter(config)
+        expected |= deltas(adaptable_components(own)[part], part)
     own.save_lora_weights(
         tmp_path,
         unet_lora_layers=get_peft_model_state_dict(own.unet, adapter_name="default"),
@@ -649,122 +618,109 @@ def problem(source, parts, **options):
 def test_a_pickle_is_never_opened(suffix, tmp_path, parts):
     path, sprung = tmp_path / f"lora{suffix}", tmp_path / "sprung"
     path.write_bytes(pickle.dumps(Trap(sprung)))
-    said = problem(path, parts)
-    assert not sprung.exists() and str(path) in said
-    fix = "copy or download it again" if suffix == ".safetensors" else "look for its .safetensors"
-    assert fix in said and (suffix == ".safetensors" or "can run code when it is loaded" in said)
+    message = problem(path, parts)
+    assert not sprung.exists() and str(path) in message
+    assert suffix == ".safetensors" or "torch.load" in message
     pickle.loads(path.read_bytes())
     assert sprung.exists()  # it would have
 
 
-@pytest.mark.parametrize("kept", [0, 4, 100, -1])
-def test_a_file_that_was_cut_is_to_be_copied_again(kept, kinds, file, parts):
-    write_diffusers(file, kinds["plain"], {})
-    file.write_bytes(file.read_bytes()[:kept])
-    said = problem(file, parts)
-    assert said.startswith(f"{file} is broken or cut") and said.endswith("copy or download it again")
+def rewritten(change, **metadata):
+    """What `change` makes of the tensors of a kohya file, or of one of diffusers where there is metadata."""
+
+    def write(file, kinds):
+        if metadata:
+            write_diffusers(file, kinds["plain"], {})
+        else:
+            write_kohya(file, kinds["plain"], {"ss_sd_model_name": "their-base"})
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata=metadata_of(file) | metadata)
+
+    return write
 
 
-def test_a_file_without_layers_is_named(file, parts):
-    save_file({}, file, metadata={"base_model": "org/name"})
-    said = problem(file, parts)
-    assert str(file) in said and "no layers" in said and "made for org/name" in said
+def added(key, *shape):
+    return rewritten(lambda tensors: tensors.update({key: torch.ones(shape or (8, 8))}))
 
 
-@pytest.mark.parametrize(
-    "foreign",
-    [
-        f"{KOHYA_BLOCK}_attn1_to_k.hada_w1_a",  # LoHa
-        f"{KOHYA_BLOCK}_attn1_to_k.lokr_w1",
-        f"unet.{BLOCK}.attn1.to_k.lora_B.bias",
-        "emb_params",
-        f"unet.{BLOCK}.attn1.to_k.weight",
-    ],
-)
-def test_what_is_no_lora_layer_is_named_with_what_can_be_read(foreign, kinds, file, parts):
-    write_kohya(file, kinds["plain"], {"ss_sd_model_name": "their-base"})
-    save_file({**load_file(file), foreign: torch.ones(8, 8)}, file, metadata=metadata_of(file))
-    said = problem(file, parts)
-    assert said.startswith(f"{file}: 1 of its 10 tensors do not fit, {foreign} is no LoRA layer")
-    assert "made for their-base" in said and "LoRA, LoCon and DoRA" in said
+def only(ending):
+    """Of one layer, what ends so."""
+    stem = f"{KOHYA_BLOCK}_attn2_to_k."
+    return rewritten(lambda tensors: [tensors.pop(key) for key in list(tensors)
+                                      if key.startswith(stem) and ending not in key.removeprefix(stem)])  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "missing",
-    [
-        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",  # Stable Diffusion XL
-        "lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
-        "transformer.transformer_blocks.0.attn.to_q",
-        f"unet.{BLOCK}.attn3.to_q",
-        f"unet.{BLOCK}.norm1",
-    ],
-)
-def test_layers_that_the_model_does_not_have_are_of_another_kind_of_base(missing, kinds, file, parts):
-    write_diffusers(file, kinds["plain"], {})
-    other = {f"{missing}.lora_{side}.weight": torch.ones(4, 4) for side in ("down", "up")}
-    save_file(load_file(file) | other, file)
-    said = problem(file, parts)
-    assert said.startswith(f"{file}: 2 of its 8 tensors do not fit, {missing}.lora_")
-    assert "made for another kind of base" in said and "does not say what it was made for" in said
-    assert "Stable Diffusion 1.x and 2.x" in said
+def of_shape(*shape):
+    def write(file, kinds):
+        wrong = {TO_K: made_layer(torch.empty(shape), 2, 2), TO_Q: kinds["plain"][TO_Q]}
+        write_diffusers(file, wrong, {"base_model": "org/other-base"})
+
+    return write
 
 
-def test_layers_of_a_part_that_was_not_given_do_not_fit(kinds, file, parts):
+def of_bytes(change):
+    def write(file, kinds):
+        write_diffusers(file, kinds["plain"], {})
+        file.write_bytes(change(file.read_bytes()))
+
+    return write
+
+
+MID = f"{KOHYA_CONV}.lora_mid.weight"
+TO_K_FILE = f"unet.{BLOCK}.attn2.to_k"
+BROKEN = {
+    # how the file is made, and what the message has to say
+    "cut": (of_bytes(lambda content: content[:-1]), "again"),
+    "cut header": (of_bytes(lambda content: content[:100]), "again"),
+    "empty": (of_bytes(lambda content: b""), "empty"),
+    "LFS pointer": (of_bytes(lambda content: b"version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
+    "no layers": (rewritten(dict.clear), "no layers", "their-base"),
+    "NaN": (rewritten(lambda t: t[f"{KOHYA_BLOCK}_attn1_to_q.lora_up.weight"].fill_(torch.nan)), "NaN", "attn1_to_q"),
+    "broken metadata": (rewritten(dict, lora_adapter_metadata="{"), "lora_adapter_metadata"),
+    "metadata of another kind": (rewritten(dict, lora_adapter_metadata="[1]"), "lora_adapter_metadata"),
+    "metadata without alphas": (rewritten(dict, lora_adapter_metadata='{"unet.r": 4}'), "lora_alpha"),
+    "LoHa": (added(f"{KOHYA_BLOCK}_attn1_to_k.hada_w1_a"), "1 of its 10 tensors", "hada_w1_a", "their-base"),
+    "LoKr": (added(f"{KOHYA_BLOCK}_attn1_to_k.lokr_w1"), "lokr_w1 is no LoRA layer"),
+    "bias": (added(f"unet.{BLOCK}.attn1.to_k.lora_B.bias"), "lora_B.bias is no LoRA layer"),
+    "embedding": (added("emb_params"), "emb_params is no LoRA layer"),
+    "weight": (added(f"unet.{BLOCK}.attn1.to_k.weight"), "to_k.weight is no LoRA layer"),
+    "Tucker": (added(MID, 4, 4, 3, 3), f"{MID} is of LyCORIS's Tucker form"),
+    **{
+        f"of another base: {stem}": (added(f"{stem}.lora_up.weight", 4, 4), f"{stem}.lora_up", "another kind of base")
+        for stem in (
+            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",  # Stable Diffusion XL
+            "lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
+            "transformer.transformer_blocks.0.attn.to_q",
+            f"unet.{BLOCK}.attn3.to_q",
+            f"unet.{BLOCK}.norm1",
+        )
+    },
+    "inputs of another base": (of_shape(8, 24), "1 layers", "[8, 2] x [2, 24]", "[8, 16]", "org/other-base"),
+    "outputs of another base": (of_shape(12, 16), TO_K, "[12, 2] x [2, 16]"),
+    "up of another rank": (
+        rewritten(lambda t: t.update({f"{TO_K_FILE}.lora_B.weight": torch.ones(8, 1)}), made="x"), "[8, 1] x [4, 16]",
+    ),
+    "only down": (only("down"), TO_K, "has only down"),
+    "only up": (only("up"), TO_K, "has only up"),
+    "only alpha": (only("alpha"), TO_K, "has only alpha"),
+    "DoRA over inputs": (added(f"{KOHYA_BLOCK}_attn2_to_k.dora_scale", 1, 16), f"{TO_K}: DoRA over inputs"),
+    # as many inputs as outputs: only the shape tells
+    "DoRA over as many inputs": (added(f"{KOHYA_BLOCK}_attn1_to_q.dora_scale", 1, 8), f"{TO_Q}: DoRA over inputs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_cannot_be_read_is_named_with_its_file(case, kinds, file, parts):
+    write, *words = BROKEN[case]
+    write(file, kinds)
+    message = problem(file, parts)
+    assert message.startswith(str(file)) and all(word in message for word in words), message
+
+
+def test_layers_of_a_component_that_was_not_given_do_not_fit(kinds, file, parts):
     write_diffusers(file, kinds["text encoder"], {})
     assert "has no such layer in this model" in problem(file, {"unet": parts["unet"]})
-
-
-@pytest.mark.parametrize(
-    ("weight", "shapes"),
-    [((8, 24), "the file has [8, 2] x [2, 24]"), ((12, 16), "the file has [12, 2] x [2, 16]")],
-)
-def test_shapes_of_another_base_are_told_with_the_models_own(weight, shapes, kinds, file, parts):
-    wrong = {TO_K: made_layer(torch.empty(weight), 2, 2), TO_Q: kinds["plain"][TO_Q]}
-    write_diffusers(file, wrong, {"base_model": "org/other-base"})
-    said = problem(file, parts)
-    assert said.startswith(f"{file} does not fit this model, 1 layers differ (it says it was made for org/other-base)")
-    assert f"{TO_K}: {shapes}, the model's weight is [8, 16]" in said and TO_Q not in said
-
-
-def test_an_up_of_another_rank_than_its_down_does_not_fit(weights, file, parts):
-    layer = made_layer(weights[TO_K], 2, 2)
-    stem = f"unet.{BLOCK}.attn2.to_k"
-    save_file({f"{stem}.lora_A.weight": layer.down, f"{stem}.lora_B.weight": layer.up[:, :1].contiguous()}, file)
-    assert "the file has [8, 1] x [2, 16], the model's weight is [8, 16]" in problem(file, parts)
-
-
-@pytest.mark.parametrize(("left", "said"), [("down", "has only down"), ("up", "has only up"), ("alpha", "only alpha")])
-def test_half_a_layer_is_named(left, said, kinds, file, parts):
-    write_kohya(file, kinds["plain"], {})
-    stem = f"{KOHYA_BLOCK}_attn2_to_k."
-    stored = load_file(file)
-    for key in [key for key in stored if key.startswith(stem) and left not in key.removeprefix(stem)]:
-        del stored[key]
-    save_file(stored, file)
-    told = problem(file, parts)
-    assert str(file) in told and "1 layers differ" in told and f"{TO_K}: " in told and said in told
-
-
-@pytest.mark.parametrize(
-    ("name", "stem", "shape"),
-    [
-        (TO_K, f"{KOHYA_BLOCK}_attn2_to_k", (1, 16)),
-        (TO_Q, f"{KOHYA_BLOCK}_attn1_to_q", (1, 8)),  # as many inputs as outputs: only the shape tells
-        (CONV, "lora_unet_down_blocks_1_resnets_0_conv1", (1, 8, 1, 1)),
-    ],
-)
-def test_a_dora_over_the_inputs_is_refused(name, stem, shape, kinds, file, parts):
-    write_kohya(file, {name: replace(kinds["DoRA"][name], magnitude=None)}, {})
-    save_file(load_file(file) | {f"{stem}.dora_scale": torch.ones(shape)}, file)
-    said = problem(file, parts)
-    assert str(file) in said and f"{name}: DoRA over inputs ({list(shape)}) is not read" in said
-
-
-def test_a_tucker_decomposition_is_named(kinds, file, parts):
-    write_kohya(file, kinds["plain"], {})
-    mid = "lora_unet_down_blocks_1_resnets_0_conv1.lora_mid.weight"
-    save_file({**load_file(file), mid: torch.ones(4, 4, 3, 3)}, file)
-    assert f"{mid} is of LyCORIS's Tucker form" in problem(file, parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -776,13 +732,6 @@ def test_scaling_a_small_file_does_not_round_it_again(dtype, kinds, file, parts)
     for name, layer in read_lora(file, parts).layers.items():
         exact = replace(small[name], up=small[name].up.float())
         assert torch.equal(layer.with_alpha(1 / 3).up, exact.with_alpha(1 / 3).up)
-
-
-def test_no_more_than_five_layers_are_listed(weights, file, parts):
-    wide = {name: made_layer(torch.empty(99, *value.shape[1:]), 1, 1) for name, value in list(weights.items())[:9]}
-    write_diffusers(file, wide, {})
-    said = problem(file, parts)
-    assert "9 layers differ" in said and said.count("[99, 1") == 5
 
 
 # -- where a LoRA lies -----------------------------------------------------------------------------------------------
@@ -820,44 +769,21 @@ def files(folder, *names):
 def test_a_folder_means_its_averaged_or_its_raw_lora(there, ema, raw, tmp_path):
     files(tmp_path, *there)
     assert find_lora(tmp_path) == find_lora(str(tmp_path), "ema") == tmp_path / ema
-    assert find_lora(tmp_path, "raw") == tmp_path / raw
+    assert find_lora(tmp_path, "raw") == find_lora(tmp_path / raw) == tmp_path / raw
 
 
-def test_a_file_means_itself(tmp_path):
-    files(tmp_path, DIFFUSERS_NAME, RAW_NAME)
-    assert find_lora(str(tmp_path / RAW_NAME)) == tmp_path / RAW_NAME
-    assert find_lora(tmp_path / DIFFUSERS_NAME, "raw") == tmp_path / DIFFUSERS_NAME
-
-
-@pytest.mark.parametrize("weights_of", ["ema", "raw"])
-def test_a_checkpoint_is_read_with_its_averaged_or_its_raw_weights(weights_of, tmp_path, parts, kinds):
-    stored = {"ema": kinds["plain"], "raw": kinds["alpha is not rank"]}
-    for folder, kept in (("lora_ema", "ema"), ("lora", "raw")):
-        (tmp_path / folder).mkdir()
-        write_diffusers(tmp_path / folder / DIFFUSERS_NAME, stored[kept], {})
-    assert_same(read_lora(tmp_path, parts, weights_of).layers, stored[weights_of])
-
-
-@pytest.mark.parametrize(
-    ("there", "said"),
-    [
-        ((), "only nothing"),
-        (("unet/model.safetensors", "model_index.json"), "only model_index.json, unet"),
-        (("a.safetensors", "b.safetensors"), "only a.safetensors, b.safetensors"),
-        (("adapter_config.json", "adapter_model.bin"), "only adapter_config.json, adapter_model.bin"),
-    ],
-)
-def test_a_folder_without_a_lora_tells_what_it_holds(there, said, tmp_path, parts):
-    files(tmp_path, *there)
-    assert problem(tmp_path, parts) == f"{tmp_path} holds no {DIFFUSERS_NAME}, {said}: name the LoRA's file"
+def test_a_folder_without_a_lora_tells_what_it_holds(tmp_path, parts):
+    assert "nothing" in problem(tmp_path, parts)
+    files(tmp_path, "a.safetensors", "b.safetensors", "adapter_model.bin")
+    message = problem(tmp_path, parts)
+    assert message.startswith(str(tmp_path)) and "a.safetensors, adapter_model.bin, b.safetensors" in message
 
 
 @pytest.mark.parametrize(
     "source", ["nowhere", "org/nowhere", "org/nowhere/some.safetensors", "/no/such/folder", "a b/c"]
 )
 def test_a_path_that_is_not_there_is_named(source, parts):
-    said = problem(source, parts)
-    assert said.startswith(f"{source} is neither a LoRA file or folder, nor one to be had from the Hub")
+    assert problem(source, parts).startswith(f"{source} is neither")
 
 
 @pytest.mark.parametrize(
@@ -888,40 +814,27 @@ def equal(one, other):
 
 def state(pipeline):
     """All weights of the parts that LoRAs are made for."""
-    return {f"{part}.{key}": v for part, model in parts_of(pipeline).items() for key, v in model.state_dict().items()}
+    return {
+        f"{part}.{key}": v
+        for part, model in adaptable_components(pipeline).items()
+        for key, v in model.state_dict().items()
+    }
 
 
-def test_an_attached_lora_acts_as_if_it_were_in_the_weights(layers, own, folded_prediction):
+def test_an_attached_lora_acts_as_if_it_were_in_the_weights(layers, own, fused_prediction):
     attach(own, lora_of(layers))
-    assert close(prediction(own), folded_prediction(layers))
-    set_scale(own, 1)
-    assert close(prediction(own), folded_prediction(layers))
-
-
-def test_a_scale_multiplies_what_is_added_and_forgets_the_one_before(layers, own, folded_prediction):
-    attach(own, lora_of(layers))
-    for scale in (2.0, 0.5, -1.0):
+    assert close(prediction(own), fused_prediction(layers))
+    for scale in (2.0, 0.5, -1.0, 1):  # each forgets the one before
         set_scale(own, scale)
-        assert close(prediction(own), folded_prediction(layers, scale))
+        assert close(prediction(own), fused_prediction(layers, scale))
 
 
-def test_half_the_scale_is_half_the_delta_in_the_weights(kinds, weights, own):
-    layers = kinds["many ranks and alphas"]
-    attach(own, lora_of(layers))
-    set_scale(own, 0.5)
-    acting = prediction(own)
-    detach(own)
-    for name, layer in layers.items():
-        adaptable(parts_of(own))[name].weight.data = weights[name] + layer.delta(0.5)
-    assert close(acting, prediction(own))
-
-
-def test_at_scale_zero_the_base_is_there_to_the_last_bit(layers, own, pipeline, folded_prediction):
+def test_at_scale_zero_the_base_is_there_to_the_last_bit(layers, own, pipeline, fused_prediction):
     attach(own, lora_of(layers))
     set_scale(own, 0)
     assert torch.equal(prediction(own), prediction(pipeline))
     set_scale(own, 0.5)
-    assert close(prediction(own), folded_prediction(layers, 0.5))
+    assert close(prediction(own), fused_prediction(layers, 0.5))
 
 
 def test_what_is_detached_leaves_no_trace(layers, own, pipeline):
@@ -933,24 +846,20 @@ def test_what_is_detached_leaves_no_trace(layers, own, pipeline):
     assert [type(module) for module in own.unet.modules()] == [type(module) for module in pipeline.unet.modules()]
 
 
-@pytest.mark.parametrize("last_scale", [0, 0.5])
-def test_one_lora_after_another_has_nothing_of_the_one_before(last_scale, kinds, own, folded_prediction):
-    """generate_images.py draws with one after another, and may end each at scale 0."""
-    attach(own, lora_of(kinds["DoRA"]))
-    set_scale(own, last_scale)
-    detach(own)
-    for kind in ("text encoder", "many ranks and alphas"):
+def test_one_lora_after_another_has_nothing_of_the_one_before(kinds, own, fused_prediction):
+    """generate_images.py goes through several, and may end each at scale 0."""
+    for kind in ("DoRA", "text encoder", "many ranks and alphas"):
         attach(own, lora_of(kinds[kind]))
-        assert close(prediction(own), folded_prediction(kinds[kind]))
-        set_scale(own, last_scale)
+        assert close(prediction(own), fused_prediction(kinds[kind]))
+        set_scale(own, 0)
         detach(own)
 
 
-def test_a_file_can_be_read_again_for_a_pipeline_that_had_it(kinds, file, own, folded_prediction):
+def test_a_file_can_be_read_again_for_a_pipeline_that_had_it(kinds, file, own, fused_prediction):
     write_diffusers(file, kinds["DoRA"], {})
     for _ in range(2):
-        attach(own, read_lora(file, parts_of(own)))
-        assert close(prediction(own), folded_prediction(kinds["DoRA"]))
+        attach(own, read_lora(file, adaptable_components(own)))
+        assert close(prediction(own), fused_prediction(kinds["DoRA"]))
         detach(own)
 
 
@@ -965,23 +874,16 @@ def test_the_hash_of_a_model_is_that_of_its_copy_in_half_precision(parts):
     assert weights_hash(parts["unet"]) != weights_hash(parts["text_encoder"])
 
 
-def test_the_hash_of_a_model_does_not_depend_on_its_modes(own, parts):
-    own.unet.requires_grad_(False).train()
-    assert weights_hash(own.unet.to(memory_format=torch.channels_last)) == weights_hash(parts["unet"])
-
-
-@pytest.mark.parametrize("name", ["conv_in.weight", "conv_out.bias", f"{BLOCK}.norm1.weight"])
-def test_the_hash_is_another_when_one_weight_is(name, own, parts):
+@pytest.mark.parametrize("change", ["one weight", "two change places", "only its modes"])
+def test_the_hash_of_a_model_is_that_of_its_weights(change, own, parts):
     with torch.no_grad():
-        own.unet.get_parameter(name).view(-1)[-1] += 0.01
-    assert weights_hash(own.unet) != weights_hash(parts["unet"])
-
-
-def test_the_hash_is_another_when_two_weights_change_places(own, parts):
-    with torch.no_grad():
-        first, second = own.unet.conv_in.bias[:2].clone()
-        own.unet.conv_in.bias[0], own.unet.conv_in.bias[1] = second, first
-    assert weights_hash(own.unet) != weights_hash(parts["unet"])
+        if change == "one weight":
+            own.unet.get_parameter(f"{BLOCK}.norm1.weight").view(-1)[-1] += 0.01
+        elif change == "two change places":
+            own.unet.conv_in.bias[:2] = own.unet.conv_in.bias[:2].flip(0).clone()
+        else:
+            own.unet.requires_grad_(False).train().to(memory_format=torch.channels_last)
+    assert (weights_hash(own.unet) == weights_hash(parts["unet"])) == (change == "only its modes")
 
 
 def test_the_hash_is_another_when_the_same_numbers_have_other_names_or_shapes():

@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from finetuning.families.model_args import ModelError
 from finetuning.families.original import block_of, canonical_parts, original_names, original_shape
-from finetuning.merging.tensors import stored_tensors
+from finetuning.merging.tensor_references import tensor_references
 
 PARTS = ("unet", "vae", "text_encoder")
 SD1_UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
@@ -57,7 +57,7 @@ def shapes(tensors):
 
 def write_and_read(path, tensors, weights="ema"):
     save_file({key: value.clone() for key, value in tensors.items()}, path)
-    parts, strange = canonical_parts(stored_tensors(path)[0], weights)
+    parts, strange = canonical_parts(tensor_references(path)[0], weights)
     return {part: read(own) for part, own in parts.items()}, strange
 
 

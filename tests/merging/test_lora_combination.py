@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 
+from finetuning.cli import read
 from finetuning.families.lora_files import KOHYA_NAME, Layer, adaptable, read_lora, write_diffusers
 from finetuning.families.model_args import ModelError
 from finetuning.merging import lora_combination
@@ -223,18 +224,23 @@ def test_the_layers_are_the_models(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("words", "named"),
     [
-        ({"lora": ["x"]}, "--lora"),
-        ({"scale": [1.0]}, "--scale has 1"),
-        ({"rank": 0, "method": "svd"}, "--rank 0"),
-        ({"rank": 4}, "--rank does nothing with --method cat"),
-        ({"density": 0.5}, "--density goes with"),
-        ({"method": "dare_ties_svd"}, "--density goes with"),
-        ({"method": "ties_svd", "density": 1.5}, "--density 1.5"),
-        ({"method": "ties_svd", "density": 0.5, "scale": [1.0, -1.0]}, "--scale below 0"),
+        ("--lora x", "--lora"),
+        ("--scale 1", "--scale"),
+        ("--rank 0 --method svd", "--rank"),
+        ("--rank 4", "--rank"),
+        ("--density 0.5", "--density"),
+        ("--method dare_ties_svd", "--method dare_ties_svd needs --density"),
+        ("--method ties_svd --density 1.5", "--density 1.5"),
+        ("--method ties_svd --density 0.5 --scale 1 -1", "--scale"),
+        ("--output_dir y/new", "--output_dir y/new"),
     ],
 )
-def test_flags_that_cannot_work_are_named(flags, named):
-    (problem,) = CombineArgs(**{"base": "b", "lora": ["x", "y"], "output_dir": "new", **flags}).problems()
+def test_flags_that_cannot_work_are_named(tmp_path, monkeypatch, words, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "y").mkdir()
+    usual = {"--base": "b", "--lora": "x y", "--output_dir": "new"}
+    words += "".join(f" {name} {value}" for name, value in usual.items() if name not in words)
+    (problem,) = read(CombineArgs, "", words.split())[1]
     assert problem.startswith(named)

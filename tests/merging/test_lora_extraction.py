@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetuning.cli import read
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
     KOHYA_NAME,
@@ -17,6 +18,7 @@ from finetuning.families.lora_files import (
     write_diffusers,
 )
 from finetuning.families.model_args import ModelError
+from finetuning.families.opening import open_source
 from finetuning.merging.lora_extraction import (
     ExtractArgs,
     ResizeArgs,
@@ -26,9 +28,8 @@ from finetuning.merging.lora_extraction import (
     truncated,
     truncated_layer,
 )
-from finetuning.merging.lora_tools import FoldArgs, fold, skeletons
+from finetuning.merging.lora_tools import FuseArgs, fuse, skeletons
 from finetuning.merging.recipe import read_recipe
-from finetuning.merging.sources import open_source
 from finetuning.rng import torch_generator
 
 BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
@@ -196,8 +197,8 @@ def test_a_difference_of_rank_2_comes_back_and_leads_to_the_tuned_model(tiny_mod
     done = extracting(tuned, rank=2)
     assert {f"{name}.weight" for name in layers_of(done.folder, tiny_model)} == LOW.keys()
     assert done.report["kept_energy"] == pytest.approx(1, abs=1e-9) and done.report["outside"] == {}
-    fold(FoldArgs(base=str(tiny_model), lora=[str(done.folder)], output_dir=str(tmp_path / "again")))
-    expected, found = (open_source(str(place)).parts for place in (tuned, tmp_path / "again"))
+    fuse(FuseArgs(base=str(tiny_model), lora=[str(done.folder)], output_dir=str(tmp_path / "again")))
+    expected, found = (open_source(str(place)).tensors for place in (tuned, tmp_path / "again"))
     for part, own in expected.items():
         for key, stored in own.items():
             torch.testing.assert_close(found[part][key].read(), stored.read(), rtol=0, atol=1e-6)
@@ -207,7 +208,7 @@ def test_the_report_counts_what_is_kept_left_and_unchanged(tiny_model, changed, 
     outside = {NORM: 0.3, BIAS: 0.2, EMBEDDING: 0.01, f"{CONV_IN}.weight": 0.1}
     tuned = changed({**LOW, **{name: lambda old, step=step: old + step for name, step in outside.items()}})
     done = extracting(tuned, rank=1)
-    base, after = (open_source(str(place)).parts for place in (tiny_model, tuned))
+    base, after = (open_source(str(place)).tensors for place in (tiny_model, tuned))
 
     def difference(name):
         part, _, key = name.partition(".")
@@ -231,9 +232,9 @@ def test_the_report_counts_what_is_kept_left_and_unchanged(tiny_model, changed, 
     assert any(f"{len(done.report['unchanged'])} are unchanged" in line for line in done.lines)
 
 
-def test_flags_choose_layers_parts_and_ranks(tiny_model, changed, extracting):
+def test_flags_choose_layers_components_and_ranks(tiny_model, changed, extracting):
     tuned = changed(LOW)
-    chosen = extracting(tuned, rank=2, lora_target_modules=["attention"], parts=["unet"])
+    chosen = extracting(tuned, rank=2, lora_target_modules=["attention"], components=["unet"])
     assert layers_of(chosen.folder, tiny_model).keys() == {TO_Q, TO_K}
     assert chosen.report["not_compared"] == ["text_encoder", "vae"]
     ranks = {
@@ -334,16 +335,37 @@ def test_a_dora_is_refused(large, resized):
 
 
 @pytest.mark.parametrize(
-    ("kind", "flags", "named"),
+    ("kind", "words", "named"),
     [
-        (ExtractArgs, {"rank": 0}, "--rank"),
-        (ExtractArgs, {"rank": 2, "conv_rank": 0}, "--conv_rank"),
-        (ExtractArgs, {"rank": 2, "keep_energy": 1.5}, "--keep_energy"),
-        (ExtractArgs, {"rank": 2, "parts": ["unet,vae"]}, "--parts vae"),
-        (ResizeArgs, {"keep_energy": 0.0}, "--keep_energy"),
-        (ResizeArgs, {}, "resize needs --rank"),
+        (ExtractArgs, "--rank 0", "--rank"),
+        (ExtractArgs, "--rank 2 --conv_rank 0", "--conv_rank"),
+        (ExtractArgs, "--rank 2 --keep_energy 1.5", "--keep_energy"),
+        (ExtractArgs, "--rank 2 --components unet,vae", "--components vae"),
+        (ResizeArgs, "--keep_energy 0", "--keep_energy"),
+        (ResizeArgs, "", "resize needs --rank"),
     ],
 )
-def test_flags_that_cannot_work_are_named(kind, flags, named):
-    (problem,) = kind(output_dir="new", **flags).problems()
+def test_flags_that_cannot_work_are_named(kind, words, named):
+    source = "--tuned" if kind is ExtractArgs else "--lora"
+    (problem,) = read(kind, "", ["--base", "b", source, "t", "--output_dir", "new", *words.split()])[1]
     assert problem.startswith(named)
+
+
+@pytest.mark.parametrize("words", [["unet,text_encoder"], ["unet", "text_encoder"]])
+def test_components_may_be_separated_by_commas_and_stay_as_they_were_given(tiny_model, changed, extracting, words):
+    done = extracting(changed(LOW), rank=2, components=words)
+    assert {f"{name}.weight" for name in layers_of(done.folder, tiny_model)} == LOW.keys()
+    assert read_recipe(done.folder)["components"] == words
+
+
+def test_quantised_models_are_refused_by_name(tiny_model, changed, extracting):
+    quantised = changed({NORM: lambda old: old, f"{TO_Q}.weight": lambda old: old.to(torch.int8)})
+    with pytest.raises(ModelError, match=rf"{quantised}/unet/.* is quantised"):
+        extracting(quantised, rank=2)
+
+
+def test_a_quantised_lora_is_refused_by_name(tiny_model, tmp_path):
+    save_file({"unet.a.lora_A.weight": torch.zeros(2, 2, dtype=torch.int8)}, tmp_path / "codes.safetensors")
+    args = ResizeArgs(base=str(tiny_model), lora=str(tmp_path / "codes.safetensors"), rank=1, output_dir="new")
+    with pytest.raises(ModelError, match=r"codes\.safetensors is quantised"):
+        resize(args)

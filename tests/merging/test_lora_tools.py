@@ -1,4 +1,4 @@
-"""Folding LoRAs into weights, converting their files, and what the LoRA commands share."""
+"""fusing LoRAs into weights, converting their files, and what the LoRA commands share."""
 
 import json
 from dataclasses import replace
@@ -15,19 +15,19 @@ from finetuning.families.lora_files import (
     Layer,
     Lora,
     adaptable,
+    adaptable_components,
     attach,
-    parts_of,
     read_lora,
     set_scale,
     write_diffusers,
     write_kohya,
 )
 from finetuning.families.model_args import ModelError
+from finetuning.families.opening import open_source
 from finetuning.families.pipelines import open_pipeline
 from finetuning.merging import lora_tools as commands
-from finetuning.merging.lora_tools import ConvertArgs, FoldArgs, convert, fold, fold_compute, skeletons, stand_ins
+from finetuning.merging.lora_tools import ConvertArgs, FuseArgs, convert, fuse, fuse_compute, skeletons, stand_ins
 from finetuning.merging.recipe import read_recipe
-from finetuning.merging.sources import open_source
 from finetuning.rng import torch_generator
 
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"  # [8, 8]
@@ -74,14 +74,14 @@ def written(tmp_path, made):
 
 
 @pytest.fixture
-def folded(tiny_model, tmp_path):
-    """A function: where `fold` with these flags has written its result."""
+def fused(tiny_model, tmp_path):
+    """A function: where `fuse` with these flags has written its result."""
 
     def run(*loras, **flags):
-        target = tmp_path / f"folded-{len(list(tmp_path.iterdir()))}"
-        args = FoldArgs(base=str(tiny_model), lora=[str(lora) for lora in loras], output_dir=str(target), **flags)
+        target = tmp_path / f"fused-{len(list(tmp_path.iterdir()))}"
+        args = FuseArgs(base=str(tiny_model), lora=[str(lora) for lora in loras], output_dir=str(target), **flags)
         assert not list(args.problems())
-        fold(args)
+        fuse(args)
         return target
 
     return run
@@ -89,7 +89,7 @@ def folded(tiny_model, tmp_path):
 
 def weights_of(place):
     """{part.key: tensor} of a model."""
-    found = open_source(str(place)).parts
+    found = open_source(str(place)).tensors
     return {f"{part}.{key}": stored.read() for part, own in found.items() for key, stored in own.items()}
 
 
@@ -114,9 +114,9 @@ def drawn(pipeline):
 
 
 def test_skeletons_and_stand_ins_have_the_models_layers_and_no_weights(tiny_model, parts):
-    loaded = adaptable(parts_of(open_pipeline(tiny_model)))
+    loaded = adaptable(adaptable_components(open_pipeline(tiny_model)))
     expected = {name: (type(module), module.weight.shape) for name, module in loaded.items()}
-    for models in (parts, stand_ins(open_source(str(tiny_model)).parts)):
+    for models in (parts, stand_ins(open_source(str(tiny_model)).tensors)):
         found = adaptable(models)
         assert {name: (type(module), module.weight.shape) for name, module in found.items()} == expected
         assert all(module.weight.is_meta for module in found.values())
@@ -133,12 +133,12 @@ def test_a_base_without_configs_is_named(tiny_model, name):
         skeletons(str(tiny_model / name))
 
 
-# -- folding ---------------------------------------------------------------------------------------------------------
+# -- fusing ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_folding_then_generating_equals_generating_with_the_lora(tiny_model, parts, written, folded, dora, scale):
+def test_fusing_then_generating_equals_generating_with_the_lora(tiny_model, parts, written, fused, dora, scale):
     path = written(dora=dora)
     adapted = open_pipeline(tiny_model)
     before = drawn(adapted)
@@ -146,12 +146,12 @@ def test_folding_then_generating_equals_generating_with_the_lora(tiny_model, par
     set_scale(adapted, scale)
     expected = drawn(adapted)
     assert (expected - before).abs().max() > 0.1
-    torch.testing.assert_close(drawn(open_pipeline(folded(path, scale=[scale]))), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn(open_pipeline(fused(path, scale=[scale]))), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_folded_weights_are_those_of_the_formula_and_all_others_the_bases(tiny_model, made, written, folded, dora):
-    base, found = weights_of(tiny_model), weights_of(folded(written(dora=dora), scale=[0.7]))
+def test_folded_weights_are_those_of_the_formula_and_all_others_the_bases(tiny_model, made, written, fused, dora):
+    base, found = weights_of(tiny_model), weights_of(fused(written(dora=dora), scale=[0.7]))
     assert base.keys() == found.keys()
     layers = made(dora=dora)
     for name, weight in base.items():
@@ -171,15 +171,15 @@ def test_folded_weights_are_those_of_the_formula_and_all_others_the_bases(tiny_m
 
 def test_a_compute_takes_the_weight_in_any_shape(made):
     layer, weight = made()[CONV], torch.randn(16, 8, 3, 3)
-    compute = fold_compute([Lora("some", {CONV: layer}, {})], [0.5])[f"{CONV}.weight"]
+    compute = fuse_compute([Lora("some", {CONV: layer}, {})], [0.5])[f"{CONV}.weight"]
     out = torch.empty(16 * 8 * 9)
     compute(weight.reshape(16, 72), out=out)
     assert torch.equal(out.reshape(weight.shape), layer.fused(weight, 0.5))
 
 
-def test_several_loras_add_up_in_any_order(tiny_model, made, written, folded):
+def test_several_loras_add_up_in_any_order(tiny_model, made, written, fused):
     one, other = written("one"), written("other", names=(TO_Q, FC1), rank=2, alpha=4.0, seed=1)
-    found, turned = weights_of(folded(one, other, scale=[0.5, -2.0])), weights_of(folded(other, one, scale=[-2.0, 0.5]))
+    found, turned = weights_of(fused(one, other, scale=[0.5, -2.0])), weights_of(fused(other, one, scale=[-2.0, 0.5]))
     base = weights_of(tiny_model)[f"{TO_Q}.weight"]
     expected = base + made()[TO_Q].delta(0.5) + made(rank=2, alpha=4.0, seed=1)[TO_Q].delta(-2.0)
     for weights in (found, turned):
@@ -187,53 +187,53 @@ def test_several_loras_add_up_in_any_order(tiny_model, made, written, folded):
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_at_scale_0_the_model_is_the_base_to_the_last_bit(tiny_model, written, folded, dora):
-    assert same_weights(weights_of(folded(written(dora=dora), scale=[0.0])), weights_of(tiny_model))
+def test_at_scale_0_the_model_is_the_base_to_the_last_bit(tiny_model, written, fused, dora):
+    assert same_weights(weights_of(fused(written(dora=dora), scale=[0.0])), weights_of(tiny_model))
 
 
-def test_a_single_file_holds_the_same_weights(written, folded):
+def test_a_single_file_holds_the_same_weights(written, fused):
     path = written()
-    single = folded(path, single_file=True)
+    single = fused(path, single_file=True)
     (file,) = single.glob("*.safetensors")
-    assert same_weights(weights_of(file), weights_of(folded(path)))
+    assert same_weights(weights_of(file), weights_of(fused(path)))
 
 
-def test_the_precision_is_rounded_once(written, folded):
+def test_the_precision_is_rounded_once(written, fused):
     path = written()
-    exact, half = weights_of(folded(path)), weights_of(folded(path, dtype="fp16"))
+    exact, half = weights_of(fused(path)), weights_of(fused(path, dtype="fp16"))
     for name, value in exact.items():
         expected = value.half() if value.is_floating_point() else value
         assert torch.equal(half[name], expected), name
 
 
-def test_the_recipe_names_base_and_lora(tiny_model, written, folded):
+def test_the_recipe_names_base_and_lora(tiny_model, written, fused):
     path = written()
-    recipe = read_recipe(folded(path, scale=[0.5]))
-    assert recipe["scale"] == [0.5] and recipe["run"]["command"] == "fold"
+    recipe = read_recipe(fused(path, scale=[0.5]))
+    assert recipe["scale"] == [0.5] and recipe["run"]["command"] == "fuse"
     assert [source["given"] for source in recipe["run"]["inputs"]] == [str(tiny_model), str(path)]
 
 
 def test_dora_beside_another_is_refused(made):
     loras = [Lora(f"{dora}.safetensors", made(dora=dora), {}) for dora in (False, True)]
     with pytest.raises(ModelError, match=r"^--lora True.safetensors: DoRA"):
-        fold_compute(loras, [1, 1])
-    assert fold_compute(loras, [0, 1]).keys() == {f"{name}.weight" for name in made()}  # at 0 the other is not there
+        fuse_compute(loras, [1, 1])
+    assert fuse_compute(loras, [0, 1]).keys() == {f"{name}.weight" for name in made()}  # at 0 the other is not there
 
 
 def test_a_lora_for_a_part_that_the_base_lacks_is_refused_by_name(tiny_model, written, tmp_path):
     names = [written("both"), written("text", names=(FC1,)), written("fits", names=(TO_Q,))]
-    args = FoldArgs(base=str(tiny_model / "unet"), lora=[str(n) for n in names], output_dir=str(tmp_path / "new"))
+    args = FuseArgs(base=str(tiny_model / "unet"), lora=[str(n) for n in names], output_dir=str(tmp_path / "new"))
     with pytest.raises(ModelError, match="no text encoder") as caught:
-        fold(args)
+        fuse(args)
     told = str(caught.value)
     assert "both.safetensors" in told and "text.safetensors" in told and "fits" not in told
     assert "text_encoder.text_model.encoder.layers.0.mlp.fc1" in told and not (tmp_path / "new").exists()
 
 
 def test_a_scale_for_each_lora_or_none():
-    (problem,) = FoldArgs(base="b", lora=["x", "y"], scale=[1.0], output_dir="new").problems()
+    (problem,) = FuseArgs(base="b", lora=["x", "y"], scale=[1.0], output_dir="new").problems()
     assert problem.startswith("--scale")
-    assert not list(FoldArgs(base="b", lora=["x", "y"], output_dir="new").problems())
+    assert not list(FuseArgs(base="b", lora=["x", "y"], output_dir="new").problems())
 
 
 # -- converting and writing ------------------------------------------------------------------------------------------
@@ -331,8 +331,8 @@ def test_what_is_there_already_is_not_touched(tiny_model, written, tmp_path):
 def test_all_inputs_that_cannot_be_read_are_named_together(tiny_model, tmp_path):
     broken, missing = tmp_path / "broken.safetensors", tmp_path / "missing"
     broken.write_bytes(b"nothing")
-    args = FoldArgs(base=str(tiny_model), lora=[str(broken)] * 2, output_dir=str(tmp_path / "new"))
-    with pytest.raises(ModelError, match=r"(?s)broken\.safetensors is broken.*broken\.safetensors is broken"):
-        fold(args)
+    args = FuseArgs(base=str(tiny_model), lora=[str(broken)] * 2, output_dir=str(tmp_path / "new"))
+    with pytest.raises(ModelError, match=r"(?s)broken\.safetensors is damaged.*broken\.safetensors is damaged"):
+        fuse(args)
     with pytest.raises(ModelError, match=r"(?s)no-model.*missing is neither"):
-        fold(replace(args, base=str(tmp_path / "no-model"), lora=[str(missing), str(broken)]))
+        fuse(replace(args, base=str(tmp_path / "no-model"), lora=[str(missing), str(broken)]))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation, Slerp
 
+from finetuning.cli import read
 from finetuning.merging import methods
 from finetuning.merging.methods import (
     METHODS,
@@ -16,7 +17,6 @@ from finetuning.merging.methods import (
     bound,
     dare,
     linear_combination,
-    ratio_problems,
     slerp,
     soup,
     ties,
@@ -24,6 +24,7 @@ from finetuning.merging.methods import (
     weighted_sum,
 )
 from finetuning.rng import torch_generator
+from merge_checkpoints import MergeArgs
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 1.0, 1.2, -0.2)
 PRECISIONS = {torch.float32: (23, -126), torch.float16: (10, -14), torch.bfloat16: (7, -126)}  # bits, least exponent
@@ -31,14 +32,9 @@ PRECISIONS = {torch.float32: (23, -126), torch.float16: (10, -14), torch.bfloat1
 
 @dataclass
 class Args(MethodArgs):
-    """As a script has them."""
+    """What `bound` reads."""
 
     tuned: list[str] = field(default_factory=lambda: ["a"])
-    ratio: list[float] = field(default_factory=lambda: [0.5])
-
-    def problems(self):
-        yield from super().problems()
-        yield from ratio_problems("--ratio", self.ratio, self.method, self.curve)
 
 
 def weights_of_models(count, size=100_000, dtype=torch.float32):
@@ -396,49 +392,50 @@ def test_weights_that_are_not_given_are_equal():
     assert result.tolist() == [2.0]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {},
-        {"ratio": [0.0, 1.2, -0.3]},
-        {"method": "add_difference", "origin": "c", "ratio": [1.5]},
-        {"method": "ties", "tuned": ["a", "b"], "density": 1.0, "tuned_weights": [1.0, 3.0]},
-        {"method": "dare", "drop_rate": 0.0},
-        {"method": "slerp", "ratio": [0.0, 1.0], "curve": "smoothstep"},
-    ],
-)
-def test_flags_that_can_work(flags):
-    assert list(Args(**flags).problems()) == []
+def problems_of(words):
+    usual = [] if "--tuned " in words else ["--tuned", "a"]
+    return read(MergeArgs, "", [*usual, "--base", "b", "--output_dir", "new", *words.split()])[1]
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    "words",
     [
-        ({"tuned": ["a", "b"]}, "--tuned names 2 models"),
-        ({"method": "add_difference"}, "--method add_difference needs --origin"),
-        ({"method": "soup", "origin": "c"}, "--origin does nothing"),
-        ({"tuned_weights": [1.0]}, "--tuned_weights does nothing"),
-        ({"method": "soup", "tuned": ["a", "b"], "tuned_weights": [1.0]}, "--tuned_weights: 1 numbers for 2"),
-        ({"method": "soup", "tuned_weights": [0.0]}, "--tuned_weights 0 must be greater than 0"),
-        ({"method": "soup", "tuned_weights": [float("nan")]}, "--tuned_weights nan"),
-        ({"method": "soup", "tuned_weights": [float("inf")]}, "--tuned_weights inf"),
-        ({"method": "ties", "density": 0.0}, "--density 0.0"),
-        ({"method": "ties", "density": 1.1}, "--density 1.1"),
-        ({"density": 0.5}, "--density does nothing"),
-        ({"method": "dare", "drop_rate": 1.0}, "--drop_rate 1.0"),
-        ({"method": "dare", "drop_rate": -0.1}, "--drop_rate -0.1"),
-        ({"drop_rate": 0.5}, "--drop_rate does nothing"),
-        ({"ratio": [0.5, float("nan")]}, "--ratio nan must be a finite number"),
-        ({"ratio": [float("inf")], "curve": "smoothstep"}, "--ratio inf must be a finite number"),
-        ({"method": "slerp", "ratio": [1.2]}, "--ratio 1.2 must be between 0 and 1 with --method slerp"),
-        ({"ratio": [-0.1], "curve": "smoothstep"}, "--ratio -0.1 must be between 0 and 1 with --curve smoothstep"),
+        "",
+        "--ratio 0 1.2 -0.3",
+        "--method add_difference --origin c --ratio 1.5",
+        "--method ties --tuned a b --density 1 --tuned_weights 1 3",
+        "--method dare --drop_rate 0",
+        "--method slerp --ratio 0 1 --curve smoothstep",
     ],
 )
-def test_flags_that_cannot_work_are_named(flags, named):
-    (problem,) = Args(**flags).problems()
+def test_flags_that_can_work(words):
+    assert problems_of(words) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--tuned a b", "--tuned names 2 models"),
+        ("--method add_difference", "--method add_difference needs --origin"),
+        ("--method soup --origin c", "--origin"),
+        ("--tuned_weights 1", "--tuned_weights"),
+        ("--method soup --tuned a b --tuned_weights 1", "--tuned_weights: 1 numbers for 2"),
+        ("--method soup --tuned_weights 0", "--tuned_weights 0"),
+        ("--method soup --tuned_weights nan", "--tuned_weights nan"),
+        ("--method soup --tuned_weights inf", "--tuned_weights inf"),
+        ("--method ties --density 0", "--density 0"),
+        ("--method ties --density 1.1", "--density 1.1"),
+        ("--density 0.5", "--density"),
+        ("--method dare --drop_rate 1", "--drop_rate 1"),
+        ("--method dare --drop_rate -0.1", "--drop_rate -0.1"),
+        ("--drop_rate 0.5", "--drop_rate"),
+        ("--drop_seed 5", "--drop_seed"),
+        ("--ratio 0.5 nan", "--ratio nan"),
+        ("--ratio inf --curve smoothstep", "--ratio inf"),
+        ("--method slerp --ratio 1.2", "--ratio 1.2 must be between 0 and 1 with --method slerp"),
+        ("--ratio -0.1 --curve smoothstep", "--ratio -0.1 must be between 0 and 1 with --curve smoothstep"),
+    ],
+)
+def test_flags_that_cannot_work_are_named(words, named):
+    (problem,) = problems_of(words)
     assert problem.startswith(named)
-
-
-def test_every_problem_is_told():
-    args = Args(tuned=["a", "b"], origin="c", tuned_weights=[1.0], density=2.0, drop_rate=2.0, ratio=[float("nan")])
-    assert len(list(args.problems())) == 6

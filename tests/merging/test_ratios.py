@@ -212,7 +212,7 @@ def test_another_number_of_blocks_is_refused_and_the_right_one_told(names, count
 
 
 def test_numbers_without_a_unet_are_refused(names):
-    with pytest.raises(ModelError, match="--parts"):
+    with pytest.raises(ModelError, match="--components"):
         BlockRatios(["0.5"] * 25).resolve({"text_encoder": names["text_encoder"]})
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,20 @@ from safetensors.torch import save_file
 
 from finetuning.families.model_args import ModelError
 from finetuning.files import write_json
-from finetuning.merging.recipe import CHECKOUT, changed_inputs, code_version, metadata_of, read_recipe, recipe_of, told
-from finetuning.merging.sources import Source
+from finetuning.merging.recipe import (
+    CHECKOUT,
+    changed_inputs,
+    code_version,
+    described,
+    metadata_of,
+    read_recipe,
+    recipe_of,
+)
+
+
+def opened(given, folder, files):
+    """What a recipe names of a model that was opened."""
+    return SimpleNamespace(given=str(given), folder=folder, files=tuple(files))
 
 
 @pytest.fixture
@@ -20,7 +33,7 @@ def source(tmp_path):
     for path in files:
         path.parent.mkdir(parents=True)
         path.write_bytes(path.name.encode())
-    return Source(str(tmp_path / "run/checkpoint-1"), {}, tmp_path / "start", tuple(files), "checkpoint", None)
+    return opened(tmp_path / "run/checkpoint-1", tmp_path / "start", files)
 
 
 @pytest.fixture
@@ -46,7 +59,7 @@ def test_recipe_holds_flags_and_files_by_the_names_that_they_have_inside_a_model
 
 def test_single_file_is_named_without_its_folder(tmp_path):
     path = tmp_path / "model.safetensors"
-    found = recipe_of("merge", {}, [Source(str(path), {}, None, (path,), "original", None)], {path: "0"})
+    found = recipe_of("merge", {}, [opened(path, None, [path])], {path: "0"})
     assert found["run"]["inputs"] == [{"given": str(path), "files": {"model.safetensors": "0"}}]
 
 
@@ -83,8 +96,8 @@ def test_what_holds_no_recipe_is_refused(made, tmp_path):
         assert str(path) in str(refusal.value)
 
 
-def test_recipe_is_told_with_every_flag_that_says_something(made, hashes):
-    lines = told(made)
+def test_recipe_is_described_with_every_flag_that_says_something(made, hashes):
+    lines = described(made)
     assert lines[0].startswith("made by  merge_checkpoints.py merge, code ")
     assert [line.split() for line in lines[2:4]] == [
         [digest, name]
@@ -92,7 +105,7 @@ def test_recipe_is_told_with_every_flag_that_says_something(made, hashes):
     ]
     assert lines[4].split() == ["flags", "--base", "a", "--ratio", "0.3", "1.0", "--drop_rate", "0.0"]
     made["run"]["taken_over"] = ["unet.a", "unet.b"]
-    assert told(made)[-1].endswith("unet.a, unet.b")
+    assert described(made)[-1].endswith("unet.a, unet.b")
 
 
 def test_files_that_changed_or_are_others_are_named(made, source, hashes):
@@ -101,7 +114,7 @@ def test_files_that_changed_or_are_others_are_named(made, source, hashes):
     (said,) = changed_inputs(made, [source])
     now = hashlib.sha256(b"other").hexdigest()
     assert str(source.files[0]) in said and now[:12] in said and hashes[source.files[0]][:12] in said
-    fewer = Source(source.given, {}, source.folder, source.files[1:], source.kind, None)
+    fewer = opened(source.given, source.folder, source.files[1:])
     (said,) = changed_inputs(made, [fewer])
     assert "other files than the recipe lists: vae/b.safetensors" in said
 

@@ -1,4 +1,4 @@
-"""The sweep as a person runs it: images, grid, resuming, figures and the command that writes the best ratio."""
+"""The sweep as a user runs it: images, grid, resuming, metrics and the command that writes the best ratio."""
 
 import json
 import shlex
@@ -9,14 +9,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from finetuning.cli import read
+from finetuning.cli import flags_of, read
+from finetuning.evaluation import grid
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import open_pipeline
+from finetuning.merging import merged_pipeline, sweep_metrics
 from finetuning.merging import sweep as sweep_module
-from finetuning.merging.measures import METRICS, Metric
-from finetuning.merging.methods import MethodArgs
-from finetuning.merging.models import TunedArgs
-from finetuning.merging.sweep import SweepArgs, sweep
+from finetuning.merging.model_flags import MixArgs
+from finetuning.merging.sweep import SweepArgs, sweep_on
+from finetuning.merging.sweep_metrics import SweepMetric
 from finetuning.rng import torch_generator
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -46,20 +47,22 @@ def flags(tiny_model, tuned, tmp_path):
 @pytest.fixture
 def swept(flags):
     """Run a sweep with some flags changed; returns its lines."""
-    return lambda **changes: sweep(SweepArgs(**flags | changes))
+    return lambda **changes: sweep_on(SweepArgs(**flags | changes))
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """[(ratio, prompts)] of what was drawn."""
-    made, real = [], sweep_module.Blend.__init__
+    """[(ratio, prompts)] of what was generated."""
+    made, real = [], merged_pipeline.MergedPipeline.__init__
 
-    def watched(blend, *args, **kwargs):
-        real(blend, *args, **kwargs)
-        draw = blend.pipeline
-        blend.pipeline = lambda prompts, **how: (made.append((blend.ratio, len(prompts))), draw(prompts, **how))[1]
+    def watched(merged, *args, **kwargs):
+        real(merged, *args, **kwargs)
+        pipeline = merged.pipeline
+        merged.pipeline = lambda prompts, **how: (made.append((merged.ratio, len(prompts))), pipeline(prompts, **how))[
+            1
+        ]
 
-    monkeypatch.setattr(sweep_module.Blend, "__init__", watched)
+    monkeypatch.setattr(merged_pipeline.MergedPipeline, "__init__", watched)
     return made
 
 
@@ -68,14 +71,14 @@ def known_frontier(monkeypatch):
     """A metric whose rows are given by the ratio alone: the knee is at 0.5; it keeps what it is asked."""
     asked, table = [], {0.0: (0, 1), 0.25: (0.3, 0.9), 0.5: (0.8, 0.8), 0.75: (0.9, 0.3), 1.0: (1, 0)}
 
-    def prepare(args, blend, prompts_in, prompts_out):
+    def known(args, merged, prompts_in, prompts_out):
         def measure(ratio, images_in, images_out):
             asked.append((ratio, len(images_in), len(images_out)))
             return [torch.tensor([value, value], dtype=torch.float64) for value in table[ratio]]
 
-        return measure, {"kind": "known"}
+        return SweepMetric(measure, {"kind": "known"}, "learned: a", "retained: b")
 
-    monkeypatch.setitem(METRICS, "shapes", Metric(prepare, "learned", "kept"))
+    monkeypatch.setitem(sweep_metrics.METRICS, "checker", known)
     return asked
 
 
@@ -110,9 +113,9 @@ def test_the_grid_has_a_row_for_each_prompt_and_a_column_for_each_ratio(swept, t
     assert len(drawn) == 3
 
 
-def test_labels_tell_prompts_seeds_and_models(swept, monkeypatch):
-    seen, real = [], sweep_module.labelled_grid
-    monkeypatch.setattr(sweep_module, "labelled_grid", lambda *args: (seen.append(args), real(*args))[1])
+def test_labels_are_prompts_seeds_and_models(swept, monkeypatch):
+    seen, real = [], grid.labelled_grid
+    monkeypatch.setattr(grid, "labelled_grid", lambda *args: (seen.append(args), real(*args))[1])
     swept(seed=[0, 7], prompts_in=PROMPTS_IN[:1], ratios=["1", "0"])
     rows, labels, headings, _ = seen[0]
     first, second = PROMPTS_IN[0], f"unrelated: {PROMPTS_OUT[0]}"
@@ -149,7 +152,7 @@ def test_prompts_are_texts_or_lines_of_files(swept, tmp_path):
 # -- going on --------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_drawn_twice(swept, calls, tmp_path):
+def test_nothing_is_generated_twice(swept, calls, tmp_path):
     swept()
     assert calls == [(ratio, count) for ratio in (0.0, 0.5, 1.0) for count in (2, 1)]
     kept = tmp_path / "sweep/ratio-0.5/in-000-seed0.png"
@@ -197,43 +200,87 @@ def test_a_model_that_has_changed_is_other_settings(swept, tuned):
         swept(ratios=["0"])
 
 
-# -- figures ---------------------------------------------------------------------------------------------------------
+# -- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_knee_is_told_with_its_certainty_and_its_command(swept, known_frontier, flags, tmp_path):
-    lines = swept(metric="shapes", ratios=["0:1:0.25"], parts=["unet"], block_ratios=["unet.mid_block.*=0.2"])
+def test_the_knee_comes_with_its_certainty_and_its_command(swept, known_frontier, flags, tmp_path):
+    lines = swept(metric="checker", ratios=["0:1:0.25"], components=["unet"], block_ratios=["unet.mid_block.*=0.2"])
     knee, command = lines[-2:]
-    assert knee.startswith("knee: ratio 0.5") and "100% of 2000 resamples" in knee
+    assert knee.startswith("knee: ratio 0.5") and "100% of 4000 resamples" in knee
     words = shlex.split(command.removeprefix("this writes it: "))
     assert words[:2] == ["python", "merge_checkpoints.py"]
     asked = dict(zip(words[2::2], words[3::2], strict=True))
     assert asked == {
-        "--base": flags["base"], "--tuned": flags["tuned"][0], "--parts": "unet", "--ratio": "0.5",
+        "--base": flags["base"], "--tuned": flags["tuned"][0], "--components": "unet", "--ratio": "0.5",
         "--block_ratios": "unet.mid_block.*=0.2", "--output_dir": f"{tmp_path}/sweep-merged",
     }  # fmt: skip
     assert Image.open(tmp_path / "sweep/curve.png").width > 300
-    assert "**knee**" in (tmp_path / "sweep/frontier.md").read_text()
+    table = (tmp_path / "sweep/frontier.md").read_text()
+    assert "**knee**" in table and table.count("n 2)") == 2 and "style" not in table
 
 
 def test_sweep_json_holds_what_made_it_and_every_row(swept, known_frontier, flags, tmp_path):
-    swept(metric="shapes")
+    swept(metric="checker")
     recipe = json.loads((tmp_path / "sweep/sweep.json").read_text(encoding="utf-8"))
     made = recipe.pop("run")
-    assert SweepArgs(**recipe | {"output_dir": flags["output_dir"]}) == SweepArgs(**flags | {"metric": "shapes"})
+    assert SweepArgs(**recipe | {"output_dir": flags["output_dir"]}) == SweepArgs(**flags | {"metric": "checker"})
     assert [source["given"] for source in made["inputs"]] == [flags["base"], flags["tuned"][0]]
-    assert made["ratios"]["0.5"] == {"learned": [0.8, 0.8], "kept": [0.8, 0.8]}
+    assert made["ratios"]["0.5"] == {"learned": [0.8, 0.8], "retained": [0.8, 0.8]}
     assert made["summary"]["knee"]["ratio"] == 0.5 and made["kind"] == "known"
     assert made["dtype"] == "torch.float32"
 
 
 def test_what_was_measured_is_not_measured_again(swept, known_frontier):
-    swept(metric="shapes")
+    swept(metric="checker")
     assert known_frontier == [(ratio, 2, 1) for ratio in (0.0, 0.5, 1.0)]
-    swept(metric="shapes", ratios=["0:1:0.25"])
+    swept(metric="checker", ratios=["0:1:0.25"])
     assert known_frontier[3:] == [(0.25, 2, 1), (0.75, 2, 1)]
 
 
-def test_loss_needs_no_prompts_and_tells_equal_models(swept, tiny_model, shapes_folder, tmp_path):
+def test_a_broken_file_of_results_is_named(swept, known_frontier, tmp_path):
+    swept(metric="checker")
+    (tmp_path / "sweep/measured-checker.json").write_text("{")
+    with pytest.raises(ModelError, match=r"sweep/measured-checker\.json is broken"):
+        swept(metric="checker")
+
+
+CHECKER = """
+from finetuning.evaluation.metrics import Metric
+
+METRICS = {
+    "red": Metric("red", "share of red", role="learned"),
+    "bright": Metric("brightness", "mean brightness", role="retained"),
+}
+
+def scores(image, caption):
+    red, green, blue = image.resize((1, 1)).getpixel((0, 0))
+    return {"red": red / 255, "bright": (red + green + blue) / 765}
+
+def check(caption):
+    if "star" in caption:
+        raise ValueError(f"{caption} has a star")
+"""
+
+
+def test_a_checker_of_ones_own_measures_each_prompt_over_its_seeds(swept, tmp_path):
+    (tmp_path / "mine.py").write_text(CHECKER)
+    lines = swept(checker=str(tmp_path / "mine.py"), prompts_out=["a cat"], seed=[0, 1])
+    results = json.loads((tmp_path / "sweep/measured-checker.json").read_text())["ratios"]
+    for ratio, found in results.items():
+        images = [
+            Image.open(tmp_path / f"sweep/ratio-{ratio}/in-{prompt:03d}-seed{seed}.png").resize((1, 1))
+            for prompt in (0, 1)
+            for seed in (0, 1)
+        ]
+        reds = [image.getpixel((0, 0))[0] for image in images]
+        red = [sum(reds[:2]) / 510, sum(reds[2:]) / 510]
+        assert found["learned"] == pytest.approx(red) and len(found["retained"]) == 1
+    assert any("curve.png" in line for line in lines)
+    table = (tmp_path / "sweep/frontier.md").read_text()
+    assert "learned: red; retained: brightness" in table and "n 2)" in table and "n 1)" in table
+
+
+def test_loss_needs_no_prompts_and_recognises_equal_models(swept, tiny_model, shapes_folder, tmp_path):
     folder = str(shapes_folder)
     lines = swept(
         prompts_in=None, prompts_out=None, tuned=[str(tiny_model)], fit_dataset=folder, retain_dataset=folder,
@@ -254,43 +301,54 @@ def test_loss_follows_the_ratio(swept, shapes_folder, tmp_path):
 # -- the flags -------------------------------------------------------------------------------------------------------
 
 
-def test_wrong_flags_are_named_all_at_once(tmp_path):
+def problems_of(*words):
+    return read(SweepArgs, "", ["--base", "A", "--tuned", "B", "--output_dir", "O", *words])[1]
+
+
+def test_wrong_flags_are_named_all_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "A").mkdir()
     (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     given = [
-        "--base", "A", "--tuned", "B", "--output_dir", "A", "--ratios", "0:1:0.3", "--block_ratios", "x=y", "--size",
-        "33", "--batch_size", "0", "--seed", "1", "1", "--metric", "loss", "--fit_dataset", "D", "--prompts_in",
-        str(tmp_path / "empty.txt"), "missing.txt", str(tmp_path / "latin.txt"),
+        "--base", "A", "--tuned", "B", "--output_dir", "A/new", "--ratios", "0:1:0.3", "--block_ratios", "x=y",
+        "--size", "33", "--batch_size", "0", "--seed", "1", "1", "--metric", "loss", "--fit_dataset", "D",
+        "--prompts_in", "empty.txt", "missing.txt", "latin.txt",
     ]  # fmt: skip
     problems = read(SweepArgs, "", given)[1]
     expected = [
-        "--ratios 0:1:0.3", "--block_ratios x=y", f"--prompts_in {tmp_path}/empty.txt has no prompts",
-        "--prompts_in missing.txt: there is no such file", f"--prompts_in {tmp_path}/latin.txt cannot be read",
-        "--size 33", "--batch_size 0", "--seed 1 1", "--output_dir A is one of the models",
+        "--ratios 0:1:0.3", "--block_ratios x=y", "--prompts_in empty.txt", "--prompts_in missing.txt",
+        "--prompts_in latin.txt", "--size 33", "--batch_size 0", "--seed 1 1", "--output_dir A/new",
         "--metric loss needs --retain_dataset",
     ]  # fmt: skip
     for words in expected:
-        assert len([problem for problem in problems if problem.startswith(words)]) == 1, words
+        assert len([problem for problem in problems if problem.startswith(words)]) == 1, (words, problems)
     assert len(problems) == len(expected)
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    ([], "say what to draw"),
-    (["--prompts_in", "a cat", "--metric", "shapes"], "--metric shapes needs --prompts_out"),
-    (["--prompts_in", "a cat", "--metric", "shapes"], "--metric shapes: --prompts_in: not a caption"),
+@pytest.mark.parametrize(("given", "named"), [
+    ([], "say what to generate"),
+    (["--prompts_in", "a cat", "--metric", "checker"], "--metric checker needs --checker"),
+    (["--prompts_in", "a cat", "--checker", "finetuning.shapes.checker"], "--checker needs --prompts_out"),
+    (["--prompts_in", "a cat", "--metric", "shapes"], "--checker finetuning.shapes.checker cannot judge"),
+    (["--prompts_in", "a cat", "--checker", "no_such_module"], "--checker no_such_module"),
     (["--prompts_in", "a cat", "--fit_dataset", "D"], "--fit_dataset only goes with --metric loss"),
-    (["--fit_dataset", "D", "--retain_dataset", "E", "--ratios", "0:0.5:0.1"], "--ratios 0:0.5:0.1: a metric needs 0"),
-    (["--prompts_in", "a cat", "--curve", "smoothstep", "--ratios", "0", "1.2"], "--ratios 1.2 must be between 0"),
+    (["--fit_dataset", "D", "--retain_dataset", "E", "--ratios", "0:0.5:0.1"], "--ratios 0:0.5:0.1"),
+    (["--prompts_in", "a cat", "--curve", "smoothstep", "--ratios", "0", "1.2"], "--ratios 1.2"),
 ])  # fmt: skip
-def test_a_wrong_flag_is_named(given, said):
-    problems = read(SweepArgs, "", ["--base", "A", "--tuned", "B", "--output_dir", "O", *given])[1]
-    assert [problem for problem in problems if problem.startswith(said)]
+def test_a_wrong_flag_is_named(given, named):
+    assert [problem for problem in problems_of(*given) if problem.startswith(named)]
 
 
-def test_two_datasets_alone_ask_for_the_loss():
-    given = ["--base", "A", "--tuned", "B", "--output_dir", "O", "--fit_dataset", "D", "--retain_dataset", "E"]
-    args, problems = read(SweepArgs, "", given)
-    assert problems == [] and args.measured_by == "loss" and args.ratio == [index / 10 for index in range(11)]
+@pytest.mark.parametrize(("given", "by"), [
+    (["--fit_dataset", "D", "--retain_dataset", "E"], "loss"),
+    (["--prompts_in", *PROMPTS_IN, "--prompts_out", *PROMPTS_OUT, "--checker", "finetuning.shapes.checker"], "checker"),
+    (["--prompts_in", *PROMPTS_IN, "--prompts_out", *PROMPTS_OUT, "--metric", "shapes"], "checker"),
+    (["--prompts_in", "a cat"], "none"),
+])  # fmt: skip
+def test_what_is_given_says_what_is_measured(given, by):
+    args, problems = read(SweepArgs, "", ["--base", "A", "--tuned", "B", "--output_dir", "O", *given])
+    assert problems == [] and args.measured_by == by and args.ratio == [index / 10 for index in range(11)]
 
 
 def test_the_command_names_every_flag_of_a_merge(flags):
@@ -305,6 +363,5 @@ def test_the_command_names_every_flag_of_a_merge(flags):
     words = sweep_module._merge_command(SweepArgs(**flags | given), 0.3)
     for text in ("--method dare", "--drop_rate 0.5", "--drop_seed 3", "--weights raw", "--tuned B C", "--tuned_wei"):
         assert text in words
-    known = {field for group in (TunedArgs, MethodArgs) for field in group.__dataclass_fields__}
     used = {word.removeprefix("--") for word in words.split() if word.startswith("--")}
-    assert used <= known | {"ratio", "output_dir", "block_ratios"}
+    assert used <= flags_of(MixArgs).keys() | {"ratio", "output_dir"}

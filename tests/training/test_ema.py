@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
+from finetuning.cli import problems_of
 from finetuning.training.ema import AveragedWeights, EMAArgs, NoAverage, build_ema
 
 
@@ -193,8 +194,9 @@ def test_an_average_that_is_off_has_the_calls_of_one_that_is_on():
         ({"use_ema": True, "ema_decay": -0.1}, "--ema_decay"),
         ({"ema_start": "warm"}, "--ema_start"),
         ({"offload_ema": True}, "--offload_ema"),
+        ({"ema_decay": 0.5}, "--ema_decay does nothing without --use_ema"),
     ],
 )
 def test_flags_that_cannot_work_are_named(flags, named):
-    (problem,) = EMAArgs(**flags).problems()
+    (problem,) = problems_of(EMAArgs(**flags))
     assert problem.startswith(named)

@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 
-from finetuning.families.lora_files import DIFFUSERS_NAME, Layer, adaptable, parts_of, write_diffusers_for_all
+from finetuning.families.lora_files import (
+    DIFFUSERS_NAME,
+    Layer,
+    adaptable,
+    adaptable_components,
+    write_diffusers_for_all,
+)
 from finetuning.families.pipelines import open_pipeline
 from finetuning.training.lora_check import _folded, check_files
 
@@ -36,7 +42,7 @@ def layers(request, opened):
     """An adapter far from nothing on a linear layer and on a convolution."""
     generator, found = torch.Generator().manual_seed(0), {}
     for name in ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "unet.down_blocks.0.resnets.0.conv1"):
-        out, *inputs = adaptable(parts_of(opened))[name].weight.shape
+        out, *inputs = adaptable(adaptable_components(opened))[name].weight.shape
         draw = lambda *shape: torch.randn(shape, generator=generator)
         up = draw(out, 2, *(1 for _ in inputs[1:]))
         found[name] = Layer(draw(2, *inputs), up, 2.0, 1 + draw(out).abs() if request.param else None)
@@ -44,7 +50,7 @@ def layers(request, opened):
 
 
 def weights(pipeline):
-    return {name: module.weight.detach().clone() for name, module in adaptable(parts_of(pipeline)).items()}
+    return {name: module.weight.detach().clone() for name, module in adaptable(adaptable_components(pipeline)).items()}
 
 
 def test_what_was_folded_in_comes_out_again(opened, layers):

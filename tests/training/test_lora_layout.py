@@ -295,7 +295,6 @@ def test_every_problem_with_the_start_is_named_at_once(layout):
 
 # -- what cannot be meant --------------------------------------------------------------------------------------------
 
-AT_LEAST_1 = "--rank and --text_encoder_rank must be at least 1"
 FORM = "must look like PATTERN=NUMBER, e.g. mid_block.*=8"
 
 
@@ -306,13 +305,10 @@ def problems_of(*words):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--rank 0", AT_LEAST_1),
-        ("--train_text_encoder --text_encoder_rank 0", AT_LEAST_1),
-        ("--lora_alpha 0", "--lora_alpha 0.0 must be above 0"),
-        ("--lora_alpha -1", "--lora_alpha -1.0 must be above 0"),
-        ("--lora_dropout 1", "--lora_dropout 1.0 must be at least 0 and below 1"),
-        ("--lora_dropout -0.1", "--lora_dropout -0.1 must be at least 0 and below 1"),
-        ("--lora_dropout nan", "--lora_dropout nan must be at least 0 and below 1"),
+        ("--rank 0", "--rank 0 must be at least 1"),
+        ("--train_text_encoder --text_encoder_rank 0", "--text_encoder_rank 0 must be at least 1"),
+        ("--lora_alpha 0", "--lora_alpha 0 must be above 0"),
+        ("--lora_dropout 1", "--lora_dropout 1 must be at least 0 and below 1"),
         ("--text_encoder_rank 2", "--text_encoder_rank does nothing without --train_text_encoder"),
         ("--lora_rank_pattern to_q", f"--lora_rank_pattern to_q {FORM}"),
         ("--lora_rank_pattern to_q=", f"--lora_rank_pattern to_q= {FORM}"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
+from finetuning.cli import problems_of
 from finetuning.families.model_args import ModelError
 from finetuning.training.checkpoint import CheckpointArgs
 from finetuning.training.optim import OptimArgs
@@ -289,7 +290,7 @@ def test_the_token_is_written_nowhere(start, monkeypatch):
     ("flag", "value"), [("num_train_epochs", 0), ("gradient_accumulation_steps", 0), ("max_train_steps", 0)]
 )
 def test_flags_that_cannot_work_are_named(flag, value):
-    (problem,) = RunArgs(**{flag: value, "report_to": "none"}).problems()
+    (problem,) = problems_of(RunArgs(**{flag: value, "report_to": "none"}))
     assert problem == f"--{flag} {value} must be at least 1"
 
 

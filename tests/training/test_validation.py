@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from finetuning.cli import problems_of
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.training_set import DataArgs, load_images
@@ -262,7 +263,7 @@ def test_without_prompts_there_is_no_comparison(build):
     [
         ("validation_fraction", 1.0),
         ("validation_fraction", -0.1),
-        ("num_validation_images", 0),
+        ("num_validation_images", -1),
         ("validation_inference_steps", 0),
         ("validation_epochs", -1),
         ("validation_loss_rows", -1),
@@ -270,5 +271,9 @@ def test_without_prompts_there_is_no_comparison(build):
     ],
 )
 def test_flags_that_cannot_work_are_named(flag, value):
-    (problem,) = ValidationArgs(**{flag: value}).problems()
+    (problem,) = problems_of(ValidationArgs(**{flag: value}))
     assert problem.startswith(f"--{flag} {value}")
+
+
+def test_no_validation_images():
+    assert ValidationArgs(validation_prompts=["a cat"], num_validation_images=0).prompts == []

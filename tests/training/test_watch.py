@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from finetuning.cli import problems_of
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.reading import DatasetError
@@ -338,7 +339,7 @@ def test_clip_scores_are_taken_of_image_and_prompt(by_images, painter, monkeypat
         (
             {"evaluate_every": 2, "stop_when_retention_below": 1.0, "clip_model": "x", "general_prompts": "y.txt"},
             [
-                "--stop_when_retention_below 1.0 must lie between",
+                "--stop_when_retention_below 1.0 must be",
                 "--general_prompts only goes with --evaluate_with shapes or clip",
                 "--clip_model only goes with --evaluate_with clip",
                 "--evaluate_with loss needs",
@@ -351,7 +352,7 @@ def test_clip_scores_are_taken_of_image_and_prompt(by_images, painter, monkeypat
     ],
 )
 def test_flags_that_cannot_work_are_named_together(flags, said):
-    problems = list(WatchArgs(**flags).problems())
+    problems = problems_of(WatchArgs(**flags))
     assert len(problems) == len(said)
     assert all(text in problem for text, problem in zip(said, problems, strict=True))
 
@@ -453,7 +454,10 @@ def test_looking_changes_nothing_and_lr_0_learns_nothing(script, arguments, tmp_
     assert looked.keys() == plain.keys() != set()
     assert all(torch.equal(value, looked[name][key]) for name in plain for key, value in plain[name].items())
 
-    assert train(script, arguments, tmp_path / "still", *few, "--learning_rate", 0, "--stop_when_retention_below", 0.99) == 0
+    assert (
+        train(script, arguments, tmp_path / "still", *few, "--learning_rate", 0, "--stop_when_retention_below", 0.99)
+        == 0
+    )
     looks = [line for line in metrics(tmp_path / "still") if "kept" in line]
     assert [line["step"] for line in looks] == [0, 2, 3]
     assert [(line["learned"], line["kept"]) for line in looks] == [pytest.approx((0, 1), abs=1e-6)] * 3

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from finetuning import files
 from finetuning.families.model_args import ModelError
+from finetuning.families.opening import open_source
 from finetuning.files import check_manifest, write_json
-from finetuning.merging.matching import match
 from finetuning.merging.methods import weighted_sum
-from finetuning.merging.sources import open_source
-from finetuning.merging.writing import SPARE_BYTES, OutputArgs, Product, place, write_models
+from finetuning.merging.model_writer import SPARE_BYTES, MergeOutput, OutputArgs, output_folder, write_models
+from finetuning.merging.tensor_matching import match
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -36,20 +36,20 @@ def unet(tmp_path):
 
 @pytest.fixture
 def write(tmp_path):
-    """write(sources, *products) with the weighted sum of all tensors; returns the lines for a person."""
+    """write(sources, *outputs) with the weighted sum of all tensors; returns the lines to print."""
 
-    def run(sources, *products, dtype=None, single_file=False, on_mismatch=None, **options):
+    def run(sources, *outputs, dtype=None, single_file=False, on_mismatch=None, **options):
         matches, _ = match(sources, None, on_mismatch)
         args = OutputArgs(output_dir=str(tmp_path / "out"), dtype=dtype, single_file=single_file)
-        products = products or [product(tmp_path / "out")]
-        return write_models("merge", products, sources, matches, args, **options)
+        outputs = outputs or [output(tmp_path / "out")]
+        return write_models("merge", outputs, sources, matches, args, **options)
 
     return run
 
 
-def product(target, ratio=0.5, compute=None):
+def output(target, ratio=0.5, compute=None):
     compute = compute or (lambda *inputs, out: weighted_sum(*inputs, ratio=ratio, out=out))
-    return Product(target, lambda one: compute, {"ratio": [ratio], "output_dir": str(target)})
+    return MergeOutput(target, lambda one: compute, {"ratio": [ratio], "output_dir": str(target)})
 
 
 def names(folder):
@@ -61,7 +61,7 @@ def names(folder):
 
 def test_several_results_each_have_their_own_weights_and_recipe(unet, write, tmp_path):
     targets = {ratio: tmp_path / f"new/{ratio}" for ratio in (0.25, 0.75)}
-    lines = write([unet("base"), unet("tuned", value=3.0)], *(product(path, r) for r, path in targets.items()))
+    lines = write([unet("base"), unet("tuned", value=3.0)], *(output(path, r) for r, path in targets.items()))
     assert lines == [str(path) for path in targets.values()]
     for ratio, folder in targets.items():
         assert (load_file(folder / WEIGHTS)["conv_in.weight"] == 1 + 2 * ratio).all()
@@ -98,13 +98,13 @@ def test_compute_gets_whole_tensors_where_it_wants_them(unet, write, tmp_path):
         shapes.append(tuple(base.shape))
         out.view(base.shape).copy_(tuned)
 
-    write([unet("base"), unet("tuned")], product(tmp_path / "out", compute=compute), whole=True)
+    write([unet("base"), unet("tuned")], output(tmp_path / "out", compute=compute), whole=True)
     assert sorted(shapes) == [(2, 3), (4,)]
 
 
-def test_place_is_a_folder_inside_only_where_there_are_several():
-    assert place("out", "ratio-1", [1]) == Path("out")
-    assert place("out", "ratio-1", [0, 1]) == Path("out/ratio-1")
+def test_an_output_has_a_folder_of_its_own_only_where_there_are_several():
+    assert output_folder("out", "ratio-1", [1]) == Path("out")
+    assert output_folder("out", "ratio-1", [0, 1]) == Path("out/ratio-1")
 
 
 # -- what stands beside ----------------------------------------------------------------------------------------------
@@ -165,6 +165,34 @@ def test_tensors_that_no_configuration_describes_are_refused(unet, write, tmp_pa
     assert load_file(tmp_path / "out" / WEIGHTS)["conv_in.weight"].shape == (2, 3)
 
 
+@pytest.fixture
+def inpainting(tiny_model, tmp_path):
+    """A copy of tiny_model whose UNet takes 9 channels, as an inpainting pipeline."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "inpainting"))
+    index = json.loads((folder / "model_index.json").read_text())
+    write_json(folder / "model_index.json", index | {"_class_name": "StableDiffusionInpaintPipeline"})
+    tensors = load_file(folder / "unet" / WEIGHTS)
+    save_file(tensors | {"conv_in.weight": torch.ones(8, 9, 3, 3)}, folder / "unet" / WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("on_mismatch", "name"), [("tuned", "StableDiffusionInpaintPipeline"), ("base", "StableDiffusionPipeline")]
+)
+def test_a_pipeline_is_of_the_class_that_its_unet_was_made_for(
+    tiny_model, inpainting, write, tmp_path, on_mismatch, name
+):
+    write([open_source(str(tiny_model)), open_source(str(inpainting))], on_mismatch=on_mismatch)
+    index = json.loads((tmp_path / "out/model_index.json").read_text())
+    assert index == json.loads((tiny_model / "model_index.json").read_text()) | {"_class_name": name}
+
+
+def test_a_bare_unet_of_other_channels_does_not_say_which_class_and_is_refused(tiny_model, inpainting, write, tmp_path):
+    with pytest.raises(ModelError, match=r"9 input channels.*name its whole pipeline"):
+        write([open_source(str(tiny_model)), open_source(str(inpainting / "unet"))], on_mismatch="tuned")
+    assert not (tmp_path / "out").exists()
+
+
 # -- room ------------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +201,7 @@ def test_room_is_asked_for_what_is_written_and_copied_and_no_more(
     tiny_model, pipeline, write, tmp_path, monkeypatch, options
 ):
     sources = [open_source(str(pipeline)), open_source(str(tiny_model))]
-    pair = [product(tmp_path / f"new/{ratio}", ratio) for ratio in (0.1, 0.2)]
+    pair = [output(tmp_path / f"new/{ratio}", ratio) for ratio in (0.1, 0.2)]
     free, usage = {}, shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[str(path)]))
     free[str(tmp_path)] = 2 * SPARE_BYTES
@@ -197,7 +225,7 @@ def test_result_whose_folder_cannot_be_finished_is_not_there(unet, write, tmp_pa
     before = names(tmp_path)
     monkeypatch.setattr(files, "write_manifest", lambda folder, known: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write(sources, product(tmp_path / "one"), product(tmp_path / "two"))
+        write(sources, output(tmp_path / "one"), output(tmp_path / "two"))
     assert names(tmp_path) == before and not list(tmp_path.glob(".*"))
 
 
@@ -208,13 +236,20 @@ def test_all_places_that_are_taken_are_named_before_anything_is_read(unet, write
     (tmp_path / "empty").mkdir()
     for source in sources:
         source.files[0].write_bytes(b"")
-    places = [product(tmp_path / name) for name in ("taken", "tuned", "empty", "base/new")]
+    places = [output(tmp_path / name) for name in ("taken", "tuned", "empty", "base/new")]
     with pytest.raises(ModelError) as refusal:
         write(sources, *places)
     lines = str(refusal.value).splitlines()
     assert len(lines) == 3
     assert all(str(path.target) in line for path, line in zip([*places[:2], places[3]], lines, strict=True))
     assert "notes.txt" in lines[0] and "inputs" in lines[1] and "inputs" in lines[2]
+
+
+def test_what_was_read_besides_the_models_is_not_written_into(unet, write, tmp_path):
+    sources = [unet("base"), unet("tuned")]
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ModelError, match="run/average is one of the inputs, holds one or lies in one"):
+        write(sources, output(tmp_path / "run/average"), also_read=[tmp_path / "run"])
 
 
 @pytest.mark.parametrize("manifest", ["{", "{}", None])

@@ -10,7 +10,7 @@ from finetuning.evaluation.denoising import load_rows, row_losses
 from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs, ModelError
 from finetuning.families.pipelines import open_pipeline
-from finetuning.merging.measures import METRICS, measure_loss, measure_shapes
+from finetuning.merging.sweep_metrics import checker_metric, loss_metric
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import parse
 
@@ -23,34 +23,39 @@ def drawn(caption, style, count=1):
     return [draw(parse(caption), seed, style) for seed in range(count)]
 
 
-# -- shapes ----------------------------------------------------------------------------------------------------------
+# -- a checker -------------------------------------------------------------------------------------------------------
 
 
-def test_learned_is_the_share_of_things_in_chalk():
-    measure, facts = measure_shapes(SimpleNamespace(seed=[0]), None, [CIRCLE, PAIR, STAR], [])
-    learned, kept = measure(0.5, drawn(CIRCLE, "chalk") + drawn(PAIR, "chalk") + drawn(STAR, "filled"), [])
-    assert learned.tolist() == [1.0, 1.0, 0.0] and learned.dtype == torch.float64
-    assert len(kept) == 0 and facts == {"style": "chalk"}
+def measured(prompts_in, prompts_out, images_in, images_out, seeds=(0,)):
+    args = SimpleNamespace(seed=list(seeds), checker_named="finetuning.shapes.checker")
+    return checker_metric(args, None, prompts_in, prompts_out).measure(0.5, images_in, images_out)
 
 
-def test_kept_is_shape_and_colour_whatever_the_style():
-    measure, _ = measure_shapes(SimpleNamespace(seed=[0]), None, [], [CIRCLE, CIRCLE, CIRCLE, STAR])
+def test_learned_is_read_off_the_images_of_what_was_trained():
+    images = drawn(CIRCLE, "chalk") + drawn(PAIR, "chalk") + drawn(STAR, "filled")
+    learned, retained = measured([CIRCLE, PAIR, STAR], [], images, [])
+    assert learned.tolist() == [1.0, 1.0, 0.0] and learned.dtype == torch.float64 and len(retained) == 0
+
+
+def test_retained_is_read_off_the_others_whatever_their_style():
     images = [drawn(caption, "filled")[0] for caption in (CIRCLE, CIRCLE.replace("red", "blue"), STAR)]
-    assert measure(0.5, [], images + drawn(STAR, "chalk"))[1].tolist() == [1.0, 0.0, 0.0, 1.0]
+    retained = measured([], [CIRCLE, CIRCLE, CIRCLE, STAR], [], images + drawn(STAR, "chalk"))[1]
+    assert retained.tolist() == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_the_seeds_of_a_prompt_are_one_row():
-    measure, _ = measure_shapes(SimpleNamespace(seed=[0, 1]), None, [CIRCLE, STAR], [STAR])
     images = drawn(CIRCLE, "chalk") + drawn(CIRCLE, "filled") + drawn(STAR, "filled", 2)
-    learned, kept = measure(0.5, images, drawn(STAR, "filled") + drawn(CIRCLE, "filled"))
-    assert learned.tolist() == [0.5, 0.0] and kept.tolist() == [0.5]
+    learned, retained = measured(
+        [CIRCLE, STAR], [STAR], images, drawn(STAR, "filled") + drawn(CIRCLE, "filled"), seeds=(0, 1)
+    )
+    assert learned.tolist() == [0.5, 0.0] and retained.tolist() == [0.5]
 
 
-def test_an_empty_image_has_learned_nothing():
-    measure, _ = measure_shapes(SimpleNamespace(seed=[0]), None, [CIRCLE], [CIRCLE])
-    blank = drawn(CIRCLE, "filled")[0].copy()
-    blank.paste((255, 255, 255), (0, 0, 64, 64))
-    assert [values.tolist() for values in measure(0.5, [blank], [blank])] == [[0.0], [0.0]]
+def test_the_checker_and_its_content_are_facts():
+    args = SimpleNamespace(seed=[0], checker_named="finetuning.shapes.checker")
+    metric = checker_metric(args, None, [], [])
+    assert metric.facts["checker"] == "finetuning.shapes.checker" and len(metric.facts["sha256"]) == 64
+    assert metric.learned.startswith("learned: ") and metric.retained.startswith("retained: ")
 
 
 # -- loss ------------------------------------------------------------------------------------------------------------
@@ -66,7 +71,8 @@ def loss(tiny_model, shapes_folder):
         known = {"seed": [0], "height_and_width": (32, 32), "batch_size": 4, "loss_rows": 5}
         args = SimpleNamespace(fit_dataset=str(fit), retain_dataset=str(retain), **known | flags)
         blend = SimpleNamespace(pipeline=pipeline, set=ratios.append)
-        return (*measure_loss(args, blend, [], []), ratios)
+        metric = loss_metric(args, blend, [], [])
+        return metric.measure, metric.facts, ratios
 
     return prepare
 
@@ -109,7 +115,3 @@ def test_other_images_under_the_same_names_are_other_facts(loss, tmp_path):
 def test_what_is_wrong_with_both_datasets_is_said_at_once(loss, tmp_path):
     with pytest.raises(ModelError, match=r"(?s)no folder .*first.*no folder .*second"):
         loss(fit=tmp_path / "first", retain=tmp_path / "second")
-
-
-def test_every_metric_has_words_for_both_axes():
-    assert all(metric.learned.startswith("learned") and metric.kept.startswith("kept") for metric in METRICS.values())

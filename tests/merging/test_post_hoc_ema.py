@@ -1,4 +1,4 @@
-"""Post-hoc EMA: the profiles are what the averages do, and the reconstruction comes close to the true average."""
+"""Post-hoc EMA: profiles are what averages do, the reconstruction comes close, and files hold what was planned."""
 
 import json
 import shutil
@@ -6,11 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from finetuning.cli import parse
+import merge_checkpoints
+from finetuning.cli import read
 from finetuning.families.model_args import ModelError
 from finetuning.files import write_json
-from finetuning.merging.post_hoc import (
+from finetuning.merging.post_hoc_ema import (
     WIDEST,
     PostHocArgs,
     ema_profile,
@@ -19,7 +21,6 @@ from finetuning.merging.post_hoc import (
     plan,
     power_profile,
     raw_profile,
-    sigma_rel_of,
     snapshots,
     solve,
 )
@@ -45,15 +46,10 @@ def test_published_pairs(sigma_rel, gamma):
 
 
 @pytest.mark.parametrize("sigma_rel", [0.001, 0.02, 0.05, 0.1, 0.2, 0.28, WIDEST])
-def test_width_and_exponent_invert_each_other(sigma_rel):
-    assert sigma_rel_of(gamma_of(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-9)
-    assert gamma_of(sigma_rel) >= 0
-
-
-@pytest.mark.parametrize("sigma_rel", [0, -0.1, 0.29, 1.0])
-def test_widths_without_an_exponent_are_refused(sigma_rel):
-    with pytest.raises(ValueError, match=r"above 0 and at most 0\.288675"):
-        gamma_of(sigma_rel)
+def test_exponent_has_the_width(sigma_rel):
+    gamma = gamma_of(sigma_rel)
+    assert np.sqrt(gamma + 1) / ((gamma + 2) * np.sqrt(gamma + 3)) == pytest.approx(sigma_rel, rel=1e-9)
+    assert gamma >= 0
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.2])
@@ -90,11 +86,6 @@ def test_ema_profile_is_what_the_runs_average_does(kind, decay):
             weights.copy_(torch.eye(steps + 1)[step])
         average.update()
     np.testing.assert_allclose(ema_profile(decay, kind, steps), average.shadow["w"].numpy(), rtol=1e-5, atol=1e-7)
-
-
-def test_what_is_left_of_the_start_is_known():
-    assert ema_profile(0.9999, "warm", 1000)[0] == pytest.approx(0.9999**1000)
-    assert ema_profile(0.9999, "ramp", 1000)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -194,10 +185,10 @@ def state_of(step, **args):
     return {"step": step, "ema_updates": step, "dataset": "d0", "args": own | args}
 
 
-def add_checkpoint(run, state, parts=("unet", "unet_ema"), name=None):
+def add_checkpoint(run, state, components=("unet", "unet_ema"), name=None):
     folder = run / (name or f"checkpoint-{state['step']}")
-    for part in parts:
-        (folder / part).mkdir(parents=True)
+    for component in components:
+        (folder / component).mkdir(parents=True)
     write_json(folder / "training_state.json", state)
     return folder
 
@@ -222,8 +213,8 @@ def test_snapshots_are_read_in_step_order_and_without_what_is_not_whole(run, wei
     add_checkpoint(run, state_of(500), name=".incomplete-checkpoint-500-99")
     add_checkpoint(run, state_of(500), name="abandoned-checkpoint-500-1")
     found = snapshots(run, weights)
-    assert [(one.step, one.weights) for one in found] == [(s, k) for s in (50, 100, 200, 300, 400) for k in kinds]
-    assert all(one.folder == run / f"checkpoint-{one.step}" for one in found)
+    assert list(found) == [(run / f"checkpoint-{s}", k) for s in (50, 100, 200, 300, 400) for k in kinds]
+    assert all(folder.name == f"checkpoint-{len(profile) - 1}" for (folder, _), profile in found.items())
 
 
 @pytest.mark.parametrize(
@@ -239,9 +230,9 @@ def test_snapshots_are_read_in_step_order_and_without_what_is_not_whole(run, wei
 def test_how_the_average_started_is_read_as_the_run_chose_it(run, args, kind):
     for folder in run.iterdir():
         change(folder, args=args)
-    assert {(one.decay, one.start_kind) for one in snapshots(run, "ema")} == {(0.99, kind)}
-    last = snapshots(run, "ema")[-1]
-    np.testing.assert_array_equal(last.profile(), ema_profile(0.99, kind, 400))
+    for (folder, _), profile in snapshots(run, "ema").items():
+        step = int(folder.name.removeprefix("checkpoint-"))
+        np.testing.assert_array_equal(profile, ema_profile(0.99, kind, step))
 
 
 def test_a_run_that_was_resumed_to_go_on_for_longer_is_one_run(run):
@@ -250,44 +241,40 @@ def test_a_run_that_was_resumed_to_go_on_for_longer_is_one_run(run):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "named"),
     [
-        ({"args": {"seed": 8}}, r"not of one run.*checkpoint-200 \(--seed\)"),
-        ({"args": {"ema_decay": 0.9, "seed": 8}}, r"checkpoint-200 \(--ema_decay, --seed\)"),
-        ({"dataset": "d1"}, r"checkpoint-200 \(the dataset\)"),
+        ({"args": {"ema_decay": 0.9, "seed": 8}}, "checkpoint-200 .*checkpoint-400, --ema_decay, --seed"),
+        ({"dataset": "d1"}, "checkpoint-200 .*the dataset"),
         ({"ema_updates": 3}, "3 updates after 200 steps.*--weights raw"),
-        ({"step": 250}, "give it back its name, checkpoint-250"),
+        ({"step": 250}, "checkpoint-250"),
     ],
 )
-def test_checkpoints_that_are_not_of_one_run_are_named(run, changes, said):
+def test_checkpoints_that_are_not_of_one_run_are_named(run, changes, named):
     change(run / "checkpoint-200", **changes)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=named):
         snapshots(run)
-
-
-def test_an_average_of_unknown_making_does_not_stop_the_raw_weights(run):
-    change(run / "checkpoint-200", ema_updates=3)
-    assert len(snapshots(run, "raw")) == 5
+    if "ema_updates" in changes:
+        assert len(snapshots(run, "raw")) == 5
 
 
 @pytest.mark.parametrize("left", [0, 1])
 def test_fewer_than_two_checkpoints_are_refused(run, left):
     for folder in sorted(run.iterdir())[left:]:
         shutil.rmtree(folder)
-    with pytest.raises(ModelError, match=r"two or more checkpoint-N.*--checkpointing_steps"):
+    with pytest.raises(ModelError, match="--checkpointing_steps"):
         snapshots(run)
 
 
-def test_lora_runs_are_told_what_to_do(tmp_path):
+def test_lora_runs_are_refused_with_what_to_do(tmp_path):
     for step in (1, 2):
-        add_checkpoint(tmp_path, state_of(step), parts=("lora", "lora_ema"))
-    with pytest.raises(ModelError, match=r"LoRA run \(checkpoint-1, checkpoint-2\).*combine"):
+        add_checkpoint(tmp_path, state_of(step), components=("lora", "lora_ema"))
+    with pytest.raises(ModelError, match="combine"):
         snapshots(tmp_path)
 
 
 def test_weights_that_are_not_there_are_named(run):
     shutil.rmtree(run / "checkpoint-300/unet_ema")
-    with pytest.raises(ModelError, match=r"no unet_ema/ in .*checkpoint-300: .*without --use_ema"):
+    with pytest.raises(ModelError, match=r"unet_ema/ .*--use_ema.* in .*checkpoint-300"):
         snapshots(run, "ema")
     assert len(snapshots(run)) == 9
     shutil.rmtree(run / "checkpoint-300/unet")
@@ -307,19 +294,16 @@ def test_unreadable_state_is_named(run, content):
 
 def test_plan_gives_weights_for_what_the_checkpoints_hold(run):
     """The weights that it hands over, put on the profiles of the snapshots, have the misfit that it says."""
-    args = PostHocArgs(run_dir=str(run), sigma_rel=[0.05, 0.1, 0.2])
-    found = plan(args)
+    found = plan(PostHocArgs(run_dir=str(run), sigma_rel=[0.05, 0.1, 0.2]))
     assert [one.sigma_rel for one in found] == [0.05, 0.1, 0.2]
     for one in found:
-        assert one.gamma == gamma_of(one.sigma_rel)
-        assert sum(weight for _, _, weight in one.weights) == pytest.approx(1)
-        total = np.zeros(401)
-        for folder, kind, weight in one.weights:
-            step = int(folder.name.removeprefix("checkpoint-"))
-            total[: step + 1] += weight * (raw_profile(step) if kind == "raw" else ema_profile(0.99, "ramp", step))
+        assert sum(one.weights.values()) == pytest.approx(1) and all(one.weights.values())
+        total = sum(
+            weight * np.pad(snapshots(run)[snapshot], (0, 400 - int(snapshot[0].name.split("-")[1])))
+            for snapshot, weight in one.weights.items()
+        )
         assert misfit_of(total, power_profile(one.gamma, 400)) == pytest.approx(one.misfit)
         assert one.misfit < 0.3 * one.sigma_rel
-    assert all(isinstance(weight, float) and weight for one in found for *_, weight in one.weights)
 
 
 @pytest.mark.parametrize("at", [100, 300])
@@ -331,30 +315,109 @@ def test_an_average_at_an_earlier_step_is_that_of_the_run_until_then(run, at):
     assert early == plan(PostHocArgs(run_dir=str(run)))
 
 
-@pytest.mark.parametrize(
-    ("at", "said"),
-    [(150, "no checkpoint of that step, but of 50, 100, 200, 300, 400"), (50, "is the first checkpoint")],
-)
-def test_an_average_cannot_end_where_there_are_not_two_checkpoints(run, at, said):
-    with pytest.raises(ModelError, match=said):
+@pytest.mark.parametrize(("at", "named"), [(150, "50, 100, 200, 300, 400"), (50, "first checkpoint")])
+def test_an_average_cannot_end_where_there_are_not_two_checkpoints(run, at, named):
+    with pytest.raises(ModelError, match=f"--at {at}.*{named}"):
         plan(PostHocArgs(run_dir=str(run), at=at))
 
 
-def test_flags_are_read_from_the_command_line(run):
-    args = parse(PostHocArgs, "", [str(run), "--sigma_rel", "0.02", "0.28", "--weights", "ema"])
-    assert (args.run_dir, args.sigma_rel, args.weights, args.at) == (str(run), [0.02, 0.28], "ema", None)
-
-
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("words", "named"),
     [
-        ({"run_dir": "nowhere"}, "RUN_DIR nowhere"),
-        ({"sigma_rel": [0.3]}, "--sigma_rel 0.3 must be above 0 and at most 0.288675"),
-        ({"sigma_rel": [0.1, 0.0]}, "--sigma_rel 0.0"),
-        ({"sigma_rel": [0.1, 0.1]}, "--sigma_rel 0.1 0.1: name each width once"),
-        ({"at": 0}, "--at 0"),
+        (["nowhere"], "RUN_DIR nowhere"),
+        ([".", "--sigma_rel", "0.3"], "--sigma_rel 0.3"),
+        ([".", "--sigma_rel", "0.1", "0"], "--sigma_rel 0"),
+        ([".", "--sigma_rel", "0.1", "0.1"], "--sigma_rel 0.1 0.1"),
+        ([".", "--at", "0"], "--at 0"),
     ],
 )
-def test_flags_that_cannot_work_are_named(tmp_path, flags, named):
-    (problem,) = PostHocArgs(**({"run_dir": str(tmp_path)} | flags)).problems()
+def test_flags_that_cannot_work_are_named(words, named):
+    (problem,) = read(PostHocArgs, "", [*words, "--output_dir", "new"])[1]
     assert problem.startswith(named)
+
+
+# -- the files -------------------------------------------------------------------------------------------------------
+
+
+FILE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory):
+    """The folder of a run: three checkpoints with raw and averaged UNets that all differ. Never write to it."""
+    folder = tmp_path_factory.mktemp("trained")
+    base = load_file(tiny_model / "unet" / FILE)
+    generator = torch.Generator().manual_seed(0)
+    for step in (100, 200, 300):
+        args = {"pretrained_model_name_or_path": str(tiny_model), "prediction_type": None, "ema_start": "ramp"}
+        checkpoint = add_checkpoint(folder, state_of(step, **args))
+        for component in ("unet", "unet_ema"):
+            shutil.copyfile(tiny_model / "unet/config.json", checkpoint / component / "config.json")
+            moved = {name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in base.items()}
+            save_file(moved, checkpoint / component / FILE, metadata={"format": "pt"})
+    return folder
+
+
+def average(run, out, *words):
+    assert merge_checkpoints.main(["ema", str(run), *map(str, words), "--output_dir", str(out)]) == 0
+
+
+def flat(path):
+    tensors = load_file(path)
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def expected(run, **flags):
+    """The UNet of each width in float64, by the plan's own numbers."""
+    folders = {"raw": "unet", "ema": "unet_ema"}
+    return [
+        sum(weight * flat(folder / folders[kind] / FILE) for (folder, kind), weight in one.weights.items())
+        for one in plan(PostHocArgs(run_dir=str(run), **flags))
+    ]
+
+
+def test_each_width_is_a_pipeline_of_the_sum_that_was_planned(trained, tiny_model, tmp_path):
+    average(trained, tmp_path / "out", "--sigma_rel", 0.05, 0.2)
+    first, second = expected(trained, sigma_rel=[0.05, 0.2])
+    for width, wanted in ((0.05, first), (0.2, second)):
+        folder = tmp_path / f"out/sigma_rel-{width:g}"
+        torch.testing.assert_close(flat(folder / "unet" / FILE), wanted, rtol=1e-6, atol=1e-7)
+        for part in ("text_encoder/model.safetensors", f"vae/{FILE}", "model_index.json"):
+            assert (folder / part).read_bytes() == (tiny_model / part).read_bytes(), part
+    assert not torch.allclose(first, second)
+
+
+def test_one_width_goes_into_the_folder_itself_and_one_kind_of_weights_can_be_chosen(trained, tmp_path):
+    average(trained, tmp_path / "out", "--sigma_rel", 0.1, "--weights", "raw", "--at", 200)
+    (wanted,) = expected(trained, sigma_rel=[0.1], weights="raw", at=200)
+    torch.testing.assert_close(flat(tmp_path / "out/unet" / FILE), wanted, rtol=1e-6, atol=1e-7)
+    recipe = json.loads((tmp_path / "out/merge.json").read_text())
+    assert {one["given"] for one in recipe["run"]["inputs"]} <= {str(trained / f"checkpoint-{n}") for n in (100, 200)}
+
+
+def test_the_recipe_makes_the_same_bytes_again(trained, tmp_path):
+    average(trained, tmp_path / "out", "--sigma_rel", 0.1)
+    words = ["replay", str(tmp_path / "out"), "--output_dir", str(tmp_path / "again")]
+    assert merge_checkpoints.main(words) == 0
+    assert (tmp_path / "again/unet" / FILE).read_bytes() == (tmp_path / "out/unet" / FILE).read_bytes()
+
+
+def test_a_run_whose_base_is_gone_is_refused_by_name(trained, tmp_path, capsys):
+    moved = tmp_path / "run"
+    shutil.copytree(trained, moved)
+    for path in moved.rglob("training_state.json"):
+        state = json.loads(path.read_text())
+        state["args"]["pretrained_model_name_or_path"] = str(tmp_path / "gone")
+        write_json(path, state)
+    words = ["ema", str(moved), "--sigma_rel", "0.1", "--output_dir", str(tmp_path / "out")]
+    assert merge_checkpoints.main(words) == 1
+    said = capsys.readouterr().err
+    assert str(tmp_path / "gone") in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["", "average", "checkpoint-100/average"])
+def test_an_average_is_not_written_into_its_run(trained, capsys, place):
+    words = ["ema", str(trained), "--sigma_rel", "0.1", "--output_dir", str(trained / place)]
+    before = sorted(trained.rglob("*"))
+    assert merge_checkpoints.main(words) == 1
+    assert "--output_dir" in capsys.readouterr().err and sorted(trained.rglob("*")) == before

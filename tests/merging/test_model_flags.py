@@ -8,15 +8,15 @@ from safetensors.torch import load_file
 
 from finetuning.cli import read
 from finetuning.families.model_args import ModelError
-from finetuning.merging import models
-from finetuning.merging.models import TunedArgs, opened
+from finetuning.merging import model_flags
+from finetuning.merging.model_flags import TunedArgs, open_all
 
 
 @pytest.fixture
 def asked(monkeypatch):
     """{name: options} of every model that is opened; nothing is."""
     found = {}
-    monkeypatch.setattr(models, "open_source", lambda name, **options: found.setdefault(name, options) and name)
+    monkeypatch.setattr(model_flags, "open_source", lambda name, **options: found.setdefault(name, options) and name)
     return found
 
 
@@ -49,13 +49,22 @@ def test_problems_of_all_models_come_in_one_message(tiny_model, tmp_path):
 
 def test_other_errors_are_not_taken_for_problems_of_a_model():
     with pytest.raises(ZeroDivisionError):
-        opened([lambda: 1, lambda: 1 / 0])
+        open_all([lambda: 1, lambda: 1 / 0])
 
 
 @pytest.mark.parametrize("words", [["unet,vae"], ["unet", "vae"], ["unet,", ",vae"]])
-def test_parts_are_separated_by_commas_or_spaces(words):
-    args, problems = read(TunedArgs, "", ["--base", "a", "--tuned", "b", "--parts", *words])
-    assert problems == [] and args.parts == ["unet", "vae"]
+@pytest.mark.parametrize("flag", ["--components", "--parts"])
+def test_components_are_separated_by_commas_or_spaces_and_stay_as_they_were_given(tiny_model, flag, words):
+    args, problems = read(TunedArgs, "", ["--base", str(tiny_model), "--tuned", str(tiny_model), flag, *words])
+    assert problems == [] and args.components == words
+    matches, _ = args.match(args.open_models())
+    assert {one.component for one in matches if len(one.inputs) > 1} <= {"unet", "vae"}
+
+
+@pytest.mark.parametrize("words", [["unet,clip"], [","]])
+def test_components_that_are_none_are_named(words):
+    _, problems = read(TunedArgs, "", ["--base", "a", "--tuned", "b", "--components", *words])
+    assert len(problems) == 1 and problems[0].startswith("--components") and "text_encoder" in problems[0]
 
 
 @pytest.mark.parametrize(("on_mismatch", "index"), [(None, None), ("base", 0), ("tuned", 1)])
@@ -66,11 +75,11 @@ def test_fallback_is_the_place_among_the_sources(on_mismatch, index):
 def test_match_follows_parts_and_on_mismatch(tiny_model, tmp_path):
     other = shutil.copytree(tiny_model, tmp_path / "other")
     config = other / "scheduler/scheduler_config.json"
-    args = TunedArgs(base=str(tiny_model), tuned=[str(other)], parts=["vae"])
+    args = TunedArgs(base=str(tiny_model), tuned=[str(other)], components=["vae"])
     matches, _ = args.match(args.open_models())
-    merged = {one.part: len(one.inputs) for one in matches}
+    merged = {one.component: len(one.inputs) for one in matches}
     assert merged == {"unet": 1, "text_encoder": 1, "vae": 2}
-    assert len([one for one in matches if one.part == "vae"]) == len(
+    assert len([one for one in matches if one.component == "vae"]) == len(
         load_file(next((other / "vae").glob("*.safetensors")))
     )
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))

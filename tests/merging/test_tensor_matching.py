@@ -6,25 +6,30 @@ import pytest
 import torch
 
 from finetuning.families.model_args import ModelError
-from finetuning.merging.matching import is_copied, match
-from finetuning.merging.sources import Source
-from finetuning.merging.tensors import Stored
+from finetuning.families.opening import ComponentFiles, Source
+from finetuning.families.table import FAMILIES
+from finetuning.families.tensors import TensorReference
+from finetuning.merging.tensor_matching import is_copied, match
 
 
-def stored(*shape, dtype=torch.float32, path="a.safetensors"):
-    return Stored(Path(path), dtype, shape, 0)
+def reference(*shape, dtype=torch.float32, path="a.safetensors"):
+    return TensorReference(Path(path), dtype, shape, 0)
 
 
-def model(name, prediction_type=None, **parts):
-    """A Source of {part: {key: shape or Stored}}; its tensors lie in a file of its name."""
-    made = lambda value: value if isinstance(value, Stored) else stored(*value, path=name)
-    found = {part: {key: made(value) for key, value in own.items()} for part, own in parts.items()}
-    return Source(name, found, None, (Path(name),), "pipeline", prediction_type)
+def model(name, prediction_type=None, **components):
+    """A Source of {component: {key: shape or TensorReference}}; its tensors lie in a file of its name."""
+    made = lambda value: value if isinstance(value, TensorReference) else reference(*value, path=name)
+    found = {
+        component: ComponentFiles(None, (Path(name),), None, {key: made(value) for key, value in own.items()})
+        for component, own in components.items()
+    }
+    family = FAMILIES["StableDiffusionPipeline"]
+    return Source(name, "pipeline", family, family.pipeline, None, found, prediction_type)
 
 
 def taken(matches):
     """{name: the models whose tensors go in}."""
-    return {one.name: [str(stored.path) for stored in one.inputs] for one in matches}
+    return {one.name: [str(reference.path) for reference in one.inputs] for one in matches}
 
 
 BASE = model("base", unet={"a": (2, 3), "b": (4,)}, text_encoder={"c": (5,)}, vae={"d": (6,)})
@@ -35,15 +40,15 @@ TUNED = model("tuned", unet={"b": (4,), "a": (2, 3)}, text_encoder={"c": (5,)}, 
 
 
 def test_unet_and_text_encoder_are_merged_and_the_rest_is_the_base_s():
-    matches, notes = match([BASE, TUNED])
+    matches, warnings = match([BASE, TUNED])
     both = ["base", "tuned"]
     assert taken(matches) == {"unet.a": both, "unet.b": both, "text_encoder.c": both, "vae.d": ["base"]}
     assert [one.name for one in matches if one.is_copy] == ["vae.d"]
-    assert notes == []
+    assert warnings == []
 
 
 def test_others_follow_in_the_order_in_which_they_were_given():
-    third = model("third", unet=dict(TUNED.parts["unet"]) | {"a": (2, 3)}, text_encoder={"c": (5,)})
+    third = model("third", unet=dict(TUNED.tensors["unet"]) | {"a": (2, 3)}, text_encoder={"c": (5,)})
     matches, _ = match([BASE, TUNED, third], ["unet"])
     assert taken(matches)["unet.a"] == ["base", "tuned", "third"]
 
@@ -59,14 +64,14 @@ def test_part_that_one_model_lacks_is_not_merged_unless_it_is_asked_for():
 
 
 def test_integers_and_position_ids_are_the_base_s_and_never_a_mismatch():
-    ids = {"x.position_ids": stored(1, 77, dtype=torch.float16), "steps": stored(1, dtype=torch.int64)}
+    ids = {"x.position_ids": reference(1, 77, dtype=torch.float16), "steps": reference(1, dtype=torch.int64)}
     base, tuned = model("base", unet={"a": (2,)} | ids), model("tuned", unet={"a": (2,), "steps": (9,)})
     for on_mismatch in (None, "base", "tuned"):
-        matches, notes = match([base, tuned], None, on_mismatch)
+        matches, warnings = match([base, tuned], None, on_mismatch)
         assert {one.name for one in matches if one.is_copy} == {"unet.x.position_ids", "unet.steps"}
-        assert all(one.inputs == (base.parts["unet"][one.key],) for one in matches if one.is_copy)
-        assert notes == []
-        matches, notes = match([tuned, base], ["unet"], on_mismatch) if on_mismatch else ([], [])
+        assert all(one.inputs == (base.tensors["unet"][one.key],) for one in matches if one.is_copy)
+        assert warnings == []
+        matches, warnings = match([tuned, base], ["unet"], on_mismatch) if on_mismatch else ([], [])
         assert "unet.x.position_ids" not in taken(matches)
 
 
@@ -80,14 +85,14 @@ def test_integers_and_position_ids_are_the_base_s_and_never_a_mismatch():
     ],
 )
 def test_only_integers_and_position_ids_are_no_weights(key, dtype, copied):
-    assert is_copied(key, stored(2, dtype=dtype)) == copied
+    assert is_copied(key, reference(2, dtype=dtype)) == copied
 
 
 # -- what differs ----------------------------------------------------------------------------------------------------
 
 
 DIFFERENT = model(
-    "other", unet={"a": (2, 4), "more": (1,)}, text_encoder={"c": stored(5, dtype=torch.int8, path="other")}
+    "other", unet={"a": (2, 4), "more": (1,)}, text_encoder={"c": reference(5, dtype=torch.int8, path="other")}
 )
 
 
@@ -116,10 +121,10 @@ def test_all_that_differs_is_refused_in_one_message():
     ],
 )
 def test_on_mismatch_says_whose_tensors_are_taken_and_it_is_told(on_mismatch, expected):
-    matches, notes = match([BASE, DIFFERENT], None, on_mismatch)
+    matches, warnings = match([BASE, DIFFERENT], None, on_mismatch)
     assert taken(matches) == {name: [source] for name, source in expected.items()}
     assert all(one.is_copy for one in matches)
-    assert len(notes) == 4 and all(note.startswith(f"--on_mismatch {on_mismatch}: ") for note in notes)
+    assert len(warnings) == 4 and all(warning.startswith(f"--on_mismatch {on_mismatch}: ") for warning in warnings)
 
 
 def test_mismatch_with_one_of_several_takes_that_tensor_from_one_model_alone():

@@ -2,25 +2,26 @@
 
 import torch
 
+from finetuning.cli import first_few
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import open_pipeline
-from finetuning.merging.matching import SHOWN, is_copied
 from finetuning.merging.methods import bound
 from finetuning.merging.ratios import block_ratios
+from finetuning.merging.tensor_matching import is_copied
 
 
-class Blend:
+class MergedPipeline:
     """The tensors in which the models differ, each in its own precision, and the pipeline that they are mixed into.
 
-    `notes` are sentences for a person. Raises ModelError where the models do not fit together or are not finite.
+    `warnings` are lines to print. Raises ModelError where the models do not fit together or are not finite.
     """
 
     def __init__(self, args, sources, scheduler=None, device="cpu", dtype=torch.float32):
         self.args = args
-        matches, self.notes = args.match(sources)
+        matches, self.warnings = args.match(sources)
         self.blocks = block_ratios(args.block_ratios, matches)
         self.pipeline = _base_pipeline(sources[0], args.variant, scheduler, device, dtype)
-        self.targets = _parameters(self.pipeline, sources[0].parts)
+        self.targets = _parameters(self.pipeline, sources[0].tensors)
         _check_places(matches, self.targets)
         self.mixed = self._take([one for one in matches if one.name in self.targets])
         self.ratio = None
@@ -32,7 +33,7 @@ class Blend:
             return
         self.ratio, broken = ratio, []
         for one, tensors in self.mixed:
-            compute = bound(self.args, one.name, self.blocks.of(one.part, one.key, ratio))
+            compute = bound(self.args, one.name, self.blocks.of(one.component, one.key, ratio))
             if isinstance(compute, int):
                 result = tensors[compute]
             else:
@@ -43,16 +44,16 @@ class Blend:
                 broken.append(one.name)
         if broken:
             self.ratio = None
-            raise ModelError(f"ratio {ratio:g} is too much for {self.pipeline.dtype}: {_told(broken)} overflow")
+            raise ModelError(f"ratio {ratio:g} is too much for {self.pipeline.dtype}: {_listed(broken)} overflow")
 
     @torch.no_grad()
     def _take(self, matches):
         """[(match, its tensors)] of what depends on the ratio; all else goes into the pipeline once and for all."""
         mixed, broken = [], []
         for one in matches:
-            tensors = [stored.read() for stored in one.inputs]
+            tensors = [reference.read() for reference in one.inputs]
             if not _all_finite(tensors) and not one.is_copy and self.args.fallback is not None:
-                self.notes.append(f"{one.name} is not finite: {self.args.on_mismatch}'s is taken")
+                self.warnings.append(f"{one.name} is not finite: {self.args.on_mismatch}'s is taken")
                 tensors = [tensors[self.args.fallback]]
             if not _all_finite(tensors):
                 broken.append(one.name)
@@ -62,7 +63,7 @@ class Blend:
                 mixed.append((one, tensors))
         if broken:
             raise ModelError(
-                f"{_told(broken)} are not finite in one of the models; --on_mismatch base or tuned says whose to take"
+                f"{_listed(broken)} are not finite in one of the models; --on_mismatch base or tuned says whose to take"
             )
         return mixed
 
@@ -81,12 +82,12 @@ def _base_pipeline(base, variant, scheduler, device, dtype):
     return pipeline
 
 
-def _parameters(pipeline, parts):
-    """{canonical name: tensor} of the pipeline's parts; what is copied into these, the pipeline has."""
+def _parameters(pipeline, components):
+    """{canonical name: tensor} of the pipeline's components; what is copied into these, the pipeline has."""
     return {
-        f"{part}.{key.removeprefix('text_model.')}": tensor
-        for part in parts
-        for key, tensor in getattr(pipeline, part).state_dict().items()
+        f"{component}.{key.removeprefix('text_model.')}": tensor
+        for component in components
+        for key, tensor in getattr(pipeline, component).state_dict().items()
     }
 
 
@@ -96,7 +97,7 @@ def _check_places(matches, targets):
     odd = [one.name for one in weights if one.name not in targets or targets[one.name].shape != one.inputs[0].shape]
     odd += sorted(targets.keys() - {one.name for one in matches})
     if odd:
-        raise ModelError(f"{_told(odd)} do not fit the configuration of the base")
+        raise ModelError(f"{_listed(odd)} do not fit the configuration of the base")
 
 
 def _all_finite(tensors):
@@ -108,6 +109,5 @@ def _same_bytes(one, other):
     return one.dtype == other.dtype and torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (one, other)))
 
 
-def _told(names):
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{len(names)} tensor(s) ({', '.join(names[:SHOWN])}{more})"
+def _listed(names):
+    return f"{len(names)} tensor(s) ({first_few(names)})"

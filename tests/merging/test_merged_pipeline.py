@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import open_pipeline
-from finetuning.merging.blend import Blend
+from finetuning.merging.merged_pipeline import MergedPipeline
 from finetuning.merging.methods import weighted_sum
 from finetuning.merging.sweep import SweepArgs
 
@@ -41,7 +41,7 @@ def tuned(tiny_model, tmp_path):
 def blend(tiny_model, tuned):
     def make(base=tiny_model, others=(tuned,), dtype=torch.float32, **flags):
         args = SweepArgs(base=str(base), tuned=list(map(str, others)), output_dir="unused", **flags)
-        return Blend(args, args.open_models(args.origin), "dpm++", dtype=dtype)
+        return MergedPipeline(args, args.open_models(args.origin), "dpm++", dtype=dtype)
 
     return make
 
@@ -95,7 +95,7 @@ def test_a_ratio_that_is_set_is_not_set_again(blend):
 
 
 def test_parts_and_blocks_have_ratios_of_their_own(blend, tiny_model, tuned):
-    mixed = blend(parts=["unet"], block_ratios=["unet.mid_block.*=0", "unet.conv_in.*=1"])
+    mixed = blend(components=["unet"], block_ratios=["unet.mid_block.*=0", "unet.conv_in.*=1"])
     mixed.set(0.5)
     base, other = (weights(open_pipeline(str(folder))) for folder in (tiny_model, tuned))
     found = weights(mixed.pipeline)
@@ -141,7 +141,7 @@ def test_all_tensors_that_are_not_finite_are_named_or_taken_from_one_side(blend,
     mixed.set(1.0)
     base = load_file(tiny_model / UNET)
     assert all(torch.equal(mixed.targets[f"unet.{name}"], base[name]) for name in broken)
-    assert [note for note in mixed.notes if "unet.conv_out.bias" in note]
+    assert [note for note in mixed.warnings if "unet.conv_out.bias" in note]
     with pytest.raises(ModelError, match=r"unet\.conv_in\.bias"):
         blend(on_mismatch="tuned")
 
