@@ -78,7 +78,7 @@ def test_errors_stop_the_run_or_their_rows_are_left_out(broken, load):
         assert text in str(caught.value)
     training, _, message = load(on_bad_rows="skip")
     assert numbers(training.rows) == list(range(4, 11))
-    assert "7 rows left out" in message and "gone.png" in message
+    assert "7 left out" in message and "gone.png" in message
 
 
 def test_nothing_left_to_train_on_is_an_error(folder, load, write_metadata):
