@@ -8,7 +8,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from finetuning.families.model_args import ModelError
-from finetuning.merging.ratios import CURVES, BlockRatios, parse_ratios, unet_blocks
+from finetuning.families.original import unet_blocks
+from finetuning.merging.ratios import CURVES, BlockRatios, parse_ratios
 
 
 @pytest.fixture(scope="module")
