@@ -407,6 +407,13 @@ def test_labels_that_differ_in_signs_alone_have_folders_of_their_own(evaluate, t
     assert len(list((tmp_path / "images").glob("a-b*"))) == 2
 
 
+def test_nothing_is_written_into_what_is_read(evaluate, tiny_model, shapes_folder, capsys):
+    for folder in (tiny_model, tiny_model / "report", shapes_folder / "report"):
+        with pytest.raises(SystemExit):
+            evaluate(folder)
+        assert "--output_dir" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("label", ["", "..", "?"])
 def test_a_label_that_names_no_folder_is_refused(label, evaluate, tiny_model, tmp_path, capsys):
     with pytest.raises(SystemExit):
