@@ -280,10 +280,10 @@ def _located(given, url, digest, flag):
 
 
 def _download(url, path, digest, flag):
-    import huggingface_hub
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     help = f"name a local file with {flag}, or put it at {path}"
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if HF_HUB_OFFLINE:
         raise Unavailable(f"{url} is not on this machine and HF_HUB_OFFLINE is set: {help}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
