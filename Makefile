@@ -13,6 +13,7 @@ test: $(VENV)/.ready
 
 # Speed and memory, each beside a limit measured in the same run; an hour.
 bench: $(VENV)/.ready
+	$(PYTHON) benchmarks/startup/run.py
 	PYTHONPATH=. $(PYTHON) benchmarks/convert/run.py
 	PYTHONPATH=. $(PYTHON) benchmarks/million_rows/run.py
 	PYTHONPATH=. $(PYTHON) benchmarks/merge/run.py
@@ -50,6 +51,6 @@ $(VENV)/.ready: requirements.txt
 clean:
 	rm -rf $(VENV) build runs
 
-# Write FLAGS.md again, from the code.
+# Write docs/flags.md again, from the code.
 flags: $(VENV)/.ready
 	PYTHONPATH=. $(PYTHON) tests/write_flags.py

@@ -245,9 +245,13 @@ def run_commands(commands, description, argv=None, *, was=None, usual=None):
     usual  the command that is meant where the first word is a flag
     """
     name, rest = _command(list(commands), description, sys.argv[1:] if argv is None else list(argv), was or {}, usual)
-    entry = commands[name]
-    args_class, function = entry() if callable(entry) else entry
+    args_class, function = load_command(commands[name])
     return _run(function, parse(args_class, description, rest))
+
+
+def load_command(entry):
+    """(args_class, function) of an entry of `run_commands`."""
+    return entry() if callable(entry) else entry
 
 
 def _run(function, args):

@@ -6,7 +6,7 @@ import runpy
 
 def test_the_list_of_flags_is_the_codes(root):
     page = runpy.run_path(str(root / "tests/write_flags.py"))["page"]
-    assert (root / "FLAGS.md").read_text(encoding="utf-8") == page(), "run `make flags`"
+    assert (root / "docs/flags.md").read_text(encoding="utf-8") == page(), "run `make flags`"
 
 
 def test_images_and_files_that_it_names_are_there(root):
@@ -19,7 +19,7 @@ def test_images_and_files_that_it_names_are_there(root):
 
 
 def test_flags_that_it_names_are_there(root):
-    known = set(re.findall(r"`(--\w+)`", (root / "FLAGS.md").read_text(encoding="utf-8")))
+    known = set(re.findall(r"`(--\w+)`", (root / "docs/flags.md").read_text(encoding="utf-8")))
     known |= {"--config", "--config_file", "--exclude", "--help"}
     named = set(re.findall(r"(?<![\w-])--[a-z]\w+", (root / "README.md").read_text(encoding="utf-8")))
     assert {name for name in named if name.replace("--no-", "--") not in known} == set()

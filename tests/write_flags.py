@@ -1,47 +1,40 @@
-"""Write FLAGS.md, the tables of every script's flags, from the code. Run by `make flags`."""
+"""Write docs/flags.md, the tables of every script's flags, from the code. Run by `make flags`."""
 
+import importlib
 from pathlib import Path
 
-import caption_images
-import evaluate_model
-import generate_images
-import merge_checkpoints
-import prepare_dataset
-import train_lora
-import train_text_to_image
-from finetuning.cli import flag_table
+from finetuning.cli import flag_table, load_command
 
 HEAD = """# Every flag of every script
 
-Written by `make flags` from the code; `--help` says the same. `--config FILE` (YAML or JSON, keys named as flags) fills
-any of them, the command line wins. Flags that are on or off are switched off by `--no-` before their name.
+Written by `make flags` from the code; `--help` says the same. `--config FILE` (YAML or JSON, keys named as the flags)
+fills any of them; the command line wins. A flag that is on or off is given as `--use_ema`, `--no-use_ema` or
+`--use_ema false`. A flag that takes several values takes them all at once: `--seed 1 2 3`.
 """
+NOTES = {
+    "train_text_to_image.py": "Names and defaults are those of diffusers' official example where it has them.",
+    "train_lora.py": 'Those of train_text_to_image.py, without its group "Weights to start from", and:',
+}
+SCRIPTS = (
+    "train_text_to_image", "train_lora", "generate_images", "prepare_dataset", "evaluate_model", "caption_images",
+    "merge_checkpoints",
+)  # fmt: skip
 
 
 def page():
     """The whole file as text."""
-    training = flag_table(train_text_to_image.Args)
-    lora = flag_table(train_lora.Args, besides=train_text_to_image.Args)
-    sections = [
-        (
-            "train_text_to_image.py",
-            "Names and defaults are those of diffusers' official example where it has them.",
-            training,
-        ),
-        ("train_lora.py", 'Those of train_text_to_image.py, without its group "Weights to start from", and:', lora),
-        ("generate_images.py", "", flag_table(generate_images.Args)),
-        *((f"prepare_dataset.py {name}", "", flag_table(args)) for name, args in prepare_dataset.COMMANDS.items()),
-        ("evaluate_model.py", "", flag_table(evaluate_model.Args)),
-        ("caption_images.py", "", flag_table(caption_images.Args)),
-        *(
-            (f"merge_checkpoints.py {name}", "", flag_table(args))
-            for name, (args, _) in merge_checkpoints.commands().items()
-        ),
-    ]
-    return "\n".join(
-        [HEAD, *(f"## {title}\n\n" + (f"{note}\n\n" if note else "") + table for title, note, table in sections)]
-    )
+    scripts = {name: importlib.import_module(name) for name in SCRIPTS}
+    sections = []
+    for name, script in scripts.items():
+        if hasattr(script, "COMMANDS"):
+            tables = {command: flag_table(load_command(entry)[0]) for command, entry in script.COMMANDS.items()}
+            sections += [(f"{name}.py {command}", table) for command, table in tables.items()]
+        else:
+            besides = scripts["train_text_to_image"].Args if name == "train_lora" else None
+            sections.append((f"{name}.py", flag_table(script.Args, besides)))
+    notes = {title: f"{NOTES[title]}\n\n" if title in NOTES else "" for title, _ in sections}
+    return "\n".join([HEAD, *(f"## {title}\n\n{notes[title]}{table}" for title, table in sections)])
 
 
 if __name__ == "__main__":
-    Path("FLAGS.md").write_text(page(), encoding="utf-8")
+    Path("docs/flags.md").write_text(page(), encoding="utf-8")

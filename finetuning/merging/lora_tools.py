@@ -186,7 +186,7 @@ def _put(model, name, shape):
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA among the inputs of a recipe, with the fields of sources.Source that recipes name."""
+    """A LoRA among the inputs of a recipe, with the fields of opening.Source that recipes name."""
 
     given: str
     files: tuple[Path, ...]
@@ -311,25 +311,24 @@ def write_result(command, args, sources, layers, components, facts, report, name
     hashes = {path: sha256(path) for source in sources for path in source.files}
     recipe = recipe_of(command, as_dict(args), sources, hashes)
     facts = facts | metadata_of(recipe) | _size_facts(layers)
-    held = dict.fromkeys(names, layers)
-    if KOHYA_NAME in names:
-        held[KOHYA_NAME], notice = for_kohya(layers)
-        if not held[KOHYA_NAME]:
-            raise ModelError(notice)
+    held, notice = for_kohya(layers)
+    if KOHYA_NAME in names and not held:
+        raise ModelError(f"{notice}; there is no other layer")
     with atomic_folder(args.output_dir) as folder:
         for name in names:
             if name == KOHYA_NAME:
-                write_kohya(folder / name, rounded, facts | _kohya_facts(held[name]))
+                write_kohya(folder / name, rounded, facts | _kohya_facts(held))
             else:
                 write_diffusers_for_all(folder / name, rounded, facts)
-            _check(folder / name, held[name], components, args.dtype)
+            _check(folder / name, held if name == KOHYA_NAME else layers, components, args.dtype)
         recipe["run"]["report"] = report
         write_json(folder / RECIPE, recipe)
-    lines = []
-    for name in names:
-        path = Path(args.output_dir) / name
-        lines.append(f"{path}  {len(held[name])} layers, {path.stat().st_size / 1e6:.2f} MB")
-    return [*lines, *([notice] if KOHYA_NAME in names and notice else [])]
+    paths = {name: Path(args.output_dir) / name for name in names}
+    lines = [
+        f"{path}  {len(held if name == KOHYA_NAME else layers)} layers, {path.stat().st_size / 1e6:.2f} MB"
+        for name, path in paths.items()
+    ]
+    return lines + ([notice] if notice and KOHYA_NAME in names else [])
 
 
 def _rounded(layer, dtype):
