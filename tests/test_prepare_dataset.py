@@ -193,7 +193,7 @@ def test_a_broken_image_ends_with_status_1_and_can_be_mended(folder, tmp_path, c
     whole = (folder / "b.png").read_bytes()
     (folder / "b.png").write_bytes(whole[:40])
     assert convert(folder, tmp_path / "out") == 1
-    assert "1 images could not be taken" in capsys.readouterr().err
+    assert "1 image could not be taken" in capsys.readouterr().err
     (folder / "b.png").write_bytes(whole)
     assert convert(folder, tmp_path / "out") == 0
     assert list(captions(tmp_path / "out")) == ["a.png", "b.png"]

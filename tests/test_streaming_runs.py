@@ -1,13 +1,11 @@
-"""Every train_*.py on a stream, run as a user runs it: exact under resume, and with every fault named."""
+"""Every train_*.py on a stream, run as a user runs it: exact under resume, and with every error named."""
 
-import importlib
 import io
 import json
 import os
 import shutil
 import socket
 import tarfile
-from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -15,10 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from finetuning import files
-
 FULL = pytest.mark.parametrize("script", ["train_text_to_image"])
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 STEPS = 8
 
 
@@ -68,49 +63,32 @@ def arguments(tiny_model, shards):
     """.split()
 
 
-def train(script, arguments, output_dir, *more):
-    """Run the script in this process; its exit status."""
-    return importlib.import_module(script).main([*arguments, "--output_dir", str(output_dir), *map(str, more)])
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-def state(folder, step=STEPS):
-    """What a run computed: result and checkpoint as hashes, the optimizer's moments, the logged losses."""
-    patterns = ("*", "*/*", f"checkpoint-{step}/*/*")
-    found = {path for pattern in patterns for path in Path(folder).glob(f"{pattern}.safetensors")}
-    saved = torch.load(Path(folder) / f"checkpoint-{step}/optimizer.pt", weights_only=True)["optimizer"]["state"]
-    moments = [value.tolist() for _, one in sorted(saved.items()) for value in one.values()]
-    return {str(path.relative_to(folder)): files.sha256(path) for path in found}, moments, metrics(folder)
-
-
 @pytest.mark.parametrize(("write", "workers"), [(tars, 0), (tables, 1)])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(
-    script, arguments, samples, shards, tmp_path, write, workers, capfd
+    script, training, arguments, samples, shards, tmp_path, write, workers, capfd
 ):
     write(shards, samples)
     straight = tmp_path / "straight"
-    assert train(script, arguments, straight) == 0
+    assert training.run(script, arguments, straight) == 0
     assert "dataset: a stream of 3 shards" in capfd.readouterr().err
-    for stopped_at in (1, 3, 6):  # the first step, the next epoch, the one after
+    for stopped_at in (1, 6):  # the first step, and in the third epoch
         resumed = tmp_path / f"resumed-{stopped_at}"
         resumed.mkdir()
         shutil.copytree(straight / f"checkpoint-{stopped_at}", resumed / f"checkpoint-{stopped_at}")
         shutil.copy(straight / "metrics.jsonl", resumed)
         more = ("--resume_from_checkpoint", "latest", "--dataloader_num_workers", workers)
-        assert train(script, arguments, resumed, *more) == 0
-        assert state(resumed) == state(straight)
+        assert training.run(script, arguments, resumed, *more) == 0
+        assert training.state(resumed) == training.state(straight)
         assert "have changed" not in capfd.readouterr().err
 
 
-def test_a_pattern_names_the_shards(script, arguments, samples, shards, tmp_path):
+@FULL
+def test_a_pattern_names_the_shards(script, training, arguments, samples, shards, tmp_path):
     tars(shards, samples)
     (shards / "00002.tar").rename(shards / "2.tar")  # not of the pattern
     pattern = str(shards / "{00000..00001}.tar")
     few = ("--train_data_dir", pattern, "--max_train_steps", "1")
-    assert train(script, arguments, tmp_path / "run", *few) == 0
+    assert training.run(script, arguments, tmp_path / "run", *few) == 0
     assert json.loads((tmp_path / "run/args.json").read_text())["train_data_dir"] == pattern
 
 
@@ -134,12 +112,14 @@ def on_two_processes(work):
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
 
 
-def test_processes_read_shards_of_their_own_and_resume_exactly(script, arguments, samples, shards, tmp_path, tensors):
+def test_processes_read_shards_of_their_own_and_resume_exactly(
+    script, training, arguments, samples, shards, tmp_path, tensors
+):
     tars(shards, samples)
     more = ("--max_train_steps", 5, "--resume_from_checkpoint", "latest")
-    assert on_two_processes(lambda: train(script, arguments, tmp_path / "straight", *more)) == [0, 0]
+    assert on_two_processes(lambda: training.run(script, arguments, tmp_path / "straight", *more)) == [0, 0]
     shutil.copytree(tmp_path / "straight/checkpoint-3", tmp_path / "resumed/checkpoint-3")
-    assert on_two_processes(lambda: train(script, arguments, tmp_path / "resumed", *more)) == [0, 0]
+    assert on_two_processes(lambda: training.run(script, arguments, tmp_path / "resumed", *more)) == [0, 0]
     assert json.loads((tmp_path / "resumed/args.json").read_text())["run"]["processes"] == 2
     straight, resumed = (tensors(tmp_path / name / "checkpoint-5") for name in ("straight", "resumed"))
     assert straight.keys() == resumed.keys() and straight
@@ -148,52 +128,56 @@ def test_processes_read_shards_of_their_own_and_resume_exactly(script, arguments
             assert torch.equal(resumed[part][name], value), f"{part} {name}"
 
 
-def test_fewer_shards_than_processes_are_refused(script, arguments, samples, shards, tmp_path, capfd):
+@FULL
+def test_fewer_shards_than_processes_are_refused(script, training, arguments, samples, shards, tmp_path, capfd):
     tars(shards, samples[:2])
     for number in (1, 2):
         (shards / f"{number:05}.tar").unlink()
-    assert on_two_processes(lambda: train(script, arguments, tmp_path / "out")) == [1, 1]
+    assert on_two_processes(lambda: training.run(script, arguments, tmp_path / "out")) == [1, 1]
     assert capfd.readouterr().err.count("has 1 shards for 2 processes") == 1
 
 
+@FULL
 def test_an_image_that_cannot_be_read_stops_the_run_which_goes_on_without_it(
-    script, arguments, samples, shards, tmp_path, capfd
+    script, training, arguments, samples, shards, tmp_path, capfd
 ):
     samples[7] = (samples[7][0][:-30], samples[7][1])
     tars(shards, samples)
-    assert train(script, arguments, tmp_path / "out") == 1
+    assert training.run(script, arguments, tmp_path / "out") == 1
     said = capfd.readouterr().err
     assert "00002.tar/7.png" in said and "--on_bad_rows skip" in said and "Traceback" not in said
     skip = ("--on_bad_rows", "skip", "--resume_from_checkpoint", "latest")
-    assert train(script, arguments, tmp_path / "out", *skip) == 0
+    assert training.run(script, arguments, tmp_path / "out", *skip) == 0
     said = capfd.readouterr().err
     assert "00002.tar/7.png" in said and "1 so far" in said and "have changed" not in said
-    assert train(script, arguments, tmp_path / "straight", *skip[:2]) == 0
-    assert state(tmp_path / "out") == state(tmp_path / "straight")
+    assert training.run(script, arguments, tmp_path / "straight", *skip[:2]) == 0
+    training.assert_same(training.state(tmp_path / "out"), training.state(tmp_path / "straight"))
 
 
-def test_other_shards_on_resume_are_named(script, arguments, samples, shards, tmp_path, capfd):
+@FULL
+def test_other_shards_on_resume_are_named(script, training, arguments, samples, shards, tmp_path, capfd):
     tars(shards, samples)
-    assert train(script, arguments, tmp_path / "out", "--max_train_steps", 1) == 0
+    assert training.run(script, arguments, tmp_path / "out", "--max_train_steps", 1) == 0
     tars(shards, samples[1:])
     more = ("--max_train_steps", 2, "--shuffle_buffer", 2, "--resume_from_checkpoint", "latest")
-    assert train(script, arguments, tmp_path / "out", *more) == 0
+    assert training.run(script, arguments, tmp_path / "out", *more) == 0
     changes = capfd.readouterr().err.split("these have changed")[1].splitlines()[0]
     assert "the dataset's rows" in changes and "--shuffle_buffer 4 -> 2" in changes
 
 
 @FULL
-def test_rows_that_break_a_step_are_named(script, arguments, samples, shards, tmp_path, capfd):
+def test_rows_that_break_a_step_are_named(script, training, arguments, samples, shards, tmp_path, capfd):
     tars(shards, samples)
-    assert train(script, arguments, tmp_path, "--learning_rate", "1e30", "--max_grad_norm", 0) == 1
+    assert training.run(script, arguments, tmp_path, "--learning_rate", "1e30", "--max_grad_norm", 0) == 1
     said = capfd.readouterr().err
     assert "NonFinite" in said and said.count(".tar/") == 4
 
 
-def test_what_cannot_be_streamed_is_refused_before_the_first_step(script, arguments, shards, tmp_path, capfd):
-    assert train(script, arguments, tmp_path / "out") == 1
+@FULL
+def test_what_cannot_be_streamed_is_refused_before_the_first_step(script, training, arguments, shards, tmp_path, capfd):
+    assert training.run(script, arguments, tmp_path / "out") == 1
     assert f"--streaming reads WebDataset tars and Parquet files, and {shards} has none" in capfd.readouterr().err
     cut = arguments.index("--max_train_steps")
     with pytest.raises(SystemExit):
-        train(script, arguments[:cut] + arguments[cut + 2 :], tmp_path / "out")
+        training.run(script, arguments[:cut] + arguments[cut + 2 :], tmp_path / "out")
     assert "--streaming needs --max_train_steps" in capfd.readouterr().err

@@ -335,8 +335,8 @@ def right(check):
 
     def stopped(name):
         def checked(result):
-            if "NonFinite" not in result["text"]:
-                raise Failed("no message of NonFinite")
+            if not re.search(r"the (loss|gradient's norm) is -?(nan|inf)|weights are not finite", result["text"]):
+                raise Failed("no message that says what is not finite")
             for path in folder(name).glob("checkpoint-*/**/*.safetensors"):
                 broken = [key for key, value in load_file(path).items() if not np.isfinite(value).all()]
                 if broken:

@@ -18,7 +18,7 @@ class LatentArgs:
 
     cache_latents: bool = flag(
         False, "encode every image once, before the first step, and keep the latents in memory (0.13 MB an image at "
-        "512 px, twice that with --random_flip); needs --center_crop or images that need no crop",
+        "512 px, twice that with --random_flip); needs --center_crop",
     )  # fmt: skip
 
     def problems(self):

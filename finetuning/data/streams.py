@@ -171,7 +171,7 @@ class StreamedImages(CaptionedImages):
             return index, None, None, re.sub(r" <.*? at 0x\w+>", "", str(error))  # each time the address is another
 
     def collate(self, items):
-        """(Batch, {row: where it stands}, images that cannot be read); the share of those goes to the others."""
+        """(Batch, {row: where it stands}, why images cannot be read); the share of those goes to the others."""
         good = [item for item in items if item[1] is not None]
         blank = torch.zeros(3, self.transform.height, self.transform.width), (0,) * 6
         batch = super().collate(good or [(items[0][0], *blank, "")])
@@ -200,18 +200,18 @@ class StreamedImages(CaptionedImages):
         """Micro-batches of the steps first_step <= step < last_step. Raises DatasetError where the stream breaks."""
         step = None
         try:
-            for batch, origins, faults in super().loader(sampler, first_step, last_step, workers, pin_memory):
-                if faults:
+            for batch, origins, reasons in super().loader(sampler, first_step, last_step, workers, pin_memory):
+                if reasons:
                     findings = Findings()
-                    for reason in faults:
+                    for reason in reasons:
                         findings.error("unreadable_image", reason)
                     self.shards.tell(findings)
                 self.origins = self.origins | origins if step == batch.step else origins
                 step = batch.step
                 yield batch
-        except DatasetError as problem:
-            if sampler.process:  # the script tells of the main process's
-                tqdm.write(f"process {sampler.process}: {problem}", file=sys.stderr)
+        except DatasetError as error:
+            if sampler.process:  # the script prints the main process's
+                tqdm.write(f"process {sampler.process}: {error}", file=sys.stderr)
             raise
 
 

@@ -125,7 +125,7 @@ def generate_all(args, rows, general, device, dtype):
 
 def _losses(pipeline, args):
     """{"fit": [rows], "retain": [rows]}: denoising losses on the dataset and on what should be kept."""
-    how = {"most": args.loss_rows, "seed": args.seed, "batch_size": args.batch_size, "size": parse_size(args.size)}
+    how = {"max_rows": args.loss_rows, "seed": args.seed, "batch_size": args.batch_size, "size": parse_size(args.size)}
     how["caption_column"] = args.caption_column
     return {
         "fit": pipeline_losses(pipeline, args.dataset, split=args.fit_split or args.split, **how),

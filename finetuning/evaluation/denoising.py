@@ -31,9 +31,9 @@ class _DataFlags(BucketArgs, CaptionArgs, DataArgs):
     """What a set of images is made with: training's defaults."""
 
 
-def chosen_rows(total, most, seed):
-    """The numbers of at most `most` of `total` rows, drawn with the seed, in order."""
-    return sorted(python_random(seed, "validation rows").sample(range(total), min(most, total)))
+def chosen_rows(total, max_rows, seed):
+    """The numbers of at most `max_rows` of `total` rows, chosen with the seed, in order."""
+    return sorted(python_random(seed, "validation rows").sample(range(total), min(max_rows, total)))
 
 
 def stratified_timesteps(count, timesteps, seed):
@@ -77,8 +77,8 @@ def row_losses(
     return torch.tensor([losses[row] for row in only], dtype=torch.float64)
 
 
-def load_rows(folder, tokenize, size, *, split=None, most=256, seed=0, caption_column="text", say=print):
-    """(ImageDataset, the numbers of at most `most` of its rows) of a folder with metadata.jsonl.
+def load_rows(folder, tokenize, size, *, split=None, max_rows=256, seed=0, caption_column="text", say=print):
+    """(ImageDataset, the numbers of at most `max_rows` of its rows) of a folder with metadata.jsonl.
 
     size   (height, width) in pixels; images are resized until they cover it, and the centre is taken
     split  "train", "validation" or "test"; none: validation, or the folder itself where it has no splits
@@ -88,7 +88,7 @@ def load_rows(folder, tokenize, size, *, split=None, most=256, seed=0, caption_c
     """
     findings = Findings()
     rows = read_split(folder, split, "validation", caption_column, findings)
-    chosen = chosen_rows(len(rows), most, seed)
+    chosen = chosen_rows(len(rows), max_rows, seed)
     for row in (rows[number] for number in chosen):
         try:
             open_rgb(row.image)

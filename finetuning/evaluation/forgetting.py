@@ -24,7 +24,7 @@ from finetuning.evaluation.retention import (
 from finetuning.families.model import Model
 
 DRIFTS = {metric.drift_of: name for name, metric in table().items() if metric.drift_of}
-UNKNOWN = "cannot be said: too little was measured"
+UNKNOWN = "not known: too little was measured"
 
 
 @dataclass
@@ -63,7 +63,7 @@ class ForgettingArgs:
 
 
 def pipeline_losses(
-    pipeline, folder, *, split=None, most=256, seed=0, batch_size=4, size=None, caption_column="text", say=print
+    pipeline, folder, *, split=None, max_rows=256, seed=0, batch_size=4, size=None, caption_column="text", say=print
 ):  # fmt: skip
     """The denoising loss of a pipeline on rows of a folder, float64 [rows] (see denoising.row_losses).
 
@@ -75,7 +75,7 @@ def pipeline_losses(
     own = model.denoiser.denoiser.config.sample_size * model.codec.factor
     try:
         images, rows = load_rows(
-            folder, model.tokenize, size or (own, own), split=split, most=most, seed=seed,
+            folder, model.tokenize, size or (own, own), split=split, max_rows=max_rows, seed=seed,
             caption_column=caption_column, say=say,
         )  # fmt: skip
     except DatasetError as problem:

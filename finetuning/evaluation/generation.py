@@ -79,11 +79,11 @@ class GenerationArgs:
 # -- rows ----------------------------------------------------------------------------------------------------------
 
 
-def dataset_rows(dataset, split=None, caption_column="text", most=None, seed=0, say=print):
+def dataset_rows(dataset, split=None, caption_column="text", max_rows=None, seed=0, say=print):
     """The captioned images of a folder with metadata.jsonl, in the order of their paths: [Row, ...].
 
     split  "train", "validation" or "test"; none: test, or the folder itself where it has no splits
-    most   how many rows at most, drawn with the seed; they keep the numbers that they have among all
+    max_rows  how many rows at most, chosen with the seed; they keep the numbers that they have among all
 
     Of several captions of an image the first is taken. Every image is opened. Raises EvaluationError with all that
     is wrong.
@@ -93,7 +93,7 @@ def dataset_rows(dataset, split=None, caption_column="text", most=None, seed=0, 
         every = read_split(dataset, split, "test", caption_column, findings)
     except DatasetError as problem:
         raise EvaluationError(str(problem)) from problem
-    chosen = range(len(every)) if most is None else chosen_rows(len(every), most, seed)
+    chosen = range(len(every)) if max_rows is None else chosen_rows(len(every), max_rows, seed)
     taken = [(number, every[number]) for number in chosen]
     _open_all([(row.origin, row.image) for _, row in taken], findings)
     if findings.errors:
@@ -335,7 +335,7 @@ def images_in(folder, rows, *, by_order=False, caption_column="text"):
 
     An image's row is the one whose number it is named by (00003.png or 3.png), or whose true image has the same
     name, or whose caption the folder's metadata gives it: whichever of these pairs all images with all rows. An
-    image that is said to be of another caption is never paired. `rows` are all of the split, also where fewer will
+    image whose metadata gives it another caption is never paired. `rows` are all of the split, also where fewer will
     be measured.
 
     by_order  pair the names in their order with the rows in theirs, whatever the names are
@@ -349,10 +349,10 @@ def images_in(folder, rows, *, by_order=False, caption_column="text"):
     images = [path for path in images if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not images:
         raise EvaluationError(f"there are no images in {folder} ({', '.join(sorted(EXTENSIONS))})")
-    told = _told_captions(folder, images, caption_column, findings)
+    captions_of = _captions_in(folder, images, caption_column, findings)
     captions = {row.number: row.caption for row in rows}
-    agrees = lambda number, path: captions[number] in told.get(path, (captions[number],))
-    ways = [_by_order(folder, images, rows, findings)] if by_order else _by_name(images, rows, told)
+    agrees = lambda number, path: captions[number] in captions_of.get(path, (captions[number],))
+    ways = [_by_order(folder, images, rows, findings)] if by_order else _by_name(images, rows, captions_of)
     ways = [{number: path for number, path in way.items() if agrees(number, path)} for way in ways]
     full = [way for way in ways if len(way) == len(rows) == len(images)]
     pairs = full[0] if full else max(ways, key=len)
@@ -360,7 +360,7 @@ def images_in(folder, rows, *, by_order=False, caption_column="text"):
         for number, path in pairs.items():
             if any(way[number] != path for way in full):
                 findings.error("fits_two_rows", path.relative_to(folder))
-    _note_unpaired(folder, images, rows, pairs, told, findings)
+    _note_unpaired(folder, images, rows, pairs, captions_of, findings)
     _open_all([(path.relative_to(folder), path) for path in images], findings)
     if findings.errors:
         raise EvaluationError(
@@ -371,12 +371,12 @@ def images_in(folder, rows, *, by_order=False, caption_column="text"):
     return pairs
 
 
-def _by_name(images, rows, told):
+def _by_name(images, rows, captions_of):
     """The pairs {row number: path} by number, by the true image's name, and by caption."""
     return [
         _paired(images, rows, lambda path: int(path.stem) if path.stem.isdecimal() else None, lambda row: row.number),
         _paired(images, rows, lambda path: path.stem, lambda row: row.image and row.image.stem),
-        _paired(images, rows, lambda path: next(iter(told.get(path, ())), None), lambda row: row.caption),
+        _paired(images, rows, lambda path: next(iter(captions_of.get(path, ())), None), lambda row: row.caption),
     ]
 
 
@@ -403,9 +403,9 @@ def _paired(images, rows, key_of_image, key_of_row):
     return {numbers[key][0]: paths[key][0] for key in keys}
 
 
-def _told_captions(folder, images, caption_column, findings):
+def _captions_in(folder, images, caption_column, findings):
     """{path: captions} as the folder's metadata, or the settings.json of generate_rows, has them."""
-    told, there = {}, {*images}
+    captions_of, there = {}, {*images}
     try:
         for path in (folder / name for name in METADATA_NAMES if (folder / name).is_file()):
             for where, record in read_records(path, folder, findings):
@@ -414,20 +414,20 @@ def _told_captions(folder, images, caption_column, findings):
                 if image not in there:
                     findings.error("image_missing", where, name)
                 elif captions := as_captions(record.get(caption_column), where, caption_column):
-                    told[image] = captions
+                    captions_of[image] = captions
     except DatasetError as problem:
         raise EvaluationError(str(problem)) from problem
-    if not told and (folder / SETTINGS).is_file():
-        told = {folder / f"{stem}.png": (caption,) for stem, caption in _read_settings(folder)[1].items()}
-    return told
+    if not captions_of and (folder / SETTINGS).is_file():
+        captions_of = {folder / f"{stem}.png": (caption,) for stem, caption in _read_settings(folder)[1].items()}
+    return captions_of
 
 
-def _note_unpaired(folder, images, rows, pairs, told, findings):
-    """What stays alone on either side, as faults."""
+def _note_unpaired(folder, images, rows, pairs, captions_of, findings):
+    """What stays alone on either side, as errors."""
     paired = {*pairs.values()}
     for path in images:
         if path not in paired:
-            findings.error("image_without_row", path.relative_to(folder), told.get(path, ("",))[0])
+            findings.error("image_without_row", path.relative_to(folder), captions_of.get(path, ("",))[0])
     for row in rows:
         if row.number not in pairs:
             findings.error("row_without_image", f"row {row.number}", row.caption)

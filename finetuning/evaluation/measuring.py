@@ -151,10 +151,10 @@ def open_networks(args, device="cpu"):
 
 
 def measure(rows, images, opened, args, device="cpu", offered=None):
-    """All figures of all models, a Measured.
+    """All metrics of all models, a Measured.
 
-    rows      generating.Row: number, caption, and the true image or None
-    images  {label: {row number: path}}; the first label is the reference
+    rows      generation.Row: number, caption, and the true image or None
+    images    {label: {row number: path}}; the first label is the reference
     opened    Networks
     offered   names of the metrics that make sense here (none: all of a dataset); with --metrics those that are named
 

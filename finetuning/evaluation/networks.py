@@ -1,4 +1,4 @@
-"""The networks that figures are taken with: FID's Inception, LPIPS and CLIP, and which weights they were given.
+"""The networks that metrics need: FID's Inception, LPIPS and CLIP, and which weights they were given.
 
     network, weights = inception(None, "clean", "cpu")  # the published weights, downloaded once
     network, weights = inception("inception.safetensors", "clean", "cpu")  # or those of a file

@@ -95,7 +95,8 @@ def _sentence(table, group):
     """One sentence for notes of a code that differ in their models, sides or metrics alone."""
     fields = dict(group[0])
     fields["on"] = f"{fields['on']}: " if fields.get("on") else ""
-    fields["models"] = listed([*dict.fromkeys(_model(one) for one in group)]) if "model" in fields else ""
+    models = [*dict.fromkeys(_model(one) for one in group if "model" in one)]
+    fields["models"] = "; ".join(models) if "bias" in fields else listed(models or [""])
     if "of" in fields:
         things = "rows" if "rows" in fields else "captions"
         fields["count"], fields[things] = len(fields[things]), first_few(dict.fromkeys(fields[things]))

@@ -1,4 +1,4 @@
-"""Images as the figures see them: cut to a square, brought to one size, resized for Inception by a named protocol.
+"""Images as the metrics see them: cut to a square, brought to one size, resized for Inception by a named protocol.
 
 The resize changes FID (Parmar et al., arXiv 2104.11222), so there is one policy for all images of a report, and every
 protocol is that of a known tool.
@@ -17,7 +17,7 @@ from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.evaluation.metrics import EvaluationError
 
 POLICY = (
-    "The centre square of every image, true or drawn, is brought to the stated side by PIL's bicubic filter, "
+    "The centre square of every image, true or generated, is brought to the stated side by PIL's bicubic filter, "
     "antialiased; an image that has this side is left as it is."
 )
 PROTOCOLS = {
@@ -91,7 +91,7 @@ def read_images(paths, side, batch_size, workers, make=list, title="reading imag
             yield made
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise EvaluationError(f"{len(problems)} image(s) cannot be read; mend them or leave them out:\n{lines}")
+        raise EvaluationError(f"{len(problems)} image(s) cannot be read; repair them or leave them out:\n{lines}")
 
 
 def _made_of(make, items):

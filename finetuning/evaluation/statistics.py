@@ -6,7 +6,7 @@
 
 An interval says how far the value would move with other captions and images, as many as these.
 
-It is made by resampling what each image adds to the value: its influence, the derivative of the figure by the weight
+It is made by resampling what each image adds to the value: its influence, the derivative of the value by the weight
 of the image (the infinitesimal jackknife; Jaeckel 1972). The images themselves cannot be resampled for FID: a
 repeated image adds nothing to the rank of the covariance, so the resampled FIDs are too large.
 The influence has no such bias, needs one decomposition instead of hundreds, and makes a paired difference a plain

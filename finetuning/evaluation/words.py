@@ -91,7 +91,7 @@ def estimate_at(table, metric, side, label):
 
 
 def noise_floors(report):
-    """The models that are the reference drawn again."""
+    """The models that are the reference with another seed."""
     return [one for one in report["models"] if one["noise_floor"] and one["label"] != report["reference"]]
 
 
@@ -145,12 +145,12 @@ def noise_floor(report, metric, side):
 
 
 def standing(report, metric, side, label):
-    """Better, worse or not told apart from the reference, by the interval of the difference; None without one."""
+    """Better, worse or no clear difference from the reference, by the interval of the difference; None without one."""
     difference = estimate_at(report["differences"], metric, side, label)
     if difference is None:
         return None
     if not difference["excludes_zero"]:
-        return "not told apart"
+        return "no clear difference"
     return "better" if (difference["value"] > 0) == (report["metrics"][metric]["better"] == "higher") else "worse"
 
 
@@ -189,7 +189,7 @@ def _learned(report, label):
             if own := [metric for metric in found if found[metric] == (word, beyond)]:
                 clauses.append(f"{word} in {listed([_both(report, one, side, label) for one in own])}{suffix}")
     clauses = [f"it is {'; '.join(clauses)}"] * bool(clauses)
-    if unclear := [title_of(report, metric) for metric in found if found[metric][0] == "not told apart"]:
+    if unclear := [title_of(report, metric) for metric in found if found[metric][0] == "no clear difference"]:
         clauses.append(f"in {listed(unclear)} any difference may be chance")
     unknown = "" if noise_floors(report) else f" How far two seeds of {reference} differ was not measured."
     return f"Against {reference}, {label} {_progress(found.values())}: {'; '.join(clauses)}.{unknown}"
@@ -221,7 +221,7 @@ def _kept(report, label):
     elif kept["low"] is not None and kept["low"] >= 1:
         answer = "It has forgotten nothing that was measured"
     else:
-        answer = "Whether it has forgotten anything cannot be told"
+        answer = "Whether it has forgotten anything is not clear"
     words = report["metrics"].get(forgetting.get("retained_metric"), {}).get("verdict") or (
         "it kept {kept} of what {reference} can do"
     )

@@ -33,7 +33,11 @@ def generate(pipeline, prompts: Sequence[str], generators, *, batch_size, size=N
         broken = [prompt for prompt, one in zip(batch, values, strict=True) if not np.isfinite(one).all()]
         if broken:
             dtype = str(pipeline.unet.dtype).removeprefix("torch.")
-            fix = "its weights are broken" if dtype == "float32" else f"use fp32 instead of {dtype} (--dtype fp32)"
+            fix = (
+                "its weights are broken"
+                if dtype == "float32"
+                else f"use fp32 instead of {dtype} (--dtype fp32; while training --mixed_precision no)"
+            )
             raise ModelError(f"the model generates values that are not finite numbers for {broken[0]!r}: {fix}")
         yield from pipeline.image_processor.numpy_to_pil(values)
 

@@ -1,7 +1,6 @@
-"""The flags that choose a model, what a run asks of one, and the error that a family raises."""
+"""The flags that choose a model, and the error that a family raises."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from finetuning.cli import REQUIRED, UserError, flag
 
@@ -44,39 +43,3 @@ class StartArgs:
 
 class ModelError(UserError):
     """A model that cannot be used as asked; the message names the flag and the fix."""
-
-
-class Trained(Protocol):
-    """What a run asks of the thing it trains: every weight of a model, or adapters on a frozen one.
-
-    Besides, its parts: tokenizer, scheduler, vae, and `denoiser`, one module that holds all that is trained.
-    """
-
-    pixels_per_latent: int
-
-    def trained_parameters(self):
-        """{name: parameter}, in a fixed order."""
-
-    def parameter_groups(self, denoiser_lr, text_encoder_lr):
-        """Optimizer groups, [{"params": [...], "lr": ...}]."""
-
-    def posterior(self, pixels):
-        """(mean, standard deviation) of the latents of images [batch, 3, H, W] in [-1, 1]."""
-
-    def scale_latents(self, latents):
-        """To unit variance."""
-
-    def pipeline(self):
-        """A context with a diffusers pipeline of the weights as they are now."""
-
-    def save_trained(self, folder, suffix="", weights=None):
-        """Write into a checkpoint what is trained: as it is now, or `weights` by parameter name."""
-
-    def load_trained(self, folder, ema):
-        """Take what a checkpoint holds; with `ema`, return its averaged weights by parameter name, else None."""
-
-    def summary(self):
-        """What is trained and what is frozen, in one line."""
-
-    def copied_bytes(self):
-        """Size of what the finished result holds besides the trained weights."""

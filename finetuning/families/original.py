@@ -15,12 +15,8 @@ from typing import NamedTuple
 
 from finetuning.families.model_args import ModelError
 
-PREFIX = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "cond_stage_model.transformer.text_model.",
-}
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": f"{CLIP}text_model."}
 AVERAGE = "model_ema."
 SDXL = "conditioner.embedders."
 SD2_LAYERS = 23  # OpenCLIP's ViT-H has 24; SD 2.x takes what the last but one says, and diffusers leaves the last out
@@ -105,11 +101,14 @@ def original_shape(part, key, shape):
     return (*shape, 1, 1) if linear and len(shape) == 2 else tuple(shape)
 
 
-def block_of(name):
-    """IN00-IN11, M00, OUT00-OUT11 of an original UNet key, as per-block ratios count them; else BASE."""
-    if found := re.match(r"(input|output)_blocks\.(\d+)\.", name.removeprefix(PREFIX["unet"])):
-        return f"{'IN' if found[1] == 'input' else 'OUT'}{int(found[2]):02d}"
-    return "M00" if name.removeprefix(PREFIX["unet"]).startswith("middle_block.") else "BASE"
+def unet_blocks(keys):
+    """{canonical key: block} of a UNet's tensors, as per-block ratios count them: IN00 .., M00, OUT00 .., or BASE."""
+    inside = [key for key in keys if key.startswith(("conv_in.", "down_blocks.", "mid_block.", "up_blocks."))]
+    blocks = dict.fromkeys(keys, "BASE")
+    for key, name in original_names("unet", inside).items():
+        way, number = re.match(r"(in|middle|out)\w*\.(\d+)", name.removeprefix(PREFIX["unet"])).groups()
+        blocks[key] = "M00" if way == "middle" else f"{way.upper()}{int(number):02d}"
+    return blocks
 
 
 # -- reading -------------------------------------------------------------------------------------------------------

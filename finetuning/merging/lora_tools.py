@@ -23,6 +23,7 @@ from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
     KOHYA_NAME,
     find_lora,
+    for_kohya,
     read_lora,
     write_diffusers_for_all,
     write_kohya,
@@ -185,7 +186,7 @@ def _put(model, name, shape):
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA among the inputs of a recipe, with the fields of sources.Source that recipes name."""
+    """A LoRA among the inputs of a recipe, with the fields of opening.Source that recipes name."""
 
     given: str
     files: tuple[Path, ...]
@@ -310,20 +311,24 @@ def write_result(command, args, sources, layers, components, facts, report, name
     hashes = {path: sha256(path) for source in sources for path in source.files}
     recipe = recipe_of(command, as_dict(args), sources, hashes)
     facts = facts | metadata_of(recipe) | _size_facts(layers)
+    held, notice = for_kohya(layers)
+    if KOHYA_NAME in names and not held:
+        raise ModelError(f"{notice}; there is no other layer")
     with atomic_folder(args.output_dir) as folder:
         for name in names:
             if name == KOHYA_NAME:
-                write_kohya(folder / name, rounded, facts | _kohya_facts(layers))
+                write_kohya(folder / name, rounded, facts | _kohya_facts(held))
             else:
                 write_diffusers_for_all(folder / name, rounded, facts)
-            _check(folder / name, layers, components, args.dtype)
+            _check(folder / name, held if name == KOHYA_NAME else layers, components, args.dtype)
         recipe["run"]["report"] = report
         write_json(folder / RECIPE, recipe)
-    sizes = [(Path(args.output_dir) / name).stat().st_size for name in names]
-    return [
-        f"{Path(args.output_dir) / name}  {len(layers)} layers, {size / 1e6:.2f} MB"
-        for name, size in zip(names, sizes, strict=True)
+    paths = {name: Path(args.output_dir) / name for name in names}
+    lines = [
+        f"{path}  {len(held if name == KOHYA_NAME else layers)} layers, {path.stat().st_size / 1e6:.2f} MB"
+        for name, path in paths.items()
     ]
+    return lines + ([notice] if notice and KOHYA_NAME in names else [])
 
 
 def _rounded(layer, dtype):

@@ -5,12 +5,11 @@ SD 1.x and 2.x. What belongs to none of them (time embedding, last convolution, 
 """
 
 import math
-import re
 from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
 
 from finetuning.families.model_args import ModelError
-from finetuning.families.original import original_names
+from finetuning.families.original import unet_blocks
 
 MOST = 1000  # ratios of one range: each is a whole model
 
@@ -164,17 +163,6 @@ class BlockRatios:
     def unused(self) -> list[str]:
         """Patterns that match no tensor."""
         return [pattern for pattern, _ in self._rules if pattern is not None and pattern not in self._matched]
-
-
-def unet_blocks(keys) -> dict[str, str]:
-    """{name: block} of a UNet's tensors as diffusers names them: IN00, ..., M00, OUT00, ... or BASE."""
-    inside = [key for key in keys if key.startswith(("conv_in.", "down_blocks.", "mid_block.", "up_blocks."))]
-    return dict.fromkeys(keys, "BASE") | {key: _block(name) for key, name in original_names("unet", inside).items()}
-
-
-def _block(name):
-    found = re.match(r"model\.diffusion_model\.(input|middle|output)_blocks?\.(\d+)\.", name)
-    return "M00" if found[1] == "middle" else f"{'IN' if found[1] == 'input' else 'OUT'}{int(found[2]):02d}"
 
 
 def _one_for_each(order, given):

@@ -60,7 +60,7 @@ def loss_metric(args, merged, prompts_in, prompts_out):
     size, seed = args.height_and_width or (own, own), args.seed[0]
     for folder in (args.fit_dataset, args.retain_dataset):
         try:
-            datasets.append(load_rows(folder, model.tokenize, size, most=args.loss_rows, seed=seed, say=tqdm.write))
+            datasets.append(load_rows(folder, model.tokenize, size, max_rows=args.loss_rows, seed=seed, say=tqdm.write))
         except DatasetError as problem:
             problems.append(str(problem))
     if problems:

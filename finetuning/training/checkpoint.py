@@ -174,7 +174,7 @@ class Checkpointer:
         ema_shadow = self.model.load_trained(folder, ema=self.ema.shadow is not None)
         if ema_shadow is not None:
             self.ema.load(ema_shadow, state["ema_updates"])
-        saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        saved = _read_state(folder / "optimizer.pt")
         load_optimizer(self.optimizer, saved["optimizer"])
         if self.run.scaler and saved["scaler"]:
             self.run.scaler.load_state_dict(saved["scaler"])
@@ -279,3 +279,10 @@ class Checkpointer:
                 "since the checkpoint these have changed, so the result will differ from an uninterrupted run: "
                 + "; ".join(changed)
             )
+
+
+def _read_state(path):
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # of a file that holds something else torch raises errors of many kinds
+        raise CheckpointError(f"{path} holds no state of an optimizer: {error}") from error

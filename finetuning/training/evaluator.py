@@ -262,6 +262,8 @@ class Evaluator:
         """The base's values of a run that is resumed. Raises EvaluationError where --evaluate_every needs them."""
         try:
             known = json.loads(self._base_path.read_text(encoding="utf-8"))
+            if not isinstance(known, dict):
+                raise ValueError("it holds no values by name")
             facts = self.measure.facts if self.measure else {}
             if changed := [name for name in facts if facts[name] != known["facts"].get(name)]:
                 raise ValueError(f"it is of another measurement: {', '.join(changed)}")
@@ -337,7 +339,7 @@ class Measure:
 def _by_loss(evaluator):
     args, held_out = evaluator.args, evaluator.held_out
     images, rows = load_rows(
-        args.retain_dataset, evaluator.model.tokenize, args.size, split=args.retain_split, most=args.retain_rows,
+        args.retain_dataset, evaluator.model.tokenize, args.size, split=args.retain_split, max_rows=args.retain_rows,
         seed=args.seed, say=evaluator.run.say,
     )  # fmt: skip
     if len(rows) < 2:

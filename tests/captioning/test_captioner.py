@@ -103,7 +103,7 @@ def test_captions_that_may_be_cut_short_are_named(tiny_captioner, images, name):
     likely["end"] = -1e9
     assert not findings.warnings
     captioner(images, NAMES)
-    assert findings.as_dict()["warnings"] == {"captions as long as --max_length allows, so perhaps cut short": NAMES}
+    assert findings.as_dict()["warnings"] == {"perhaps_cut": NAMES}
 
 
 def test_a_nucleus_draw_depends_on_the_seed_and_the_name(tiny_captioner, images):

@@ -115,10 +115,8 @@ def test_terms_are_embedded_once(clip_folder, term_folder, images, monkeypatch):
 
 
 def test_problems_are_named(tmp_path, tiny_captioner):
-    assert list(InterrogatorArgs(terms=str(tmp_path), max_terms=-1).problems()) == [
-        f"--terms {tmp_path} must be a folder with .txt files, a term a line",
-        "--max_terms -1 must not be negative",
-    ]
+    (problem,) = InterrogatorArgs(terms=str(tmp_path)).problems()
+    assert "--terms" in problem
     with pytest.raises(ModelError, match="is a git model, not clip"):
         Interrogator(InterrogatorArgs(str(tiny_captioner("git"))), *CPU)
 
@@ -156,7 +154,7 @@ def test_the_script_adds_terms_to_captions_that_are_there(interrogate, clip_fold
     assert list(found) == ["a.png"]
     assert found["a.png"]["text"][0] == "my dog" and found["a.png"]["text"][1].startswith("my dog, ")
     assert found["a.png"]["text_origin"] == ["given", f"clip-interrogator:{clip_folder.name}"]
-    assert "1 images without a caption to begin with: b.png" in capsys.readouterr().err
+    assert "without a caption to begin with (1): b.png" in capsys.readouterr().err
     interrogate()
     capsys.readouterr()
     interrogate("--from_captions", "--overwrite")  # now all of them have one

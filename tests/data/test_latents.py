@@ -21,7 +21,7 @@ def latents_of(model, data_args):
     """[(batch, its latents)] of the steps 0 to 9 of a dataset's images."""
 
     def latents_of(images, cached):
-        source = latent_source(data_args("unused", cache_latents=cached), model, images, "cpu")
+        source = latent_source(data_args("unused", cache_latents=cached, seed=0), model, images, "cpu")
         assert isinstance(source, CachedLatents if cached else OnTheFlyLatents)
         sampler = BatchSampler(len(images), 4, 1, 1, 0, seed=0, buckets=images.sizes)
         return [(batch, source(batch)) for batch in images.loader(sampler, 0, 10, 0)]

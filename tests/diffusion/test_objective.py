@@ -14,11 +14,11 @@ from finetuning.diffusion.objective import (
     PREDICTION_TYPES,
     NoiseArgs,
     NoiseDraws,
-    NoiseSchedule,
     diffusion_loss,
     draw_noise,
     elementwise_error,
 )
+from finetuning.diffusion.schedule import NoiseSchedule
 
 TIMESTEPS = torch.tensor([0, 250, 500, 999])
 

@@ -12,7 +12,6 @@ from finetuning.data.captions import CaptionArgs
 from finetuning.data.reading import DatasetError
 from finetuning.data.training_set import DataArgs, load_images
 from finetuning.diffusion.objective import NoiseArgs
-from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation.denoising import chosen_rows, load_rows, row_losses, stratified_timesteps
 from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs
@@ -33,9 +32,9 @@ def model(tiny_model):
 def losses_of(model, shapes_folder):
     """The losses of the tiny model on the validation rows of the shapes folder."""
 
-    def measure(folder=shapes_folder, most=256, split=None, args=None, seed=0, **how):
-        images, rows = load_rows(folder, model.tokenizer, (32, 32), most=most, split=split, seed=seed)
-        return row_losses(model, images, rows, NoiseSchedule.of(model.scheduler), args, seed=seed, **how)
+    def measure(folder=shapes_folder, max_rows=256, split=None, args=None, seed=0, **how):
+        images, rows = load_rows(folder, model.tokenize, (32, 32), max_rows=max_rows, split=split, seed=seed)
+        return row_losses(model, images, rows, model.schedule, args, seed=seed, **how)
 
     return measure
 
@@ -49,7 +48,7 @@ def copied(shapes_folder, tmp_path):
 def silence(model):
     """Let the denoiser answer 0."""
     with torch.no_grad():
-        for parameter in model.denoiser.unet.conv_out.parameters():
+        for parameter in model.denoiser.denoiser.conv_out.parameters():
             parameter.zero_()
 
 
@@ -75,10 +74,10 @@ def test_it_does_not_matter_when_and_in_what_batches(losses_of):
 
 
 def test_the_rows_are_those_of_training(model, shapes_folder, losses_of):
-    held_out = load_images(DataFlags(train_data_dir=str(shapes_folder), resolution="32"), model.tokenizer, seed=3)[1]
+    held_out = load_images(DataFlags(train_data_dir=str(shapes_folder), resolution="32"), model.tokenize, seed=3)[1]
     rows = chosen_rows(len(held_out), 3, 3)
-    schedule = NoiseSchedule.of(model.scheduler)
-    assert torch.equal(row_losses(model, held_out, rows, schedule, seed=3), losses_of(most=3, seed=3))
+    schedule = model.schedule
+    assert torch.equal(row_losses(model, held_out, rows, schedule, seed=3), losses_of(max_rows=3, seed=3))
 
 
 def test_only_the_form_of_the_loss_counts(losses_of):
@@ -91,7 +90,7 @@ def test_only_the_form_of_the_loss_counts(losses_of):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_comes_back_as_it_was(training, model, losses_of):
     model.denoiser.train(training)
-    losses_of(most=1)
+    losses_of(max_rows=1)
     assert model.denoiser.training is training
     assert all(parameter.grad is None for parameter in model.denoiser.parameters())
 
@@ -124,7 +123,7 @@ def test_rows_are_drawn_once_each_and_with_the_seed():
     (None, ".", 4), ("validation", ".", 4), ("train", ".", 11), (None, "validation", 4), (None, "train", 11),
 ])  # fmt: skip
 def test_the_split_that_is_asked_for_is_read(split, below, count, model, shapes_folder):
-    images, rows = load_rows(shapes_folder / below, model.tokenizer, (32, 24), split=split)
+    images, rows = load_rows(shapes_folder / below, model.tokenize, (32, 24), split=split)
     assert len(images) == len(rows) == count
     name = split or ("validation" if below == "." else below)
     assert {row.image.parent.name for row in images.rows} == {name}
@@ -136,8 +135,9 @@ def test_rows_are_cropped_in_the_centre_and_not_mirrored(model, copied):
         wide = Image.new("RGB", (96, 32), (255, 0, 0))
         wide.paste((0, 0, 255), (32, 0, 64, 32))
         wide.save(path)
-    images, _ = load_rows(copied, model.tokenizer, (32, 32))
-    pixels = images.transform_of(0)(images.image(0), 0, 0)
+    images, _ = load_rows(copied, model.tokenize, (32, 32))
+    transform = images.transform_of(0)
+    pixels, _ = transform.apply(images.image(0), transform.draw(0, 0))
     assert pixels[0].max() == -1 and pixels[2].min() == 1  # nothing but the blue middle
 
 
@@ -150,7 +150,7 @@ def test_a_split_that_is_not_there_is_named(split, remove, said, model, copied):
     if remove:
         shutil.rmtree(copied / remove)
     with pytest.raises(DatasetError, match=said):
-        load_rows(copied, model.tokenizer, (32, 32), split=split)
+        load_rows(copied, model.tokenize, (32, 32), split=split)
 
 
 def test_all_that_is_wrong_is_said_at_once(model, copied):
@@ -161,8 +161,8 @@ def test_all_that_is_wrong_is_said_at_once(model, copied):
     with (folder / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "00002.png", "text": ""}\n')
     with pytest.raises(DatasetError) as problem:
-        load_rows(copied, model.tokenizer, (32, 32))
-    for words in ("4 faults", "00000.png", "00001.png", "stray.png", "empty caption"):
+        load_rows(copied, model.tokenize, (32, 32))
+    for words in ("4 errors", "00000.png", "00001.png", "stray.png", "empty caption"):
         assert words in str(problem.value)
 
 
@@ -170,14 +170,14 @@ def test_rows_that_are_not_measured_need_not_be_whole(model, copied):
     chosen = chosen_rows(4, 2, seed=0)
     for index in set(range(4)) - set(chosen):
         (copied / f"validation/{index:05d}.png").write_bytes(b"not an image")
-    assert load_rows(copied, model.tokenizer, (32, 32), most=2)[1] == chosen
+    assert load_rows(copied, model.tokenize, (32, 32), max_rows=2)[1] == chosen
 
 
 def test_what_is_worth_knowing_is_said(model, copied):
     told = []
     with (copied / "validation/metadata.jsonl").open("a") as file:
         file.write('{"file_name": "00002.png", "text": "the same image once more"}\n')
-    load_rows(copied, model.tokenizer, (32, 32), say=told.append)
+    load_rows(copied, model.tokenize, (32, 32), say=told.append)
     assert len(told) == 1 and "named by more than one row" in told[0]
 
 

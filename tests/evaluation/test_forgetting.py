@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from finetuning.cli import read
-from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation import networks
 from finetuning.evaluation.checkers import load_checker
 from finetuning.evaluation.denoising import load_rows, row_losses
@@ -114,19 +113,19 @@ def test_a_pipeline_has_the_loss_of_its_model(tiny_model, shapes_folder):
     model = load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0)
     pipeline = open_pipeline(tiny_model, scheduler="dpm++")
     for split, count in ((None, 4), ("train", 11)):
-        images, rows = load_rows(shapes_folder, model.tokenizer, (32, 32), split=split)
-        expected = row_losses(model, images, rows, NoiseSchedule.of(model.scheduler)).numpy()
+        images, rows = load_rows(shapes_folder, model.tokenize, (32, 32), split=split)
+        expected = row_losses(model, images, rows, model.schedule).numpy()
         found = pipeline_losses(pipeline, shapes_folder, split=split)
         assert found.dtype == np.float64 and len(found) == count
         np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert len(pipeline_losses(pipeline, shapes_folder, most=3)) == 3
+    assert len(pipeline_losses(pipeline, shapes_folder, max_rows=3)) == 3
     learned, kept = learned_and_kept("loss", (found, expected), (expected, found))
     assert learned.value == pytest.approx(0, abs=1e-5) and kept.value == pytest.approx(1, abs=1e-5)
     other = pipeline_losses(pipeline, shapes_folder, split="train", seed=1)
     assert not np.isclose(other, found).any()
 
 
-@pytest.mark.parametrize(("how", "said"), [({"split": "test"}, "no split test"), ({"most": 1}, "at least 2")])
+@pytest.mark.parametrize(("how", "said"), [({"split": "test"}, "no split test"), ({"max_rows": 1}, "at least 2")])
 def test_a_loss_that_cannot_be_taken_is_said(how, said, tiny_model, shapes_folder):
     with pytest.raises(EvaluationError, match=said):
         pipeline_losses(open_pipeline(tiny_model), shapes_folder, **how)

@@ -107,7 +107,7 @@ def test_rows_are_those_of_the_split_with_their_numbers(shapes_folder):
     assert {row.image.name: row.caption for row in rows} == expected
     assert [row.number for row in rows] == list(range(11))
     assert [row.image for row in rows] == sorted(row.image for row in rows)
-    some = dataset_rows(shapes_folder, "train", most=4, seed=5)
+    some = dataset_rows(shapes_folder, "train", max_rows=4, seed=5)
     assert [row.number for row in some] == chosen_rows(11, 4, 5)
     assert some == [rows[row.number] for row in some]
 

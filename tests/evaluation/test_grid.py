@@ -35,8 +35,6 @@ def test_cells_stand_in_rows_and_columns_a_gap_apart():
     assert box(sheet, BLUE) == (left, top + 30 + GAP, left + 40, top + 60 + GAP)
 
 
-
-
 def test_the_first_cell_may_be_empty():
     sheet = labelled_grid([[None, plain(RED)]], [], [])
     assert box(sheet, RED) == (GAP + 40 + GAP, 2 * GAP, GAP + 80 + GAP, 2 * GAP + 30)
@@ -56,8 +54,6 @@ def test_small_images_are_enlarged_by_whole_factors_without_smoothing(scale_to, 
     factor = side // 8
     assert np.array_equal(cell, np.asarray(checkers).repeat(factor, 0).repeat(factor, 1))
     assert sheet.shape[:2] == (3 * GAP + side, 2 * GAP + side)
-
-
 
 
 def test_labels_stand_beside_their_row_and_above_their_column():

@@ -161,10 +161,6 @@ def test_the_network_stands_still(inception_network):
     assert {(p.dtype, p.requires_grad) for p in network.parameters()} == {(torch.float32, False)}
 
 
-
-
-
-
 def test_published_weights_are_known_by_their_digest(inception_file, empty_hub, monkeypatch):
     empty_hub.mkdir(parents=True)
     kept = empty_hub / Path(URL_INCEPTION_V3).name
@@ -292,10 +288,6 @@ def test_lpips_is_that_of_the_package(lpips_pair, trunk_state):
     assert np.array_equal(found, wanted)
 
 
-
-
-
-
 def test_lpips_is_not_rounded_by_the_runs_precision(lpips_pair):
     a, b = noise(32, 2, 1), noise(32, 2, 2)
     plain = lpips_of(lpips_pair[0], a, b)
@@ -316,16 +308,12 @@ def test_images_that_lpips_cannot_compare_are_refused(lpips_pair, a, b, told):
         lpips_of(lpips_pair[0], a, b)
 
 
-
-
 def test_the_digests_of_trunk_and_heads_are_told(lpips_pair, trunk_file, monkeypatch):
     trunk, heads = lpips_pair[1]
     assert (trunk.origin, trunk.sha256, trunk.published) == (str(trunk_file), digest(trunk_file), False)
     assert heads.sha256 == digest(Path(lpips.__file__).parent / "weights/v0.1/alex.pth") and heads.published
     monkeypatch.setattr(networks, "ALEXNET_SHA256", digest(trunk_file)[:8])
     assert lpips_network(trunk_file, "cpu")[1][0].published
-
-
 
 
 # -- CLIP ------------------------------------------------------------------------------------------------------------
@@ -357,16 +345,12 @@ def test_a_score_does_not_depend_on_what_stands_beside_it(clip_folder, monkeypat
     np.testing.assert_allclose(scorer.texts(captions[2:3]), texts[2:3], atol=1e-6)
 
 
-
-
 def test_a_caption_that_just_fits_is_not_counted(clip_folder):
     scorer, _ = clip(clip_folder, "cpu")
     scorer.texts(["red " * 14])  # and the start and the end
     assert scorer.truncated == 0
     scorer.texts(["red " * 15])
     assert scorer.truncated == 1
-
-
 
 
 @pytest.mark.parametrize(("name", "published"), [(networks.CLIP, True), ("someone/clip", None)])
@@ -382,8 +366,6 @@ def test_only_the_default_clip_may_be_unavailable():
     with pytest.raises(EvaluationError, match="--clip_model someone/none cannot be had") as problem:
         clip("someone/none", "cpu")
     assert not isinstance(problem.value, Unavailable)
-
-
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Images are cut, matched and resized as POLICY and the protocols say, and none that is broken is lost."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -86,8 +85,6 @@ def test_clean_is_pils_bicubic_on_float_channels(side):
     np.testing.assert_allclose(given[0].numpy(), wanted, atol=1e-6)
 
 
-
-
 @pytest.mark.parametrize(
     ("protocol", "scaled"),
     [
@@ -110,8 +107,6 @@ def test_legacy_reads_between_pixel_centres_without_antialiasing():
     place = (np.arange(299) + 0.5) * side / 299 - 0.5
     wanted = np.interp(place, np.arange(side), row) / 127.5 - 1
     np.testing.assert_allclose(network_input([image], "legacy")[0, 1, 5].numpy(), wanted, atol=1e-3)
-
-
 
 
 def test_an_unknown_protocol_is_named():
@@ -160,5 +155,3 @@ def test_nothing_is_yielded_after_a_broken_image(folder, broken):
     with pytest.raises(EvaluationError):
         seen.extend(read_images([broken[0], *sorted(folder.iterdir())], 32, 1, 0))
     assert seen == []
-
-

@@ -338,7 +338,7 @@ def test_a_share_of_all_says_so_and_a_difference_of_nothing_too(report, tmp_path
     text = page(report, tmp_path)
     assert cells(text, "<strong>right shapes")[:2] == [
         ["original", "1 all of 4", "4", "", "", "reference"],
-        ["tuned", "0 none of 4", "4", "0 none of 4", "", "not told apart"],
+        ["tuned", "0 none of 4", "4", "0 none of 4", "", "no clear difference"],
     ]
     assert cells(text, "<h2>Learned and kept</h2>")[2][2] == "1 all of 9"
 

@@ -325,8 +325,6 @@ def test_draws_are_the_same_every_time_and_leave_numpys_own_alone(monkeypatch):
     assert mean_of(a[:, 0], seed=1) != first[2]
 
 
-
-
 # -- bias ------------------------------------------------------------------------------------------------------------
 
 

@@ -129,7 +129,9 @@ def test_words_are_listed():
 def test_better_and_worse_are_said_by_the_interval_and_the_direction(report, metric, value, told):
     report["differences"][metric] = {"64": {"tuned": {**around(value, 0.1), "excludes_zero": told}}}
     good = (value > 0) == (METRICS[metric].better == "higher")
-    assert standing(report, metric, 64, "tuned") == ("not told apart" if not told else "better" if good else "worse")
+    assert standing(report, metric, 64, "tuned") == (
+        "no clear difference" if not told else "better" if good else "worse"
+    )
     assert standing(report, metric, 64, "merged") is None and standing(report, metric, 32, "tuned") is None
 
 
@@ -233,10 +235,10 @@ def test_a_drift_alone_is_said_and_where_nothing_was_measured_what_helps(report)
     ("kept", "told"),
     [
         (around(0.9, 0.05), "It has forgotten:"),
-        (around(0.9, 0.2), "Whether it has forgotten anything cannot be told:"),
+        (around(0.9, 0.2), "Whether it has forgotten anything is not clear:"),
         (around(1.2, 0.1), "It has forgotten nothing that was measured:"),
         (around(1.0, 0.0), "It has forgotten nothing that was measured:"),
-        ({"value": 0.5, "low": None, "high": None, "n": 1}, "Whether it has forgotten anything cannot be told:"),
+        ({"value": 0.5, "low": None, "high": None, "n": 1}, "Whether it has forgotten anything is not clear:"),
     ],
 )  # fmt: skip
 def test_that_it_has_forgotten_is_said_by_the_interval(report, kept, told):

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from finetuning.families.model_args import ModelError
-from finetuning.families.original import block_of, canonical_parts, original_names, original_shape
-from finetuning.merging.tensor_references import tensor_references
+from finetuning.families.original import canonical_parts, original_names, original_shape, unet_blocks
+from finetuning.families.tensors import tensor_references
 
 PARTS = ("unet", "vae", "text_encoder")
 SD1_UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
@@ -276,24 +276,10 @@ def test_only_the_autoencoders_attention_has_another_shape(part, key, shape, exp
     assert original_shape(part, key, shape) == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "block"),
-    [
-        ("input_blocks.0.0.weight", "IN00"),
-        ("model.diffusion_model.input_blocks.4.1.proj_in.weight", "IN04"),
-        ("middle_block.1.norm.weight", "M00"),
-        ("model.diffusion_model.middle_block.0.in_layers.0.weight", "M00"),
-        ("output_blocks.11.0.skip_connection.bias", "OUT11"),
-        ("time_embed.0.weight", "BASE"),
-        ("out.2.weight", "BASE"),
-    ],
-)
-def test_blocks_are_called_as_the_community_counts_them(name, block):
-    assert block_of(name) == block
-
-
 def test_sd1_has_the_25_blocks_that_per_block_ratios_name(empty_weights):
-    names = original_names("unet", UNet2DConditionModel(**SD1_UNET).state_dict())
-    blocks = {block_of(name) for name in names.values()} - {"BASE"}
-    ways = [f"IN{number:02d}" for number in range(12)] + [f"OUT{number:02d}" for number in range(12)]
-    assert blocks == {*ways, "M00"}
+    blocks = unet_blocks(UNet2DConditionModel(**SD1_UNET).state_dict())
+    ways = [f"{way}{number:02d}" for way in ("IN", "OUT") for number in range(12)]
+    assert set(blocks.values()) == {*ways, "M00", "BASE"}
+    assert [blocks[f"{key}.weight"] for key in ("conv_in", "time_embedding.linear_1", "conv_out")] == [
+        "IN00", "BASE", "BASE",
+    ]  # fmt: skip

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 
 from finetuning.cli import read
-from finetuning.families.lora_files import KOHYA_NAME, Layer, adaptable, read_lora, write_diffusers
+from finetuning.families.lora_files import KOHYA_NAME, Layer, read_lora, write_diffusers
 from finetuning.families.model_args import ModelError
 from finetuning.merging import lora_combination
 from finetuning.merging.lora_combination import METHODS, CombineArgs, combine, combined
@@ -216,11 +216,6 @@ def test_a_sum_that_is_none_is_refused(monkeypatch, combining, tmp_path):
 def test_a_dora_is_refused_by_name(combining):
     with pytest.raises(ModelError, match=r"^--lora .*1\.safetensors: DoRA gives outputs another length"):
         combining(dora=True)
-
-
-def test_the_layers_are_the_models(tiny_model):
-    layers = adaptable(skeletons(str(tiny_model)))
-    assert {name: tuple(layers[name].weight.shape) for name in SHAPES} == SHAPES
 
 
 @pytest.mark.parametrize(

@@ -80,17 +80,6 @@ def test_the_truncation_is_numpys(shape, rank):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_no_other_matrix_of_the_rank_is_nearer(shape):
-    """Eckart and Young, tried from near by: what is left grows with every step away."""
-    matrix, (layer, kept) = draw(*shape), truncated(draw(*shape), 2)
-    left = energy(matrix - layer.delta())
-    assert left == pytest.approx((1 - kept) * energy(matrix), rel=1e-4)
-    for number in range(20):
-        up, down = (value + 0.05 * draw(*value.shape, name=f"{number}") for value in (layer.up, layer.down))
-        assert energy(matrix - Layer(down, up, layer.alpha).delta()) > left
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_matrix_of_low_rank_is_kept_whole_and_a_spare_rank_is_no_harm(shape):
     matrix = low_rank(shape, 2, "low")
     for rank in (2, 4):

@@ -271,6 +271,18 @@ def test_to_kohya_and_back_nothing_changes(parts, made, written, converted, dtyp
         assert metadata_of(kohya)[key] == metadata_of(back)[key] == value
 
 
+def test_layers_that_kohyas_layout_does_not_hold_are_left_out_with_a_notice(tiny_model, parts, written, tmp_path):
+    embedding = "unet.time_embedding.linear_1"
+    path = written(names=(TO_Q, embedding))
+    args = ConvertArgs(base=str(tiny_model), lora=str(path), to="kohya", output_dir=str(tmp_path / "kohya"))
+    lines = convert(args)
+    assert read_lora(tmp_path / "kohya" / KOHYA_NAME, parts).layers.keys() == {TO_Q}
+    assert "1 layers" in lines[0] and embedding in lines[-1]
+    alone = written("alone", names=(embedding,))
+    with pytest.raises(ModelError, match=embedding):
+        convert(replace(args, lora=str(alone), output_dir=str(tmp_path / "none")))
+
+
 def test_metadata_tells_rank_and_alpha_as_each_reader_looks_for_them(written, converted):
     path = converted(written(), "kohya")
     told = metadata_of(path)

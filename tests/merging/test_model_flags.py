@@ -26,7 +26,7 @@ def test_each_model_is_opened_with_the_flags_that_are_its_own(asked):
     args, problems = read(TunedArgs, "", words.split())
     assert problems == []
     assert args.open_models("origin") == ["a", "b", "c", "origin"]
-    shared = {"layout_from": "l", "cache_dir": "d"}
+    shared = {"base": "l", "cache_dir": "d", "relatives": True}
     assert asked["a"] == shared | {"revision": "r", "variant": "fp16"}
     tuned = shared | {"revision": "t", "variant": "non_ema", "weights": "raw"}
     assert asked["b"] == asked["c"] == asked["origin"] == tuned

@@ -182,7 +182,7 @@ def inpainting(tiny_model, tmp_path):
 def test_a_pipeline_is_of_the_class_that_its_unet_was_made_for(
     tiny_model, inpainting, write, tmp_path, on_mismatch, name
 ):
-    write([open_source(str(tiny_model)), open_source(str(inpainting))], on_mismatch=on_mismatch)
+    write([open_source(str(tiny_model)), open_source(str(inpainting), relatives=True)], on_mismatch=on_mismatch)
     index = json.loads((tmp_path / "out/model_index.json").read_text())
     assert index == json.loads((tiny_model / "model_index.json").read_text()) | {"_class_name": name}
 

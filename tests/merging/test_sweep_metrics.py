@@ -83,7 +83,7 @@ def test_loss_is_minus_that_of_each_row(loss, tiny_model, shapes_folder):
     learned, kept = measure(0.5, [], [])
     assert ratios == [0.5]
     for values, folder, one in zip((learned, kept), ("validation", "train"), facts["datasets"], strict=True):
-        images, rows = load_rows(shapes_folder / folder, model.tokenizer, (32, 32), most=5)
+        images, rows = load_rows(shapes_folder / folder, model.tokenizer, (32, 32), max_rows=5)
         expected = row_losses(model, images, rows, NoiseSchedule.of(model.scheduler))
         # the same weights elsewhere in memory may round differently
         torch.testing.assert_close(values, -expected, rtol=1e-6, atol=0)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
-from finetuning.cli import problems_of
 from finetuning.training.ema import AveragedWeights, EMAArgs, NoAverage, build_ema
 
 
@@ -60,29 +59,11 @@ def test_warm_keeps_exactly_decay_to_the_n_of_its_start(decay):
     assert average.shadow["w"].tolist() == pytest.approx([decay**steps] * 4, rel=1e-4)
 
 
-def test_warm_keeps_that_share_whatever_the_weights_do():
-    start = {name: torch.full_like(value, 7.0) for name, value in some_parameters().items()}
-    from_start = AveragedWeights(some_parameters(), 0.9, "warm", start)
-    from_zero = AveragedWeights(some_parameters(), 0.9, "warm", {n: torch.zeros_like(v) for n, v in start.items()})
-    run(from_start, 20)
-    run(from_zero, 20)
-    for name, value in from_start.shadow.items():
-        remains = value - from_zero.shadow[name]
-        torch.testing.assert_close(remains, torch.full_like(value, 7 * 0.9**20), rtol=1e-4, atol=1e-6)
-
-
 def test_ramp_erases_the_start_at_its_first_step():
     parameters = some_parameters()
     average = AveragedWeights(parameters, 0.9999, "ramp", {name: v + 5 for name, v in copies(parameters).items()})
     run(average, 1)
     assert equal(average.shadow, copies(parameters))
-
-
-def test_warm_decays_from_the_first_step_and_ramp_does_not():
-    warm, ramp = (AveragedWeights({}, 0.9999, kind) for kind in ("warm", "ramp"))
-    assert [warm.decay_at(update) for update in (1, 2, 10)] == [0.9999] * 3
-    assert [ramp.decay_at(update) for update in (1, 2, 11)] == [0.0, 2 / 11, 11 / 20]
-    assert ramp.decay_at(10**6) == 0.9999
 
 
 def test_parameters_that_the_start_does_not_name_start_as_they_are():
@@ -185,18 +166,3 @@ def test_an_average_that_is_off_has_the_calls_of_one_that_is_on():
     with off.averaged_weights():
         assert equal(copies(parameters), trained) and not equal(before, trained)
     assert (off.shadow, off.updates) == (None, 0)
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        ({"use_ema": True, "ema_decay": 1.0}, "--ema_decay"),
-        ({"use_ema": True, "ema_decay": -0.1}, "--ema_decay"),
-        ({"ema_start": "warm"}, "--ema_start"),
-        ({"offload_ema": True}, "--offload_ema"),
-        ({"ema_decay": 0.5}, "--ema_decay does nothing without --use_ema"),
-    ],
-)
-def test_flags_that_cannot_work_are_named(flags, named):
-    (problem,) = problems_of(EMAArgs(**flags))
-    assert problem.startswith(named)

@@ -2,6 +2,7 @@
 
 import io
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +21,11 @@ def weights():
     return [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in ((64, 64), (8,))]
 
 
-def optimizer_for(kind, parameters, **flags):
+def optimizer_for(kind, *groups, total_batch_size=1, **flags):
+    """The optimizer of a model whose denoiser, and whose text encoder if there are two groups, has these weights."""
     args = OptimArgs(optimizer=kind, **({"learning_rate": OPTIMIZERS[kind]} | flags))
-    return build_optimizer(args, [{"params": parameters, "lr": args.learning_rate}])
+    of = lambda *rates: [{"params": own, "lr": rate} for own, rate in zip(groups, rates, strict=False)]
+    return build_optimizer(args, SimpleNamespace(parameter_groups=of), total_batch_size)
 
 
 def distance(parameters):
@@ -60,16 +63,12 @@ def test_every_step_comes_closer(kind):
 
 def test_8_bit_adam_keeps_8_bit_moments_of_big_tensors():
     parameters = weights()
-    optimizer = build_optimizer(OptimArgs(use_8bit_adam=True), [{"params": parameters, "lr": 1e-2}])
+    optimizer = optimizer_for("adamw", parameters, use_8bit_adam=True)
+    assert type(optimizer) is type(optimizer_for("adamw8bit", weights()))
     take_steps(optimizer, parameters, 1)
     big, small = (optimizer.state[parameter] for parameter in parameters)
     assert big["state1"].dtype == big["state2"].dtype == torch.uint8
     assert small["state1"].dtype == torch.float32
-
-
-def test_use_8bit_adam_is_the_optimizer_adamw8bit():
-    group = [{"params": weights(), "lr": 1e-2}]
-    assert type(build_optimizer(OptimArgs(use_8bit_adam=True), group)) is type(optimizer_for("adamw8bit", weights()))
 
 
 def test_adamw_makes_its_first_step_by_hand():
@@ -87,20 +86,24 @@ def test_adams_flags_arrive(kind):
     assert (tuple(group["betas"]), group["weight_decay"], group["eps"]) == ((0.8, 0.95), 0.3, 1e-5)
 
 
-def test_each_group_keeps_its_own_learning_rate():
-    first, second = weights()
-    groups = [{"params": [first], "lr": 1e-3}, {"params": [second], "lr": 1e-5}]
-    assert [group["lr"] for group in build_optimizer(OptimArgs(), groups).param_groups] == [1e-3, 1e-5]
-
-
 # -- learning rates --------------------------------------------------------------------------------------------------
 
 
-def test_scale_lr_multiplies_by_the_rows_of_a_step():
-    assert learning_rates(OptimArgs(learning_rate=1e-4), 32) == (1e-4, 1e-4)
-    assert learning_rates(OptimArgs(learning_rate=1e-4, text_encoder_lr=1e-5), 32) == (1e-4, 1e-5)
-    scaled = learning_rates(OptimArgs(learning_rate=1e-4, text_encoder_lr=1e-5, scale_lr=True), 32)
-    assert scaled == pytest.approx((3.2e-3, 3.2e-4))
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [
+        ({}, (1e-4, 1e-4)),
+        ({"text_encoder_lr": 1e-5}, (1e-4, 1e-5)),
+        ({"text_encoder_lr": 0.0}, (1e-4, 0.0)),
+        ({"text_encoder_lr": 1e-5, "scale_lr": True}, (3.2e-3, 3.2e-4)),
+    ],
+)
+def test_each_group_has_its_own_rate_and_scale_lr_multiplies_by_the_rows_of_a_step(flags, rates):
+    first, second = weights()
+    args = OptimArgs(learning_rate=1e-4, **flags)
+    assert learning_rates(args, 32) == pytest.approx(rates)
+    optimizer = optimizer_for("adamw", [first], [second], total_batch_size=32, learning_rate=1e-4, **flags)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(rates)
 
 
 # -- schedules -------------------------------------------------------------------------------------------------------
@@ -181,18 +184,6 @@ def test_a_resumed_optimizer_makes_the_steps_of_an_uninterrupted_one(kind):
     load_nothing = optimizer_for(kind, fresh)
     take_steps(load_nothing, fresh, 4)
     assert not torch.equal(fresh[0], resumed[0])
-
-
-def test_adams_moments_are_those_of_the_checkpoint():
-    parameters = weights()
-    optimizer = optimizer_for("adamw", parameters)
-    take_steps(optimizer, parameters, 3)
-    successor = optimizer_for("adamw", weights())
-    load_optimizer(successor, through_a_file(optimizer.state_dict()))
-    for kept, loaded in zip(optimizer.state.values(), successor.state.values(), strict=True):
-        assert kept["exp_avg"].abs().min() > 0 and loaded["step"] == 3
-        assert torch.equal(kept["exp_avg"], loaded["exp_avg"])
-        assert torch.equal(kept["exp_avg_sq"], loaded["exp_avg_sq"])
 
 
 def test_the_flags_win_over_the_checkpoint_on_resume():

@@ -14,11 +14,12 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
-from finetuning.cli import problems_of
+from finetuning.cli import UserError, problems_of
 from finetuning.families.model_args import ModelError
 from finetuning.training.checkpoint import CheckpointArgs
+from finetuning.training.hub import build_upload
 from finetuning.training.optim import OptimArgs
-from finetuning.training.run import HubUpload, NonFinite, Run, RunArgs
+from finetuning.training.run import ENVIRONMENT_OF_OTHERS, Run, RunArgs, _check_processes
 
 
 @dataclass
@@ -68,15 +69,6 @@ def test_a_seed_that_is_not_given_is_drawn_and_written_down(start):
     assert json.loads((runs[0].output_dir / "args.json").read_text())["seed"] == runs[0].args.seed
 
 
-def test_a_resumed_run_keeps_the_seed_of_its_checkpoint(start, tmp_path):
-    checkpoint = tmp_path / "run" / "checkpoint-4"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "training_state.json").write_text('{"args": {"seed": 7}}')
-    assert start(seed=None, resume_from_checkpoint="latest").args.seed == 7
-    assert start(seed=5, resume_from_checkpoint="latest").args.seed == 5
-    assert start(seed=None).args.seed != 7
-
-
 # -- the step --------------------------------------------------------------------------------------------------------
 
 
@@ -95,38 +87,35 @@ def test_clip_returns_the_norm_before_and_0_only_measures(limit, gradient, start
     assert weight.grad.tolist() == pytest.approx(gradient, rel=1e-5)
 
 
-class Rows:
-    def describe(self, rows):
-        return f"rows {rows}"
-
-
-def scaler(scale):
-    return SimpleNamespace(get_scale=lambda: scale)
-
-
-@pytest.mark.parametrize(
-    ("loss", "norm", "scaler", "said"),
-    [
-        (float("nan"), 1.0, None, "the loss is nan"),
-        (float("inf"), 1.0, None, "the loss is inf"),
-        (float("nan"), 1.0, scaler(65536.0), "the loss is nan"),
-        (1.0, float("nan"), None, "the gradient's norm is nan"),
-        (1.0, float("inf"), None, "the gradient's norm is inf"),
-        (1.0, float("inf"), scaler(0.5), "the gradient's norm is inf"),  # it has come down from 65536: no overflow
-    ],
-)
-def test_numbers_that_are_none_stop_the_run_and_name_the_rows(loss, norm, scaler, said, start):
+@pytest.mark.parametrize(("process", "own"), [(0, ["A", "C", "E"]), (1, ["B", "D"])])
+def test_work_is_shared_out_and_every_process_has_all_results(process, own, start, monkeypatch):
     run = start()
-    run.accelerator.scaler = scaler
-    with pytest.raises(NonFinite, match=rf"(?s){said}.*rows \[3, 1\].*--resume_from_checkpoint latest"):
-        run.check_finite(loss, torch.tensor(norm), Rows(), [3, 1])
+    run.processes, run.process = 2, process
+    computed = []
+    monkeypatch.setattr(run, "gathered", lambda parts: (computed.extend(parts), [["A", "C", "E"], ["B", "D"]])[1])
+    assert run.shared(list("abcde"), lambda items: [item.upper() for item in items]) == list("ABCDE")
+    assert computed == [own]
 
 
-@pytest.mark.parametrize(("norm", "scaler"), [(1.0, None), (float("inf"), scaler(65536.0))])
-def test_ordinary_numbers_and_ordinary_fp16_overflow_go_on(norm, scaler, start):
-    run = start()
-    run.accelerator.scaler = scaler
-    run.check_finite(1.0, torch.tensor(norm), Rows(), [3, 1])
+def test_tf32_is_allowed_where_it_was_asked_for(start, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    start()
+    start(allow_tf32=True)
+    assert asked == ["high"]
+
+
+def test_what_accelerate_reads_besides_the_flags_does_not_change_them(start, monkeypatch):
+    for name in ENVIRONMENT_OF_OTHERS:
+        monkeypatch.setenv(name, "4" if "STEPS" in name else "INDUCTOR")
+    assert start().accelerator.gradient_accumulation_steps == 1
+
+
+def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--num_processes"):
+        _check_processes(SimpleNamespace(num_processes=1))
+    _check_processes(SimpleNamespace(num_processes=2))
 
 
 # -- logs ------------------------------------------------------------------------------------------------------------
@@ -177,27 +166,7 @@ def test_nothing_of_the_token_reaches_the_trackers(start):
     assert logs and not any(b"hf_secret" in path.read_bytes() for path in logs)
 
 
-def test_images_go_to_tensorboard_as_channels_first_bytes(start):
-    from PIL import Image
-
-    run, shown = start(), []
-    writer = SimpleNamespace(add_image=lambda name, pixels, step: shown.append((name, tuple(pixels.shape), step)))
-    run.accelerator.trackers = [SimpleNamespace(name="tensorboard", writer=writer)]
-    run.log_images("validation", [Image.new("RGB", (6, 4))] * 2, 9)
-    assert shown == [("validation/0", (3, 4, 6), 9), ("validation/1", (3, 4, 6), 9)]
-
-
 # -- signals ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_for_a_checkpoint(number, start, capfd):
-    run = start()
-    run.begin(0, 10)
-    assert not run.any(run.stop_signal is not None)
-    os.kill(os.getpid(), number)
-    assert run.stop_signal == number and run.any(run.stop_signal is not None)
-    assert f"{signal.Signals(number).name}: stopping after this step, with a checkpoint" in capfd.readouterr().err
 
 
 def test_ctrl_c_works_before_the_first_step_where_a_shell_had_it_ignored(start):
@@ -242,28 +211,29 @@ def uploads(monkeypatch):
             kept = sorted(filter_repo_objects(files, ignore_patterns=ignore_patterns))
             seen.append((repo_id, kept, self.token))
 
-    monkeypatch.setattr("finetuning.training.run.HfApi", FakeHub)
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
     return seen
 
 
 @pytest.mark.parametrize("logging_dir", ["logs", "tb/here"])
 def test_the_finished_pipeline_is_uploaded_and_nothing_of_the_run(logging_dir, start, uploads):
-    run = start(hub_token="hf_secret", logging_dir=logging_dir)
+    run = start(push_to_hub=True, hub_token="hf_secret", logging_dir=logging_dir)
     pipeline = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
     others = ["checkpoint-5/optimizer.pt", "checkpoint-5/unet/diffusion_pytorch_model.safetensors",
               f"{logging_dir}/text2image-fine-tune/events", ".incomplete-checkpoint-6-1/unet/config.json"]  # fmt: skip
     for name in pipeline + others:
         (run.output_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run.output_dir / name).touch()
-    HubUpload(run).push()
+    assert build_upload(run, ("lora",)).push()
     assert uploads == [("somebody/run", ["README.md", *pipeline], "hf_secret")]
-    assert "base_model: some/base" in (run.output_dir / "README.md").read_text()
+    card = (run.output_dir / "README.md").read_text()
+    assert "base_model: some/base" in card and "tags: [lora]" in card
 
 
 def test_hub_model_id_names_the_repository(start, uploads):
-    run = start(hub_model_id="somebody/chalk")
+    run = start(push_to_hub=True, hub_model_id="somebody/chalk")
     run.output_dir.mkdir()
-    HubUpload(run).push()
+    assert build_upload(run, ("lora",)).push()
     assert uploads[0][0] == "somebody/chalk"
 
 
@@ -271,9 +241,21 @@ def test_a_hub_that_refuses_is_named_before_training(start, uploads, monkeypatch
     def refuse(*_, **__):
         raise OSError("401 Unauthorized")
 
-    monkeypatch.setattr("finetuning.training.run.HfApi.create_repo", refuse)
-    with pytest.raises(ModelError, match=r"--push_to_hub: no repository run to be had: 401 Unauthorized; log in"):
-        HubUpload(start())
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(ModelError, match=r"--push_to_hub.*401 Unauthorized"):
+        build_upload(start(push_to_hub=True))
+
+
+def test_an_upload_that_fails_leaves_the_result_and_says_how_to_try_again(start, uploads, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise OSError("503")
+
+    run = start(push_to_hub=True)
+    run.output_dir.mkdir()
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", refuse)
+    assert build_upload(run).push() is False
+    assert "hf upload somebody/run" in capsys.readouterr().err
+    assert build_upload(start()).push() is True  # nothing was asked for
 
 
 def test_the_token_is_written_nowhere(start, monkeypatch):
@@ -287,20 +269,11 @@ def test_the_token_is_written_nowhere(start, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("num_train_epochs", 0), ("gradient_accumulation_steps", 0), ("max_train_steps", 0)]
-)
-def test_flags_that_cannot_work_are_named(flag, value):
-    (problem,) = problems_of(RunArgs(**{flag: value, "report_to": "none"}))
-    assert problem == f"--{flag} {value} must be at least 1"
-
-
-def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
+    "flags",
+    [{"num_train_epochs": 0}, {"gradient_accumulation_steps": 0}, {"max_train_steps": 0}, {"hub_model_id": "me/x"},
+     {"report_to": "wandb"}, {"output_dir": __file__}],
+)  # fmt: skip
+def test_flags_that_cannot_work_are_named(flags, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (problem,) = RunArgs(report_to="wandb").problems()
-    assert problem == "--report_to wandb: it is not installed: pip install wandb"
-
-
-def test_an_output_dir_that_is_a_file_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    (problem,) = RunArgs(report_to="none", output_dir=str(tmp_path / "file")).problems()
-    assert problem == f"--output_dir {tmp_path / 'file'} is a file"
+    (problem,) = problems_of(RunArgs(**{"report_to": "none", **flags}))
+    assert problem.startswith(f"--{next(iter(flags))} ")

@@ -1,0 +1,161 @@
+"""The seam holds: a second family, a tiny SDXL, is declared here and goes through everything that a run does.
+
+It is a throw-away: what a family has to say is all in the class below, and no line of the package knows of it.
+"""
+
+from types import MappingProxyType, SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from finetuning.families.family import Component, Family
+from finetuning.families.model import load_model
+from finetuning.families.model_args import ModelArgs
+from finetuning.families.table import FAMILIES
+from models.make_start import vocabulary
+
+CAPTIONS = ["a red circle", "a blue square"]
+
+
+class StableDiffusionXL(Family):
+    """Two text encoders, whose last but one hidden states are joined, and a UNet that is told sizes and crops."""
+
+    pipeline = "StableDiffusionXLPipeline"
+    components = (
+        Component("unet", "UNet2DConditionModel", lora_prefix="unet.", kohya_prefix="lora_unet_"),
+        Component(
+            "text_encoder", "CLIPTextModel", lora_prefix="text_encoder.text_model.",
+            kohya_prefix="lora_te1_text_model_", file_prefix="text_model.",
+        ),
+        Component(
+            "text_encoder_2", "CLIPTextModelWithProjection", lora_prefix="text_encoder_2.", kohya_prefix="lora_te2_"
+        ),
+        Component("vae", "AutoencoderKL"),
+    )  # fmt: skip
+    tokenizers = MappingProxyType({"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"})
+    pipeline_options = MappingProxyType({"add_watermarker": False})
+
+    def encode_text(self, encoders, tokens):
+        found = {name: encoders[name](tokens[name], output_hidden_states=True) for name in self.tokenizers}
+        joined = torch.cat([one.hidden_states[-2] for one in found.values()], -1)
+        return {"prompt_embeds": joined, "pooled": found["text_encoder_2"].text_embeds}
+
+    def extras(self, batch):
+        """A dropped caption is zeros, as force_zeros_for_empty_prompt has it."""
+        kept = torch.tensor([float(caption != "") for caption in batch.captions], device=batch.sizes.device)
+        return {"time_ids": batch.sizes, "kept": kept}
+
+    def denoise(self, denoiser, noisy, timesteps, text, extras):
+        embeds, kept = text["prompt_embeds"], extras["kept"].to(text["prompt_embeds"].dtype)
+        conditions = {
+            "text_embeds": text["pooled"] * kept[:, None],
+            "time_ids": extras["time_ids"].to(embeds.dtype),
+        }
+        return denoiser(
+            noisy, timesteps, embeds * kept[:, None, None], added_cond_kwargs=conditions, return_dict=False
+        )[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, StableDiffusionXL.pipeline, StableDiffusionXL())
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny_sdxl(tmp_path_factory):
+    """A folder with an SDXL of random weights. Never write to it."""
+    folder = tmp_path_factory.mktemp("tiny-sdxl")
+    torch.manual_seed(0)
+    entries, merges = vocabulary()
+    tokenizers = [CLIPTokenizer(vocab=entries, merges=merges, model_max_length=16) for _ in range(2)]
+    text = CLIPTextConfig(
+        vocab_size=len(entries), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=len(entries) - 2, eos_token_id=len(entries) - 1, projection_dim=16,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=4, layers_per_block=1, norm_num_groups=4, block_out_channels=(8, 16), cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=64, transformer_layers_per_block=(1, 2),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, sample_size=32, scaling_factor=0.13025,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    )
+    StableDiffusionXLPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer=tokenizers[0], tokenizer_2=tokenizers[1], unet=unet, scheduler=scheduler, add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@torch.no_grad()
+def predictions(folder, captions=CAPTIONS):
+    """(ours, the pipeline's own) of a folder, for the same noisy latents, captions, sizes and crops."""
+    noisy, timesteps = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([200, 700])
+    sizes = torch.tensor([[64, 64, 0, 0, 32, 32], [80, 48, 3, 5, 32, 32]])
+    model = load_model(ModelArgs(str(folder)))
+    batch = SimpleNamespace(captions=captions, tokens=model.tokenize(captions), sizes=sizes)
+    ours = model.denoiser.eval()(noisy, timesteps, **model.conditioning(batch))
+
+    theirs = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True, add_watermarker=False)
+    embeds, nothing, pooled, nothing_pooled = theirs.encode_prompt(captions, device="cpu", negative_prompt=None)
+    for row, caption in enumerate(captions):
+        if not caption:
+            embeds[row], pooled[row] = nothing[row], nothing_pooled[row]
+    time_ids = torch.cat([
+        theirs._get_add_time_ids(tuple(row[:2]), tuple(row[2:4]), tuple(row[4:]), torch.float32, 16)
+        for row in sizes.tolist()
+    ])  # fmt: skip
+    conditions = {"text_embeds": pooled, "time_ids": time_ids}
+    return ours, theirs.unet(noisy, timesteps, embeds, added_cond_kwargs=conditions, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("captions", [CAPTIONS, ["a red circle", ""]], ids=["captions", "one dropped"])
+def test_its_prediction_is_the_pipelines_own(tiny_sdxl, captions):
+    ours, theirs = predictions(tiny_sdxl, captions)
+    assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def predictions_of_text(folder, name):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True, add_watermarker=False)
+    return getattr(pipeline, name)(torch.arange(16)[None], return_dict=False)[0]
+
+
+@pytest.fixture
+def arguments(tiny_sdxl, shapes_folder):
+    return f"""
+        --pretrained_model_name_or_path {tiny_sdxl} --train_data_dir {shapes_folder} --resolution 32 --seed 3
+        --train_batch_size 2 --max_train_steps 2 --checkpointing_steps 1 --use_ema --proportion_empty_prompts 0.3
+        --random_flip --learning_rate 1e-2 --validation_epochs 0 --report_to none --lr_warmup_steps 0
+        --validation_prompt circle --validation_inference_steps 1
+    """.split()
+
+
+@pytest.mark.parametrize("flags", ["", "--train_text_encoder"], ids=["unet", "all"])
+def test_it_is_trained_saved_resumed_and_handed_over(script, training, arguments, tmp_path, flags, tiny_sdxl):
+    words = [*arguments, *flags.split(), *(["--save_kohya"] if script == "train_lora" else [])]
+    straight, resumed = tmp_path / "straight/run", tmp_path / "resumed/run"  # kohya files hold the name
+    assert training.run(script, words, straight) == 0
+    assert training.run(script, words, resumed, "--resume_from_checkpoint", straight / "checkpoint-1") == 0
+    assert training.state(resumed, 2)[:2] == training.state(straight, 2)[:2]
+    if script == "train_lora":  # the run itself has loaded each file into a fresh pipeline and compared
+        keys = load_file(straight / "pytorch_lora_weights.safetensors")
+        assert any(key.startswith("text_encoder_2.") for key in keys) is bool(flags)
+        keys = load_file(straight / "kohya_lora_weights.safetensors")
+        assert any(key.startswith("lora_te2_") for key in keys) is bool(flags)
+        return
+    ours, theirs = predictions(straight)
+    assert torch.equal(ours, theirs) and not torch.equal(ours, predictions(tiny_sdxl)[0])
+    for name in ("text_encoder", "text_encoder_2"):
+        before, after = (predictions_of_text(folder, name) for folder in (tiny_sdxl, straight))
+        assert torch.equal(before, after) is not bool(flags)
