@@ -29,6 +29,7 @@ from finetuning.evaluation.measuring import EvalNetworkArgs, measure, open_netwo
 from finetuning.evaluation.report import write_report
 from finetuning.evaluation.words import verdict
 from finetuning.families.generation import inference_dtype
+from finetuning.files import output_problems
 
 PACKAGES = ("torch", "diffusers", "transformers", "torch-fidelity", "lpips")
 
@@ -44,6 +45,11 @@ class Args(ForgettingArgs, EvalNetworkArgs, GenerationArgs, CandidateArgs):
     )
     caption_column: str = flag("text", "where the captions stand in the metadata")
     max_rows: int | None = flag(None, "captions at most, chosen with --seed", min=2)
+
+    def problems(self):
+        inputs = [self.dataset, *([self.retain_dataset] if self.retain_dataset else [])]
+        inputs += [path for one in self.candidates for path in (one.path, one.lora) if path]
+        yield from output_problems(self.output_dir, inputs)
 
 
 def main(argv=None):

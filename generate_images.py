@@ -25,7 +25,7 @@ from finetuning.evaluation.grid import labelled_grid
 from finetuning.families.generation import DTYPES, generate, inference_dtype, parse_size, size_problems
 from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
 from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
-from finetuning.files import file_names, write_json
+from finetuning.files import file_names, output_problems, write_json
 from finetuning.rng import torch_generator
 
 
@@ -62,6 +62,8 @@ class Args:
         elif self.prompts_file and not self.all_prompts():
             yield f"--prompts_file {self.prompts_file} has no prompts in it"
         yield from size_problems(self.size)
+        inputs = [ModelSource.parse(text).path for text in [*self.model, *(self.lora or [])]]
+        yield from output_problems(self.output_dir, inputs)
         for name, paths in (("model", self.model), ("lora", self.lora or [])):
             labels = [ModelSource.parse(text).label for text in paths]
             if len(set(labels)) < len(labels):

@@ -46,6 +46,15 @@ def overlap(one, other):
     return one == other or one in other.parents or other in one.parents
 
 
+def output_problems(output_dir, inputs):
+    """Yield why results cannot go to --output_dir: it is, or lies in, something that is read. `inputs` are paths."""
+    output = Path(output_dir).resolve()
+    for path in dict.fromkeys(map(str, inputs)):
+        read = Path(path).resolve()
+        if Path(path).exists() and (read == output or read in output.parents):
+            yield f"--output_dir {output_dir} lies in {path}, which is read: name a folder outside of it"
+
+
 def write_text(path, text):
     """Write UTF-8 text to a file that is whole or as it was before."""
     with atomic_file(path) as temporary:

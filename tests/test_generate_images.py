@@ -105,6 +105,13 @@ def test_what_is_wrong_is_said_together(tmp_path, capsys):
     assert "--prompt" in message and "--size 64by64" in message and "same name" in message
 
 
+@pytest.mark.parametrize("below", ["", "images"])
+def test_nothing_is_written_into_a_model(below, tiny_model, capsys):
+    with pytest.raises(SystemExit):
+        generate_images.main(["--model", str(tiny_model), "--prompt", "a", "--output_dir", str(tiny_model / below)])
+    assert "--output_dir" in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_there_is_one_clear_line(tmp_path, capsys):
     assert (
         generate_images.main(["--model", str(tmp_path / "none"), "--prompt", "a", "--output_dir", str(tmp_path)]) == 1

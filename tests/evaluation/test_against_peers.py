@@ -96,14 +96,3 @@ def test_legacy_fid_is_pytorch_fids(figures, folders, inception_file, monkeypatc
     basis = np.linalg.qr(np.concatenate(sets).astype(np.float64).T)[0]  # [2048, 2 x images]
     moments = [moment for one in sets for moment in ((one @ basis).mean(0), np.cov(one @ basis, rowvar=False))]
     assert figures("legacy")["fid"] == SAME(fid_score.calculate_frechet_distance(*moments), rel=1e-5)
-
-
-def test_a_folder_beside_itself_has_no_distance(figures):
-    found = figures("legacy", drawn="truth")
-    assert found["fid"] == 0 and found["kid"] <= 0
-
-
-def test_protocols_give_other_figures(figures):
-    """Or the comparisons above would hold with any resize."""
-    fids = [figures(protocol)["fid"] for protocol in ("clean", "legacy", "tf")]
-    assert all(abs(a - b) > 1e-3 * a for a, b in zip(fids, fids[1:] + fids[:1], strict=True))

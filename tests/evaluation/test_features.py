@@ -68,16 +68,6 @@ def test_features_are_the_networks_in_the_order_of_the_files(paths, network, pro
     np.testing.assert_allclose(found, by_hand(paths[::-1], protocol, side), rtol=1e-6)
 
 
-def test_workers_give_the_same(paths, network):
-    assert np.array_equal(of(paths, network, workers=2), of(paths, network))
-
-
-def test_without_a_cache_nothing_is_kept(paths, network, tmp_path):
-    of(paths, network), of(paths, network)
-    assert network.seen == 14
-    assert [path.name for path in tmp_path.iterdir()] == ["images"]
-
-
 def test_the_second_call_computes_nothing(paths, network, tmp_path):
     first = of(paths, network, tmp_path / "cache")
     assert network.seen == 7
@@ -110,13 +100,6 @@ def test_what_was_computed_otherwise_is_never_taken(paths, network, tmp_path, ot
     found = of(paths, network, tmp_path / "cache", **other)
     assert network.seen == 14
     assert np.array_equal(found, of(paths, network, **other))
-
-
-def test_another_version_of_this_code_never_takes_it(paths, network, tmp_path, monkeypatch):
-    of(paths, network, tmp_path / "cache")
-    monkeypatch.setattr(features, "VERSION", features.VERSION + 1)
-    of(paths, network, tmp_path / "cache")
-    assert network.seen == 14
 
 
 def test_sets_share_what_they_have_in_common(paths, network, tmp_path):

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from finetuning.cli import read
@@ -71,17 +70,6 @@ def test_the_numbers_by_hand(by, fit, retain, learned, kept):
         assert one.value == pytest.approx(expected)
         assert one.low <= one.value + 1e-12 and one.high >= one.value - 1e-12
     assert [one.n for one in found] == [len(fit[0]), len(retain[0])]
-
-
-def test_the_loss_may_come_as_tensors():
-    half = torch.tensor([0.5, 0.7], dtype=torch.float64)
-    learned, kept = learned_and_kept("loss", (half, 2 * half), (half, half))
-    assert (learned.value, kept.value) == (pytest.approx(0.5), 1)
-
-
-def test_unknown_yardsticks_are_refused():
-    with pytest.raises(ValueError, match="'fid' is none of checker, clip, loss"):
-        learned_and_kept("fid", ([1, 2], [1, 2]), ([1, 2], [1, 2]))
 
 
 def test_the_interval_of_a_ratio_is_that_of_the_delta_method():

@@ -206,20 +206,6 @@ def test_a_row_is_drawn_from_its_own_noise(pipeline, quick):
     assert np.abs(pixels(paths[0]) - pixels(paths[2])).mean() > 5  # of one caption, but of two rows
 
 
-def test_neither_the_batch_nor_the_other_rows_matter(quick):
-    together, _ = quick()
-    alone, _ = quick([ROWS[3], ROWS[1]], folder="alone", batch_size=1)
-    for number, path in alone.items():
-        assert np.abs(pixels(path) - pixels(together[number])).max() <= 1
-
-
-def test_a_model_that_is_named_draws_what_the_opened_one_draws(tiny_model, quick):
-    opened, _ = quick(ROWS[:2])
-    named, _ = quick(ROWS[:2], source=tiny_model, folder="named")
-    assert contents(opened) == contents(named)
-    assert quick(ROWS[:2], source=str(tiny_model))[1] == []  # the folder is known as the same model's
-
-
 def test_what_is_there_stays_and_what_is_missing_or_cut_is_drawn_again(quick):
     paths, _ = quick(batch_size=3)
     before = contents(paths)
@@ -229,12 +215,6 @@ def test_what_is_there_stays_and_what_is_missing_or_cut_is_drawn_again(quick):
     assert quick(batch_size=3) == (paths, [])
     assert contents(paths) == before
     assert kept == {number: paths[number].stat().st_mtime_ns for number in kept}
-
-
-def test_nothing_is_drawn_where_all_is_there(quick, pipeline, monkeypatch):
-    paths, _ = quick()
-    monkeypatch.setattr(type(pipeline), "__call__", lambda *_, **__: pytest.fail("drawn again"))
-    assert quick(batch_size=1)[0] == paths
 
 
 def test_an_interrupted_folder_is_gone_on_with(quick, pipeline, monkeypatch):

@@ -446,12 +446,6 @@ def test_a_report_of_one_model_without_extras_has_a_page(report, tmp_path):
     assert 'class="verdict"' not in text and "4 rows" not in text
 
 
-def test_it_is_made_for_a_phone_the_dark_and_paper(shown):
-    _, _, text = shown
-    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
-    assert "prefers-color-scheme: dark" in text and "color-scheme: light dark" in text and "@media print" in text
-
-
 # -- in a browser --------------------------------------------------------------------------------------------------
 
 FRAGMENT = "#sort=-lpips:tuned&filter=CIRCLE&prompts-sort=category"

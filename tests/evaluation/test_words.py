@@ -12,7 +12,6 @@ from finetuning.evaluation.words import (
     is_beyond_noise,
     is_not_published,
     left_out,
-    listed,
     notes,
     number,
     percent,
@@ -115,10 +114,6 @@ def test_values_of_rows_have_as_many_digits_as_their_spread_asks_for():
 def test_every_figure_has_a_title_for_people(report):
     named = {"kid": "KID", "drift_lpips": "LPIPS drift", "shapes": "right shapes", "something_new": "something new"}
     assert {name: title_of(report, name) for name in named} == named
-
-
-def test_words_are_listed():
-    assert [listed(["a", "b", "c"][:count]) for count in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
 
 
 # -- what a difference means ---------------------------------------------------------------------------------------
