@@ -139,9 +139,10 @@ class Flag:
 
     @property
     def notes(self):
-        """What the help says beside the default: its range and what it needs."""
+        """What the help says beside the default: its range, what it needs, whether it may be repeated."""
         needs = " or ".join(f"--{name.replace('=', ' ')}" for name in self.requires)
-        return [text for text in (self.range, f"with {needs}" if needs else "") if text]
+        repeated = "may be given several times" if self.repeated else ""
+        return [text for text in (self.range, f"with {needs}" if needs else "", repeated) if text]
 
     def in_range(self, value):
         return (

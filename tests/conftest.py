@@ -42,12 +42,6 @@ def root():
 
 
 @pytest.fixture(scope="session")
-def training_scripts():
-    """Every train_*.py: each has to hold the same invariants."""
-    return sorted(ROOT.glob("train_*.py"))
-
-
-@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A Stable Diffusion of random weights and a few thousand parameters, with a non_ema variant. Never write to it."""
     folder = tmp_path_factory.mktemp("tiny-sd")

@@ -156,7 +156,8 @@ def _conversion(profile, mode):
             return None
         conversion = ImageCms.buildTransform(
             found, ImageCms.createProfile("sRGB"), mode, "RGB",
-            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOCACHE,  # threads share it
         )  # fmt: skip
         if mode != "CMYK":
             steps = np.linspace(0, 255, 9).round().astype(np.uint8)

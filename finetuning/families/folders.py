@@ -30,7 +30,7 @@ def pipeline_index(folder):
 
 def components_of_index(index):
     """The folders that a model_index.json names."""
-    return [name for name, value in index.items() if isinstance(value, list) and value[0]]
+    return [name for name, value in index.items() if isinstance(value, list) and value and value[0]]
 
 
 def weights_name(component, variant=None):

@@ -30,7 +30,7 @@ KOHYA_NAME = "kohya_lora_weights.safetensors"
 PEFT_NAME = "adapter_model.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's configurations
 
-DEFAULT_FAMILY = next(iter(FAMILIES.values()))
+DEFAULT_FAMILY = next(iter(FAMILIES.values()))  # of what does not say what it belongs to
 
 DOWN, UP, ALPHA, MAGNITUDE, DORA_SCALE = "down", "up", "alpha", "magnitude", "dora_scale"
 ENDINGS = (

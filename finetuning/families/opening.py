@@ -26,7 +26,7 @@ from finetuning.families.folders import (
     weights_by_variant,
     weights_files,
 )
-from finetuning.families.lora_files import is_lora_key, is_lora_path
+from finetuning.families.lora_files import DEFAULT_FAMILY, is_lora_key, is_lora_path
 from finetuning.families.model_args import ModelError
 from finetuning.families.original import OLD_VAE_ATTENTION, canonical_parts, is_original
 from finetuning.families.quiet import errors_only
@@ -138,8 +138,7 @@ class Source:
 
     def tokenizer(self, name="tokenizer"):
         """The tokenizer in a folder of the pipeline. Raises ModelError."""
-        folder = self._pipeline_folder() / name
-        return open_tokenizer(folder, (self._index().get(name) or [None, None])[1] or "CLIPTokenizer")
+        return open_tokenizer(self._pipeline_folder() / name, self._class_of(name) or "CLIPTokenizer")
 
     def scheduler_config(self):
         """The scheduler's configuration, with what the denoiser predicts. Raises ModelError."""
@@ -151,7 +150,7 @@ class Source:
         import diffusers
 
         config = self.scheduler_config()
-        name = (self._index().get("scheduler") or [None, None])[1] or config.get("_class_name")
+        name = self._class_of("scheduler") or config.get("_class_name")
         if not str(name).endswith("Scheduler") or not hasattr(diffusers, name):
             raise ModelError(f"{self._pipeline_folder()} names the scheduler {name}, which diffusers does not have")
         with _one_line(self._pipeline_folder() / "scheduler"), errors_only():
@@ -159,11 +158,12 @@ class Source:
 
     def settings(self):
         """What else model_index.json says of the pipeline, e.g. {"force_zeros_for_empty_prompt": True}."""
-        return {key: value for key, value in self._index().items()
-                if not key.startswith("_") and not isinstance(value, list)}  # fmt: skip
+        index = pipeline_index(self._pipeline_folder())
+        return {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)}
 
-    def _index(self):
-        return pipeline_index(self._pipeline_folder())
+    def _class_of(self, name):
+        entry = pipeline_index(self._pipeline_folder()).get(name)  # [library, class]
+        return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
     def _pipeline_folder(self):
         if self.folder is None:
@@ -234,6 +234,8 @@ def open_tokenizer(folder, class_name="CLIPTokenizer"):
         )  # fmt: skip
     for path in sorted(folder.glob("*.json")):
         read_json(path)
+    if not re.fullmatch(r"\w+Tokenizer(Fast)?", class_name):  # another class would read weights
+        raise ModelError(f"{folder}: model_index.json names a {class_name}, which is no tokenizer")
     with _one_line(folder), errors_only():
         tokenizer = getattr(transformers, class_name).from_pretrained(folder)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -301,9 +303,10 @@ def _pipeline(name, folder, variants, asked, only, without_weights, relatives):
 
 def _checkpoint(name, path, weights, base, options):
     """The trained components are the checkpoint's; the others are the base's, as the run loaded them."""
-    args = read_json(path / STATE).get("args") or {}
+    args = read_json(path / STATE).get("args")
+    args = args if isinstance(args, dict) else {}
     lent, warnings = (_lent(base, options), ()) if base else _model_of_run(name, args, options)
-    family = lent.family if lent else _first_family()
+    family = lent.family if lent else DEFAULT_FAMILY
     folders = {one: of_checkpoint(path, one.name, weights) for one in family.components}
     components = dict(lent.components) if lent else {}
     for one, folder in folders.items():
@@ -332,6 +335,8 @@ def _model_of_run(name, args, options):
 
 def _single_file(name, path, weights, lent):
     tensors, _ = tensor_references(path)
+    if any(".base_layer." in key for key in tensors):
+        check_weights(name, tensors)
     if _is_unet(tensors):
         return _unet(name, ComponentFiles(_config(lent, "unet"), (path,), None, tensors), lent)
     if any(map(is_lora_key, tensors)):
@@ -355,7 +360,7 @@ def _single_file(name, path, weights, lent):
 
 
 def _bare_unet(name, path, variants, asked, lent):
-    component = _first_family().by_name["unet"]
+    component = DEFAULT_FAMILY.by_name["unet"]
     found = _component_files(name, component, path, variants)
     if asked and found.variant != asked:
         raise _no_variant(name, asked)
@@ -371,7 +376,7 @@ def _unet(name, found, lent):
 
 def _borrowing(name, kind, components, lent, warnings=()):
     """A Source that takes from the pipeline `lent`, or None, whatever it lacks."""
-    family = lent.family if lent else _first_family()
+    family = lent.family if lent else DEFAULT_FAMILY
     folder, predicts = (lent.folder, lent.prediction_type) if lent else (None, None)
     class_name = lent.class_name if lent else family.pipeline
     return Source(name, kind, family, class_name, folder, components, predicts, warnings, lent)
@@ -482,11 +487,6 @@ def _family(name, index, relatives):
         usable = ", ".join([*FAMILIES, *(RELATIVES if relatives else ())])
         raise ModelError(f"{name} is a {class_name}; what can be used here is {usable}")
     return FAMILIES[own], class_name
-
-
-def _first_family():
-    """The family of what does not say what it belongs to."""
-    return next(iter(FAMILIES.values()))
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from datasets import load_dataset
 from PIL import Image, ImageCms, ImageOps
 
-from finetuning.cli import flag, read
+from finetuning.cli import flag, flags_without_effect, read
 from finetuning.conversion import writer as writing
 from finetuning.conversion.download import DownloadArgs
 from finetuning.conversion.writer import WritingArgs, write_dataset
@@ -609,16 +609,6 @@ def test_other_settings_do_not_go_on(source, args):
     write_dataset(many(source, 8), replace(args, link=False, workers=2, on_bad_rows="skip"))
 
 
-def test_where_and_how_images_are_fetched_may_change(source, args):
-    """The folder that an interrupted conversion has fetched images into may have moved since."""
-    fetching = FetchingArgs(**vars(args))
-    interrupted(many(source, 8), 8, fetching)
-    changed = {field.name: "elsewhere" if field.name == "images" else 7 for field in fields(DownloadArgs)}
-    write_dataset(many(source, 8), replace(fetching, **changed))
-    report = json.loads(Path(args.output, "conversion.json").read_text())
-    assert (report["settings"]["images"], report["settings"]["download_tries"]) == ("elsewhere", 7)
-
-
 def test_a_full_disk_is_one_message_and_the_same_command_goes_on(source, args, monkeypatch):
     put, count = writing._put, []
 
@@ -673,3 +663,8 @@ def test_few_images_are_in_work_at_once(source, args, monkeypatch):
 def test_settings_that_cannot_be(flags, problem):
     _, problems = read(WritingArgs, "", ["--output", "out", *flags.split()])
     assert len(problems) == 1 and problem in problems[0]
+
+
+def test_where_and_how_images_are_fetched_and_read_changes_no_result():
+    assert {field.name for field in fields(DownloadArgs)} <= flags_without_effect(FetchingArgs)
+    assert {"workers", "link", "on_bad_rows"} <= flags_without_effect(FetchingArgs)

@@ -103,8 +103,9 @@ def test_transparency_and_palettes_have_profiles_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "icc"), [("RGB", SRGB), ("RGB", b"no profile"), ("L", SRGB), ("L", SWAPPED[:99]), ("RGB", None)]
-)
+    ("mode", "icc"), [("RGB", SRGB), ("RGB", b"no profile"), ("L", SRGB), ("L", SWAPPED[:99]), ("RGB", None)],
+    ids=["srgb", "broken", "grey", "cut", "none"],  # a profile holds the time at which it was made
+)  # fmt: skip
 def test_images_in_srgb_keep_every_pixel(tmp_path, mode, icc):
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     image = Image.fromarray(noise).convert(mode)

@@ -459,6 +459,7 @@ DAMAGED = {
     ),
     "empty tokenizer": (emptied("tokenizer"), "tokenizer", "no tokenizer"),
     "broken tokenizer": (*of_bytes(lambda content: content[:50], "tokenizer/tokenizer_config.json"), "JSON"),
+    "no tokenizer": (of_json("model_index.json", tokenizer=["transformers", "CLIPModel"])[0], "tokenizer", "CLIPModel"),
     "endless tokenizer": (*of_json("tokenizer/tokenizer_config.json", model_max_length=None), "model_max_length"),
     "inpainting under another name": (
         lambda model: (change(model / f"unet/{UNET}", replaced("conv_in.weight", torch.zeros(8, 9, 3, 3))),
@@ -558,6 +559,7 @@ LORA = "pytorch_lora_weights.safetensors"
         (tensors_named("encoder.weight"), "encoder.weight"),
         (tensors_named("first_stage_model.conv_in.weight"), "no UNet"),
         (tensors_named("conditioner.embedders.0.x"), "Stable Diffusion XL"),
+        (tensors_named("conv_in.base_layer.weight", "conv_in.lora_A.default.weight"), "adapters"),
         (tensors_named("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"), "fuse"),
         (files_named(LORA), "fuse"),
         (files_named(f"run/{LORA}"), "fuse"),

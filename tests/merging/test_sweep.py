@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from finetuning.cli import flags_of, read
 from finetuning.evaluation import grid
+from finetuning.families import generation
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import open_pipeline
 from finetuning.merging import merged_pipeline, sweep_metrics
@@ -53,16 +54,19 @@ def swept(flags):
 @pytest.fixture
 def calls(monkeypatch):
     """[(ratio, prompts)] of what was generated."""
-    made, real = [], merged_pipeline.MergedPipeline.__init__
+    made, merged = [], []
+    real_init, real_generate = merged_pipeline.MergedPipeline.__init__, generation.generate
 
-    def watched(merged, *args, **kwargs):
-        real(merged, *args, **kwargs)
-        pipeline = merged.pipeline
-        merged.pipeline = lambda prompts, **how: (made.append((merged.ratio, len(prompts))), pipeline(prompts, **how))[
-            1
-        ]
+    def init(self, *args, **kwargs):
+        merged.append(self)
+        real_init(self, *args, **kwargs)
 
-    monkeypatch.setattr(merged_pipeline.MergedPipeline, "__init__", watched)
+    def generate(pipeline, prompts, *args, **kwargs):
+        made.append((merged[-1].ratio, len(prompts)))
+        return real_generate(pipeline, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(merged_pipeline.MergedPipeline, "__init__", init)
+    monkeypatch.setattr(generation, "generate", generate)
     return made
 
 

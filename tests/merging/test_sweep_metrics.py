@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.evaluation.denoising import load_rows, row_losses
 from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs, ModelError
@@ -83,8 +82,8 @@ def test_loss_is_minus_that_of_each_row(loss, tiny_model, shapes_folder):
     learned, kept = measure(0.5, [], [])
     assert ratios == [0.5]
     for values, folder, one in zip((learned, kept), ("validation", "train"), facts["datasets"], strict=True):
-        images, rows = load_rows(shapes_folder / folder, model.tokenizer, (32, 32), max_rows=5)
-        expected = row_losses(model, images, rows, NoiseSchedule.of(model.scheduler))
+        images, rows = load_rows(shapes_folder / folder, model.tokenize, (32, 32), max_rows=5)
+        expected = row_losses(model, images, rows, model.schedule)
         # the same weights elsewhere in memory may round differently
         torch.testing.assert_close(values, -expected, rtol=1e-6, atol=0)
         assert one["rows"] == rows
