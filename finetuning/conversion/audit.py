@@ -63,7 +63,7 @@ CONCERNS = {  # code: (what the images have in common, why it matters and what h
         "control characters, doubled spaces, letters that are not in NFC: --fix writes them plainly",
     ),
     "other_alphabet": ("captions in other alphabets", "Stable Diffusion's text encoder learned English"),
-    "repeated_caption": ("captions that stand with several images", "they tell those images not apart"),
+    "repeated_caption": ("captions that stand with several images", "they cannot tell these images apart"),
 }  # fmt: skip
 
 
