@@ -30,7 +30,7 @@ def test_flags_that_are_named_are_there(root, folder):
     known = set(re.findall(r"`(--\w+)`", (root / "docs/flags.md").read_text(encoding="utf-8"))) | OTHERS
     for page in pages(root):
         if page.relative_to(root).parts[0] == folder and page.name != "flags.md":
-            named = set(re.findall(r"(?<![\w-])--[a-z]\w+", page.read_text(encoding="utf-8")))
+            named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8")))
             assert {name for name in named if name.replace("--no-", "--") not in known} == set(), page
 
 

@@ -250,8 +250,8 @@ class Checkpointer:
         optimizer = lambda args: "adamw8bit" if args.get("use_8bit_adam") else args.get("optimizer")
         if optimizer(before) != optimizer(now):
             raise CheckpointError(
-                f"{folder} holds the state of another optimizer (--optimizer {optimizer(before)}): ask for the same, or "
-                "start a new run"
+                f"{folder} holds the state of another optimizer (--optimizer {optimizer(before)}): ask for the same, "
+                "or start a new run"
             )
         if before.get("use_ema") != now.get("use_ema") and now.get("use_ema"):
             raise CheckpointError(
