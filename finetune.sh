@@ -65,7 +65,7 @@ a small orange cross on a gray background|a small yellow diamond above a large b
     : "${METHOD:=lora}" "${MODEL_NAME:=$SD15}" "${STEPS:=15000}" "${LR:=1e-4}"
     : "${RANK:=4}" "${TARGETS:=attention}"
     : "${BATCH:=1}" "${ACCUMULATION:=4}" "${CHECKPOINTS_KEPT:=30}"
-    : "${EXTRA:=--random_flip --lr_scheduler cosine --lr_warmup_steps 0 --dataloader_num_workers 2 --save_kohya $XFORMERS}"
+    : "${EXTRA:=--random_flip --lr_scheduler cosine --lr_warmup_steps 0 --dataloader_num_workers 8 --save_kohya $XFORMERS}"
     : "${PROMPTS:=interior design, a living room with a brown couch|Yoda}"  # a keyword belongs into every caption
     ;;
   sd15-locon-t4)  # Stable Diffusion 1.5, LoRA on every layer and on the text encoder, on a T4
