@@ -3,13 +3,19 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test bench gpu-check lint format mini-sd datasets flags clean
+.PHONY: demo test test-fast bench gpu-check lint format mini-sd datasets flags clean
 
 demo: $(VENV)/.ready
 	bash finetune.sh
 
+# Everything, every script as a user runs it. JOBS=4 make test on a larger machine; each worker takes 1 GB.
+JOBS ?= 2
 test: $(VENV)/.ready
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n $(JOBS)
+
+# Only what opens no model and starts no script.
+test-fast: $(VENV)/.ready
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n $(JOBS) -m "not run"
 
 # Speed and memory, each beside a limit measured in the same run; an hour.
 bench: $(VENV)/.ready

@@ -116,7 +116,8 @@ fi
 : "${CHECKPOINTS_KEPT:=2}"
 : "${GUIDANCE:=7.5}"              # guidance scale of the validation images
 : "${VALIDATION_STEPS:=500}"
-: "${EXTRA:=}"                    # any other flag: python train_text_to_image.py --help
+: "${EXTRA:=}"                    # the preset's other flags; setting it replaces them
+: "${MORE:=}"                     # any further flag: python train_text_to_image.py --help
 : "${REPORT_TO:=tensorboard}"     # or wandb, all, none
 # Devices and precision come from accelerate_config.yaml. --quiet: our message is the last, not the launcher's traceback
 : "${LAUNCH:=accelerate launch --quiet --config_file accelerate_config.yaml}"
@@ -136,7 +137,7 @@ case "$METHOD" in
   *) fail "METHOD=$METHOD must be full or lora" ;;
 esac
 
-# shellcheck disable=SC2086  # LAUNCH and EXTRA are meant to be split into words
+# shellcheck disable=SC2086  # LAUNCH, EXTRA and MORE are meant to be split into words
 $LAUNCH "$SCRIPT" \
   --pretrained_model_name_or_path "$MODEL_NAME" \
   ${NON_EMA_REVISION:+--non_ema_revision "$NON_EMA_REVISION"} \
@@ -158,7 +159,7 @@ $LAUNCH "$SCRIPT" \
   --validation_steps "$VALIDATION_STEPS" \
   --validation_guidance_scale "$GUIDANCE" \
   --report_to "$REPORT_TO" \
-  $EXTRA &
+  $EXTRA $MORE &
 
 # The launcher keeps SIGTERM to itself, so it is passed on to the training process, which saves a checkpoint first.
 # Ctrl-C reaches that process by itself.
@@ -181,10 +182,12 @@ fi
 printf '\nDone. Look at\n  %s     base and fine-tuned, same prompts and seeds\n' "$OUTPUT_DIR/comparison.png"
 printf '  tensorboard --logdir %q\n' "$OUTPUT_DIR/logs"
 printf 'Generate more images:\n'
-command_line generate_images.py "${GENERATE[@]}" --prompt "${PROMPT_LIST[0]}"
+command_line generate_images.py "${GENERATE[@]}" --guidance_scale "$GUIDANCE" --prompt "${PROMPT_LIST[0]}"
 if [ -z "$DATASET_NAME" ]; then
   EVALUATE=(--model "original=$MODEL_NAME" "${TUNED[@]}" --dataset "$TRAIN_DIR")
-  if [ -d "$TRAIN_DIR/validation" ]; then EVALUATE+=(--split validation)
+  # One image has no interval: then the images that were trained on have to do
+  if [ "$(grep -c . "$TRAIN_DIR/validation/metadata.jsonl" 2>/dev/null)" -ge 2 ] 2>/dev/null; then
+    EVALUATE+=(--split validation)
   elif [ -d "$TRAIN_DIR/train" ]; then EVALUATE+=(--split train); fi
   if [ "$TRAIN_DIR" = datasets/chalk ]; then
     EVALUATE+=(--general_prompts datasets/left_out_of_chalk.txt --checker finetuning.shapes.checker)

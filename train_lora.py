@@ -78,10 +78,10 @@ def train(args):
     for step in session.steps():
         for batch in step.micro_batches():
             latents, conditioning = session.encode(batch)  # [n, c, h, w], {name: ...}
-            noise = draw_noise(args.seed, batch.step, batch.rows, latents, model.schedule, args)
+            draws = draw_noise(args.seed, batch.step, batch.rows, latents, model.schedule, args)
             with run.accumulate(denoiser, batch):
                 predict = partial(denoiser, **conditioning)
-                losses = diffusion_loss(predict, model.schedule, latents, noise, args)  # [n]
+                losses = diffusion_loss(predict, model.schedule, latents, draws, args)  # [n]
                 step.backward(losses, batch)
         step.clip_and_check(parameters.values())
         optimizer.step()

@@ -28,6 +28,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import operator
 import os
 import sys
 import types
@@ -37,6 +38,10 @@ from pathlib import Path
 import yaml
 
 REQUIRED = object()
+LIMITS = (
+    ("min", "at least", operator.ge), ("above", "above", operator.gt),
+    ("max", "at most", operator.le), ("below", "below", operator.lt),
+)  # fmt: skip
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -70,11 +75,8 @@ def flag(
         "min": min, "max": max, "above": above, "below": below, "requires": _names(requires),
         "conflicts": _names(conflicts), "was": _names(was),
     }  # fmt: skip
-    metadata = {key: value for key, value in declared.items() if value is not None and value is not False}
-    metadata = {key: value for key, value in metadata.items() if value != ()} | {"flag": True}
-    if not affects_result:
-        metadata["affects_result"] = False
-    metadata["required"] = default is REQUIRED
+    metadata = {key: value for key, value in declared.items() if value not in (None, ()) and value is not False}
+    metadata |= {"required": default is REQUIRED} | ({} if affects_result else {"affects_result": False})
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=None if default is REQUIRED else default, metadata=metadata)
@@ -126,8 +128,8 @@ class Flag:
     @property
     def range(self):
         """ "at least 0 and below 1", or nothing."""
-        words = (("at least", self.min), ("above", self.above), ("at most", self.max), ("below", self.below))
-        return " and ".join(f"{word} {limit}" for word, limit in words if limit is not None)
+        limits = ((word, getattr(self, name)) for name, word, _ in LIMITS)
+        return " and ".join(f"{word} {limit}" for word, limit in limits if limit is not None)
 
     @property
     def default_text(self):
@@ -145,12 +147,8 @@ class Flag:
         return [text for text in (self.range, f"with {needs}" if needs else "", repeated) if text]
 
     def in_range(self, value):
-        return (
-            (self.min is None or value >= self.min)
-            and (self.max is None or value <= self.max)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
+        limits = ((holds, getattr(self, name)) for name, _, holds in LIMITS)
+        return all(limit is None or holds(value, limit) for holds, limit in limits)
 
 
 CONFIG = Flag(
@@ -166,7 +164,7 @@ def groups(args_class):
     for group in reversed(args_class.__mro__):
         for name in inspect.get_annotations(group):
             field = group.__dict__.get("__dataclass_fields__", {}).get(name)
-            if field is not None and "flag" in field.metadata:
+            if field is not None and "required" in field.metadata:
                 metadata[name] = metadata.get(name, {}) | dict(field.metadata)
                 group_of.setdefault(name, group)
     found = {}
@@ -179,8 +177,7 @@ def _as_flag(field, hint, metadata):
     optional = isinstance(hint, types.UnionType)
     kind = next(one for one in typing.get_args(hint) if one is not type(None)) if optional else hint
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-    own = {key: value for key, value in metadata.items() if key != "flag"}
-    return Flag(name=field.name, kind=kind, optional=optional, default=default, **own)
+    return Flag(name=field.name, kind=kind, optional=optional, default=default, **metadata)
 
 
 def flags_of(args_class):
@@ -274,8 +271,8 @@ def _run(function, args):
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(error, torch.OutOfMemoryError):
             raise
-        message = f"error: the GPU has too little memory: {str(error).splitlines()[0]}"
-        report(message, from_any_process=True)
+        reason = str(error).partition("\n")[0]
+        report(f"error: the GPU has too little memory: {reason}".rstrip(": "), from_any_process=True)
         return 1
 
 
@@ -324,12 +321,6 @@ def parse(args_class, description, argv=None):
         report("\n".join([heading, *(f"  - {problem}" for problem in problems)]))
         raise SystemExit(2)
     return args
-
-
-def parse_command(commands, description, argv=None, *, was=None, usual=None):
-    """(name, args) of a script with several commands, {name: dataclass}: the first word says which."""
-    name, rest = _command(list(commands), description, sys.argv[1:] if argv is None else list(argv), was or {}, usual)
-    return name, parse(commands[name], description, rest)
 
 
 def _command(names, description, argv, was, usual):
@@ -547,22 +538,22 @@ def _convert_one(raw, flag, kind, whole):
 
 
 def _related_problems(args, flags, suspect, with_groups=True):
-    """What relates several flags, said only of those that could be read."""
-    problems = list(_unmet(args, flags))
+    """What relates several flags, said only where all of them could be read."""
+    problems = list(_unmet(args, flags, suspect))
     for group in type(args).__mro__ if with_groups else ():
-        if "problems" in group.__dict__:
-            problems += group.__dict__["problems"](args)
-    return [text for text in problems if not _names_one_of(text, suspect, flags)]
+        if "problems" in group.__dict__ and suspect.isdisjoint(flags_of(group)):
+            problems += group.problems(args)
+    return problems
 
 
-def _unmet(args, flags):
+def _unmet(args, flags, suspect):
     """Flags that do nothing, or that exclude each other."""
     changed = {name for name, flag in flags.items() if getattr(args, name) != flag.default}
-    for name, flag in flags.items():
-        if name not in changed:
-            continue
-        needs = [wanted for wanted in flag.requires if wanted.partition("=")[0] in flags]  # a script may lack them
-        if needs and not any(_is_on(args, wanted) for wanted in needs):
+    for name in (name for name in flags if name in changed):
+        flag = flags[name]
+        needs = {wanted: wanted.partition("=")[0] for wanted in flag.requires}
+        needs = {wanted: other for wanted, other in needs.items() if other in flags}  # a script may lack them
+        if needs and suspect.isdisjoint(needs.values()) and not any(_is_on(args, wanted) for wanted in needs):
             wanted = " or ".join(f"--{wanted.replace('=', ' ')}" for wanted in needs)
             yield f"{flag.spelled} does nothing without {wanted}"
         for other in flag.conflicts:
@@ -573,12 +564,6 @@ def _unmet(args, flags):
 def _is_on(args, wanted):
     name, equals, value = wanted.partition("=")
     return str(getattr(args, name)) == value if equals else bool(getattr(args, name))
-
-
-def _names_one_of(text, names, flags):
-    """Whether a message speaks of one of these flags."""
-    words = text.replace(",", " ").replace(":", " ").split()
-    return any(flags[name].spelled in words for name in names)
 
 
 def _unknown_flag(word, flags):

@@ -173,7 +173,7 @@ def check_manifest(folder):
         size = path.stat().st_size
         if size != expected["bytes"]:
             raise BrokenFolder(f"{folder} is broken: {name} has {size} bytes, not {expected['bytes']}")
-        # Older versions wrote sha256, at a sixth of the speed.
+        # sha256: of older versions, or taken while the file was written
         if xxh3(path) != expected["xxh3_128"] if "xxh3_128" in expected else sha256(path) != expected["sha256"]:
             raise BrokenFolder(f"{folder} is broken: the content of {name} has changed since it was written")
 

@@ -1,4 +1,4 @@
-"""Randomness as a function of position, not of history (decision 1 of the design).
+"""Randomness as a function of position, not of history (docs/architecture.md, decision 1).
 
 Nothing here has a state that a checkpoint would have to keep: every draw is named by the seed of the run, what it is
 for, and where it stands. A resumed run, another number of processes or another micro-batch repeats the same draws.

@@ -28,6 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Mark what opens a model or starts a script as `run`: `make test-fast` leaves it out."""
+    for item in items:
+        if {"tiny_model", "run_script", "training"} & set(item.fixturenames):
+            item.add_marker("run")
+
+
 def pytest_generate_tests(metafunc):
     """A test with an argument `script` is run with every training script, unless it names its own."""
     named = any("script" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))

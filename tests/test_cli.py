@@ -354,6 +354,7 @@ def failing(error):
         (PermissionError(13, "Permission denied", b"out"), 1, "error: out: Permission denied"),
         (OSError("no such model\n  on the Hub"), 1, "error: no such model on the Hub"),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 1, "CUDA out of memory"),
+        (torch.OutOfMemoryError(), 1, "memory"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from finetuning import files
 from finetuning.files import (
@@ -167,8 +168,7 @@ def test_a_folder_without_a_readable_manifest_is_broken(manifest, checkpoint):
 
 def test_the_manifest_lists_sizes_and_hashes(checkpoint):
     listed = json.loads((checkpoint / "manifest.json").read_text())
-    empty_object = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
-    assert listed["state.json"] == {"bytes": 2, "sha256": empty_object}
+    assert listed["state.json"] == {"bytes": 2, "xxh3_128": xxhash.xxh3_128_hexdigest(b"{}")}
     assert sorted(listed) == ["state.json", "unet/weights"]
 
 
@@ -200,7 +200,7 @@ def test_hashes_that_are_known_are_taken(tmp_path):
         (folder / "config").write_text("b")
         known[folder / "weights"] = "0" * 64
     listed = json.loads((tmp_path / "made/manifest.json").read_text())
-    assert listed["weights"]["sha256"] == "0" * 64 and listed["config"]["sha256"] == sha256(tmp_path / "made/config")
+    assert listed["weights"]["sha256"] == "0" * 64 and listed["config"]["xxh3_128"] == xxhash.xxh3_128_hexdigest(b"b")
 
 
 # -- atomic_result --------------------------------------------------------------------------------------------------

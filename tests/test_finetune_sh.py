@@ -276,8 +276,9 @@ def test_method_lora_trains_adapters_and_says_how_to_generate_with_them(root, ti
     [command] = re.findall(r"python (generate_images.py .*)", done.stdout)
     assert f"--lora {tmp_path} --lora_scale 0 0.5 0.8 1" in command
     generate = [sys.executable, *shlex.split(command), "--size", "32", "--num_inference_steps", "1"]
-    subprocess.run([*generate, "--output_dir", str(tmp_path / "generated")], cwd=root, check=True, timeout=600)
-    assert (tmp_path / "kohya_lora_weights.safetensors").is_file() and (tmp_path / "generated/grid.png").is_file()
+    generated = tmp_path.with_name(f"{tmp_path.name}-generated")  # not inside the LoRA's folder, which is read
+    subprocess.run([*generate, "--output_dir", str(generated)], cwd=root, check=True, timeout=600)
+    assert (tmp_path / "kohya_lora_weights.safetensors").is_file() and (generated / "grid.png").is_file()
 
 
 def test_it_runs_with_variables_from_the_environment(root, tiny_model, shapes_folder, tmp_path):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does it matter where the average starts? The same training three times over, averaged in four ways; three seeds.
+# Does it matter where the average starts? The same training three times over, averaged in three ways; three seeds.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"

@@ -65,8 +65,10 @@ class CaptionedFolder:
         self.bases = sorted({entry.home.parent for entry in self.entries})
         unsafe = Findings()
         self._read_metadata(findings, unsafe)
-        if not args.overwrite:
-            self._find_sidecars(unsafe)
+        for entry in [] if args.overwrite else self.entries:
+            if not entry.captions and any(entry.image.with_suffix(end).is_file() for end in (".txt", ".caption")):
+                advice = f"`prepare_dataset.py convert sidecar {root} --output NEW`"
+                unsafe.error("caption_file_beside", entry.name, advice=advice)
         if unsafe.errors:
             raise DatasetError(f"{root} holds captions that could be lost; correct this first:\n{unsafe.report()}")
 
@@ -169,13 +171,6 @@ class CaptionedFolder:
         origins = origins if isinstance(origins, list) else [origins]
         origins = [origin or GIVEN for origin in origins] if len(origins) == len(texts) else [GIVEN] * len(texts)
         return [(text, origin) for text, origin in zip(texts, origins, strict=True) if text and text.strip()]
-
-    def _find_sidecars(self, unsafe):
-        waiting = [entry for entry in self.entries if not entry.captions]
-        for entry in waiting:
-            if any(entry.image.with_suffix(end).is_file() for end in (".txt", ".caption")):
-                advice = f"`prepare_dataset.py convert sidecar {self.root} --output NEW`"
-                unsafe.error("caption_file_beside", entry.name, advice=advice)
 
 
 class Journal:

@@ -47,9 +47,7 @@ CONCERNS = {  # code: (what the images have in common, why it matters and what h
     ),
     "same_twice": ("the same image more than once in a split", "they count double: --fix keeps the first"),
     "near_twice": ("near copies within a split", "look at them, and keep the best one of each"),
-    "tiny": (
-        "tiny images", "more than {max_enlargement:g} x enlarged to fill {resolution}: --fix leaves them out",
-    ),
+    "tiny": ("tiny images", "more than {max_enlargement:g} x enlarged to fill {resolution}: --fix leaves them out"),
     "black": ("near-black images", f"{COVERED:.0%} of the image is darker than {DARK} of 255"),
     "white": ("near-white images", f"{COVERED:.0%} of the image is lighter than {LIGHT} of 255"),
     "flat": ("flat images", f"no colour channel varies by {FLAT:g} of 255 (standard deviation)"),
@@ -63,7 +61,7 @@ CONCERNS = {  # code: (what the images have in common, why it matters and what h
         "control characters, doubled spaces, letters that are not in NFC: --fix writes them plainly",
     ),
     "other_alphabet": ("captions in other alphabets", "Stable Diffusion's text encoder learned English"),
-    "repeated_caption": ("captions that stand with several images", "they tell those images not apart"),
+    "repeated_caption": ("captions that stand with several images", "they cannot tell these images apart"),
 }  # fmt: skip
 
 

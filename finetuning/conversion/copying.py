@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.cli import REQUIRED, flag
-from finetuning.conversion.writer import take_over
+from finetuning.conversion.writer import take_over, write_lines
 from finetuning.data.captions import origin_column
 from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.folders import SPLIT_NAMES, split_meant
@@ -116,14 +116,11 @@ def write_metadata(folder, entries, args: CopyArgs):
     """
     others = _other_columns((row for pairs in entries.values() for _, row in pairs), args)
     several = any(len([*filter(None, row.captions)]) > 1 for pairs in entries.values() for _, row in pairs)
+    said_of = lambda row: _said_of(row, others.get(row.origin, {}), several, args.caption_column)
     for split, pairs in entries.items():
-        if not pairs:
-            continue
-        # What is no UTF-8 (half a character, or a byte of a file name) is escaped: a valid escape in JSON too.
-        with open(folder / split / "metadata.jsonl", "w", encoding="utf-8", errors="backslashreplace") as file:
-            for name, row in sorted(pairs, key=lambda pair: pair[0]):
-                record = {"file_name": name, **_said_of(row, others.get(row.origin, {}), several, args.caption_column)}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if pairs:
+            records = ({"file_name": name} | said_of(row) for name, row in sorted(pairs, key=lambda pair: pair[0]))
+            write_lines(folder / split / "metadata.jsonl", records)
 
 
 def _said_of(row, others, several, column):

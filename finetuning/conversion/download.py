@@ -86,6 +86,14 @@ def place(folder, name):
     return None if any(len(part.encode()) > 230 for part in parts) else folder.joinpath(*parts)
 
 
+def read_json(path):
+    """What a source's JSON file holds. Raises DatasetError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise DatasetError(f"{path} cannot be read as JSON: {error}") from error
+
+
 def _standing(items):
     for sample, _ in items:
         yield sample, None if sample.image.is_file() else ("image_not_here", sample.image.name)

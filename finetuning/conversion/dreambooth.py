@@ -29,8 +29,7 @@ class DreamBoothArgs:
 
     subject: list[str] | None = flag(None, "take only these subjects, by folder name (none: all)")
     instance_prompt: list[str] = flag(
-        ["a photo of {token} {class}"],
-        'captions of every image; {token}, {class} and {subject} ("dog6") are filled in',
+        ["a photo of {token} {class}"], 'captions of every image; {token}, {class} and {subject} ("dog6") are filled in'
     )
     instance_token: str = flag("sks", "rare word that names the subject")
 

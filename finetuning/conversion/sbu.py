@@ -15,7 +15,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetuning.conversion.download import arrived, place
+from finetuning.conversion.download import arrived, place, read_json
 from finetuning.data.findings import DatasetError
 from finetuning.data.folders import is_image_name, walk
 from finetuning.data.samples import Sample
@@ -77,10 +77,7 @@ def _lines(path):
 
 def _json(path):
     """Yield (where, url, caption, name of the file or None)."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise DatasetError(f"{path} cannot be read as JSON: {error}") from error
+    content = read_json(path)
     if isinstance(content, dict):
         urls, captions = content.get("image_urls"), content.get("captions")
         if not (isinstance(urls, list) and isinstance(captions, list) and len(urls) == len(captions)):

@@ -4,7 +4,6 @@ Also the manifest.json that scrapers of the Unsplash API leave beside their imag
 """
 
 import csv
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from sys import intern
 from urllib.parse import parse_qsl, urlencode
 
 from finetuning.cli import flag
-from finetuning.conversion.download import arrived, place
+from finetuning.conversion.download import arrived, place, read_json
 from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.folders import existing_folder, is_image_name, walk
 from finetuning.data.samples import Sample
@@ -89,8 +88,11 @@ def _manifest(path, args, findings):
     """(sample, url) of each record of a scraper's [{id, url, file_name, query, alt_description}, ...]."""
     if "keywords" in args.caption_from:
         raise DatasetError(f"{path} has no keywords: --caption_from takes {', '.join(MANIFEST_KEYS)} or none of it")
+    records = read_json(path)
+    if not (isinstance(records, list) and all(isinstance(record, dict) for record in records)):
+        raise DatasetError(f"{path} must be a list of records {{id, url, file_name, query, alt_description}}")
     images, seen, files = Path(args.images) if args.images else path.parent, set(), set()
-    for number, record in enumerate(_json_records(path), 1):
+    for number, record in enumerate(records, 1):
         where = f"{path.name} record {number}"
         photo, url = str(record.get("id") or ""), str(record.get("url") or "")
         name = str(record.get("file_name") or f"{photo}.jpg")
@@ -109,16 +111,6 @@ def _manifest(path, args, findings):
         texts = {kind: record.get(key) for kind, key in MANIFEST_KEYS.items()}
         if captions := _captions(texts, where, photo, args, findings):
             yield Sample(str(image.relative_to(images)), image, captions, where), url
-
-
-def _json_records(path):
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise DatasetError(f"{path} cannot be read as JSON: {error}") from error
-    if not (isinstance(records, list) and all(isinstance(record, dict) for record in records)):
-        raise DatasetError(f"{path} must be a list of records {{id, url, file_name, query, alt_description}}")
-    return records
 
 
 def _captions(texts, where, photo, args, findings):

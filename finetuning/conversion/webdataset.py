@@ -20,5 +20,4 @@ def read(path, args, findings):
     for shard in shards:
         if not splits[shard] and any(splits.values()):
             findings.warn("shard_without_split", shard)
-    for shard in shards:
         yield from read_shard(shard, args, findings, f"{shard.relative_to(top).with_suffix('')}/", splits[shard])

@@ -32,13 +32,7 @@ from tqdm.auto import tqdm
 from finetuning.cli import REQUIRED, as_dict, flag, flags_without_effect
 from finetuning.data.findings import DatasetError, counted
 from finetuning.data.folders import is_image_name
-from finetuning.data.images import (
-    MAX_PIXELS,
-    MAX_PIXELS_TO_SHRINK,
-    UnreadableImage,
-    has_other_colours,
-    orientation,
-)
+from finetuning.data.images import MAX_PIXELS, MAX_PIXELS_TO_SHRINK, UnreadableImage, has_other_colours, orientation
 from finetuning.data.samples import Sample
 from finetuning.files import atomic_file, overlap, write_json
 

@@ -25,7 +25,7 @@ def load_training(args, tokenize, run):
     """The TrainingData that the flags name, as this process has to read it. Raises DatasetError.
 
     args      the script's, with all groups of finetuning/data
-    tokenize  families.Tokenizers
+    tokenize  families.family.Tokenizers
     run       training.run.Run: `say`, and how many processes there are
     """
     cut = {

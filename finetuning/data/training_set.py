@@ -260,7 +260,7 @@ def load_images(args, tokenize, seed, validation_fraction=0.0, say=print, cache_
     """(ImageDataset, the held-out one or None): read, checked, every problem named at once.
 
     args      DataArgs, CaptionArgs and BucketArgs
-    tokenize  families.Tokenizers
+    tokenize  families.family.Tokenizers
 
     Raises DatasetError with the whole list where rows cannot be trained on and --on_bad_rows is error.
     """

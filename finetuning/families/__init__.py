@@ -1,1 +1,1 @@
-"""What a model is made of. A family is one file here, and one line in the table of loading.py."""
+"""What a model is made of. A family is one file here, and one line in table.py."""

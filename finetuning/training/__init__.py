@@ -1,1 +1,1 @@
-"""What a training run is made of: the objective, the optimizer, EMA, checkpoints, validation."""
+"""What a training run is made of: session, optimizer, EMA, adapters, checkpoints, evaluation."""

@@ -6,7 +6,7 @@ checkpoint-N/
     lora/ lora_ema/                    of train_lora.py in their place: adapters, which load_lora_weights loads
     optimizer.pt                       moments, and the fp16 loss scale
     training_state.json                step, arguments, dataset, versions
-    manifest.json                      size and sha256 of every file
+    manifest.json                      size and hash of every file
 Nothing else is needed: every draw, the row order and the learning rate are functions of the step.
 """
 
@@ -170,7 +170,7 @@ class Checkpointer:
                 f"{folder} has {state['step']} steps done and this run would end at {total_steps}: raise "
                 "--max_train_steps, or name an older checkpoint"
             )
-        self._name_changes(state, folder)
+        self._compare_flags(state, folder)
         ema_shadow = self.model.load_trained(folder, ema=self.ema.shadow is not None)
         if ema_shadow is not None:
             self.ema.load(ema_shadow, state["ema_updates"])
@@ -245,14 +245,14 @@ class Checkpointer:
                 "with --resume_from_checkpoint latest, or name another --output_dir"
             )
 
-    def _name_changes(self, state, folder):
+    def _compare_flags(self, state, folder):
         before, now = state["args"], as_dict(self.args)
-        for name in ("optimizer", "use_8bit_adam"):
-            if before.get(name) != now.get(name):
-                raise CheckpointError(
-                    f"{folder} holds the state of another optimizer (--{name} {before.get(name)}): ask for the same, "
-                    "or start a new run"
-                )
+        optimizer = lambda args: "adamw8bit" if args.get("use_8bit_adam") else args.get("optimizer")
+        if optimizer(before) != optimizer(now):
+            raise CheckpointError(
+                f"{folder} holds the state of another optimizer (--optimizer {optimizer(before)}): ask for the same, "
+                "or start a new run"
+            )
         if before.get("use_ema") != now.get("use_ema") and now.get("use_ema"):
             raise CheckpointError(
                 f"{folder} was trained without --use_ema, so there is no average to go on with: leave --use_ema out, "
@@ -264,7 +264,7 @@ class Checkpointer:
         changed = [
             f"--{name} {before.get(name)} -> {value}"
             for name, value in now.items()
-            if name not in harmless and before.get(name, value) != value
+            if name not in harmless | {"optimizer", "use_8bit_adam"} and before.get(name, value) != value
         ]
         present = self._state(state["step"])
         changed += [f"{n} {state[n]} -> {present[n]}" for n in ("precision", "processes") if state[n] != present[n]]

@@ -26,6 +26,7 @@ from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.retention import learned_and_kept, retention_measure
 from finetuning.evaluation.statistics import mean_of, paired_difference
 from finetuning.families.generation import generate
+from finetuning.families.model_args import ModelError
 from finetuning.files import write_json
 from finetuning.rng import torch_generator
 
@@ -212,21 +213,29 @@ class Evaluator:
         return self.run.shared(rows, compute)
 
     def images_of(self, prompts, purpose):
-        """A PIL image of each prompt, always from the same noise; the processes share them out."""
+        """A PIL image of each prompt, always from the same noise; the processes share them out.
+
+        Raises ModelError, on every process alike, where one has values that are not finite.
+        """
         args = self.args
 
         def compute(own):
             generators = [torch_generator(args.seed, purpose, number) for number, _ in own]
             with self.model.pipeline() as pipeline, self.run.autocast():
-                return list(
-                    generate(
-                        pipeline, [prompt for _, prompt in own], generators, batch_size=args.train_batch_size,
-                        size=args.size, num_inference_steps=args.validation_inference_steps,
-                        guidance_scale=args.validation_guidance_scale,
-                    )
+                images = generate(
+                    pipeline, [prompt for _, prompt in own], generators, batch_size=args.train_batch_size,
+                    size=args.size, num_inference_steps=args.validation_inference_steps,
+                    guidance_scale=args.validation_guidance_scale,
                 )  # fmt: skip
+                try:
+                    return list(images)
+                except ModelError as error:  # raised here, it would leave the other processes waiting
+                    return [error] * len(own)
 
-        return self.run.shared(list(enumerate(prompts)), compute)
+        images = self.run.shared(list(enumerate(prompts)), compute)
+        for error in (image for image in images if isinstance(image, ModelError)):
+            raise error
+        return images
 
     def _estimates(self, measured):
         """{name: Estimate} of what was measured."""
@@ -281,7 +290,11 @@ class Evaluator:
 
     def _validation_images(self, step):
         count, prompts = self.args.num_validation_images, self.args.prompts
-        images = self.images_of([prompt for prompt in prompts for _ in range(count)], "validation picture")
+        try:
+            images = self.images_of([prompt for prompt in prompts for _ in range(count)], "validation picture")
+        except ModelError as error:  # an autoencoder that overflows in fp16, say: the training itself is sound
+            self.run.say(f"step {step}: no validation images: {error}")
+            return
         if not self.run.is_main:
             return
         folder = self.folder / f"step-{step}"

@@ -20,7 +20,7 @@ from finetuning.training.optim import build_schedule
 class Session:
     """One run from the first step, or from a checkpoint, to the last.
 
-    model      families.Model, or training.AdaptedModel
+    model      families.model.Model, or training.adapters.AdaptedModel
     data       data.loading.TrainingData
     ema        training.ema.AveragedWeights, or NoAverage
     optimizer  of the model's trained parameters

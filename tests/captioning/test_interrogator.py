@@ -8,7 +8,7 @@ from tokenizers import pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 import caption_images
-from finetuning.captioning.interrogator import TERMS, Interrogator, InterrogatorArgs, read_terms
+from finetuning.captioning.interrogator import TERMS, Interrogator, InterrogatorArgs
 from finetuning.families.model_args import ModelError
 
 SIZE = {"height": 16, "width": 16}
@@ -43,10 +43,6 @@ def term_folder(tmp_path):
     return tmp_path
 
 
-def test_terms_are_read_once_in_order(term_folder):
-    assert read_terms(term_folder) == ["red", "blue", "green", "small house", "star", "large tree"]
-
-
 def test_the_terms_that_come_along_are_many_and_clean():
     lines = [line for path in TERMS.glob("*.txt") for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(lines) > 300
@@ -76,14 +72,6 @@ def test_the_chain_is_the_greedy_one(clip_folder, term_folder, images, limit):
     assert texts == [interrogator([image], ["a dog"])[0] for image in images]
 
 
-def test_a_term_that_helps_is_added_and_one_that_is_said_is_not(clip_folder, term_folder, images):
-    interrogator = Interrogator(InterrogatorArgs(str(clip_folder), str(term_folder), 3), *CPU)
-    added = interrogator(images, ["a dog"] * 4)
-    assert any("," in text for text in added)
-    said = "red blue green small house star large tree"
-    assert interrogator(images, [said] * 4) == [said] * 4
-
-
 def test_what_clip_cannot_read_is_not_added(clip_folder, term_folder, images):
     interrogator = Interrogator(InterrogatorArgs(str(clip_folder), str(term_folder), 6), *CPU)
     long = " ".join(["dog"] * 15)
@@ -93,25 +81,11 @@ def test_what_clip_cannot_read_is_not_added(clip_folder, term_folder, images):
     assert interrogator(images, [endless] * 4) == [endless] * 4
 
 
-def test_an_empty_caption_stays_empty(clip_folder, term_folder, images):
-    interrogator = Interrogator(InterrogatorArgs(str(clip_folder), str(term_folder), 3), *CPU)
-    assert interrogator(images, [""] * 4) == [""] * 4
-
-
 @pytest.mark.parametrize("term", ["f/2.8", "(red)", "C++"])
 def test_a_term_is_said_once_whatever_letters_it_is_of(clip_folder, tmp_path, images, term):
     (tmp_path / "terms.txt").write_text(term)
     interrogator = Interrogator(InterrogatorArgs(str(clip_folder), str(tmp_path), 3), *CPU)
     assert interrogator(images, [f"a dog, {term}"] * 4) == [f"a dog, {term}"] * 4
-
-
-def test_terms_are_embedded_once(clip_folder, term_folder, images, monkeypatch):
-    interrogator = Interrogator(InterrogatorArgs(str(clip_folder), str(term_folder), 1), *CPU)
-    seen = []
-    embed = interrogator.embed_texts
-    monkeypatch.setattr(interrogator, "embed_texts", lambda texts: seen.extend(texts) or embed(texts))
-    interrogator(images, ["a dog"] * 4)
-    assert seen and not set(seen) & set(interrogator.terms)
 
 
 def test_problems_are_named(tmp_path, tiny_captioner):

@@ -13,7 +13,7 @@ from finetuning.cli import read
 from finetuning.conversion import audit
 from finetuning.conversion.audit import AuditArgs, examine
 from finetuning.conversion.audit_report import histograms, report
-from finetuning.conversion.caption_text import repaired_encoding, tidy
+from finetuning.conversion.caption_text import tidy
 from finetuning.conversion.measures import measure, near_pairs
 from finetuning.data import checking
 from finetuning.data.findings import DatasetError
@@ -62,19 +62,6 @@ def groups(found, kind):
 
 def kinds(found):
     return [concern.code for concern in found.concerns]
-
-
-def test_a_sound_dataset_raises_no_concern(tmp_path):
-    write(tmp_path / "train", a=photo(0), b=photo(1), c=photo(2))
-    write(tmp_path / "validation", a=photo(3))
-    write(tmp_path / "test", a=photo(4), b=photo(5))
-    found = examined(tmp_path)
-    assert kinds(found) == [] and found.accepted
-    assert [found.shown(one) for one in found.seen] == [
-        "train/a.png", "train/b.png", "train/c.png", "validation/a.png", "test/a.png", "test/b.png",
-    ]  # fmt: skip
-    assert (found.seen[0].measures.width, found.seen[0].measures.height) == (96, 72)
-    assert found.seen[0].captions == ("a train room called a",)
 
 
 def test_exact_copies_and_leaks_are_told_apart(tmp_path):
@@ -157,14 +144,6 @@ def test_poor_images_have_one_name_each(tmp_path, image, kind):
         assert groups(found, kind) == [["train/a.png"]]
 
 
-def test_blur_below_is_the_threshold(tmp_path):
-    soft = photo(0).filter(ImageFilter.GaussianBlur(3))
-    write(tmp_path / "train", soft=soft)
-    sharpness = measure(soft).sharpness
-    assert groups(examined(tmp_path, blur_below=sharpness * 1.01), "blurred")
-    assert not groups(examined(tmp_path, blur_below=sharpness * 0.99), "blurred")
-
-
 @pytest.mark.parametrize(
     ("resolution", "most", "tiny"),
     [("100", 2.0, []), ("145", 2.0, ["train/a.png"]), ("145", 2.1, []), ("72x193", 2.0, ["train/a.png"])],
@@ -215,12 +194,6 @@ def test_tidy(text, written):
     assert tidy(written) == written
 
 
-def test_only_what_is_utf8_read_wrongly_is_repaired():
-    assert repaired_encoding("helloâ€\u009d") == "helloâ€\u009d"  # a byte that Windows does not have
-    assert repaired_encoding("schÃ¶n") == "schön"
-    assert repaired_encoding("schön") == "schön"
-
-
 def test_captions_that_repeat_stand_together_the_most_frequent_first(tmp_path):
     captions = ["A dog", "a cat", "a dog", "a bird", "a dog", "a cat"]
     write(tmp_path / "train", **{f"p{n}": (photo(n), text) for n, text in enumerate(captions)})
@@ -247,11 +220,6 @@ def test_without_a_tokenizer_words_are_counted_and_it_says_so(tmp_path):
     assert found.lengths == [2, 300]
     assert "no --tokenizer given" in report(found)
     assert kinds(found) == []
-
-
-def test_words_are_counted_once_for_each_caption(tmp_path):
-    write(tmp_path / "train", a=(photo(0), "A dog, the dog's dog"), b=(photo(1), "dog of 2 DOGS"))
-    assert examined(tmp_path).words == {"dog": 2, "dog's": 1, "dogs": 1}
 
 
 def test_histograms_count_every_image_once(tmp_path):
@@ -355,15 +323,6 @@ def test_an_image_is_decoded_once(tmp_path, monkeypatch):
     found = examined(tmp_path)
     assert opened == ["a.png", "b.png"]
     assert found.seen[0].captions == ("a train room called a", "the same again")
-
-
-def test_captions_are_not_asked_for_with_none(tmp_path):
-    (tmp_path / "train").mkdir()
-    for seed in range(2):
-        photo(seed).save(tmp_path / f"train/{seed}.png")
-    found = examined(tmp_path, caption_column="none")
-    assert found.accepted and kinds(found) == [] and found.lengths == []
-    assert "length of the captions" not in report(found)
 
 
 def test_a_dataset_that_datasets_wrote_has_to_be_converted(tmp_path):

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import re
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -13,7 +12,6 @@ from PIL import Image
 
 from finetuning.conversion.audit import AuditArgs, examine
 from finetuning.conversion.audit_page import GROUPS, OF_A_GROUP, SAMPLE, page
-from finetuning.conversion.audit_report import histograms
 
 VOID = {"meta", "img", "br"}
 
@@ -110,29 +108,6 @@ def test_the_verdict_findings_and_concerns_are_on_the_page(audit):
     (found.path / "train/metadata.jsonl").write_text('{"file_name": "a.png", "text": "one"}\n')
     (found.path / "train/b.png").unlink()
     assert "Training would accept it." in Reader(page(examine(found.args))).text
-
-
-def test_a_folder_that_cannot_be_read_gets_a_page_too(audit):
-    found = audit(("a.png", photo(0), "one"))
-    (found.path / "train/metadata.jsonl").write_bytes(b"caf\xe9")
-    text = Reader(page(examine(found.args))).text
-    assert "Training would REFUSE it." in text and "is not UTF-8" in text
-
-
-def test_histograms_have_every_bin(audit):
-    found = audit(*((f"{n}.png", photo(n, (40, 40 + n)), "a room " * (n + 1)) for n in range(6)), resolution="64")
-    charts = re.findall(r'<table class="chart">.*?</table>', page(found), re.S)
-    assert len(charts) == len(histograms(found)) == 5
-    for chart, (_, counts) in zip(charts, histograms(found), strict=True):
-        assert re.findall(r"<th>(.*?)</th>", chart) == [label for label, _ in counts]
-        assert [int(count) for count in re.findall(r"</span>(\d+)", chart)] == [count for _, count in counts]
-        widths = [float(width) for width in re.findall(r"width: ([\d.]+)%", chart)]
-        assert widths == pytest.approx([70 * n / max(n for _, n in counts) for _, n in counts], abs=0.1)
-
-
-def test_a_set_of_which_images_are_flagged_is_not_simply_good(audit):
-    text = page(audit(("a.png", Image.new("RGB", (40, 30)), "one"), ("b.png", photo(0), "two")))
-    assert 'class="doubtful"' in text and "1 of 2 images" in text and 'class="good"' not in text
 
 
 def test_of_many_a_few_are_shown_and_the_rest_is_counted(audit):

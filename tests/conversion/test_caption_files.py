@@ -193,19 +193,6 @@ def test_bad_flags_are_named(dataset, flags, named):
 # What every changed copy of a dataset has in common (copying.py)
 
 
-def test_no_link_makes_files_of_their_own(dataset):
-    rewrite(args(dataset, prefix="sks", link=False), print)
-    assert not os.path.samefile(dataset.parent / "new/train/a.png", dataset / "train/a.png")
-    assert (dataset.parent / "new/train/a.png").read_bytes() == (dataset / "train/a.png").read_bytes()
-
-
-def test_a_folder_without_splits_becomes_train(tmp_path):
-    write(tmp_path / "dogs", [{"file_name": "images/a.png", "text": "a dog"}])
-    rewrite(args(tmp_path / "dogs", prefix="sks"), print)
-    assert lines(tmp_path / "new/train/metadata.jsonl") == [{"file_name": "images/a.png", "text": "sks a dog"}]
-    assert (tmp_path / "new/train/images/a.png").is_file()
-
-
 def test_all_splits_go_by_their_usual_names(tmp_path):
     for name in ("training", "dev", "test"):
         write(tmp_path / "dogs" / name, [{"file_name": "a.png", "text": name}])
@@ -299,17 +286,8 @@ def test_origins_of_captions_go_with_them(tmp_path):
     ]  # fmt: skip
 
 
-def test_what_is_no_text_is_copied_as_it_is(tmp_path):
-    write(tmp_path / "dogs", [{"file_name": "a.png", "text": "a dog", "by": "half \ud83d"}])
-    rewrite(args(tmp_path / "dogs", prefix="sks"), print)
-    assert lines(tmp_path / "new/train/metadata.jsonl")[0]["by"] == "half \ud83d"
-
-
 def test_an_error_of_the_disk_is_named_and_leaves_nothing_behind(tmp_path):
-    with (
-        pytest.raises(DatasetError, match=r"new is not written: .*No space left"),
-        new_folder(tmp_path / "new") as new,
-    ):
+    with pytest.raises(DatasetError, match=r"new is not written: .*No space left"), new_folder(tmp_path / "new") as new:
         (new / "half.png").touch()
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())

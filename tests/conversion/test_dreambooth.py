@@ -72,20 +72,8 @@ def test_captions_are_the_prompt_with_token_and_class(published, path):
         "dog2/00.jpg": ("a photo of sks dog, dog2",),
     }
     assert list(samples) == ["bear_plushie/00.jpg", "dog/00.jpg", "dog/01.jpg", "dog2/00.jpg"]
-    assert findings.report() == ""
+    assert findings.report() == "" and {sample.split for sample in samples.values()} == {"train"}
     assert samples["dog/01.jpg"].image == published / "dataset/dog/01.jpg"
-
-
-def test_all_images_are_for_training(published):
-    assert {sample.split for sample in read(published)[0].values()} == {"train"}
-
-
-def test_several_prompts_and_another_token(published):
-    prompts = ["a photo of {token} {class}", "{token} {class}"]
-    samples, _ = read(published, subject=["dog2"], instance_prompt=prompts, instance_token="ohwx")
-    assert {name: sample.captions for name, sample in samples.items()} == {
-        "dog2/00.jpg": ("a photo of ohwx dog", "ohwx dog")
-    }
 
 
 def test_subjects_with_equal_captions_are_warnings(published):
@@ -149,3 +137,11 @@ def test_prompts_that_cannot_be_filled_in_are_refused_before_reading():
     assert problems == [
         "--instance_prompt 'a {token} {klass}' has {klass}: only {token}, {class}, {subject} are filled in"
     ]
+
+
+def test_several_prompts_and_another_token(published):
+    prompts = ["a photo of {token} {class}", "{token} {class}"]
+    samples, _ = read(published, subject=["dog2"], instance_prompt=prompts, instance_token="ohwx")
+    assert {name: sample.captions for name, sample in samples.items()} == {
+        "dog2/00.jpg": ("a photo of ohwx dog", "ohwx dog")
+    }

@@ -146,8 +146,3 @@ def test_a_folder_that_holds_no_dataset_is_refused(tmp_path, make, message):
     make(tmp_path / "d")
     with pytest.raises(DatasetError, match=message):
         read(tmp_path / "d")
-
-
-def test_a_name_that_cannot_be_had_is_refused(tmp_path):
-    with pytest.raises(DatasetError, match=r"nobody/nothing with --dataset_config_name big cannot be loaded"):
-        read("nobody/nothing", dataset_config_name="big")

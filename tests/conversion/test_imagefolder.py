@@ -54,24 +54,6 @@ def test_a_flat_folder_has_no_split(cats):
     assert list(samples(cats)) == list(CATS)  # by path, whatever the order of the metadata
 
 
-@pytest.mark.parametrize(("validation", "test"), [("validation", "test"), ("val", "testing"), ("dev", "test")])
-def test_split_folders_with_metadata_in_each(tmp_path, validation, test):
-    for folder in ("train", validation, test):
-        images(tmp_path / folder, "1.png", "below/2.png")
-        jsonl(tmp_path / folder, ("1.png", f"1 {folder}"), ("below/2.png", f"2 {folder}"))
-    assert samples(tmp_path) == {
-        (split, name): (f"{number} {folder}",)
-        for split, folder in (("train", "train"), ("validation", validation), ("test", test))
-        for number, name in ((1, "1.png"), (2, "below/2.png"))
-    }
-
-
-def test_metadata_above_the_splits(tmp_path):
-    images(tmp_path, "train/1.png", "test/1.png")
-    jsonl(tmp_path, ("train/1.png", "first"), ("test/1.png", "second"))
-    assert samples(tmp_path) == {("train", "1.png"): ("first",), ("test", "1.png"): ("second",)}
-
-
 def test_a_link_in_a_circle_is_no_image_beside_the_splits(tmp_path):
     images(tmp_path / "test", "1.png")
     jsonl(tmp_path / "test", ("1.png", "first"))
@@ -96,21 +78,3 @@ def test_images_outside_keep_apart_from_those_inside(tmp_path):
         (None, "../outside/x/a.png"): ("x",),
         (None, "../outside/y/a.png"): ("y",),
     }
-
-
-def test_what_training_would_refuse_is_an_error_here(cats):
-    jsonl(cats, ("a.png", "a cat"), ("gone.png", "nothing"), ("/etc/hostname", "no"))
-    findings = Findings()
-    assert [one.name for one in read(str(cats), Args(), findings)] == ["a.png"]
-    assert findings.as_dict()["errors"] == {
-        "unnamed_image": ["below/b.png"],
-        "image_missing": ["metadata.jsonl line 2 (gone.png)"],
-        "outside": ["metadata.jsonl line 3 (/etc/hostname)"],
-    }
-
-
-def test_a_folder_given_relative_to_the_current_one(cats, monkeypatch):
-    jsonl(cats, ("below/b.png", "two cats"), ("a.png", "a cat"))
-    for folder, spelled in ((cats, "."), (cats.parent, cats.name), (cats.parent, f"./{cats.name}/")):
-        monkeypatch.chdir(folder)
-        assert samples(spelled) == CATS

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import pytest
 from PIL import Image
 
-from finetuning import cli
 from finetuning.conversion import parallel
 from finetuning.data.findings import DatasetError, Findings
 
@@ -47,12 +46,6 @@ def test_images_find_the_caption_of_their_name(tmp_path):
     assert [sample.split for sample in samples] == [None] * 3
     assert samples[1].image == tmp_path / "images/001.jpg" and samples[1].origin == "images/001.jpg"
     assert samples[1].open().size == (4, 4)
-
-
-def test_folders_inside_and_other_names_of_the_two(tmp_path):
-    lay(tmp_path, ["img/a/0.png", "img/b/0.v2.png"], {"labels/a/0.txt": "one", "labels/b/0.v2.caption": "two"})
-    samples = clean(tmp_path, images_folder="img", captions_folder="labels")
-    assert [(sample.name, sample.captions) for sample in samples] == [("a/0.png", ("one",)), ("b/0.v2.png", ("two",))]
 
 
 @pytest.mark.parametrize("layout", ["{split}/{kind}/0", "{kind}/{split}/0"])
@@ -111,6 +104,7 @@ def test_a_folder_that_is_not_like_this_is_refused(tmp_path, there, message):
         read(tmp_path)
 
 
-def test_one_folder_for_both_is_refused():
-    _, problems = cli.read(Args, "", ["--captions_folder", "images"])
-    assert len(problems) == 1 and "--images_folder" in problems[0] and "sidecar" in problems[0]
+def test_folders_inside_and_other_names_of_the_two(tmp_path):
+    lay(tmp_path, ["img/a/0.png", "img/b/0.v2.png"], {"labels/a/0.txt": "one", "labels/b/0.v2.caption": "two"})
+    samples = clean(tmp_path, images_folder="img", captions_folder="labels")
+    assert [(sample.name, sample.captions) for sample in samples] == [("a/0.png", ("one",)), ("b/0.v2.png", ("two",))]

@@ -131,13 +131,6 @@ def test_images_beside_the_splits_are_told(tmp_path, check):
     assert rows(tmp_path / "new/train") == {"a.png": "one"}
 
 
-def test_a_folder_without_splits_is_not_divided(tmp_path, check):
-    write(tmp_path / "set", *((f"{n}.png", photo(n), f"room {n}") for n in range(12)))
-    check()
-    assert len(rows(tmp_path / "new/train")) == 12
-    assert not (tmp_path / "new/validation").exists() and not (tmp_path / "new/test").exists()
-
-
 def test_images_are_written_as_they_look_and_that_is_told(tmp_path, check):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
@@ -199,12 +192,6 @@ def test_what_cannot_be_read_is_not_mended(tmp_path, check):
     with pytest.raises(DatasetError, match=r"nothing is written before .* is not UTF-8"):
         check()
     assert not (tmp_path / "new").exists()
-
-
-def test_nothing_left_is_a_problem(tmp_path, check):
-    write(tmp_path / "set/train", ("a.png", photo(0, (8, 8)), "one"))
-    with pytest.raises(DatasetError, match=r"nothing of .* is left"):
-        check()
 
 
 def test_an_interrupted_copy_is_gone_on_with(tmp_path, check, monkeypatch):

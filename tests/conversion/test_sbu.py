@@ -114,11 +114,7 @@ def test_lines_that_cannot_be_taken_are_named(tmp_path, args):
     assert len(rows) == 1
     assert {
         kind: [one.split(".txt ")[1] for one in examples] for kind, examples in findings.as_dict()["errors"].items()
-    } == {
-        "no_address": ["line 2"],
-        "no_caption": ["line 3"],
-        "lines_not_utf8": ["line 4"],
-    }
+    } == {"no_address": ["line 2"], "no_caption": ["line 3"], "lines_not_utf8": ["line 4"]}
 
 
 @pytest.mark.parametrize("write", LISTS)
@@ -173,16 +169,6 @@ def test_an_image_that_could_be_of_two_addresses_is_not_guessed_at(tmp_path, arg
     fitting = "ambiguous_address"
     assert len(findings.as_dict()["errors"][fitting]) == 2  # 43_B0.jpg is another name on this disk, and not there
     assert sum(map(len, findings.as_dict()["errors"].values())) == 3
-
-
-def test_only_what_is_missing_is_fetched_and_no_more_than_the_limit(tmp_path, args, fetched):
-    urls = [f"{HOST}/1/{number}_x.jpg" for number in range(100)]
-    root = columnar(tmp_path / "sbu", urls, ["a photo"] * 100)
-    image(tmp_path / "images/0_x.jpg")
-    flags = ["--images", tmp_path / "images", "--download", "--download_workers", 1, "--limit", 3]
-    rows, _ = taken(root, args(*flags, "--download_rate", 1000))
-    assert [name for name, _, _ in rows] == ["0_x.jpg", "1_x.jpg", "2_x.jpg"]
-    assert urls[0] not in fetched and set(urls[1:3]) <= set(fetched) and len(fetched) < 20
 
 
 @pytest.mark.parametrize(

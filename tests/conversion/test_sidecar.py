@@ -74,11 +74,6 @@ def test_a_caption_file_that_two_images_share_is_a_warning(tmp_path):
     assert list(warnings.values()) == [["a.png"]]
 
 
-def test_only_line_feeds_end_a_line(tmp_path):
-    pair(tmp_path / "a.png", "a cat\u2028on two lines\x0cof print\n")
-    assert clean(tmp_path) == {"a.png": ("a cat\u2028on two lines\x0cof print",)}
-
-
 @pytest.mark.parametrize(
     ("which", "captions"),
     [("all", ("a cat", "a tabby, asleep")), ("first", ("a cat",)), ("join", ("a cat a tabby, asleep",))],
@@ -119,41 +114,12 @@ def test_each_half_alone_is_an_error_and_named(tmp_path):
     assert errors == {WITHOUT: ["alone.png", "blank.png"], ORPHANS: ["below/orphan.caption"]}
 
 
-def test_a_file_that_is_not_utf_8_is_one_error(tmp_path):
-    pair(tmp_path / "a.png", "Hündchen".encode("latin-1"))
-    pair(tmp_path / "b.png", "a cat")
-    found, errors, _ = reading(tmp_path)
-    assert found == {"b.png": ("a cat",)}
-    assert errors == {"caption_not_utf8": ["a.txt"]}
-
-
 def test_of_two_caption_files_kohya_s_counts(tmp_path):
     pair(tmp_path / "a.png", "from .txt")
     text(tmp_path / "a.caption", "from .caption")
     found, errors, warnings = reading(tmp_path)
     assert (found, errors) == ({"a.png": ("from .caption",)}, {})
     assert warnings == {"second_caption_file": ["a.txt"]}
-
-
-def test_links_that_lead_out_are_followed_only_by_leave(tmp_path):
-    root, outside = tmp_path / "root", tmp_path / "outside"
-    pair(outside / "b.png", "outside")
-    pair(outside / "c.png", "outside")
-    pair(root / "a.png", "inside")
-    (root / "folder").symlink_to(outside)
-    (root / "again").symlink_to(root)  # a circle
-    image(root / "d.png")
-    (root / "d.txt").symlink_to(outside / "c.txt")
-    found, errors, _ = reading(root)
-    assert found == {"a.png": ("inside",)}
-    kind = "link_outside"
-    assert errors == {kind: ["d.txt", "folder"], WITHOUT: ["d.png"]}
-    assert clean(root, allow_outside_paths=True) == {
-        "a.png": ("inside",),
-        "d.png": ("outside",),
-        "folder/b.png": ("outside",),
-        "folder/c.png": ("outside",),
-    }
 
 
 def test_what_is_no_file_is_named(tmp_path):
@@ -180,3 +146,8 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     found, errors, _ = reading(tmp_path)
     assert list(found) == ["a.png"]
     assert errors == {"unreadable_folder": [f"{tmp_path / 'private'} (Permission denied)"]}
+
+
+def test_only_line_feeds_end_a_line(tmp_path):
+    pair(tmp_path / "a.png", "a cat\u2028on two lines\x0cof print\n")
+    assert clean(tmp_path) == {"a.png": ("a cat\u2028on two lines\x0cof print",)}

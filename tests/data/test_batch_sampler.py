@@ -47,26 +47,12 @@ def test_layouts_of_one_global_batch_train_on_the_same_rows_with_weights_that_su
     assert [fsum(step.values()) for step in steps.values()] == pytest.approx([1] * 9, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("rows", "group", "steps"), [(1, 8, 1), (7, 8, 1), (8, 8, 1), (9, 8, 2), (11, 8, 2), (16, 8, 2), (17, 8, 3)]
-)
-def test_steps_per_epoch_count_the_partial_group(rows, group, steps):
-    assert sampler(rows, micro_batch=group).steps_per_epoch == steps
-
-
 def test_an_epoch_of_11_rows_is_a_step_of_8_and_one_of_3():
     batches = list(sampler(11, **ONE_BY_EIGHT).micro_batches(0, 4))
     assert [[(place.epoch, place.step, place.weight) for place in batch] for batch in batches] == [
         [(0, 0, 1 / 8)] * 8, [(0, 1, 1 / 3)] * 3, [(1, 2, 1 / 8)] * 8, [(1, 3, 1 / 3)] * 3,
     ]  # fmt: skip
     assert sorted(place.row for place in batches[0] + batches[1]) == list(range(11))
-
-
-def test_rows_are_taken_in_the_order_of_the_permutation():
-    plan = sampler(5, micro_batch=2)
-    rows = [[place.row for place in batch] for batch in plan.micro_batches(0, 3)]
-    first, second, third, fourth, fifth = plan.permutation(0)
-    assert rows == [[first, second], [third, fourth], [fifth]]
 
 
 def test_accumulated_micro_batches_end_the_step_once():
@@ -148,12 +134,6 @@ def test_groups_keep_the_permutation_and_stand_where_their_first_row_stands():
         assert rows == [row for row in plan.permutation(0) if BUCKETS[row] == bucket]
         sizes = [len(group) for group in groups if BUCKETS[group[0]] == bucket]
         assert sizes[:-1] == [8] * (len(sizes) - 1)
-
-
-def test_epochs_begin_with_different_buckets():
-    plan = sampler(29, micro_batch=4, buckets=BUCKETS)
-    first = [tuple(BUCKETS[group[0]] for group in plan.groups(epoch)) for epoch in range(8)]
-    assert len(set(first)) > 1
 
 
 @pytest.mark.parametrize(

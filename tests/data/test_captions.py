@@ -5,15 +5,7 @@ import random
 import pytest
 
 from finetuning.cli import read
-from finetuning.data.captions import (
-    CaptionArgs,
-    chosen_caption,
-    may_mirror,
-    names_a_side,
-    shuffle_tags,
-    swap_sides,
-    with_prefix,
-)
+from finetuning.data.captions import CaptionArgs, chosen_caption, names_a_side, shuffle_tags, swap_sides
 
 SIDES = [
     ("a dog on the left of a cat", "a dog on the right of a cat"),
@@ -56,44 +48,9 @@ def test_words_that_are_no_sides_are_left_alone(text):
     assert swap_sides(text) == text
 
 
-@pytest.mark.parametrize(
-    ("flip_captions", "captions", "expected"),
-    [
-        ("skip", ["a dog", "a dog at the left"], False),  # whichever is drawn
-        ("skip", ["a dog", "a bright dog"], True),
-        ("swap", ["a dog at the left"], True),
-        ("ignore", ["a dog at the left"], True),
-    ],
-)
-def test_skip_forbids_the_mirror_image_of_an_image_with_any_side(flip_captions, captions, expected):
-    assert may_mirror(captions, flip_captions) is expected
-
-
-def test_tags_are_shuffled_behind_those_that_stay():
-    text = "sks, 1girl,  red hair ,smile,, hat"
-    orders = {shuffle_tags(text, random.Random(seed), keep_tokens=2) for seed in range(100)}
-    assert len(orders) == 6  # 3! orders of the loose ones
-    assert {tuple(sorted(order.split(", ")[2:])) for order in orders} == {("hat", "red hair", "smile")}
-    assert {tuple(order.split(", ")[:2]) for order in orders} == {("sks", "1girl")}
-
-
 def test_tags_keep_their_separator_and_their_number():
-    assert sorted(shuffle_tags("a| b|c", random.Random(0), separator="|").split("| ")) == ["a", "b", "c"]
     assert shuffle_tags("a, b", random.Random(0), keep_tokens=9) == "a, b"
     assert shuffle_tags("a dog on a sofa", random.Random(0)) == "a dog on a sofa"
-
-
-@pytest.mark.parametrize(
-    ("text", "prefix", "expected"),
-    [
-        ("a dog", "interior design,", "interior design, a dog"),
-        ("a dog", "interior design, ", "interior design, a dog"),
-        ("a dog", "", "a dog"),
-        ("", "sks", "sks"),
-    ],
-)
-def test_prefix_stands_before_the_text_with_one_space(text, prefix, expected):
-    assert with_prefix(text, prefix) == expected
 
 
 TWO = ("a cat, left, x, y, z", "a dog, right, u, v, w")
@@ -107,11 +64,6 @@ def test_without_flags_one_caption_is_drawn_as_it_stands():
     assert {chosen_caption(TWO, False, CaptionArgs(), random.Random(seed)) for seed in range(20)} == set(TWO)
 
 
-def test_first_caption_is_always_the_first():
-    args = CaptionArgs(caption_choice="first")
-    assert {chosen_caption(TWO, False, args, random.Random(seed)) for seed in range(20)} == {TWO[0]}
-
-
 def test_order_of_the_tags_does_not_hang_on_how_the_caption_is_chosen():
     same = ("a, b, c, d, e", "a, b, c, d, e")
     by = {
@@ -123,20 +75,6 @@ def test_order_of_the_tags_does_not_hang_on_how_the_caption_is_chosen():
     }
     assert by["random"] == by["first"]
     assert len(set(by["first"])) > 10
-
-
-@pytest.mark.parametrize(
-    ("flip_captions", "flipped", "expected"),
-    [
-        ("swap", True, "a dog on the right"),
-        ("swap", False, "a dog on the left"),
-        ("ignore", True, "a dog on the left"),
-        ("skip", True, "a dog on the left"),  # may_mirror keeps it from happening
-    ],
-)
-def test_caption_of_a_mirrored_image(flip_captions, flipped, expected):
-    args = CaptionArgs(flip_captions=flip_captions)
-    assert chosen_caption(["a dog on the left"], flipped, args, random.Random(0)) == expected
 
 
 def test_prefix_is_neither_shuffled_nor_swapped():
@@ -159,11 +97,3 @@ def test_prefix_is_neither_shuffled_nor_swapped():
 def test_bad_flags_are_named(flags, named):
     _, problems = read(CaptionArgs, "", flags)
     assert len(problems) == 1 and named in problems[0]
-
-
-def test_defaults_change_no_caption_and_never_mirror_a_side():
-    args, problems = read(CaptionArgs, "", [])
-    assert problems == []
-    assert (args.caption_prefix, args.shuffle_tags, args.caption_choice, args.flip_captions) == (
-        "", False, "random", "skip",
-    )  # fmt: skip

@@ -104,13 +104,6 @@ def test_csv_keeps_numbers_na_quotes_and_line_ends_inside_captions(tmp_path):
     assert clean(tmp_path) == {f"{i}.png": (text,) for i, text in enumerate(captions)}
 
 
-def test_csv_caption_with_an_unquoted_comma_is_an_error_not_cut(two):
-    (two / "metadata.csv").write_text("file_name,text\na.png,a cat, asleep\nb.png,a dog\n", encoding="utf-8")
-    reading = read(two)
-    assert reading.captions == {"b.png": ("a dog",)}
-    assert reading.errors["too_many_fields"] == ["metadata.csv row 1"]
-
-
 def test_parquet(two):
     table = pyarrow.table({"file_name": ["a.png", "b.png"], "text": ["a cat", "ein Hündchen"]})
     pyarrow.parquet.write_table(table, two / "metadata.parquet")
@@ -137,30 +130,6 @@ def test_a_git_lfs_pointer_in_place_of_metadata_says_git_lfs(two, name):
     (two / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(DatasetError, match=rf"{name}.*git lfs pull"):
         read(two)
-
-
-LINES = ['{"file_name": "a.png", "text": "a cat"}', '{"file_name": "b.png", "text": "ein Hündchen"}']
-
-
-def test_csv_with_bom_and_crlf(two):
-    content = "\ufefffile_name,text\r\na.png,a cat\r\n\r\nb.png,ein Hündchen\r\n"
-    (two / "metadata.csv").write_bytes(content.encode())
-    assert clean(two) == TWO
-
-
-@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
-def test_metadata_that_is_not_utf8_is_named(two, name):
-    (two / name).write_bytes("file_name,text\na.png,é\n".encode("latin-1"))
-    with pytest.raises(DatasetError, match=rf"{name} is not UTF-8"):
-        read(two)
-
-
-def test_broken_line_is_named_with_its_number(two):
-    (two / "metadata.jsonl").write_text("\n".join([LINES[0], "", LINES[1][:-2], "[1]", LINES[1]]), encoding="utf-8")
-    reading = read(two)
-    assert reading.captions == TWO
-    assert [one.where for one in reading.findings.errors["not_json"]] == ["metadata.jsonl line 3"]
-    assert reading.errors["not_an_object"] == ["metadata.jsonl line 4"]
 
 
 # Where images and metadata stand
@@ -259,24 +228,11 @@ def test_metadata_in_sub_folders(tmp_path):
     assert clean(tmp_path) == {"train/x/1.png": ("in x",), "train/y/1.png": ("in y",)}
 
 
-def test_metadata_above_sub_folders_without_a_split(tmp_path):
-    images(tmp_path, "images/1.png")
-    jsonl(tmp_path / "metadata.jsonl", ("images/1.png", "one"))
-    assert clean(tmp_path) == {"images/1.png": ("one",)}
-
-
 def test_flat_folder_with_test_in_a_file_name_keeps_every_row(tmp_path):
     names = ["my_test_room.jpg", "1.jpg", "train_station.jpg"]
     images(tmp_path, *names)
     jsonl(tmp_path / "metadata.jsonl", *((name, "a room") for name in names))
     assert sorted(clean(tmp_path)) == sorted(names)
-
-
-def test_hidden_files_and_other_files_are_not_images(two):
-    images(two, ".hidden.png", ".cache/c.png")
-    (two / "notes.txt").write_text("hello")
-    jsonl(two / "metadata.jsonl", ("a.png", "a cat"), ("b.png", "ein Hündchen"))
-    assert clean(two) == TWO
 
 
 def test_folder_named_relative_to_the_working_directory(two, monkeypatch):
@@ -291,18 +247,6 @@ def test_folder_named_relative_to_the_working_directory(two, monkeypatch):
 # Absolute names and names that reach outside
 
 
-def test_absolute_name_inside_the_folder(two):
-    jsonl(two / "metadata.jsonl", (str(two / "a.png"), "a cat"), (str(two / "b.png"), "ein Hündchen"))
-    assert clean(two) == TWO
-
-
-def test_absolute_name_through_a_link_to_the_folder(tmp_path):
-    images(tmp_path / "real", "a.png")
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    jsonl(tmp_path / "real/metadata.jsonl", (str(tmp_path / "link/a.png"), "a cat"))
-    assert clean(tmp_path / "real") == {"a.png": ("a cat",)}
-
-
 @pytest.mark.parametrize("folder", ["/home/ubuntu/projects/finetune-sd/images/", "D:\\photos\\", "D:/photos/"])
 def test_absolute_name_of_another_machine_is_the_image_of_that_name(tmp_path, folder):
     """Seed 004: metadata.jsonl above train/, written with the paths of the machine that made it."""
@@ -311,11 +255,6 @@ def test_absolute_name_of_another_machine_is_the_image_of_that_name(tmp_path, fo
     reading = read(tmp_path)
     assert reading.captions == {"train/iibjsy2QFEE.jpg": ("a flower",), "train/okb9GB_O6w0.jpg": ("a cat",)}
     assert reading.errors == {} and reading.warnings == {"moved": [f"{folder}iibjsy2QFEE.jpg"]}
-
-
-def test_absolute_name_of_another_machine_that_is_nowhere_here(two):
-    jsonl(two / "metadata.jsonl", ("a.png", "a cat"), ("b.png", "a dog"), ("/gone/c.png", "a bird"))
-    assert read(two).errors == {"image_missing": ["metadata.jsonl line 3 (/gone/c.png)"]}
 
 
 def test_absolute_name_of_another_machine_that_fits_two_images_is_not_guessed(tmp_path):
@@ -334,38 +273,25 @@ def test_same_names_in_two_splits_are_told_apart_by_where_the_metadata_stands(tm
     assert read(tmp_path, "validation").captions == {"validation/00000.png": ("validation",)}
 
 
-@pytest.fixture(params=["absolute", "dots", "link to a file", "link to a folder"])
-def reaching_outside(request, tmp_path):
-    """A dataset with one honest row and one that reaches an image outside; (folder, name of the outside row)."""
+@pytest.mark.parametrize(
+    ("name", "link", "target"),
+    [
+        ("{tmp}/secret/s.png", None, None),
+        ("../secret/s.png", None, None),
+        ("s.png", "s.png", "secret/s.png"),
+        ("linked/s.png", "linked", "secret"),
+    ],
+)
+def test_a_row_that_reaches_outside_is_refused_unless_a_flag_permits_it(tmp_path, name, link, target):
     images(tmp_path, "data/a.png", "secret/s.png")
-    root = tmp_path / "data"
-    name = {
-        "absolute": str(tmp_path / "secret/s.png"),
-        "dots": "../secret/s.png",
-        "link to a file": "s.png",
-        "link to a folder": "linked/s.png",
-    }[request.param]
-    if request.param == "link to a file":
-        (root / "s.png").symlink_to(tmp_path / "secret/s.png")
-    if request.param == "link to a folder":
-        (root / "linked").symlink_to(tmp_path / "secret")
+    root, name = tmp_path / "data", name.format(tmp=tmp_path)
+    if link:
+        (root / link).symlink_to(tmp_path / target)
     jsonl(root / "metadata.jsonl", ("a.png", "a cat"), (name, "a secret"))
-    return root, name
-
-
-def test_row_that_reaches_outside_is_refused(reaching_outside):
-    root, name = reaching_outside
-    reading = read(root)
-    assert reading.captions == {"a.png": ("a cat",)}
-    assert reading.errors["outside"] == [f"metadata.jsonl line 2 ({name})"]
-
-
-def test_allow_outside_paths_permits_it(reaching_outside):
-    root, _ = reaching_outside
-    reading = read(root, allow_outside_paths=True)
-    assert reading.errors == {}
-    assert sorted(reading.captions.values()) == [("a cat",), ("a secret",)]
-    assert all(row.image.is_file() for row in reading.rows)
+    refused, allowed = read(root), read(root, allow_outside_paths=True)
+    assert refused.captions == {"a.png": ("a cat",)}
+    assert refused.errors["outside"] == [f"metadata.jsonl line 2 ({name})"]
+    assert allowed.errors == {} and sorted(allowed.captions.values()) == [("a cat",), ("a secret",)]
 
 
 @pytest.mark.parametrize("target", ["s.png", "."])
@@ -378,30 +304,7 @@ def test_links_reach_outside_without_captions_only_when_permitted(tmp_path, targ
     assert len(clean(tmp_path / "data", caption_column="none", allow_outside_paths=True)) == 2
 
 
-def test_links_within_the_folder_are_no_error(tmp_path):
-    images(tmp_path, "store/1.png")
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train/1.png").symlink_to(tmp_path / "store/1.png")
-    jsonl(tmp_path / "train/metadata.jsonl", ("1.png", "one"))
-    assert clean(tmp_path) == {"train/1.png": ("one",)}
-
-
 # Rows and images that do not match
-
-
-def test_row_without_image_and_image_without_row(two):
-    jsonl(two / "metadata.jsonl", ("a.png", "a cat"), ("c.png", "a bird"))
-    reading = read(two)
-    assert reading.captions == {"a.png": ("a cat",)}
-    assert reading.errors == {
-        "image_missing": ["metadata.jsonl line 2 (c.png)"],
-        "unnamed_image": ["b.png"],
-    }
-
-
-def test_row_that_names_a_file_which_is_no_image(two):
-    jsonl(two / "metadata.jsonl", ("a.png", "a cat"), ("b.png", "a dog"), ("metadata.jsonl", "itself"))
-    assert read(two).errors == {"not_an_image": ["metadata.jsonl line 3 (metadata.jsonl)"]}
 
 
 @pytest.mark.parametrize(
@@ -421,28 +324,12 @@ def test_a_name_that_is_nearly_right_gets_a_hint(tmp_path, file, name, hint):
     assert hint in found
 
 
-def test_a_doubled_folder_name_gets_a_hint(tmp_path):
-    images(tmp_path, "train/x.png")
-    jsonl(tmp_path / "train/metadata.jsonl", ("train/x.png", "a cat"))
-    (found,) = read(tmp_path).errors["image_missing"]
-    assert "x.png is there; names count from train/" in found
-
-
 def test_links_that_lead_nowhere_are_named(two):
     (two / "dead.png").symlink_to("nowhere.png")
     (two / "gone.png").symlink_to("nowhere.png")
     jsonl(two / "metadata.jsonl", ("a.png", "a cat"), ("b.png", "a dog"), ("gone.png", "a bird"))
     assert read(two).errors == {"dead_link": ["metadata.jsonl line 3 (gone.png)", "dead.png"]}
     assert read(two, caption_column="none").errors == {"dead_link": ["dead.png", "gone.png"]}
-
-
-@pytest.mark.parametrize("caption", ["", "  \t", None, [], [""], [None, " "], "no key"], ids=repr)
-def test_empty_caption_is_an_error(two, caption):
-    first = {"file_name": "a.png"} if caption == "no key" else ("a.png", caption)
-    jsonl(two / "metadata.jsonl", first, ("b.png", "a dog"))
-    reading = read(two)
-    assert reading.captions == {"b.png": ("a dog",)}
-    assert reading.errors == {"no_caption": ["metadata.jsonl line 1 (a.png)"]}
 
 
 def test_list_of_captions_keeps_all_that_say_something(two):
@@ -471,26 +358,6 @@ def test_image_file_name_is_taken_as_the_image(two):
     assert clean(two) == TWO
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("metadata.csv", "file_name,alt,tags\na.png,x,y\n"),
-        ("metadata.jsonl", '{"file_name": "a.png", "alt": "x"}\n{"file_name": "b.png", "tags": "y"}\n'),
-    ],
-)
-def test_missing_caption_column_lists_the_columns_there_are(two, name, content):
-    (two / name).write_text(content)
-    expected = rf"{name} has no column 'text', only file_name, alt, tags: .*--caption_column"
-    with pytest.raises(DatasetError, match=expected):
-        read(two)
-
-
-def test_missing_file_name_column_lists_the_columns_there_are(two):
-    (two / "metadata.csv").write_text("photo,text\na.png,a cat\nb.png,a dog, asleep\n")
-    with pytest.raises(DatasetError, match=r'photo, text, and "file_name" is needed'):
-        read(two)
-
-
 def test_csv_without_a_header_is_explained_even_with_rows_of_other_lengths(two):
     (two / "metadata.csv").write_text("a.png,a cat\nb.png,a dog, asleep\nb.png,a dog\n")
     with pytest.raises(DatasetError, match=r'it has a\.png, a cat, and "file_name" is needed'):
@@ -506,18 +373,11 @@ def test_caption_column_none_reads_images_alone(two):
 # Nothing to read
 
 
-def test_no_metadata_says_what_to_write(two):
-    with pytest.raises(DatasetError, match=r"2 images but no metadata\.jsonl") as caught:
+def test_no_metadata_says_what_to_write_and_counts_the_caption_files(two):
+    with pytest.raises(DatasetError, match=r"2 images but no metadata\.jsonl.*--caption_column none"):
         read(two)
-    assert '{"file_name": "image.png", "text": "its caption"}' in str(caught.value)
-    assert "--caption_column none" in str(caught.value)
-    assert "beside them" not in str(caught.value)
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".caption"])
-def test_no_metadata_counts_the_sidecars(two, suffix):
-    (two / f"a{suffix}").write_text("a cat")
-    with pytest.raises(DatasetError, match="1 caption"):
+    (two / "a.txt").write_text("a cat")
+    with pytest.raises(DatasetError, match="1 caption file"):
         read(two)
 
 
@@ -534,13 +394,6 @@ def test_empty_folder(tmp_path):
     with pytest.raises(DatasetError, match="there are no images in") as caught:
         read(tmp_path)
     assert str(tmp_path) in str(caught.value)
-
-
-def test_empty_metadata_names_every_image(two):
-    (two / "metadata.jsonl").write_text("")
-    reading = read(two)
-    assert reading.rows == []
-    assert reading.errors == {"unnamed_image": ["a.png", "b.png"]}
 
 
 # The whole
@@ -605,26 +458,6 @@ def test_hub_text_in_the_image_column_is_not_opened_as_a_path():
         hub({"image": ["/somewhere/secret.png"], "text": ["a cat"]})
 
 
-def test_hub_rows_are_indices_with_their_captions():
-    rows, findings = hub({"image": photos(2), "text": [" a cat", "a dog"]})
-    assert [(row.image, row.captions, row.origin) for row in rows] == [
-        (0, ("a cat",), "row 0"),
-        (1, ("a dog",), "row 1"),
-    ]
-    assert not findings.report()
-
-
-def test_hub_lists_and_empty_captions():
-    rows, findings = hub({"image": photos(3), "text": [["a cat", "a pet"], [], ["a dog"]]})
-    assert [(row.image, row.captions) for row in rows] == [(0, ("a cat", "a pet")), (2, ("a dog",))]
-    assert findings.as_dict()["errors"] == {"no_caption": ["row 1"]}
-
-
-def test_hub_missing_columns_are_all_named():
-    with pytest.raises(DatasetError, match="no column image or text, only photo, caption"):
-        hub({"photo": ["x"], "caption": ["a cat"]})
-
-
 def test_hub_without_captions():
     rows, _ = hub({"image": photos(2)}, caption_column="none")
     assert [(row.image, row.captions) for row in rows] == [(0, ("",)), (1, ("",))]
@@ -659,3 +492,17 @@ def test_a_folder_that_cannot_be_read_is_named(two, monkeypatch):
     monkeypatch.setattr(os, "scandir", forbidden)
     with pytest.raises(DatasetError, match=f"{two.name} cannot be read: .*Permission denied"):
         read(two)
+
+
+def test_csv_caption_with_an_unquoted_comma_is_an_error_not_cut(two):
+    (two / "metadata.csv").write_text("file_name,text\na.png,a cat, asleep\nb.png,a dog\n", encoding="utf-8")
+    reading = read(two)
+    assert reading.captions == {"b.png": ("a dog",)}
+    assert reading.errors["too_many_fields"] == ["metadata.csv row 1"]
+
+
+def test_absolute_name_through_a_link_to_the_folder(tmp_path):
+    images(tmp_path / "real", "a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    jsonl(tmp_path / "real/metadata.jsonl", (str(tmp_path / "link/a.png"), "a cat"))
+    assert clean(tmp_path / "real") == {"a.png": ("a cat",)}

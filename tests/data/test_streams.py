@@ -81,12 +81,6 @@ def test_a_buffer_of_one_keeps_the_files_order_and_the_shards_are_permuted(folde
     assert len({tuple(epoch) for epoch in epochs}) > 4
 
 
-@pytest.mark.parametrize("size", [4, 100])  # the second holds them all
-def test_the_buffer_draws_anew_in_every_epoch(tmp_path, sampler, write_shards, size):
-    source = sampler(write_shards(tmp_path, sizes=(20,)), shuffle_buffer=size)
-    assert captions(source.samples(0)) != captions(source.samples(1))
-
-
 def test_the_buffer_mixes_shards_and_holds_no_more_than_it_may(tmp_path, sampler, write_shards):
     source = sampler(write_shards(tmp_path, sizes=(20, 20)), shuffle_buffer=5)
     read, unlimited = [], source.shards.reader

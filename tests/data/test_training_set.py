@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -61,11 +61,6 @@ def test_captions_are_dropped_as_often_as_asked_as_a_function_of_seed_epoch_and_
     assert [drawn(captioned(many[:100], share)).count("") for share in (0.0, 1.0)] == [0, 100]
     assert once == drawn(captioned(many, 0.1))
     assert once not in (drawn(captioned(many, 0.1), epoch=1), drawn(captioned(many, 0.1, seed=1)))
-
-
-def test_a_prefix_stands_before_what_is_not_dropped(captioned):
-    images = captioned([("circle",)] * 50, 0.5, caption_prefix="interior design,")
-    assert set(drawn(images)) == {"", "interior design, circle"}
 
 
 def test_the_prefix_of_the_metadata_is_the_flags_and_the_captions_own(captioned):
@@ -147,17 +142,6 @@ def test_unchecked_images_are_named_when_their_turn_comes(folder, load):
         training.image(3)
 
 
-def test_tokens_are_padded_and_cut_to_the_text_encoders_length(tokenize):
-    tokenizer = tokenize.tokenizers["text_encoder"]
-    start, circle = tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("circle</w>")
-    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
-    assert tokenize(("circle", "", "circle " * 50))["text_encoder"].tolist() == [
-        [start, circle, end, *[padding] * 13],
-        [start, end, *[padding] * 14],
-        [start, *[circle] * 14, end],
-    ]
-
-
 def test_fingerprint_changes_with_captions_rows_and_their_order_but_not_with_the_place(folder, load, write_metadata):
     whole = load()[0].fingerprint()
     assert load(seed=5)[0].fingerprint() == whole
@@ -176,13 +160,6 @@ def test_fingerprint_changes_with_the_buckets_but_not_where_all_are_square(load,
     found = [load_buckets(**flags)[0].fingerprint() for flags in (plain, {}, {"bucket_step": 8}, {"bucket_step": 8})]
     assert len(set(found[:3])) == 3 and found[2] == found[3]
     assert load(aspect_buckets=True, bucket_step=4)[0].fingerprint() == load()[0].fingerprint()
-
-
-def test_rows_are_described_by_origin_image_and_caption(folder, load):
-    assert load()[0].describe([0, 2]) == (
-        f"  metadata.jsonl line 1: {folder / '00.png'} 'circle'\n"
-        f"  metadata.jsonl line 3: {folder / '02.png'} 'circle circle circle'"
-    )
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------
@@ -256,14 +233,6 @@ def test_batches_move_to_a_device_whole(load):
     assert (moved.captions, moved.rows, moved.step) == (batch.captions, batch.rows, batch.step)
 
 
-def test_pinning_takes_every_tensor(load, monkeypatch):
-    pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
-    batch = batches(load()[0], last_step=1)[0]
-    assert content(batch.pin_memory()) == content(batch)
-    assert sorted(pinned) == [(4,), (4, 3, 8, 8), (4, 6), (4, 16)]
-
-
 # -- buckets ---------------------------------------------------------------------------------------------------------
 
 
@@ -277,12 +246,6 @@ def test_batches_of_buckets_are_of_one_size_and_functions_of_their_place(load_bu
         [size] = {training.sizes[row] for row in batch.rows}
         assert batch.pixels.shape == (len(batch.rows), 3, *size)
         assert batch.sizes[:, 4:].tolist() == [[*size]] * len(batch.rows)
-
-
-def test_rows_are_listed_by_size_for_work_that_goes_by_batches(load, load_buckets):
-    training, _, _ = load_buckets()
-    assert list(training.of_one_size([7, 4, 8, 3, 0, 5], 2)) == [[7, 3], [4, 8], [0], [5]]
-    assert list(load()[0].of_one_size(range(5), 2)) == [[0, 1], [2, 3], [4]]
 
 
 # -- datasets with the images inside ---------------------------------------------------------------------------------
@@ -309,14 +272,6 @@ def test_parquet_with_images_inside_is_read_like_a_folder(hub_folder, load, flag
     assert content(batches(training, last_step=1, micro_batch=5, workers=2)[0]) == content(batch)
     again = pickle.loads(pickle.dumps(training))
     assert content(batches(again, last_step=1, micro_batch=5)[0]) == content(batch)
-
-
-def test_a_dataset_saved_to_disk_is_read(hub_folder, load, tmp_path):
-    loaded = load_dataset(str(hub_folder), cache_dir=str(tmp_path / "cache"))
-    assert isinstance(loaded, DatasetDict)
-    loaded.save_to_disk(str(tmp_path / "saved"))
-    training, held_out, _ = load(source=tmp_path / "saved")
-    assert (len(training), len(held_out)) == (5, 2)
 
 
 # -- flags -----------------------------------------------------------------------------------------------------------

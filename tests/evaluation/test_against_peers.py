@@ -59,7 +59,7 @@ def figures(folders, inception_file):
     def of(protocol, drawn="drawn"):
         rows = [Row(number, f"image {number}", folders["truth"] / f"{number:05d}.png") for number in range(COUNT)]
         images = {"model": {row.number: folders[drawn] / row.image.name for row in rows}}
-        args = EvalNetworkArgs(["kid", "fid"], protocol, inception_weights=str(inception_file))
+        args = EvalNetworkArgs(metrics=["kid", "fid"], protocol=protocol, inception_weights=str(inception_file))
         summary = summarise(measure(rows, images, open_networks(args), args))["summary"]
         return {metric: by_side[str(SIDE)]["model"]["value"] for metric, by_side in summary.items()}
 

@@ -359,7 +359,7 @@ def test_all_series_are_resampled_with_the_same_rows():
     means = resampled_means(values, 5, "a sweep", rounds=300)
     assert means.shape == (3, 300)
     for one, own in zip(means, values, strict=True):
-        assert np.array_equal(one, resampled_means(own, 5, "a sweep", rounds=300))
+        np.testing.assert_allclose(one, resampled_means(own, 5, "a sweep", rounds=300), rtol=1e-12, atol=1e-15)
         assert one.mean() == pytest.approx(own.mean(), abs=0.1) and one.std() == pytest.approx(
             own.std() / 40**0.5, rel=0.2
         )

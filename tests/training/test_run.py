@@ -138,15 +138,6 @@ def test_a_resumed_run_forgets_the_steps_that_it_will_write_again(start):
     assert logged(resumed)[-1] == {"step": 4, "train_loss": 7.0}
 
 
-def test_a_new_run_in_an_old_folder_starts_its_log_anew(start):
-    first = start()
-    first.begin(0, 10)
-    first.log({"validation_loss": 1.0}, 0)
-    first.log({"train_loss": 1.0}, 1)
-    start().begin(0, 10)
-    assert logged(first) == []
-
-
 def test_args_json_holds_the_flags_and_no_token(start):
     run = start(hub_token="hf_secret", num_train_epochs=3)
     run.begin(0, 10)
