@@ -77,12 +77,12 @@ def _opposite(side):
     return other.upper() if side.isupper() else other.capitalize() if side[0].isupper() else other
 
 
-def shuffle_tags(text, rng, keep_tokens=0, separator=","):
+def shuffle_tags(text, rng, keep_tokens=0):
     """The tags in an order drawn from `rng` (random.Random); the first `keep_tokens` stay. Empty tags go."""
-    tags = [tag.strip() for tag in text.split(separator) if tag.strip()]
+    tags = [tag.strip() for tag in text.split(",") if tag.strip()]
     kept, loose = tags[:keep_tokens], tags[keep_tokens:]
     rng.shuffle(loose)
-    return f"{separator} ".join(kept + loose)
+    return ", ".join(kept + loose)
 
 
 def with_prefix(text, prefix):

@@ -48,7 +48,8 @@ def read_checked(args, tokenizer, seed, validation_fraction=0.0, cache_dir=None)
     if args.max_train_samples is not None:
         if args.max_train_samples > len(rows):
             findings.warn("max_train_samples", f"{args.max_train_samples} of {len(rows)}")
-        rows = _sample(rows, args.max_train_samples, seed)  # before the images are opened: only these are needed
+        count = min(args.max_train_samples, len(rows))  # before the images are opened: only these are needed
+        rows = rows.take(sorted(python_random(seed, "sample").sample(range(len(rows)), count)))
 
     rows, sizes = _readable(rows, images, args, findings)
     rows, sizes = sort_into_buckets(args, rows, sizes, findings)
@@ -110,8 +111,8 @@ def _readable(rows, images, args, findings):
         """((height, width), [codes of warnings]), or (None, why the image cannot be read)."""
         try:
             if isinstance(row.image, int):
-                return _size(open_rgb(images[row.image])), []
-            size = _size(open_rgb(row.image)) if args.check_images == "full" else size_in_header(row.image)
+                return open_rgb(images[row.image]).size[::-1], []
+            size = open_rgb(row.image).size[::-1] if args.check_images == "full" else size_in_header(row.image)
             return size, remarks(row.image)
         except (UnreadableImage, OSError, ValueError, SyntaxError) as error:  # `datasets` decodes for itself
             return None, str(error)
@@ -134,10 +135,6 @@ def _readable(rows, images, args, findings):
                 kept.append(number)
                 sizes.append(equal.setdefault(size, size))
     return rows.take(kept), sizes
-
-
-def _size(image):
-    return image.height, image.width
 
 
 def _note_cut_captions(rows, tokenizer, args, findings):
@@ -170,14 +167,6 @@ def _split_off(rows, fraction, seed):
     images = rows.images()
     different = list(dict.fromkeys(images))
     count = min(len(different), max(1, round(fraction * len(different))))
-    chosen = {different[i] for i in _chosen(len(different), count, seed, "validation split")}
+    chosen = {different[i] for i in python_random(seed, "validation split").sample(range(len(different)), count)}
     held_out = [number for number, image in enumerate(images) if image in chosen]
     return rows.take(held_out), rows.take([number for number, image in enumerate(images) if image not in chosen])
-
-
-def _sample(rows, count, seed):
-    return rows.take(sorted(_chosen(len(rows), min(count, len(rows)), seed, "sample")))
-
-
-def _chosen(total, count, seed, purpose):
-    return python_random(seed, purpose).sample(range(total), count)

@@ -18,17 +18,11 @@ PROBLEMS = {  # code: (what the examples are, what helps or happens, "" where th
     "animated": ("animated images", "the first frame is used"),
     "cmyk_without_profile": ("CMYK images without a colour profile", "their colours are a guess"),
     "unreadable_exif": ("images whose EXIF cannot be read", "it is ignored"),
-    "image_too_small": (
-        "images too small for any bucket, height x width", "raise --max_upscale or lower --min_side",
-    ),
+    "image_too_small": ("images too small for any bucket, height x width", "raise --max_upscale or lower --min_side"),
     "buckets": ("buckets, height x width: rows", ""),
-    "smaller_bucket": (
-        "images too small for a bucket of --resolution, height x width", "a smaller one is used",
-    ),
+    "smaller_bucket": ("images too small for a bucket of --resolution, height x width", "a smaller one is used"),
     "enlarged": ("images enlarged to cover their bucket, by at most {most}", ""),
-    "cropped": (
-        "images cropped to their bucket, by {mean} on average and at most {most} of the area", "",
-    ),
+    "cropped": ("images cropped to their bucket, by {mean} on average and at most {most} of the area", ""),
     # Folders, links
     "dead_link": ("links that lead nowhere, and special files", ""),
     "link_outside": ("links that lead out of the folder", "--allow_outside_paths follows them"),
@@ -85,15 +79,11 @@ PROBLEMS = {  # code: (what the examples are, what helps or happens, "" where th
     "sample_without_caption": ("samples without a caption", "--caption_field"),
     "no_json_text": ("JSON files that have no text under {key!r}", "--json_key"),
     # Sources of conversions
-    "image_not_here": (
-        "rows whose image is not there", "--images DIR says where to look, --download fetches",
-    ),
+    "image_not_here": ("rows whose image is not there", "--images DIR says where to look, --download fetches"),
     "not_fetched": ("images that could not be fetched", "the same command tries again"),
     "no_address": ("rows without an address", ""),
     "address_twice": ("addresses of more than one row", "one image, all its captions"),
-    "ambiguous_address": (
-        "images whose name fits several addresses", "--download fetches each by a name of its own",
-    ),
+    "ambiguous_address": ("images whose name fits several addresses", "--download fetches each by a name of its own"),
     "lines_not_utf8": ("lines that are not UTF-8", ""),
     "bad_fetched_caption": ("captions of img2dataset that cannot be read", ""),
     "not_fetched_before": ("images that img2dataset could not fetch", ""),
@@ -162,16 +152,12 @@ class Finding:
         return f"{self.where} ({self.reason})" if self.reason else self.where
 
 
-def _empty():
-    return defaultdict(list)
-
-
 @dataclass
 class Findings:
     """What is wrong (`errors`: the run stops, or skips it) and what is worth knowing (`warnings`): {code: findings}."""
 
-    errors: dict = field(default_factory=_empty)
-    warnings: dict = field(default_factory=_empty)
+    errors: dict = field(default_factory=lambda: defaultdict(list))
+    warnings: dict = field(default_factory=lambda: defaultdict(list))
 
     def error(self, code, where, reason="", **fields):
         """One more example of an error."""
@@ -196,7 +182,9 @@ class Findings:
         for level, found in (("error", self.errors), ("warning", self.warnings)):
             for code, examples in found.items():
                 if examples:
-                    yield level, code, *described(code, examples[0]), examples
+                    fields = dict(examples[0].fields)
+                    texts = [text.format(**fields) for text in PROBLEMS[code]] if code in PROBLEMS else [code, ""]
+                    yield level, code, *texts, examples
 
     def report(self, shown=5):
         """Text: a line for each kind, the errors first."""
@@ -225,10 +213,3 @@ class Findings:
 def counted(number, noun):
     """ "1 row", "2 rows"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def described(code, example):
-    """(sentence, advice) of a code; a code that PROBLEMS does not have is its own sentence."""
-    sentence, advice = PROBLEMS.get(code, (code, ""))
-    fields = dict(getattr(example, "fields", ()))
-    return (sentence.format(**fields), advice.format(**fields)) if code in PROBLEMS else (sentence, advice)

@@ -140,7 +140,7 @@ def _holds_images(table):
 
 def what_else(folder):
     """What a folder without images holds in their place, as advice that may follow a message; "" where nothing."""
-    found = {".zip": [], ".tar": [], ".parquet": []}
+    found = {".zip": [], ".tar": []}
     for _, _, names in os.walk(folder):
         for name in names:
             ending = os.path.splitext(name)[1].lower()

@@ -151,16 +151,8 @@ def _uncaptioned(resolver, findings):
 
 def read_hub(dataset, image_column, caption_column, findings):
     """The rows of a loaded Hugging Face dataset split; images stay in the dataset and are decoded when needed."""
-    needed = [image_column] if caption_column == "none" else [image_column, caption_column]
-    missing = [name for name in needed if name not in dataset.column_names]
-    if missing:
-        raise DatasetError(
-            f"the dataset has no column {' or '.join(missing)}, only {', '.join(dataset.column_names)}: "
-            "name them with --image_column and --caption_column"
-        )
-    kind = type(dataset.features[image_column]).__name__
-    if kind != "Image":  # text would be opened as a path on this machine, wherever the dataset comes from
-        raise DatasetError(f"the column {image_column} holds {kind}, not images: name another with --image_column")
+    needed_columns(image_column, caption_column, dataset.column_names, "the dataset")
+    refuse_no_images(dataset.features, image_column, "the dataset")
     captions = [""] * len(dataset) if caption_column == "none" else dataset[caption_column]
     rows = []
     for index, value in enumerate(captions):
@@ -170,6 +162,28 @@ def read_hub(dataset, image_column, caption_column, findings):
         else:
             findings.error("no_caption", f"row {index}")
     return Rows.of(rows)
+
+
+def needed_columns(image_column, caption_column, names, where):
+    """The columns that are read of a table. Raises DatasetError where one is not there."""
+    needed = [image_column] if caption_column == "none" else [image_column, caption_column]
+    if missing := [name for name in needed if name not in names]:
+        raise DatasetError(
+            f"{where} has no column {' or '.join(missing)}, only {', '.join(names)}: "
+            "name them with --image_column and --caption_column"
+        )
+    return needed
+
+
+def no_images(where, column, kind):
+    return DatasetError(f"{where}: the column {column} holds {kind}, not images: name another with --image_column")
+
+
+def refuse_no_images(features, column, where):
+    """Text would be opened as a path on this machine, wherever the dataset comes from. Raises DatasetError."""
+    kind = type(features[column]).__name__
+    if kind != "Image":
+        raise no_images(where, column, kind)
 
 
 class _Tree:

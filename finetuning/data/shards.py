@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from finetuning.data.findings import DatasetError, Findings, counted
 from finetuning.data.folders import walk
-from finetuning.data.reading import as_captions
+from finetuning.data.reading import as_captions, needed_columns, no_images, refuse_no_images
 from finetuning.data.samples import Cell, Sample
 from finetuning.data.tars import SHARD_ENDINGS, WebDatasetArgs, find_shards, read_shard, split_of
 
@@ -145,10 +145,10 @@ def _read_parquet(file, args, folders, findings):
 
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            columns = _columns(args, table.schema_arrow.names, file)
+            columns = needed_columns(args.image_column, args.caption_column, table.schema_arrow.names, file)
             kind, types = table.schema_arrow.field(args.image_column).type, pyarrow.types
             if not (types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)):
-                raise _no_images(file, args.image_column, kind)
+                raise no_images(file, args.image_column, kind)
             batches = table.iter_batches(ROWS_TOGETHER, columns=columns)
             records = (record for batch in batches for record in batch.to_pylist())
             yield from _samples(records, file, args, partial(_local_image, folders), findings)
@@ -172,11 +172,9 @@ def _hub_shards(source, args, say, cache_dir):
         say(f"--streaming: of {source} only the split train is read, not {', '.join(sorted({*splits} - {'train'}))}")
     dataset = splits["train"]
     features = dataset.features or {}
-    dataset = dataset.select_columns(_columns(args, list(features), source))
-    kind = type(features[args.image_column]).__name__
-    if kind != "Image":  # text would be opened as if it were an image's path
-        raise _no_images(source, args.image_column, kind)
-    dataset = dataset.cast_column(args.image_column, Image(decode=False))
+    columns = needed_columns(args.image_column, args.caption_column, list(features), source)
+    refuse_no_images(features, args.image_column, source)
+    dataset = dataset.select_columns(columns).cast_column(args.image_column, Image(decode=False))
     count = dataset.num_shards
 
     def reader(number, findings):
@@ -193,21 +191,6 @@ def _hub_shards(source, args, say, cache_dir):
 
     names = [f"{source} {args.dataset_config_name} shard {number} of {count}" for number in range(count)]
     return Shards(source, names, reader, args.on_bad_rows)
-
-
-def _columns(args, names, where):
-    """The columns that are needed. Raises DatasetError where one is not there."""
-    needed = [args.image_column] + [args.caption_column] * (args.caption_column != "none")
-    if missing := [name for name in needed if name not in names]:
-        raise DatasetError(
-            f"{where} has no column {' or '.join(missing)}, only {', '.join(names)}: "
-            "name them with --image_column and --caption_column"
-        )
-    return needed
-
-
-def _no_images(where, column, kind):
-    return DatasetError(f"{where}: the column {column} holds {kind}, not images: name another with --image_column")
 
 
 def _samples(records, where, args, image_of, findings):

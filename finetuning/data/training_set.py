@@ -103,22 +103,12 @@ class Batch:
 class CaptionedImages(Dataset):
     """Images and captions by SampleIndex, so that every draw has its place in the run, and the batches made of them.
 
-    `row_at` and `transform_at` say where the row of an index and its size come from.
+    Subclasses have `row_at(index)`, `transform_at(index)` and `open(row)`, the RGB image.
     """
 
     def __init__(self, transform, tokenize, args, seed):
         self.transform, self.tokenize, self.args, self.seed = transform, tokenize, args, seed
         self.skip_pixels = False  # set where cached latents stand in for the images
-
-    def row_at(self, index):
-        raise NotImplementedError
-
-    def transform_at(self, index):
-        raise NotImplementedError
-
-    def open(self, row):
-        """The RGB image of a row."""
-        raise NotImplementedError
 
     def __getitem__(self, index):
         """(index, fp32 [3, height, width], sizes, caption)."""
@@ -183,7 +173,6 @@ class ImageDataset(CaptionedImages):
         return self.transform_of(index.row)
 
     def transform_of(self, number):
-        """The transform to the size of the row's bucket."""
         return self.transform.at(self.sizes[number])
 
     def open(self, row):

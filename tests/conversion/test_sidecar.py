@@ -66,14 +66,6 @@ def test_the_image_s_whole_name_may_stand_before_the_ending(tmp_path):
     assert clean(tmp_path) == {"a.jpg": ("a.jpg",), "a.png": ("a.png",)}
 
 
-def test_a_caption_file_that_two_images_share_is_a_warning(tmp_path):
-    pair(tmp_path / "a.jpg", "a cat")
-    image(tmp_path / "a.png")
-    found, errors, warnings = reading(tmp_path)
-    assert (found, errors) == ({"a.jpg": ("a cat",), "a.png": ("a cat",)}, {})
-    assert list(warnings.values()) == [["a.png"]]
-
-
 @pytest.mark.parametrize(
     ("which", "captions"),
     [("all", ("a cat", "a tabby, asleep")), ("first", ("a cat",)), ("join", ("a cat a tabby, asleep",))],
@@ -112,14 +104,6 @@ def test_each_half_alone_is_an_error_and_named(tmp_path):
     found, errors, _ = reading(tmp_path)
     assert found == {"a.png": ("a cat",)}
     assert errors == {WITHOUT: ["alone.png", "blank.png"], ORPHANS: ["below/orphan.caption"]}
-
-
-def test_of_two_caption_files_kohya_s_counts(tmp_path):
-    pair(tmp_path / "a.png", "from .txt")
-    text(tmp_path / "a.caption", "from .caption")
-    found, errors, warnings = reading(tmp_path)
-    assert (found, errors) == ({"a.png": ("from .caption",)}, {})
-    assert warnings == {"second_caption_file": ["a.txt"]}
 
 
 def test_what_is_no_file_is_named(tmp_path):

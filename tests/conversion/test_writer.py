@@ -413,16 +413,6 @@ def test_all_that_cannot_be_taken_is_named_and_the_rest_is_done(source, args):
     assert not Path(args.output, "conversion.json").exists()
 
 
-def test_after_mending_the_same_command_ends_it(source, args):
-    bad = sample(source / "gone.png", ("found",))
-    with pytest.raises(DatasetError):
-        write_dataset([*many(source, 2), bad], args)
-    image_file(source / "gone.png", (200, 0, 0))
-    write_dataset([*many(source, 2), bad], args)
-    assert set(written(args)) == {"train/000.png", "train/001.png", "train/gone.png"}
-    assert not Path(args.output, "failures.jsonl").exists()
-
-
 def test_an_image_too_large_for_its_format_is_a_failure_of_that_image(source, args):
     samples = [sample(image_file(source / "wide.png", size=(16384, 1))), *many(source, 1)]
     write_dataset(samples, replace(args, image_format="webp", on_bad_rows="skip"))
@@ -433,25 +423,10 @@ def test_an_image_too_large_for_its_format_is_a_failure_of_that_image(source, ar
 # The folder
 
 
-def test_a_folder_with_something_else_in_it_is_refused(source, args):
-    Path(args.output).mkdir()
-    Path(args.output, "notes.txt").write_text("mine")
-    with pytest.raises(DatasetError, match="is not an empty folder"):
-        write_dataset(many(source, 1), args)
-    assert os.listdir(args.output) == ["notes.txt"]
-
-
 def test_a_finished_dataset_is_refused(source, args):
     write_dataset(many(source, 1), args)
     with pytest.raises(DatasetError, match="holds a finished dataset"):
         write_dataset(many(source, 2), args)
-
-
-@pytest.mark.parametrize("output", ["source", "source/new", "source/below/new", "."])
-def test_output_and_source_lie_apart(source, args, tmp_path, output):
-    with pytest.raises(DatasetError, match="lie one in the other"):
-        write_dataset(many(source, 1), replace(args, output=str(tmp_path / output), path=str(source)))
-    assert os.listdir(source) == ["000.png"]
 
 
 def test_a_second_conversion_into_the_folder_is_refused(source, args):
