@@ -538,22 +538,22 @@ def _convert_one(raw, flag, kind, whole):
 
 
 def _related_problems(args, flags, suspect, with_groups=True):
-    """What relates several flags, said only where all of them could be read."""
-    problems = list(_unmet(args, flags, suspect))
+    """What relates several flags, said only of those that could be read."""
+    problems = list(_unmet(args, flags))
     for group in type(args).__mro__ if with_groups else ():
-        if "problems" in group.__dict__ and suspect.isdisjoint(flags_of(group)):
-            problems += group.problems(args)
-    return problems
+        if "problems" in group.__dict__:
+            problems += group.__dict__["problems"](args)
+    return [text for text in problems if not _names_one_of(text, suspect, flags)]
 
 
-def _unmet(args, flags, suspect):
+def _unmet(args, flags):
     """Flags that do nothing, or that exclude each other."""
     changed = {name for name, flag in flags.items() if getattr(args, name) != flag.default}
-    for name in (name for name in flags if name in changed):
-        flag = flags[name]
-        needs = {wanted: wanted.partition("=")[0] for wanted in flag.requires}
-        needs = {wanted: other for wanted, other in needs.items() if other in flags}  # a script may lack them
-        if needs and suspect.isdisjoint(needs.values()) and not any(_is_on(args, wanted) for wanted in needs):
+    for name, flag in flags.items():
+        if name not in changed:
+            continue
+        needs = [wanted for wanted in flag.requires if wanted.partition("=")[0] in flags]  # a script may lack them
+        if needs and not any(_is_on(args, wanted) for wanted in needs):
             wanted = " or ".join(f"--{wanted.replace('=', ' ')}" for wanted in needs)
             yield f"{flag.spelled} does nothing without {wanted}"
         for other in flag.conflicts:
@@ -564,6 +564,12 @@ def _unmet(args, flags, suspect):
 def _is_on(args, wanted):
     name, equals, value = wanted.partition("=")
     return str(getattr(args, name)) == value if equals else bool(getattr(args, name))
+
+
+def _names_one_of(text, names, flags):
+    """Whether a message speaks of one of these flags."""
+    words = text.replace(",", " ").replace(":", " ").split()
+    return any(flags[name].spelled in words for name in names)
 
 
 def _unknown_flag(word, flags):

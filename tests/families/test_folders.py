@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from finetuning.families.folders import components_of_index, copy_component, weights_name, write_scheduler
+from finetuning.families.folders import copy_component, write_scheduler
 from finetuning.families.model_args import ModelError
-from finetuning.families.table import FAMILIES
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARD, INDEX = "diffusion_pytorch_model-00001-of-00002.safetensors", f"{WEIGHTS}.index.json"
@@ -44,11 +43,3 @@ def test_the_scheduler_says_what_the_unet_predicts(tmp_path):
     assert (tmp_path / "same/scheduler_config.json").read_text() == '{"beta_start":   0.1}'
     changed = json.loads((tmp_path / "other/scheduler_config.json").read_text())
     assert changed == {"beta_start": 0.1, "prediction_type": "v_prediction"}
-
-
-def test_names():
-    index = {"_class_name": "P", "unet": ["diffusers", "U"], "safety_checker": [None, None], "requires": True}
-    assert components_of_index(index) == ["unet"]
-    components = FAMILIES["StableDiffusionPipeline"].by_name
-    assert weights_name(components["unet"]) == WEIGHTS
-    assert weights_name(components["text_encoder"], "fp16") == "model.fp16.safetensors"

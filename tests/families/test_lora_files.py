@@ -855,14 +855,6 @@ def test_one_lora_after_another_has_nothing_of_the_one_before(kinds, own, fused_
         detach(own)
 
 
-def test_a_file_can_be_read_again_for_a_pipeline_that_had_it(kinds, file, own, fused_prediction):
-    write_diffusers(file, kinds["DoRA"], {})
-    for _ in range(2):
-        attach(own, read_lora(file, adaptable_components(own)))
-        assert close(prediction(own), fused_prediction(kinds["DoRA"]))
-        detach(own)
-
-
 # -- whose weights ---------------------------------------------------------------------------------------------------
 
 

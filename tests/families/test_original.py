@@ -262,20 +262,6 @@ def test_a_key_without_a_name_in_the_layout_is_refused(tiny_model):
         original_names("unet", keys)
 
 
-@pytest.mark.parametrize(
-    ("part", "key", "shape", "expected"),
-    [
-        ("vae", "encoder.mid_block.attentions.0.to_q.weight", (8, 8), (8, 8, 1, 1)),
-        ("vae", "encoder.mid_block.attentions.0.to_out.0.weight", (8, 8), (8, 8, 1, 1)),
-        ("vae", "encoder.mid_block.attentions.0.to_q.bias", (8,), (8,)),
-        ("vae", "encoder.mid_block.attentions.0.group_norm.weight", (8,), (8,)),
-        ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight", (8, 8), (8, 8)),
-    ],
-)
-def test_only_the_autoencoders_attention_has_another_shape(part, key, shape, expected):
-    assert original_shape(part, key, shape) == expected
-
-
 def test_sd1_has_the_25_blocks_that_per_block_ratios_name(empty_weights):
     blocks = unet_blocks(UNet2DConditionModel(**SD1_UNET).state_dict())
     ways = [f"{way}{number:02d}" for way in ("IN", "OUT") for number in range(12)]
