@@ -257,8 +257,10 @@ def _ema_profile_of(folder, state):
             f"{folder}: its average has {state['ema_updates']} updates after {step} steps, so what it is made of is "
             "not known: take --weights raw"
         )
-    loaded_apart = args.get("non_ema_revision") or args.get("non_ema_variant")
-    start_kind = args["ema_start"] or ("warm" if loaded_apart else "ramp")  # as build_ema chooses
+    start_kind = state.get("ema_start")
+    if start_kind is None:  # a checkpoint of an older version: what build_ema chose then
+        loaded_apart = args.get("non_ema_revision") or args.get("non_ema_variant")
+        start_kind = args["ema_start"] or ("warm" if loaded_apart else "ramp")
     return ema_profile(args["ema_decay"], start_kind, step)
 
 

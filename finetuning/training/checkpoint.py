@@ -187,6 +187,7 @@ class Checkpointer:
         return {
             "step": step,
             "ema_updates": self.ema.updates,
+            "ema_start": self.ema.start_kind,
             "dataset": self.dataset_id,
             "versions": {"torch": torch.__version__},
             "draws": DRAWS,

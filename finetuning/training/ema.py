@@ -95,7 +95,7 @@ class AveragedWeights:
 class NoAverage:
     """The same calls with EMA off."""
 
-    shadow, updates = None, 0
+    shadow, updates, start_kind = None, 0, None
 
     def update(self):
         """Nothing to average."""
