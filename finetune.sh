@@ -186,7 +186,8 @@ command_line generate_images.py "${GENERATE[@]}" --guidance_scale "$GUIDANCE" --
 if [ -z "$DATASET_NAME" ]; then
   EVALUATE=(--model "original=$MODEL_NAME" "${TUNED[@]}" --dataset "$TRAIN_DIR")
   # One image has no interval: then the images that were trained on have to do
-  if [ "$(grep -c . "$TRAIN_DIR/validation/metadata.jsonl" 2>/dev/null)" -ge 2 ] 2>/dev/null; then
+  HELD_OUT=$(find "$TRAIN_DIR/validation" -type f ! -name 'metadata.*' 2>/dev/null | wc -l)
+  if [ "$HELD_OUT" -ge 2 ]; then
     EVALUATE+=(--split validation)
   elif [ -d "$TRAIN_DIR/train" ]; then EVALUATE+=(--split train); fi
   if [ "$TRAIN_DIR" = datasets/chalk ]; then

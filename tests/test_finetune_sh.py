@@ -226,6 +226,8 @@ def test_the_output_is_named_after_the_images_and_the_preset(root):
 def test_the_printed_commands_survive_spaces_and_quotes(root, tmp_path):
     images, output = tmp_path / "my 'photos'", tmp_path / 'a "b" $c'
     (images / "validation").mkdir(parents=True)
+    for name in ("one.png", "two.png", "metadata.jsonl"):
+        (images / "validation" / name).touch()
     printed = finetune(root, PRESET="sd15-t4", TRAIN_DIR=images, OUTPUT_DIR=output, LAUNCH="true").stdout
     commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("  python ")]
     generate, evaluate, merge = commands
@@ -233,7 +235,7 @@ def test_the_printed_commands_survive_spaces_and_quotes(root, tmp_path):
     assert evaluate[evaluate.index("--dataset") + 1] == str(images)
     assert evaluate[evaluate.index("--split") + 1] == "validation"
     assert merge[merge.index("--output_dir") + 1] == f"{output}-merged"
-    (images / "validation").rmdir()
+    (images / "validation/two.png").unlink()  # one image has no interval
     printed = finetune(root, PRESET="sd15-t4", TRAIN_DIR=images, OUTPUT_DIR=output, LAUNCH="true").stdout
     assert "evaluate_model.py" in printed and "--split" not in printed
 

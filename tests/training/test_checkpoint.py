@@ -269,7 +269,7 @@ def test_a_run_that_is_already_longer_is_refused(left, start):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"use_8bit_adam": True}, "use_8bit_adam"),
+        ({"use_8bit_adam": True}, "optimizer"),
         ({"optimizer": "adafactor"}, "optimizer"),
         ({"use_ema": True}, "use_ema"),
     ],
