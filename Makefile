@@ -8,8 +8,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 demo: $(VENV)/.ready
 	bash finetune.sh
 
-# Everything, every script as a user runs it. JOBS=4 make test on a larger machine; each worker takes 1 GB.
-JOBS ?= 2
+# Everything, every script as a user runs it. Three workers keep two cores busy; each takes 1 GB. JOBS=8 on more cores.
+JOBS ?= 3
 test: $(VENV)/.ready
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n $(JOBS)
 
