@@ -8,8 +8,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 demo: $(VENV)/.ready
 	bash finetune.sh
 
-# Everything, every script as a user runs it. Three workers keep two cores busy; each takes 1 GB. JOBS=8 on more cores.
-JOBS ?= 3
+# Everything, every script as a user runs it. JOBS=8 on more cores; each worker takes 1 GB.
+JOBS ?= 2
 test: $(VENV)/.ready
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n $(JOBS)
 
