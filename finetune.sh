@@ -186,7 +186,7 @@ command_line generate_images.py "${GENERATE[@]}" --guidance_scale "$GUIDANCE" --
 if [ -z "$DATASET_NAME" ]; then
   EVALUATE=(--model "original=$MODEL_NAME" "${TUNED[@]}" --dataset "$TRAIN_DIR")
   # One image has no interval: then the images that were trained on have to do
-  HELD_OUT=$(find "$TRAIN_DIR/validation" -type f ! -name 'metadata.*' 2>/dev/null | wc -l)
+  HELD_OUT=$({ find "$TRAIN_DIR/validation" -type f ! -name 'metadata.*' 2>/dev/null || :; } | wc -l)
   if [ "$HELD_OUT" -ge 2 ]; then
     EVALUATE+=(--split validation)
   elif [ -d "$TRAIN_DIR/train" ]; then EVALUATE+=(--split train); fi
