@@ -153,6 +153,14 @@ def test_every_preset_is_understood_and_still_yields_to_the_environment(root, sh
         assert (args.train_data_dir, args.resume_from_checkpoint) == (str(shapes_folder), "latest")
 
 
+def test_more_adds_flags_and_extra_replaces_the_presets(root, shapes_folder):
+    settings = {"PRESET": "sd15-t4", "TRAIN_DIR": shapes_folder}
+    for name, stays in (("MORE", True), ("EXTRA", False)):
+        script, words = launch_arguments(root, **settings, **{name: "--snr_gamma 5"})
+        args, problems = cli.read(script.Args, "", words)
+        assert problems == [] and args.snr_gamma == 5 and args.use_8bit_adam == stays, name
+
+
 def test_without_a_preset_it_is_the_miniature_on_chalk(root):
     script, words = launch_arguments(root)
     assert script is train_text_to_image

@@ -209,6 +209,14 @@ def test_how_the_average_started_is_read_as_the_run_chose_it(run, args, kind):
         np.testing.assert_array_equal(profile, ema_profile(0.99, kind, step))
 
 
+def test_where_the_average_started_is_taken_from_the_checkpoint_before_the_flags(run):
+    for folder in run.iterdir():
+        change(folder, ema_start="warm", args={"ema_start": "ramp"})
+    for (folder, _), profile in snapshots(run, "ema").items():
+        step = int(folder.name.removeprefix("checkpoint-"))
+        np.testing.assert_array_equal(profile, ema_profile(0.99, "warm", step))
+
+
 def test_a_run_that_was_resumed_to_go_on_for_longer_is_one_run(run):
     change(run / "checkpoint-400", args={"max_train_steps": 800, "output_dir": "runs/b"})
     assert len(snapshots(run)) == 10

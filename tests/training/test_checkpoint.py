@@ -280,6 +280,19 @@ def test_another_optimizer_and_an_average_that_never_was_are_refused(left, start
         start(resume_from_checkpoint="latest", **flags).resume(100)
 
 
+@pytest.mark.parametrize("flags", [{"use_8bit_adam": True}, {"optimizer": "adamw8bit"}])
+def test_either_name_of_8_bit_adam_goes_on_with_the_other(left, start, flags):
+    left(1, **flags)
+    other = {"optimizer": "adamw8bit"} if "use_8bit_adam" in flags else {"use_8bit_adam": True}
+    assert resume(start(resume_from_checkpoint="latest", **other))[:2] == (1, 1.0)
+
+
+@pytest.mark.parametrize(("flags", "kind"), [({"use_ema": True}, "warm"), ({}, None)])
+def test_a_checkpoint_says_where_its_average_started(left, flags, kind):
+    folder = left(1, **flags).folder / "checkpoint-1"
+    assert json.loads((folder / "training_state.json").read_text())["ema_start"] == kind
+
+
 def changes(one):
     _, _, said = resume(one)
     return said.split("have changed", 1)[1] if "have changed" in said else ""

@@ -376,6 +376,15 @@ def test_no_images_are_made_where_0_are_asked_for(build, tmp_path):
     assert evaluator.run.shown == [] and list(tmp_path.iterdir()) == []
 
 
+def test_an_image_that_is_not_finite_is_told_and_the_training_goes_on(build, model, tmp_path):
+    with torch.no_grad():
+        model.components["vae"].decoder.conv_out.bias.fill_(torch.nan)
+    evaluator = build(rows=None, **PROMPTS)
+    assert evaluator.evaluate(0) is False and evaluator.run.shown == []
+    assert any("not finite" in message for message in evaluator.run.said)
+    assert not list(tmp_path.rglob("*.png"))
+
+
 class Painter:
     """A model whose pipeline shows what a caption asks for, in `style`; the last `wrong` images show a square."""
 
