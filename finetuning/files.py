@@ -14,7 +14,7 @@ from pathlib import Path
 from finetuning.cli import UserError
 
 MANIFEST = "manifest.json"
-ASIDE = ".incomplete-"
+INCOMPLETE = ".incomplete-"
 
 
 class BrokenFolder(UserError):
@@ -30,7 +30,7 @@ def atomic_file(target, sync=True):
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{ASIDE}{os.getpid()}-{target.name}")  # keeps the suffix: it says the format
+    temporary = target.with_name(f"{INCOMPLETE}{os.getpid()}-{target.name}")  # keeps the suffix: it says the format
     try:
         yield temporary
         if sync:
@@ -98,20 +98,20 @@ def atomic_folder(target, known=None):
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.parent / f"{ASIDE}{target.name}-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    temporary = target.parent / f"{INCOMPLETE}{target.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
-        yield aside
-        write_manifest(aside, known)
+        yield temporary
+        write_manifest(temporary, known)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     replaced = None
     if target.exists():
-        replaced = target.parent / f"{ASIDE}old-{target.name}-{os.getpid()}"
+        replaced = target.parent / f"{INCOMPLETE}old-{target.name}-{os.getpid()}"
         os.rename(target, replaced)
-    os.rename(aside, target)
+    os.rename(temporary, target)
     _sync(target.parent)
     if replaced:
         shutil.rmtree(replaced)
@@ -124,12 +124,12 @@ def atomic_result(target, write, key="model_index.json"):
     for a whole one.
     """
     target = Path(target)
-    with tempfile.TemporaryDirectory(prefix=f"{ASIDE}result-", dir=target) as aside:
-        aside = Path(aside)
-        write(aside)
-        write_manifest(aside)
+    with tempfile.TemporaryDirectory(prefix=f"{INCOMPLETE}result-", dir=target) as temporary:
+        temporary = Path(temporary)
+        write(temporary)
+        write_manifest(temporary)
         (target / key).unlink(missing_ok=True)
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == key):
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == key):
             if (target / path.name).is_dir():
                 shutil.rmtree(target / path.name)
             os.rename(path, target / path.name)
@@ -183,10 +183,10 @@ def remove_leftovers(parent, name=None):
 
     A replaced folder whose successor never came is put back.
     """
-    named = () if name is None else (f"{ASIDE}{escape(name)}-[0-9]*", f"{ASIDE}old-{escape(name)}-[0-9]*")
-    for path in [path for pattern in named or (f"{ASIDE}*",) for path in Path(parent).glob(pattern)]:
-        if path.name.startswith(f"{ASIDE}old-"):
-            home = path.parent / path.name.removeprefix(f"{ASIDE}old-").rsplit("-", 1)[0]
+    named = () if name is None else (f"{INCOMPLETE}{escape(name)}-[0-9]*", f"{INCOMPLETE}old-{escape(name)}-[0-9]*")
+    for path in [path for pattern in named or (f"{INCOMPLETE}*",) for path in Path(parent).glob(pattern)]:
+        if path.name.startswith(f"{INCOMPLETE}old-"):
+            home = path.parent / path.name.removeprefix(f"{INCOMPLETE}old-").rsplit("-", 1)[0]
             if not home.exists():
                 os.rename(path, home)
                 continue

@@ -88,7 +88,7 @@ def test_killed_at_random_moments_and_inside_saves_nothing_is_lost(
     more = ("--checkpointing_steps", 1, "--checkpoints_total_limit", 1, "--resume_from_checkpoint", "latest")
     work = lambda: training.run(script, arguments, folder, *more)
     newest = lambda: max((step for step, _ in checkpoints_in(folder)), default=0)
-    saving = lambda: any(folder.glob(f"{files.ASIDE}checkpoint-*"))
+    saving = lambda: any(folder.glob(f"{files.INCOMPLETE}checkpoint-*"))
 
     killed_in_save = 0
     for new_checkpoints, in_save in [(0, True), (1, False), (2, False), (1, True)]:

@@ -211,9 +211,9 @@ class Checkpointer:
         self.run.wait_for_everyone()  # nobody is still looking for the newest one
         for later, path in self._all():
             if later > step and self.run.is_main:
-                aside = path.with_name(f"abandoned-{path.name}-{int(time.time())}")
-                path.rename(aside)
-                self.say(f"{path.name} comes after the one resumed from: set aside as {aside.name}")
+                renamed = path.with_name(f"abandoned-{path.name}-{int(time.time())}")
+                path.rename(renamed)
+                self.say(f"{path.name} comes after the one resumed from: set aside as {renamed.name}")
 
     def _latest(self):
         for _, path in reversed(self._all()):

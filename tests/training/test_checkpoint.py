@@ -160,7 +160,7 @@ def test_a_save_that_is_cut_leaves_nothing_and_the_older_one_as_it_was(left, sta
 
 def test_what_a_kill_leaves_is_cleared_away_by_the_next_run(left, start):
     one = left(1)
-    (one.folder / f"{files.ASIDE}checkpoint-2-77").mkdir()
+    (one.folder / f"{files.INCOMPLETE}checkpoint-2-77").mkdir()
     start()
     assert [path.name for path in one.folder.iterdir()] == ["checkpoint-1"]
 
