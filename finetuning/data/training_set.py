@@ -79,7 +79,7 @@ class Batch:
 
     pixels: torch.Tensor  # [batch, 3, height, width] in [-1, 1]
     tokens: dict  # {text encoder: [batch, tokens]}
-    sizes: torch.Tensor  # [batch, 6] original height, width; crop top, left; height, width: as SDXL is told them
+    sizes: torch.Tensor  # [batch, 6] original height, width; crop top, left; height, width: as SDXL takes them
     weights: torch.Tensor  # [batch]
     captions: list  # [batch] text; "" where it was dropped
     rows: list  # [batch] index of each row

@@ -63,7 +63,7 @@ class Transform:
     def apply(self, image, draw):
         """PIL RGB -> (fp32 [3, height, width] in [-1, 1], sizes).
 
-        sizes  (original height, original width, crop top, crop left, height, width) in pixels, as SDXL is told them;
+        sizes  (original height, original width, crop top, crop left, height, width) in pixels, as SDXL takes them;
                the crop's place is in the resized image, and in the mirrored one where it is mirrored
         """
         from torchvision.transforms import InterpolationMode

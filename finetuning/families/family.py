@@ -64,7 +64,7 @@ class Family:
         raise NotImplementedError
 
     def extras(self, batch):
-        """What else the denoiser is told of a batch, {name: [n, ...]}: SDXL's sizes, say."""
+        """What the denoiser is conditioned on besides text, {name: [n, ...]}: SDXL's sizes, say."""
         return {}
 
     def denoise(self, denoiser, noisy, timesteps, text, extras):
