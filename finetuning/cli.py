@@ -370,19 +370,6 @@ def read(args_class, description, argv):
     return args, problems + _related_problems(args, flags, suspect, with_groups=not missing)
 
 
-def problems_of(args):
-    """What is wrong with arguments that were made in code: a list, as `read` returns it."""
-    flags, problems, suspect = flags_of(type(args)), [], set()
-    for flag in flags.values():
-        try:
-            _convert(getattr(args, flag.name), flag)
-        except ValueError as problem:
-            problems.append(str(problem))
-            suspect.add(flag.name)
-    sound = dataclasses.replace(args, **{name: flags[name].default for name in suspect})
-    return problems + _related_problems(sound, flags, suspect)
-
-
 def _read_command_line(args_class, description, argv, flags):
     """({name: value, values or True/False}, problems, names of flags that could not be read)."""
     given, problems, suspect, strays = {}, [], set(), []

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from finetuning.cli import read
 from finetuning.files import write_json, xxh3
 from finetuning.shapes.write_dataset import write as write_shapes
 from models.make_start import MODEL_INDEX, vocabulary
@@ -46,6 +47,16 @@ def pytest_generate_tests(metafunc):
 def root():
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture
+def problems_of():
+    """A function (args_class, flag=value, ...) -> what the command line says of these flags."""
+
+    def problems(args_class, **flags):
+        return read(args_class, "", [word for name, value in flags.items() for word in (f"--{name}", str(value))])[1]
+
+    return problems
 
 
 @pytest.fixture(scope="session")

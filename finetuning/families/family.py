@@ -5,6 +5,7 @@ become a prediction. Opening, saving, LoRA files, merging, sampling and training
 stable_diffusion.py for the shortest one, and table.py for the list.
 """
 
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -74,6 +75,20 @@ class Family:
     def codec(self, components):
         """How images become what is denoised: an autoencoder, by {name: module}."""
         return Autoencoder(components["vae"])
+
+    def assemble(self, components, tokenizers, scheduler, settings):
+        """A diffusers pipeline with its progress bar off.
+
+        components {name: module}; tokenizers {text encoder: tokenizer}; settings what model_index.json says besides
+        """
+        import diffusers
+
+        kind = getattr(diffusers, self.pipeline)
+        known = {key: settings[key] for key in inspect.signature(kind).parameters if key in settings}
+        folders = {folder: tokenizers[name] for name, folder in self.tokenizers.items()}
+        pipeline = kind(**components, **folders, scheduler=scheduler, **{**known, **self.pipeline_options})
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     def problems(self, components):
         """Yield why components {name: module} do not go together."""

@@ -35,6 +35,7 @@ class Model:
     tokenize: Tokenizers
     scheduler: object  # diffusers' scheduler, as the pipeline has it
     trained: tuple[str, ...] = ()  # names of the components that are trained
+    settings: dict = field(default_factory=dict)  # what else model_index.json says of the pipeline
     ema_start: dict | None = field(default=None, repr=False)  # EMA weights loaded apart, by parameter name
     hub_tags = ()  # of its model card
 
@@ -113,13 +114,8 @@ class Model:
         was_training = self.denoiser.training
         self.denoiser.eval()
         sampler = diffusers.DPMSolverMultistepScheduler.from_config(self.scheduler.config)
-        tokenizers = {folder: self.tokenize.tokenizers[name] for name, folder in self.family.tokenizers.items()}
-        pipeline = getattr(diffusers, self.family.pipeline)(
-            **self.components, **tokenizers, scheduler=sampler, **self.family.pipeline_options
-        )
-        pipeline.set_progress_bar_config(disable=True)
         try:
-            yield pipeline
+            yield self.family.assemble(self.components, self.tokenize.tokenizers, sampler, self.settings)
         finally:
             self.denoiser.train(was_training)
 
@@ -241,7 +237,9 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
         if args.gradient_checkpointing and name in trained:
             _recompute_activations(module)
     tokenizers = {name: source.tokenizer(folder) for name, folder in family.tokenizers.items()}
-    return Model(family, source.folder, components, Tokenizers(tokenizers), scheduler, trained, ema_start)
+    return Model(
+        family, source.folder, components, Tokenizers(tokenizers), scheduler, trained, source.settings(), ema_start
+    )
 
 
 def _recompute_activations(module):

@@ -1,6 +1,5 @@
 """A pipeline to generate with, from whatever a person has: see opening.open_source."""
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,17 +69,11 @@ def open_pipeline(
     }
     if problems := list(family.problems(components)):
         raise ModelError(f"{name}: " + "; ".join(problems))
-    others = {folder: source.tokenizer(folder) for folder in family.tokenizers.values()}
-    kind = getattr(diffusers, family.pipeline)
-    parameters = inspect.signature(kind.__init__).parameters
-    settings = {key: value for key, value in source.settings().items() if key in parameters}
+    tokenizers = {encoder: source.tokenizer(folder) for encoder, folder in family.tokenizers.items()}
     with errors_only():
-        pipeline = kind(
-            **components, **others, scheduler=source.scheduler(), **(settings | dict(family.pipeline_options))
-        )
+        pipeline = family.assemble(components, tokenizers, source.scheduler(), source.settings())
         if scheduler:
             options = {"skip_prk_steps": True} if scheduler == "pndm" else {}  # PLMS, Stable Diffusion's kind of PNDM
             own = pipeline.scheduler.config
             pipeline.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(own, **options)
-    pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

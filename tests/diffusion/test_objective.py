@@ -8,7 +8,6 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
 
-from finetuning.cli import problems_of
 from finetuning.diffusion import objective
 from finetuning.diffusion.objective import (
     PREDICTION_TYPES,
@@ -259,7 +258,7 @@ def test_the_first_and_the_last_timestep_can_be_drawn_and_no_other(share, timest
     "flags",
     [{"snr_gamma": 0.0}, {"huber_c": 0.0}, {"dream_training": True, "prediction_type": "v_prediction"}],
 )
-def test_flags_that_cannot_work_are_named(flags):
-    (problem,) = problems_of(NoiseArgs(**flags))
+def test_flags_that_cannot_work_are_named(flags, problems_of):
+    (problem,) = problems_of(NoiseArgs, **flags)
     assert problem.startswith(f"--{next(iter(flags))}")
-    assert not problems_of(NoiseArgs(snr_gamma=5.0, dream_training=True, prediction_type="epsilon"))
+    assert not problems_of(NoiseArgs, snr_gamma=5.0, dream_training=True, prediction_type="epsilon")

@@ -3,6 +3,8 @@
 It is a throw-away: what a family has to say is all in the class below, and no line of the package knows of it.
 """
 
+import json
+import shutil
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
@@ -123,6 +125,15 @@ def predictions(folder, captions=CAPTIONS):
 def test_its_prediction_is_the_pipelines_own(tiny_sdxl, captions):
     ours, theirs = predictions(tiny_sdxl, captions)
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_its_pipeline_keeps_the_settings_of_its_model_index(tiny_sdxl, tmp_path, forced):
+    folder = shutil.copytree(tiny_sdxl, tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": forced}))
+    with load_model(ModelArgs(str(folder))).pipeline() as pipeline:
+        assert pipeline.config.force_zeros_for_empty_prompt is forced
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers.optimization import SchedulerType
 
-from finetuning.cli import problems_of
 from finetuning.training.optim import OptimArgs, build_optimizer, build_schedule, learning_rates, load_optimizer
 
 OPTIMIZERS = {"adamw": 1e-2, "adamw8bit": 1e-2, "adafactor": 1e-2, "prodigy": 1.0}  # a learning rate that suits each
@@ -225,7 +224,7 @@ def test_a_changed_learning_rate_is_used_by_the_schedule_after_a_resume():
         ({"lr_step_rules": "1:10,0.1"}, "--lr_scheduler"),
     ],
 )
-def test_flags_that_cannot_work_are_named(flags, named):
-    (problem,) = problems_of(OptimArgs(**flags))
+def test_flags_that_cannot_work_are_named(flags, named, problems_of):
+    (problem,) = problems_of(OptimArgs, **flags)
     assert problem.startswith(named)
-    assert not problems_of(OptimArgs())
+    assert not problems_of(OptimArgs)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
-from finetuning.cli import UserError, problems_of
+from finetuning.cli import UserError
 from finetuning.families.model_args import ModelError
 from finetuning.training.checkpoint import CheckpointArgs
 from finetuning.training.hub import build_upload
@@ -264,7 +264,7 @@ def test_the_token_is_written_nowhere(start, monkeypatch):
     [{"num_train_epochs": 0}, {"gradient_accumulation_steps": 0}, {"max_train_steps": 0}, {"hub_model_id": "me/x"},
      {"report_to": "wandb"}, {"output_dir": __file__}],
 )  # fmt: skip
-def test_flags_that_cannot_work_are_named(flags, monkeypatch):
+def test_flags_that_cannot_work_are_named(flags, monkeypatch, problems_of):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (problem,) = problems_of(RunArgs(**{"report_to": "none", **flags}))
+    (problem,) = problems_of(RunArgs, **{"report_to": "none", **flags})
     assert problem.startswith(f"--{next(iter(flags))} ")
