@@ -30,7 +30,8 @@ def atomic_file(target, sync=True):
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{INCOMPLETE}{os.getpid()}-{target.name}")  # keeps the suffix: it says the format
+    # Keeps the suffix, which says the format. Named by the target alone: what a kill leaves goes with the next attempt
+    temporary = target.with_name(f"{INCOMPLETE}{target.name}")
     try:
         yield temporary
         if sync:
@@ -190,7 +191,7 @@ def remove_leftovers(parent, name=None):
             if not home.exists():
                 os.rename(path, home)
                 continue
-        shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def xxh3(path):

@@ -14,11 +14,13 @@ import xxhash
 from finetuning import files
 from finetuning.files import (
     BrokenFolder,
+    atomic_file,
     atomic_folder,
     atomic_result,
     check_manifest,
     remove_leftovers,
     sha256,
+    write_json,
     write_manifest,
 )
 
@@ -201,6 +203,47 @@ def test_hashes_that_are_known_are_taken(tmp_path):
         known[folder / "weights"] = "0" * 64
     listed = json.loads((tmp_path / "made/manifest.json").read_text())
     assert listed["weights"]["sha256"] == "0" * 64 and listed["config"]["xxh3_128"] == xxhash.xxh3_128_hexdigest(b"b")
+
+
+# -- atomic_file -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def killed_while_writing(tmp_path):
+    """A folder in which a process was killed, by nothing that it could catch, while it wrote facts.json anew."""
+    write_json(tmp_path / "facts.json", "before")
+    code = f"""
+import os, signal
+from finetuning.files import atomic_file
+with atomic_file({str(tmp_path / "facts.json")!r}) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    root = Path(files.__file__).resolve().parent.parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == -signal.SIGKILL
+    return tmp_path
+
+
+def test_a_kill_leaves_the_file_as_it_was_and_the_next_attempt_leaves_nothing_else(killed_while_writing):
+    folder = killed_while_writing
+    assert json.loads((folder / "facts.json").read_text()) == "before" and len(list(folder.iterdir())) == 2
+    write_json(folder / "facts.json", "after")
+    assert [path.name for path in folder.iterdir()] == ["facts.json"]
+    assert json.loads((folder / "facts.json").read_text()) == "after"
+
+
+def test_an_exception_leaves_the_file_as_it_was(tmp_path):
+    write_json(tmp_path / "facts.json", "before")
+    with pytest.raises(ZeroDivisionError), atomic_file(tmp_path / "facts.json") as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
+    assert json.loads((tmp_path / "facts.json").read_text()) == "before"
+
+
+def test_files_that_a_kill_left_half_written_are_leftovers_too(killed_while_writing):
+    remove_leftovers(killed_while_writing)
+    assert [path.name for path in killed_while_writing.iterdir()] == ["facts.json"]
 
 
 # -- atomic_result --------------------------------------------------------------------------------------------------

@@ -56,14 +56,23 @@ def checkpoints_in(folder):
 
 def harmless_flags():
     """The names of all training flags that cannot change what a run computes, for a run whose script is not known."""
+    from finetuning.data.buckets import BucketArgs
+    from finetuning.data.captions import CaptionArgs
+    from finetuning.data.latents import LatentArgs
+    from finetuning.data.streams import StreamArgs
     from finetuning.data.training_set import DataArgs
-    from finetuning.families.model_args import ModelArgs
+    from finetuning.diffusion.objective import NoiseArgs
+    from finetuning.families.model_args import ModelArgs, StartArgs
     from finetuning.training.ema import EMAArgs
     from finetuning.training.evaluator import RetentionArgs, ValidationArgs
     from finetuning.training.lora_layout import LoraArgs
+    from finetuning.training.optim import OptimArgs
     from finetuning.training.run import RunArgs
 
-    groups = (RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, LoraArgs, DataArgs, ModelArgs)
+    groups = (
+        RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, LatentArgs, BucketArgs,
+        CaptionArgs, StreamArgs, DataArgs, LoraArgs, StartArgs, ModelArgs,
+    )  # fmt: skip
     return frozenset().union(*map(flags_without_effect, groups))
 
 

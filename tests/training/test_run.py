@@ -118,6 +118,12 @@ def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch):
     _check_processes(SimpleNamespace(num_processes=2))
 
 
+def test_a_run_asks_whether_its_processes_know_each_other(start, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--num_processes"):
+        start()
+
+
 # -- logs ------------------------------------------------------------------------------------------------------------
 
 
