@@ -2,10 +2,8 @@
 
 import inspect
 import math
-import os
 import re
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +29,7 @@ from finetuning.data.checking import read_checked
 from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.data.reading import read_folder
+from finetuning.data.threads import in_order
 from finetuning.data.training_set import DataArgs
 from finetuning.files import overlap
 
@@ -272,19 +271,11 @@ def _look(split, rows, findings, workers):
     for row in rows:
         of_image[row.image].append(row)
 
-    def look(image):
-        try:
-            return measure(open_rgb(image))
-        except (UnreadableImage, OSError) as error:
-            return str(error)
-
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        results = list(
-            tqdm(pool.map(look, of_image), total=len(of_image), desc=f"measuring {split}", leave=False, delay=2)
-        )
     found = []
-    for (image, own), result in zip(of_image.items(), results, strict=True):
-        if isinstance(result, str):
+    results = in_order(lambda image: measure(open_rgb(image)), of_image, workers, (UnreadableImage, OSError))
+    for image, result in tqdm(results, f"measuring {split}", len(of_image), leave=False, delay=2):
+        own = of_image[image]
+        if isinstance(result, Exception):
             for row in own:
                 findings.error("unreadable_image", row.origin, result)
         else:

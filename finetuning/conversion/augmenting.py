@@ -7,9 +7,7 @@ stands there too gets no copies, nor does a copy appear that would equal one of 
 
 import hashlib
 import math
-import os
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
@@ -32,6 +30,7 @@ from finetuning.conversion.writer import encoded, shortened
 from finetuning.data.captions import MirrorArgs, may_mirror, swap_sides
 from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.images import UnreadableImage, open_rgb
+from finetuning.data.threads import in_order
 from finetuning.files import write_json
 from finetuning.rng import python_random, torch_generator
 
@@ -223,31 +222,22 @@ def _row_of_copy(copy, row, args):
 
 def _write_all_copies(folder, splits, plan, args, findings):
     """{split: {image that can be read: what of it is kept}}: of train the copies that are written, else a digest."""
-    with ThreadPoolExecutor(args.workers or len(os.sched_getaffinity(0))) as pool:
-        digest = lambda image: _digest(open_rgb(image))
-        apart = {name: rows for name, rows in splits.items() if name != "train"}
-        digests = {name: _of_readable(pool, digest, rows, findings) for name, rows in apart.items()}
-        held_out = {one for of_split in digests.values() for one in of_split.values()}
-        write = lambda image: _write_copies(image, plan[image], folder, held_out, args)
-        made = _of_readable(pool, write, splits["train"], findings)
+    digest = lambda image: _digest(open_rgb(image))
+    apart = {name: rows for name, rows in splits.items() if name != "train"}
+    digests = {name: _of_readable(digest, rows, args, findings) for name, rows in apart.items()}
+    held_out = {one for of_split in digests.values() for one in of_split.values()}
+    write = lambda image: _write_copies(image, plan[image], folder, held_out, args)
+    made = _of_readable(write, splits["train"], args, findings)
     for copy in (copy for image in made for copy in plan[image] if copy not in made[image]):
         findings.warn("copy_left_out", copy.name)
     return {"train": made, **digests}
 
 
-def _of_readable(pool, work, rows, findings):
+def _of_readable(work, rows, args, findings):
     """{image: work(image)} of the rows' images; those that cannot be read are errors."""
-
-    def tried(image):
-        try:
-            return work(image)
-        except UnreadableImage as error:
-            return error
-
-    origins = {row.image: row.origin for row in rows}
-    tries = tqdm(pool.map(tried, origins), total=len(origins), leave=False, delay=2)
-    results = {}
-    for image, result in zip(origins, tries, strict=True):
+    results, origins = {}, {row.image: row.origin for row in rows}
+    tries = in_order(work, origins, args.workers, UnreadableImage)
+    for image, result in tqdm(tries, total=len(origins), leave=False, delay=2):
         if isinstance(result, UnreadableImage):
             findings.error("unreadable_image", origins[image], result)
         else:
