@@ -1,10 +1,9 @@
 """What a dataset is like before it is trained on: what a run would refuse, copies, leaks, bad images, odd captions."""
 
-import inspect
 import math
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,14 +96,10 @@ class AuditArgs(BucketArgs):
 
     def training(self):
         """The flags of a training run on this folder."""
+        shared = {one.name for one in fields(self)} & {one.name for one in fields(_TrainingArgs)}
+        # only headers are checked: each image is decoded to its end below, where it is measured as well
         return _TrainingArgs(
-            **{name: getattr(self, name) for name in inspect.get_annotations(BucketArgs)},
-            train_data_dir=self.path,
-            image_column=self.image_column,
-            caption_column=self.caption_column,
-            allow_outside_paths=self.allow_outside_paths,
-            resolution=self.resolution,
-            check_images="header",  # each is decoded to its end below, where it is measured as well
+            **{name: getattr(self, name) for name in shared}, train_data_dir=self.path, check_images="header"
         )
 
     def problems(self):
@@ -215,9 +210,9 @@ def examine(args: AuditArgs):
     found = _concerns_of_images(audit.seen, args)
     if args.caption_column != "none":
         found |= _measure_captions(audit, tokenizer)
-    fields = {name: getattr(args, name) for name in ("max_enlargement", "resolution", "blur_below")}
-    fields["limit"] = tokenizer.model_max_length
-    audit.concerns = [Concern(code, found[code], fields) for code in CONCERNS if found.get(code)]
+    words = {name: getattr(args, name) for name in ("max_enlargement", "resolution", "blur_below")}
+    words["limit"] = tokenizer.model_max_length
+    audit.concerns = [Concern(code, found[code], words) for code in CONCERNS if found.get(code)]
     return audit
 
 

@@ -17,15 +17,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from tqdm.auto import tqdm
 
 from finetuning.cli import as_dict, flag
-from finetuning.conversion.copying import (
-    CopyArgs,
-    accept,
-    new_folder,
-    new_names,
-    read_splits,
-    take_images,
-    write_metadata,
-)
+from finetuning.conversion import copying
+from finetuning.conversion.copying import CopyArgs
 from finetuning.conversion.writer import encoded, shortened
 from finetuning.data.captions import MirrorArgs, may_mirror, swap_sides
 from finetuning.data.findings import DatasetError, Findings
@@ -95,20 +88,20 @@ def augment(args: AugmentArgs, say=print):
     Raises DatasetError with every error that training would name, unless --on_bad_rows skip; nothing is written then.
     """
     findings = Findings()
-    splits = read_splits(args, findings)
-    names = {split: new_names(rows, split, args) for split, rows in splits.items()}
+    splits = copying.read_splits(args, findings)
+    names = {split: copying.new_names(rows, split, args) for split, rows in splits.items()}
     plan = _planned(splits["train"], names["train"], args, findings)
-    with new_folder(args.output) as folder:
+    with copying.new_folder(args.output) as folder:
         done = _write_all_copies(folder / "train", splits, plan, args, findings)
         made = done["train"]
         splits = {split: [row for row in rows if row.image in done[split]] for split, rows in splits.items()}
-        accept(splits, args, findings, say)
+        copying.accept(splits, args, findings, say)
         for split in splits:
-            take_images(folder / split, {image: names[split][image] for image in done[split]}, args)
+            copying.take_images(folder / split, {image: names[split][image] for image in done[split]}, args)
         entries = {split: [(names[split][row.image], row) for row in rows] for split, rows in splits.items()}
         copied = [(copy, row) for row in splits["train"] for copy in made[row.image]]
         entries["train"] += [(copy.name, _row_of_copy(copy, row, args)) for copy, row in copied]
-        write_metadata(folder, entries, args)
+        copying.write_metadata(folder, entries, args)
         originals = {split: len(images) for split, images in done.items()}
         kinds = dict(Counter(copy.kind for copies in made.values() for copy in copies))
         settings = {name: value for name, value in as_dict(args).items() if name != "workers"}
