@@ -15,8 +15,6 @@ An image's caption is the same whatever else is in its batch.
 """
 
 import sys
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,6 +30,7 @@ from finetuning.captioning.kinds import GenerationArgs
 from finetuning.cli import REQUIRED, as_dict, flag, flags_without_effect, run_script
 from finetuning.data.findings import Findings, counted
 from finetuning.data.images import MAX_PIXELS_TO_SHRINK, UnreadableImage, open_rgb
+from finetuning.data.threads import in_order
 
 
 @dataclass
@@ -129,19 +128,13 @@ def origin(args):
 
 def _decoded(entries, args, findings, bar):
     """(entry, RGB image) in order, decoded ahead on other cores; what cannot be read goes into the findings."""
-    with ThreadPoolExecutor() as pool:
-        under_way, left = deque(), iter(entries)
-        while True:
-            some = islice(left, 2 * args.batch_size - len(under_way))
-            under_way += [(entry, pool.submit(_opened, entry.image, args.max_side)) for entry in some]
-            if not under_way:
-                return
-            entry, future = under_way.popleft()
-            try:
-                yield entry, future.result()
-            except UnreadableImage as error:
-                findings.error("unreadable_image", entry.name, error)
-                bar.update()
+    opened = lambda entry: _opened(entry.image, args.max_side)
+    for entry, image in in_order(opened, entries, errors=UnreadableImage, window=2 * args.batch_size):
+        if isinstance(image, UnreadableImage):
+            findings.error("unreadable_image", entry.name, image)
+            bar.update()
+        else:
+            yield entry, image
 
 
 def _opened(path, max_side):

@@ -1,12 +1,9 @@
 """What a dataset is like before it is trained on: what a run would refuse, copies, leaks, bad images, odd captions."""
 
-import inspect
 import math
-import os
 import re
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +28,7 @@ from finetuning.data.checking import read_checked
 from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.data.reading import read_folder
+from finetuning.data.threads import in_order
 from finetuning.data.training_set import DataArgs
 from finetuning.files import overlap
 
@@ -98,14 +96,10 @@ class AuditArgs(BucketArgs):
 
     def training(self):
         """The flags of a training run on this folder."""
+        shared = {one.name for one in fields(self)} & {one.name for one in fields(_TrainingArgs)}
+        # only headers are checked: each image is decoded to its end below, where it is measured as well
         return _TrainingArgs(
-            **{name: getattr(self, name) for name in inspect.get_annotations(BucketArgs)},
-            train_data_dir=self.path,
-            image_column=self.image_column,
-            caption_column=self.caption_column,
-            allow_outside_paths=self.allow_outside_paths,
-            resolution=self.resolution,
-            check_images="header",  # each is decoded to its end below, where it is measured as well
+            **{name: getattr(self, name) for name in shared}, train_data_dir=self.path, check_images="header"
         )
 
     def problems(self):
@@ -216,9 +210,9 @@ def examine(args: AuditArgs):
     found = _concerns_of_images(audit.seen, args)
     if args.caption_column != "none":
         found |= _measure_captions(audit, tokenizer)
-    fields = {name: getattr(args, name) for name in ("max_enlargement", "resolution", "blur_below")}
-    fields["limit"] = tokenizer.model_max_length
-    audit.concerns = [Concern(code, found[code], fields) for code in CONCERNS if found.get(code)]
+    words = {name: getattr(args, name) for name in ("max_enlargement", "resolution", "blur_below")}
+    words["limit"] = tokenizer.model_max_length
+    audit.concerns = [Concern(code, found[code], words) for code in CONCERNS if found.get(code)]
     return audit
 
 
@@ -272,19 +266,11 @@ def _look(split, rows, findings, workers):
     for row in rows:
         of_image[row.image].append(row)
 
-    def look(image):
-        try:
-            return measure(open_rgb(image))
-        except (UnreadableImage, OSError) as error:
-            return str(error)
-
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        results = list(
-            tqdm(pool.map(look, of_image), total=len(of_image), desc=f"measuring {split}", leave=False, delay=2)
-        )
     found = []
-    for (image, own), result in zip(of_image.items(), results, strict=True):
-        if isinstance(result, str):
+    results = in_order(lambda image: measure(open_rgb(image)), of_image, workers, (UnreadableImage, OSError))
+    for image, result in tqdm(results, f"measuring {split}", len(of_image), leave=False, delay=2):
+        own = of_image[image]
+        if isinstance(result, Exception):
             for row in own:
                 findings.error("unreadable_image", row.origin, result)
         else:

@@ -2,13 +2,12 @@
 
 import base64
 import io
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from finetuning.conversion.audit_report import histograms, printable
 from finetuning.data.folders import SPLIT_NAMES
 from finetuning.data.images import UnreadableImage, open_rgb
+from finetuning.data.threads import in_order
 from finetuning.files import write_text
 
 GROUPS, OF_A_GROUP, SAMPLE = 12, 4, 24  # how many are shown of each concern, of a group, and of the dataset as it is
@@ -28,7 +27,7 @@ def page(audit):
     sample = audit.seen[:: max(1, -(-len(audit.seen) // SAMPLE))]
     of_a_group = lambda group: list(dict.fromkeys(group))[:OF_A_GROUP]
     shown = [one for concern in audit.concerns for group in concern.groups[:GROUPS] for one in of_a_group(group)]
-    thumbnails = _thumbnails([one.image for one in [*shown, *sample]])
+    thumbnails = dict(in_order(_thumbnail, dict.fromkeys(one.image for one in [*shown, *sample])))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -50,14 +49,8 @@ def page(audit):
     )
 
 
-def _thumbnails(images):
-    """{image: JPEG as a data: address}; None where it has become unreadable meanwhile."""
-    images = list(dict.fromkeys(images))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return dict(zip(images, pool.map(_thumbnail, images), strict=True))
-
-
 def _thumbnail(path):
+    """A JPEG as a data: address; None where the image has become unreadable meanwhile."""
     try:
         image = open_rgb(path)
     except UnreadableImage:

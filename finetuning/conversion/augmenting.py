@@ -7,9 +7,7 @@ stands there too gets no copies, nor does a copy appear that would equal one of 
 
 import hashlib
 import math
-import os
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
@@ -19,19 +17,13 @@ from PIL import Image, ImageEnhance, ImageOps
 from tqdm.auto import tqdm
 
 from finetuning.cli import as_dict, flag
-from finetuning.conversion.copying import (
-    CopyArgs,
-    accept,
-    new_folder,
-    new_names,
-    read_splits,
-    take_images,
-    write_metadata,
-)
+from finetuning.conversion import copying
+from finetuning.conversion.copying import CopyArgs
 from finetuning.conversion.writer import encoded, shortened
 from finetuning.data.captions import MirrorArgs, may_mirror, swap_sides
 from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.images import UnreadableImage, open_rgb
+from finetuning.data.threads import in_order
 from finetuning.files import write_json
 from finetuning.rng import python_random, torch_generator
 
@@ -96,20 +88,20 @@ def augment(args: AugmentArgs, say=print):
     Raises DatasetError with every error that training would name, unless --on_bad_rows skip; nothing is written then.
     """
     findings = Findings()
-    splits = read_splits(args, findings)
-    names = {split: new_names(rows, split, args) for split, rows in splits.items()}
+    splits = copying.read_splits(args, findings)
+    names = {split: copying.new_names(rows, split, args) for split, rows in splits.items()}
     plan = _planned(splits["train"], names["train"], args, findings)
-    with new_folder(args.output) as folder:
+    with copying.new_folder(args.output) as folder:
         done = _write_all_copies(folder / "train", splits, plan, args, findings)
         made = done["train"]
         splits = {split: [row for row in rows if row.image in done[split]] for split, rows in splits.items()}
-        accept(splits, args, findings, say)
+        copying.accept(splits, args, findings, say)
         for split in splits:
-            take_images(folder / split, {image: names[split][image] for image in done[split]}, args)
+            copying.take_images(folder / split, {image: names[split][image] for image in done[split]}, args)
         entries = {split: [(names[split][row.image], row) for row in rows] for split, rows in splits.items()}
         copied = [(copy, row) for row in splits["train"] for copy in made[row.image]]
         entries["train"] += [(copy.name, _row_of_copy(copy, row, args)) for copy, row in copied]
-        write_metadata(folder, entries, args)
+        copying.write_metadata(folder, entries, args)
         originals = {split: len(images) for split, images in done.items()}
         kinds = dict(Counter(copy.kind for copies in made.values() for copy in copies))
         settings = {name: value for name, value in as_dict(args).items() if name != "workers"}
@@ -223,31 +215,22 @@ def _row_of_copy(copy, row, args):
 
 def _write_all_copies(folder, splits, plan, args, findings):
     """{split: {image that can be read: what of it is kept}}: of train the copies that are written, else a digest."""
-    with ThreadPoolExecutor(args.workers or len(os.sched_getaffinity(0))) as pool:
-        digest = lambda image: _digest(open_rgb(image))
-        apart = {name: rows for name, rows in splits.items() if name != "train"}
-        digests = {name: _of_readable(pool, digest, rows, findings) for name, rows in apart.items()}
-        held_out = {one for of_split in digests.values() for one in of_split.values()}
-        write = lambda image: _write_copies(image, plan[image], folder, held_out, args)
-        made = _of_readable(pool, write, splits["train"], findings)
+    digest = lambda image: _digest(open_rgb(image))
+    apart = {name: rows for name, rows in splits.items() if name != "train"}
+    digests = {name: _of_readable(digest, rows, args, findings) for name, rows in apart.items()}
+    held_out = {one for of_split in digests.values() for one in of_split.values()}
+    write = lambda image: _write_copies(image, plan[image], folder, held_out, args)
+    made = _of_readable(write, splits["train"], args, findings)
     for copy in (copy for image in made for copy in plan[image] if copy not in made[image]):
         findings.warn("copy_left_out", copy.name)
     return {"train": made, **digests}
 
 
-def _of_readable(pool, work, rows, findings):
+def _of_readable(work, rows, args, findings):
     """{image: work(image)} of the rows' images; those that cannot be read are errors."""
-
-    def tried(image):
-        try:
-            return work(image)
-        except UnreadableImage as error:
-            return error
-
-    origins = {row.image: row.origin for row in rows}
-    tries = tqdm(pool.map(tried, origins), total=len(origins), leave=False, delay=2)
-    results = {}
-    for image, result in zip(origins, tries, strict=True):
+    results, origins = {}, {row.image: row.origin for row in rows}
+    tries = in_order(work, origins, args.workers, UnreadableImage)
+    for image, result in tqdm(tries, total=len(origins), leave=False, delay=2):
         if isinstance(result, UnreadableImage):
             findings.error("unreadable_image", origins[image], result)
         else:

@@ -7,15 +7,8 @@ import re
 from dataclasses import dataclass, field, replace
 
 from finetuning.cli import flag
-from finetuning.conversion.copying import (
-    CopyArgs,
-    accept,
-    new_folder,
-    new_names,
-    read_splits,
-    take_images,
-    write_metadata,
-)
+from finetuning.conversion import copying
+from finetuning.conversion.copying import CopyArgs
 from finetuning.data.captions import with_prefix
 from finetuning.data.findings import Findings
 from finetuning.data.rows import Rows
@@ -68,15 +61,15 @@ def rewrite(args: RewriteArgs, say=print):
     findings, changes = Findings(), Changes()
     splits = {
         split: Rows.of(_rewritten_rows(rows, args, changes, findings))
-        for split, rows in read_splits(args, findings).items()
+        for split, rows in copying.read_splits(args, findings).items()
     }
-    accept(splits, args, findings, say)
+    copying.accept(splits, args, findings, say)
     if not args.dry_run:
-        with new_folder(args.output) as folder:
-            names = {split: new_names(rows, split, args) for split, rows in splits.items()}
+        with copying.new_folder(args.output) as folder:
+            names = {split: copying.new_names(rows, split, args) for split, rows in splits.items()}
             for split in splits:
-                take_images(folder / split, names[split], args)
-            write_metadata(folder, {s: [(names[s][row.image], row) for row in splits[s]] for s in splits}, args)
+                copying.take_images(folder / split, names[split], args)
+            copying.write_metadata(folder, {s: [(names[s][row.image], row) for row in splits[s]] for s in splits}, args)
     verb = "would change" if args.dry_run else "changed"
     say(f"{args.output or args.path}: {changes.count} of {changes.total} captions {verb}")
     for before, after in changes.examples:

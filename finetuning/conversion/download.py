@@ -10,7 +10,6 @@ import os
 import re
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -19,9 +18,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from finetuning.cli import flag
-from finetuning.conversion.writer import in_order
 from finetuning.data.findings import DatasetError
 from finetuning.data.images import UnreadableImage, open_rgb
+from finetuning.data.threads import in_order
 from finetuning.files import atomic_file, overlap
 
 HEADERS = {"User-Agent": "prepare_dataset.py (diffusers fine-tuning)", "Accept": "image/*"}
@@ -104,31 +103,28 @@ def _fetched(items, args):
     journal = Path(args.images) / "gone.jsonl"
     fetcher, gone = Fetcher(args), _gone(journal)
 
-    def work(sample, url):
+    def work(item):
+        sample, url = item
         if sample.image.is_file():
-            return None
+            return
+        if url in gone:
+            raise Unfetched(f"{gone[url]}, as {journal} says")
         try:
-            if url in gone:
-                raise Unfetched(f"{gone[url]}, as {journal} says")
             sample.image.parent.mkdir(parents=True, exist_ok=True)
             fetcher.fetch(url, sample.image)
-        except Unfetched as trouble:
-            return trouble
         except OSError as error:
             raise DatasetError(f"{sample.image} cannot be written: {error}") from error
 
-    pool = ThreadPoolExecutor(args.download_workers)
     shown = tqdm(items, "fetching", unit="image")
-    try:
-        for (sample, url), trouble in in_order(pool, work, shown, 4 * args.download_workers):
+    with (
+        closing(fetcher.client),
+        closing(in_order(work, shown, args.download_workers, Unfetched, stop=fetcher.stop.set)) as results,
+    ):
+        for (sample, url), trouble in results:
             if trouble and trouble.gone:
                 with open(journal, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"url": url, "reason": str(trouble)}) + "\n")
             yield sample, trouble and ("not_fetched", f"{url}: {trouble}")
-    finally:
-        fetcher.stop.set()
-        pool.shutdown()
-        fetcher.client.close()
 
 
 def _gone(journal):

@@ -17,11 +17,8 @@ import sqlite3
 import sys
 import time
 import unicodedata
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import count, groupby, islice
 from pathlib import Path
 
@@ -34,6 +31,7 @@ from finetuning.data.findings import DatasetError, counted
 from finetuning.data.folders import is_image_name
 from finetuning.data.images import MAX_PIXELS, MAX_PIXELS_TO_SHRINK, UnreadableImage, has_other_colours, orientation
 from finetuning.data.samples import Sample
+from finetuning.data.threads import in_order
 from finetuning.files import atomic_file, overlap, write_json
 
 SPLITS = ("train", "validation", "test")
@@ -167,33 +165,28 @@ def _refuse_other_settings(journal, folder, args):
 def _write_all(folder, samples, args, journal, total):
     """Take every sample that is not done yet; how many could not be taken."""
     failed, committed = 0, time.monotonic()
-    threads = args.workers or len(os.sched_getaffinity(0))
-    pool = ThreadPoolExecutor(threads)
+    work = lambda one: _write_one(folder, args, *one)
     with (
         open(folder / "failures.jsonl", "w", encoding="utf-8", errors="backslashreplace") as failures,
         tqdm(desc="converting", unit="image", total=total) as bar,
         _quick_turns(),
+        closing(_todo(folder, islice(samples, args.limit), journal, bar)) as todo,
+        closing(in_order(work, todo, args.workers)) as results,
     ):
-        todo = _todo(folder, islice(samples, args.limit), journal, bar)
-        try:
-            for (sample, stem, state), result in in_order(pool, partial(_write_one, folder, args), todo, 4 * threads):
-                bar.update()
-                if isinstance(result, str):
-                    failed += 1
-                    if stem:  # what was taken of it earlier is not so any longer
-                        journal.execute("DELETE FROM done WHERE key = ?", [_key(sample)])
-                    failure = {"name": sample.name, "where": sample.origin, "reason": result}
-                    failures.write(json.dumps(failure, ensure_ascii=False) + "\n")
-                    continue
-                journal.execute(
-                    "INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?, ?, ?)", (_key(sample), state, *result)
-                )
-                journal.execute("INSERT OR IGNORE INTO written VALUES (?, ?)", result[:2])
-                if time.monotonic() - committed > 1:
-                    journal.commit()
-                    committed = time.monotonic()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for (sample, stem, state), result in results:
+            bar.update()
+            if isinstance(result, str):
+                failed += 1
+                if stem:  # what was taken of it earlier is not so any longer
+                    journal.execute("DELETE FROM done WHERE key = ?", [_key(sample)])
+                failure = {"name": sample.name, "where": sample.origin, "reason": result}
+                failures.write(json.dumps(failure, ensure_ascii=False) + "\n")
+                continue
+            journal.execute("INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?, ?, ?)", (_key(sample), state, *result))
+            journal.execute("INSERT OR IGNORE INTO written VALUES (?, ?)", result[:2])
+            if time.monotonic() - committed > 1:
+                journal.commit()
+                committed = time.monotonic()
     if not failed:
         (folder / "failures.jsonl").unlink()
     return failed
@@ -275,18 +268,6 @@ def _state(sample, stem):
 
 def _size(path):
     return path.stat().st_size if path.is_file() else None
-
-
-def in_order(pool, work, items, window):
-    """Yield (item, work(*item)) in the items' order, with no more than `window` of them under way in the pool."""
-    waiting = deque()
-    for item in items:
-        waiting.append((item, pool.submit(work, *item)))
-        if len(waiting) >= window:
-            item, future = waiting.popleft()
-            yield item, future.result()
-    for item, future in waiting:
-        yield item, future.result()
 
 
 def _write_one(folder, args, sample: Sample, stem, state):

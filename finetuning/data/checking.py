@@ -1,7 +1,5 @@
 """What a training run would take of a dataset, and what it would refuse: every error found before the first step."""
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +9,11 @@ from finetuning.data.buckets import sort_into_buckets
 from finetuning.data.captions import may_mirror, with_prefix
 from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.folders import STATE_FILES, is_saved_dataset, split_meant
-from finetuning.data.images import UnreadableImage, open_rgb, remarks, size_in_header
+from finetuning.data.images import open_rgb, remarks, size_in_header
 from finetuning.data.reading import read_folder, read_hub
-from finetuning.data.rows import Rows
+from finetuning.data.rows import TOGETHER, Rows
+from finetuning.data.threads import in_order
 from finetuning.rng import python_random
-
-TOGETHER = 10_000  # rows whose images are looked at, or whose captions are counted, as one lot: memory stays flat
 
 
 @dataclass
@@ -108,32 +105,25 @@ def _readable(rows, images, args, findings):
         return rows, [args.size] * len(rows)
 
     def look(row):
-        """((height, width), [codes of warnings]), or (None, why the image cannot be read)."""
-        try:
-            if isinstance(row.image, int):
-                return open_rgb(images[row.image]).size[::-1], []
-            size = open_rgb(row.image).size[::-1] if args.check_images == "full" else size_in_header(row.image)
-            return size, remarks(row.image)
-        except (UnreadableImage, OSError, ValueError, SyntaxError) as error:  # `datasets` decodes for itself
-            return None, str(error)
+        """((height, width), [codes of warnings])."""
+        if isinstance(row.image, int):
+            return open_rgb(images[row.image]).size[::-1], []
+        size = open_rgb(row.image).size[::-1] if args.check_images == "full" else size_in_header(row.image)
+        return size, remarks(row.image)
 
     kept, sizes, equal = [], [], {}
-    with (
-        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
-        tqdm(total=len(rows), desc="checking images", leave=False, delay=2) as bar,
-    ):
-        for start in range(0, len(rows), TOGETHER):
-            some = list(rows[start : start + TOGETHER])
-            for number, (size, found) in enumerate(pool.map(look, some), start):
-                bar.update()
-                where = some[number - start].origin
-                if size is None:
-                    findings.error("unreadable_image", where, found)
-                    continue
-                for code in found:
-                    findings.warn(code, where)
-                kept.append(number)
-                sizes.append(equal.setdefault(size, size))
+    errors = (OSError, ValueError, SyntaxError)  # `datasets` decodes for itself
+    looked = in_order(look, rows, errors=errors, window=1000)  # headers are read faster than a thread gets its turn
+    looked = tqdm(looked, "checking images", len(rows), leave=False, delay=2)
+    for number, (row, result) in enumerate(looked):
+        if isinstance(result, Exception):
+            findings.error("unreadable_image", row.origin, result)
+            continue
+        size, codes = result
+        for code in codes:
+            findings.warn(code, row.origin)
+        kept.append(number)
+        sizes.append(equal.setdefault(size, size))
     return rows.take(kept), sizes
 
 

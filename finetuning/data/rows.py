@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-TOGETHER = 10_000  # rows that are Python objects at the same time while they are read
+TOGETHER = 10_000  # rows that are Python objects at the same time: memory stays flat
 
 
 @dataclass(frozen=True)
