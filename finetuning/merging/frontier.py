@@ -59,7 +59,7 @@ def knee(ratios, learned, retained):
         new, old = normalised(ratios, learned, retained)
     except NoTrade as reason:
         return Knee(None, 0.0, str(reason))
-    gains = _gains(ratios, learned, retained)
+    gains = new + old - 1
     best = int(gains.argmax())
     if gains[best] <= NOTHING:
         return Knee(None, 0.0, "no ratio lies above the straight line from base to tuned: a merge only trades evenly")
