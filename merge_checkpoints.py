@@ -72,7 +72,7 @@ def merge(args):
     blocks = block_ratios(args.block_ratios, matches)
 
     def output(ratio):
-        compute = lambda one: bound(args, one.name, blocks.of(one.component, one.key, ratio))
+        compute = lambda one: bound(args, one.name, blocks.get(one.name, ratio))
         target = output_folder(args.output_dir, f"ratio-{ratio:g}", args.ratio)
         return MergeOutput(target, compute, as_dict(args) | {"ratio": [ratio]})
 

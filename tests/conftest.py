@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from contextlib import contextmanager
+from html.parser import HTMLParser
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -241,3 +243,38 @@ def tensors():
         return {str(p.relative_to(folder)): load_file(p) for p in sorted(folder.rglob("*.safetensors"))}
 
     return read
+
+
+class PageReader(HTMLParser):
+    """Checks that elements are closed in order, and gathers tags, attributes, text and the script."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text, self.script = [], Counter(), [], "", ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in ("meta", "img", "br", "input"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags[tag] += 1
+        self.attributes += [(tag, *item) for item in attributes]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("script", "style"):
+            self.script += data if self.open[-1] == "script" else ""
+        else:
+            self.text += data
+
+
+@pytest.fixture(scope="session")
+def read_page():
+    """The PageReader of an HTML page's text."""
+    return PageReader

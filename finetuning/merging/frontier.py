@@ -30,14 +30,23 @@ class Knee:
     sentence: str
 
 
+class NoTrade(ValueError):
+    """There is no frontier between base and tuned model: nothing was learned, or nothing forgotten."""
+
+
 def normalised(ratios, learned, retained):
     """Means [ratios] of both in shares of the way from base to tuned: the base is at (0, 1), the tuned model at (1, 0).
 
-    Raises ValueError where that cannot be said: nothing was learned, or nothing forgotten.
+    Raises NoTrade.
     """
     base, tuned = _ends(ratios)
-    if reason := _no_trade(learned[[base, tuned]], retained[[base, tuned]]):
-        raise ValueError(reason)
+    reasons = []
+    if learned[tuned] <= learned[base]:
+        reasons.append("the tuned model has learned nothing: it is no better than the base in what was trained")
+    if retained[tuned] >= retained[base]:
+        reasons.append("the tuned model has forgotten nothing: it retains as much as the base")
+    if reasons:
+        raise NoTrade("; ".join(reasons))
     return (
         (learned - learned[base]) / (learned[tuned] - learned[base]),
         (retained - retained[tuned]) / (retained[base] - retained[tuned]),
@@ -46,19 +55,16 @@ def normalised(ratios, learned, retained):
 
 def knee(ratios, learned, retained):
     """The Knee of means [ratios]: the point farthest above the straight line from the base's to the tuned model's."""
-    base, tuned = _ends(ratios)
-    if reason := _no_trade(learned[[base, tuned]], retained[[base, tuned]]):
-        return Knee(None, 0.0, reason)
-    gains = _gains(ratios, learned, retained)
+    try:
+        new, old = normalised(ratios, learned, retained)
+    except NoTrade as reason:
+        return Knee(None, 0.0, str(reason))
+    gains = new + old - 1
     best = int(gains.argmax())
     if gains[best] <= NOTHING:
         return Knee(None, 0.0, "no ratio lies above the straight line from base to tuned: a merge only trades evenly")
-    new, old = (shares[best] for shares in normalised(ratios, learned, retained))
-    return Knee(
-        float(ratios[best]),
-        float(gains[best]),
-        f"ratio {ratios[best]:g} has {new:.0%} of what the tuned model learned and retains {old:.0%} of what it forgot",
-    )
+    sentence = f"has {new[best]:.0%} of what the tuned model learned and retains {old[best]:.0%} of what it forgot"
+    return Knee(float(ratios[best]), float(gains[best]), f"ratio {ratios[best]:g} {sentence}")
 
 
 def pareto(ratios, learned, retained):
@@ -178,22 +184,12 @@ def _ends(ratios):
     return ratios.index(0), ratios.index(1)
 
 
-def _no_trade(learned, retained):
-    """Why there is no frontier between base and tuned model [2], in words; empty where there is one."""
-    reasons = []
-    if learned[1] <= learned[0]:
-        reasons.append("the tuned model has learned nothing: it is no better than the base in what was trained")
-    if retained[1] >= retained[0]:
-        reasons.append("the tuned model has forgotten nothing: it retains as much as the base")
-    return "; ".join(reasons)
-
-
 def _gains(ratios, learned, retained):
     """How far each ratio lies above the chord [ratios]; 0 where there is no frontier."""
-    base, tuned = _ends(ratios)
-    if _no_trade(learned[[base, tuned]], retained[[base, tuned]]):
+    try:
+        return sum(normalised(ratios, learned, retained)) - 1
+    except NoTrade:
         return np.zeros(len(ratios))
-    return sum(normalised(ratios, learned, retained)) - 1
 
 
 def _checked(ratios, **results):

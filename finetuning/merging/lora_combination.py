@@ -59,7 +59,7 @@ def combine(args: CombineArgs):
 
     The report says how far each layer is from the weighted sum, by its norm; with cat that must be nothing.
     """
-    components, loras = args.open_loras()
+    sources, components, loras = args.open_loras()
     refuse_dora(loras, "gives outputs another length, which does not add up: fuse them into their base in turn")
     scales = args.scales
     layers, ranks, squares = {}, {}, Counter()
@@ -75,7 +75,7 @@ def combine(args: CombineArgs):
         squares.update({"off": off**2, "all": meant.double().square().sum().item()})
     distance = (squares["off"] / squares["all"]) ** 0.5 if squares["all"] else 0.0
     report = {"ranks": ranks, "distance": distance}
-    written = write_result("combine", args, args.open_sources(), layers, components, about_the_base(loras), report)
+    written = write_result("combine", args, sources, layers, components, about_the_base(loras), report)
     lines = [
         f"{one.path} at scale {scale:g}, {len(one.layers)} layers" for one, scale in zip(loras, scales, strict=True)
     ]

@@ -261,7 +261,7 @@ def resize(args: ResizeArgs):
 
     A layer that adds nothing is left out.
     """
-    components, (lora,) = args.open_loras()
+    sources, components, (lora,) = args.open_loras()
     refuse_dora([lora], "has magnitudes that go with its full rank: fuse it into its base, and extract that")
     layers, ranks, energies, nothing = {}, {}, Counter(), []
     for name, layer in lora.layers.items():
@@ -275,7 +275,7 @@ def resize(args: ResizeArgs):
     if not layers:
         raise ModelError(f"--lora {lora.path} adds nothing to any layer: there is nothing to resize")
     report = {"ranks": ranks, "kept_energy": energies["kept"] / energies["all"], "nothing": nothing}
-    written = write_result("resize", args, args.open_sources(), layers, components, about_the_base([lora]), report)
+    written = write_result("resize", args, sources, layers, components, about_the_base([lora]), report)
     before, after = (sorted({one[what] for one in ranks.values()}) for what in ("of_rank", "rank"))
     lines = [f"rank {_span(before)} -> {_span(after)}, kept energy {report['kept_energy']:.4f}"]
     lines += [f"{len(nothing)} layers add nothing and are left out"] if nothing else []

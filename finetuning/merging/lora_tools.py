@@ -63,9 +63,9 @@ class LoraModelArgs:
         return lora_files([self.lora] if isinstance(self.lora, str) else self.lora, self)
 
     def open_loras(self):
-        """(the model's components without weights, [Lora, ...] of --lora that fit them). Raises ModelError."""
-        components = skeletons(self.base, self.revision, self.cache_dir)
-        return components, read_loras(self.open_sources(), components, self)
+        """(sources, the model's components without weights, [Lora, ...] that fit them) of --lora. Raises ModelError."""
+        components, sources = skeletons(self.base, self.revision, self.cache_dir), self.open_sources()
+        return sources, components, read_loras(sources, components, self)
 
 
 @dataclass
@@ -284,12 +284,12 @@ def _fuse(layers, weight, *, out):
 
 def convert(args: ConvertArgs):
     """Write --lora in the layout --to, with all that its metadata says. Returns lines. Raises ModelError."""
-    components, (lora,) = args.open_loras()
+    sources, components, (lora,) = args.open_loras()
     if args.to == "kohya":
         refuse_dora([lora], "is applied by other formulas in A1111 and ComfyUI: fuse it into its base instead")
     kept = {key: value for key, value in lora.metadata.items() if key not in ABOUT_THE_FILE}
     name = {"diffusers": DIFFUSERS_NAME, "kohya": KOHYA_NAME}[args.to]
-    return write_result("convert", args, args.open_sources(), lora.layers, components, kept, {}, (name,))
+    return write_result("convert", args, sources, lora.layers, components, kept, {}, (name,))
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

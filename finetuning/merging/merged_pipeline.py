@@ -33,7 +33,7 @@ class MergedPipeline:
             return
         self.ratio, broken = ratio, []
         for one, tensors in self.mixed:
-            compute = bound(self.args, one.name, self.blocks.of(one.component, one.key, ratio))
+            compute = bound(self.args, one.name, self.blocks.get(one.name, ratio))
             if isinstance(compute, int):
                 result = tensors[compute]
             else:

@@ -9,7 +9,7 @@ from finetuning.families.model_args import ModelError
 from finetuning.families.opening import open_source
 from finetuning.families.table import FAMILIES
 from finetuning.merging.methods import MethodArgs, ratio_problems
-from finetuning.merging.ratios import BlockRatios
+from finetuning.merging.ratios import block_rules
 from finetuning.merging.tensor_matching import match
 
 COMPONENTS = tuple(dict.fromkeys(one.name for family in FAMILIES.values() for one in family.components))
@@ -97,7 +97,8 @@ class MixArgs(MethodArgs, TunedArgs):
     def problems(self):
         yield from ratio_problems(*self.ratio_flag, self.method, self.curve)
         try:
-            yield from ratio_problems("--block_ratios", BlockRatios(self.block_ratios).values, self.method, self.curve)
+            given = [ratio for _, ratios in block_rules(self.block_ratios) for ratio in ratios]
+            yield from ratio_problems("--block_ratios", given, self.method, self.curve)
         except ValueError as problem:
             yield f"--block_ratios {problem}"
 

@@ -5,6 +5,7 @@ SD 1.x and 2.x. What belongs to none of them (time embedding, last convolution, 
 """
 
 import math
+from collections import defaultdict
 from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
 
@@ -89,80 +90,63 @@ CURVES = {"linear": linear, "smoothstep": smoothstep, "inverse_smoothstep": inve
 
 
 def block_ratios(words, matches):
-    """BlockRatios of the words, resolved for the tensors among `matches` that are merged.
+    """{name: ratio} of the tensors among `matches` that are merged at another ratio than --ratio.
 
     Raises ModelError where a word fits none of them.
     """
-    merged = [one for one in matches if not one.is_copy]
-    found = BlockRatios(words)
-    components = {one.component for one in merged}
-    found.resolve({name: [one.key for one in merged if one.component == name] for name in components})
-    if unused := found.unused():
+    components = defaultdict(list)
+    for one in matches:
+        if not one.is_copy:
+            components[one.component].append(one.key)
+    ratios, unused = resolved(block_rules(words), components)
+    if unused:
         raise ModelError(f"--block_ratios: {', '.join(unused)} matches none of the tensors that are merged")
-    return found
+    return ratios
 
 
-class BlockRatios:
-    """Ratios for some tensors instead of --ratio, from the words of --block_ratios.
+def block_rules(words: list[str] | None):
+    """[(pattern, [ratio]), or (None, [ratio of each block]), ...] of the words of --block_ratios.
 
     The words are numbers, one for each block of the UNet (25 for SD 1.x and 2.x, apart or in one word with commas), and
-    pattern=ratio on full names, as in "unet.mid_block.*=0.3". Later words win over earlier ones. No words: every tensor
-    has --ratio. Raises ValueError, which names every word that is wrong. `resolve` comes before `of` and `unused`.
+    pattern=ratio on full names, as in "unet.mid_block.*=0.3". Raises ValueError, which names every word that is wrong.
     """
-
-    def __init__(self, words: list[str] | None):
-        self._rules = []  # (pattern, ratio), or (None, [ratio of each block])
-        problems = []
-        for word in words or []:
-            try:
-                self._take(word)
-            except ValueError:
-                problems.append(f"{word}: must be numbers, or pattern=ratio as in 'unet.mid_block.*=0.3'")
-        if problems:
-            raise ValueError("; ".join(problems))
-        self._ratios, self._matched = {}, set()
-
-    def _take(self, word):
-        pattern, equals, number = word.rpartition("=")
+    rules, problems = [], []
+    for word in words or []:
+        pattern, equals, numbers = word.rpartition("=")
+        try:
+            given = [_number(text) for text in ([numbers] if equals else numbers.split(",")) if equals or text.strip()]
+        except ValueError:
+            problems.append(f"{word}: must be numbers, or pattern=ratio as in 'unet.mid_block.*=0.3'")
+            continue
         if equals:
-            self._rules.append((pattern, _number(number)))
-            return
-        numbers = [_number(text) for text in word.split(",") if text.strip()]
-        if self._rules and self._rules[-1][0] is None:
-            self._rules[-1][1].extend(numbers)
+            rules.append((pattern, given))
+        elif rules and rules[-1][0] is None:
+            rules[-1][1].extend(given)
         else:
-            self._rules.append((None, numbers))
+            rules.append((None, given))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return rules
 
-    @property
-    def values(self) -> list[float]:
-        """Every ratio that was given."""
-        return [one for _, given in self._rules for one in (given if isinstance(given, list) else [given])]
 
-    def resolve(self, components):
-        """Find the ratios of {component: canonical names of its tensors}.
+def resolved(rules, components):
+    """({name: ratio}, patterns that match none) for {component: canonical names of its tensors}; later rules win.
 
-        Raises ModelError where the number of ratios is not the number of the UNet's blocks.
-        """
-        blocks = unet_blocks(components.get("unet", ()))
-        order = sorted(set(blocks.values()) - {"BASE"})  # IN.., M00, OUT..: as the alphabet has them
-        names = [f"{component}.{key}" for component, keys in components.items() for key in keys]
-        self._ratios, self._matched = {}, set()
-        for pattern, given in self._rules:
-            if pattern is None:
-                by_block = _one_for_each(order, given)
-                found = {f"unet.{key}": by_block[block] for key, block in blocks.items() if block in by_block}
-            else:
-                found = {name: given for name in names if fnmatchcase(name, pattern)}
-                self._matched |= {pattern} if found else set()
-            self._ratios |= found
-
-    def of(self, component: str, key: str, ratio: float) -> float:
-        """The ratio of a tensor: `ratio`, unless a block or a pattern has its own."""
-        return self._ratios.get(f"{component}.{key}", ratio)
-
-    def unused(self) -> list[str]:
-        """Patterns that match no tensor."""
-        return [pattern for pattern, _ in self._rules if pattern is not None and pattern not in self._matched]
+    Raises ModelError where the number of ratios is not the number of the UNet's blocks.
+    """
+    blocks = unet_blocks(components.get("unet", ()))
+    order = sorted(set(blocks.values()) - {"BASE"})  # IN.., M00, OUT..: as the alphabet has them
+    names = [f"{component}.{key}" for component, keys in components.items() for key in keys]
+    ratios, unused = {}, []
+    for pattern, given in rules:
+        if pattern is None:
+            by_block = _one_for_each(order, given)
+            found = {f"unet.{key}": by_block[block] for key, block in blocks.items() if block in by_block}
+        else:
+            found = dict.fromkeys((name for name in names if fnmatchcase(name, pattern)), given[0])
+            unused += [] if found else [pattern]
+        ratios |= found
+    return ratios, unused
 
 
 def _one_for_each(order, given):

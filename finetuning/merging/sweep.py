@@ -10,7 +10,6 @@ that was interrupted, and one with more ratios generates only those.
 
 import json
 import os
-import re
 import shlex
 from dataclasses import dataclass
 from itertools import product
@@ -21,6 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from finetuning.cli import REQUIRED, UserError, as_dict, flag, flags_of, flags_without_effect
+from finetuning.families import generation
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import SCHEDULERS
 from finetuning.files import atomic_file, sha256, write_json, write_text
@@ -84,12 +84,6 @@ class SweepArgs(MixArgs):
         return "--ratios", self.ratio
 
     @property
-    def height_and_width(self):
-        """(height, width) in pixels, or None for the model's own."""
-        sides = [int(side) for side in self.size.split("x")] if self.size else []
-        return (sides[0], sides[-1]) if sides else None
-
-    @property
     def checker_named(self):
         return self.checker or (SHAPES_CHECKER if self.metric == "shapes" else None)
 
@@ -110,10 +104,7 @@ class SweepArgs(MixArgs):
             yield from _prompt_problems(f"--{name}", getattr(self, name) or [])
         if not (self.prompts_in or self.prompts_out or self.measured_by == "loss"):
             yield "say what to generate, --prompts_in and --prompts_out, or what to measure, --fit_dataset and so on"
-        if self.size and not re.fullmatch(r"\d+(x\d+)?", self.size):
-            yield f"--size {self.size} must be one side in pixels or HEIGHTxWIDTH"
-        elif self.size and any(int(side) % 8 or not int(side) for side in self.size.split("x")):
-            yield f"--size {self.size} must be a multiple of 8"
+        yield from generation.size_problems(self.size)
         if len(set(self.seed)) < len(self.seed):
             yield f"--seed {' '.join(map(str, self.seed))} names a seed twice"
         read = [self.base, *self.tuned, self.origin, self.fit_dataset, self.retain_dataset]
@@ -201,8 +192,6 @@ def _generate(args, merged, ratio, folder, kind, rows, bar):
     What was generated together is generated together again if any of it is missing: another number of rows may round
     otherwise.
     """
-    from finetuning.families.generation import generate
-
     paths = [folder / f"{kind}-{index // len(args.seed):03d}-seed{seed}.png" for index, (_, seed) in enumerate(rows)]
     images = []
     for start in range(0, len(rows), args.batch_size):
@@ -210,9 +199,9 @@ def _generate(args, merged, ratio, folder, kind, rows, bar):
         if not all(path.is_file() for path in places):
             merged.set(ratio)
             generators = [torch_generator(seed, "picture") for _, seed in batch]  # as generate_images.py has it
-            made = generate(
+            made = generation.generate(
                 merged.pipeline, [prompt for prompt, _ in batch], generators, batch_size=len(batch),
-                size=args.height_and_width, guidance_scale=args.guidance_scale,
+                size=generation.parse_size(args.size), guidance_scale=args.guidance_scale,
                 num_inference_steps=args.num_inference_steps,
             )  # fmt: skip
             for path, image in zip(places, made, strict=True):

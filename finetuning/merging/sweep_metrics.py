@@ -9,6 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from finetuning.evaluation.checkers import load_checker
+from finetuning.families.generation import parse_size
 from finetuning.families.model_args import ModelError
 from finetuning.files import sha256
 
@@ -57,7 +58,7 @@ def loss_metric(args, merged, prompts_in, prompts_out):
     model, datasets, problems = Model.of_pipeline(merged.pipeline), [], []
     denoiser, device = model.denoiser.denoiser, merged.pipeline.device
     own = denoiser.config.sample_size * model.codec.factor
-    size, seed = args.height_and_width or (own, own), args.seed[0]
+    size, seed = parse_size(args.size) or (own, own), args.seed[0]
     for folder in (args.fit_dataset, args.retain_dataset):
         try:
             datasets.append(load_rows(folder, model.tokenize, size, max_rows=args.loss_rows, seed=seed, say=tqdm.write))

@@ -9,10 +9,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections import Counter
 from dataclasses import asdict
 from html import unescape
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
@@ -28,41 +26,10 @@ from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import draw_scene
 
 TABLE = {name: asdict(metric) for name, metric in table(load_checker("finetuning.shapes.checker")).items()}
-VOID = {"meta", "img", "br", "input"}
 LABELS = ("original", "original, seed 2", "tuned", "merged")
 ROW_METRICS = {"style": (0.0, 0.0, 0.93, 0.6), "clip_score": (24.1, 24.0, 27.3, 26.4), "lpips": (0.61, 0.6, 0.42, 0.5)}
 SET_METRICS = {"kid": (0.214, 0.209, 0.038, 0.09), "fid": (181.2, 178.4, 92.6, 120.3)}
 CATEGORIES = ("people", "animals", "food")
-
-
-class Reader(HTMLParser):
-    """Checks that elements are closed in order, and gathers attributes and text; `texts` has the text of each cell."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.text, self.script = [], Counter(), [], "", ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags[tag] += 1
-        self.attributes += [(tag, *item) for item in attributes]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags[tag] += 1
-        self.attributes += [(tag, *item) for item in attributes]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("script", "style"):
-            self.script += data if self.open[-1] == "script" else ""
-        else:
-            self.text += data
 
 
 def with_verdict(estimate):
@@ -204,9 +171,9 @@ def cells(text, head):
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_asked_for_from_anywhere_and_only_its_own_script_may_run(shown):
+def test_nothing_is_asked_for_from_anywhere_and_only_its_own_script_may_run(shown, read_page):
     _, _, text = shown
-    read = Reader(text)
+    read = read_page(text)
     addresses = [value for _, key, value in read.attributes if key in ("src", "href", "action", "data", "poster")]
     assert len(addresses) > 100 and all(address.startswith("data:image/") for address in addresses)
     assert read.tags["link"] == read.tags["iframe"] == 0 and read.tags["script"] == 1
@@ -221,7 +188,7 @@ EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quotes\' ALT'
 
 
 @pytest.mark.parametrize("where", ["caption", "label", "warning", "command", "category", "curve", "reason", "args"])
-def test_what_it_is_given_is_text_not_markup(report, tmp_path, where):
+def test_what_it_is_given_is_text_not_markup(report, tmp_path, where, read_page):
     if where == "label":
         report = json.loads(json.dumps(report).replace('"merged"', json.dumps(EVIL)))
     elif where == "caption":
@@ -238,7 +205,7 @@ def test_what_it_is_given_is_text_not_markup(report, tmp_path, where):
         report["warnings"].append(note("not_published", name=EVIL, origin="a"))
     else:
         report["made"]["command"].append(EVIL)
-    read = Reader(page(report, tmp_path))
+    read = read_page(page(report, tmp_path))
     assert read.tags["script"] == 1 and read.tags["img"] == 0
     assert EVIL in read.text or (where == "command" and '<script>alert("x")</script>' in read.text)
     assert not [value for _, key, value in read.attributes if key.startswith("on")]
@@ -301,9 +268,9 @@ def test_the_verdict_and_short_notes_come_first_and_the_reasons_last(report, tmp
     assert "https://a.b/c.pth" in end
 
 
-def test_all_that_makes_it_again_is_on_the_page(shown):
+def test_all_that_makes_it_again_is_on_the_page(shown, read_page):
     report, _, text = shown
-    read = Reader(text).text
+    read = read_page(text).text
     command = "python evaluate_model.py \\\n    --dataset 'datasets/shapes chalk' \\\n    --model 'tuned=a --b'"
     assert command in read and shlex.split(command.replace("\\\n", "")) == report["made"]["command"]
     for word in ("2.9.0", "build/merged", report["policy"], "clean", *(one["sha256"] for one in report["weights"])):
@@ -390,10 +357,10 @@ def test_every_row_stands_in_the_table_with_its_values(shown):
         assert row["caption"] in line and line.count("<img") == 1 + len(LABELS)
 
 
-def test_images_are_small_copies_sharp_where_they_are_tiny(tmp_path):
+def test_images_are_small_copies_sharp_where_they_are_tiny(tmp_path, read_page):
     report = example(tmp_path, 4)
     Image.new("RGB", (800, 400), (200, 30, 30)).save(tmp_path / report["rows"][0]["truth"])
-    attributes = Reader(page(report, tmp_path)).attributes
+    attributes = read_page(page(report, tmp_path)).attributes
     sources = [value for _, key, value in attributes if key == "src"]
     opened = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in sources]
     large = [one for one in opened if one.size != (64, 64)]
@@ -425,23 +392,23 @@ def test_of_many_rows_only_some_have_their_images_inside(tmp_path):
     assert f'<span class="file">{without["images"]["tuned"]}</span>' in table
 
 
-def test_an_image_that_cannot_be_shown_is_named(tmp_path):
+def test_an_image_that_cannot_be_shown_is_named(tmp_path, read_page):
     report = example(tmp_path, 4)
     (tmp_path / report["rows"][1]["images"]["tuned"]).write_bytes(b"no image")
     (tmp_path / report["rows"][2]["truth"]).unlink()
-    text = Reader(page(report, tmp_path)).text
+    text = read_page(page(report, tmp_path)).text
     assert "2 images cannot be shown" in text
     assert "images/tuned/00001.png (cannot identify" in text and "truth/00002.png ([Errno 2] No such file" in text
     assert str(tmp_path) not in text
 
 
-def test_a_report_of_one_model_without_extras_has_a_page(report, tmp_path):
+def test_a_report_of_one_model_without_extras_has_a_page(report, tmp_path, read_page):
     report |= {"models": report["models"][:1], "differences": {}, "forgetting": None, "curves": [], "left_out": []}
     report |= {"warnings": [], "summary": {"kid": {"64": {"original": around(0.1, 0.02, 4)}}}}
     for row in report["rows"]:
         row["images"], row["values"], row["truth"] = {"original": "a.png"}, {"lpips": {"original": None}}, None
     text = page(report, tmp_path)
-    read = Reader(text)
+    read = read_page(text)
     assert "Evaluation of original" in read.text and "<h2>Best and worst</h2>" not in text
     assert 'class="verdict"' not in text and "4 rows" not in text
 

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from finetuning.families.model_args import ModelError
 from finetuning.families.original import unet_blocks
-from finetuning.merging.ratios import CURVES, BlockRatios, parse_ratios
+from finetuning.merging.ratios import CURVES, block_rules, parse_ratios, resolved
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +137,9 @@ COMMUNITY = [i / 100 for i in range(25)]  # IN00 0, ..., IN11 0.11, M00 0.12, OU
 
 @pytest.mark.parametrize("words", [[str(one) for one in COMMUNITY], [",".join(map(str, COMMUNITY))]])
 def test_numbers_are_for_the_blocks_in_the_order_of_the_community(names, words):
-    ratios = BlockRatios(words)
-    ratios.resolve(names)
-    assert ratios.values == COMMUNITY
+    rules = block_rules(words)
+    ratios, unused = resolved(rules, names)
+    assert [ratio for _, given in rules for ratio in given] == COMMUNITY
     wanted = {
         "conv_in.weight": 0.0,
         "down_blocks.3.resnets.1.conv2.bias": 0.11,
@@ -149,15 +149,15 @@ def test_numbers_are_for_the_blocks_in_the_order_of_the_community(names, words):
         "time_embedding.linear_1.weight": 0.9,
         "conv_out.bias": 0.9,
     }
-    assert {key: ratios.of("unet", key, 0.9) for key in wanted} == wanted
-    assert ratios.of("text_encoder", names["text_encoder"][0], 0.9) == 0.9
-    assert ratios.unused() == []
+    assert {key: ratios.get(f"unet.{key}", 0.9) for key in wanted} == wanted
+    assert ratios.get(f"text_encoder.{names['text_encoder'][0]}", 0.9) == 0.9
+    assert unused == []
 
 
 def test_numbers_of_other_parts_are_not_those_of_the_unet(names):
-    ratios = BlockRatios([",".join(["0.1"] * 25)])
-    ratios.resolve({**names, "vae": ["conv_in.weight", "mid_block.x"]})
-    assert ratios.of("vae", "conv_in.weight", 0.9) == 0.9 and ratios.of("unet", "conv_in.weight", 0.9) == 0.1
+    rules = block_rules([",".join(["0.1"] * 25)])
+    ratios, _ = resolved(rules, {**names, "vae": ["conv_in.weight", "mid_block.x"]})
+    assert ratios.get("vae.conv_in.weight", 0.9) == 0.9 and ratios.get("unet.conv_in.weight", 0.9) == 0.1
 
 
 def test_later_words_win(names):
@@ -169,45 +169,44 @@ def test_later_words_win(names):
         (["unet.*=0.2", "unet.mid_block.*=0.3"], 0.3),
         (["unet.mid_block.*=0.3", "*.weight=0.4", "unet.conv_in.*=0"], 0.4),
     ):
-        ratios = BlockRatios(words)
-        ratios.resolve(names)
-        assert ratios.of("unet", key, 0.9) == ratio
-        assert ratios.unused() == []
+        ratios, unused = resolved(block_rules(words), names)
+        assert ratios.get(f"unet.{key}", 0.9) == ratio
+        assert unused == []
 
 
 def test_patterns_are_for_full_names_in_every_part(names):
-    ratios = BlockRatios(["text_encoder.*=1.5", "unet.*.attentions.?.norm.*=0", "UNET.*=0.1", "mid_block.*=0.1"])
-    ratios.resolve(names)
-    assert ratios.of("text_encoder", "encoder.layers.0.mlp.fc1.weight", 0.9) == 1.5
-    assert ratios.of("unet", "mid_block.attentions.0.norm.weight", 0.9) == 0
-    assert ratios.of("unet", "mid_block.resnets.0.norm1.weight", 0.9) == 0.9
-    assert ratios.unused() == ["UNET.*", "mid_block.*"]
+    words = ["text_encoder.*=1.5", "unet.*.attentions.?.norm.*=0", "UNET.*=0.1", "mid_block.*=0.1"]
+    ratios, unused = resolved(block_rules(words), names)
+    assert ratios.get("text_encoder.encoder.layers.0.mlp.fc1.weight", 0.9) == 1.5
+    assert ratios.get("unet.mid_block.attentions.0.norm.weight", 0.9) == 0
+    assert ratios.get("unet.mid_block.resnets.0.norm1.weight", 0.9) == 0.9
+    assert unused == ["UNET.*", "mid_block.*"]
 
 
 @pytest.mark.parametrize("words", [None, []])
 def test_no_words_change_nothing(names, words):
-    ratios = BlockRatios(words)
-    ratios.resolve(names)
-    assert ratios.of("unet", "conv_in.weight", 0.3) == 0.3
-    assert ratios.values == [] and ratios.unused() == []
+    rules = block_rules(words)
+    ratios, unused = resolved(rules, names)
+    assert ratios.get("unet.conv_in.weight", 0.3) == 0.3
+    assert rules == [] and unused == []
 
 
 @pytest.mark.parametrize(("count", "told"), [(24, "24 numbers"), (26, "BASE"), (1, "1 number")])
 def test_another_number_of_blocks_is_refused_and_the_right_one_told(names, count, told):
-    ratios = BlockRatios(["0.5"] * count)
+    rules = block_rules(["0.5"] * count)
     with pytest.raises(ModelError, match=r"25 blocks \(IN00 to OUT11\)") as problem:
-        ratios.resolve(names)
+        resolved(rules, names)
     assert told in str(problem.value)
 
 
 def test_numbers_without_a_unet_are_refused(names):
     with pytest.raises(ModelError, match="--components"):
-        BlockRatios(["0.5"] * 25).resolve({"text_encoder": names["text_encoder"]})
+        resolved(block_rules(["0.5"] * 25), {"text_encoder": names["text_encoder"]})
 
 
 def test_all_wrong_words_are_named_together():
     with pytest.raises(ValueError) as problem:
-        BlockRatios(["0.1,half", "unet.*=", "0.5", "unet.*=nan", "inf"])
+        block_rules(["0.1,half", "unet.*=", "0.5", "unet.*=nan", "inf"])
     told = str(problem.value)
     assert all(f"{word}: must be" in told for word in ("0.1,half", "unet.*=", "unet.*=nan", "inf"))
     assert "0.5:" not in told

@@ -67,7 +67,7 @@ def loss(tiny_model, shapes_folder):
     def prepare(dtype=torch.float32, fit=shapes_folder, retain=shapes_folder / "train", **flags):
         ratios = []
         pipeline = open_pipeline(str(tiny_model), scheduler="dpm++", dtype=dtype)
-        known = {"seed": [0], "height_and_width": (32, 32), "batch_size": 4, "loss_rows": 5}
+        known = {"seed": [0], "size": "32", "batch_size": 4, "loss_rows": 5}
         args = SimpleNamespace(fit_dataset=str(fit), retain_dataset=str(retain), **known | flags)
         blend = SimpleNamespace(pipeline=pipeline, set=ratios.append)
         metric = loss_metric(args, blend, [], [])
@@ -91,8 +91,8 @@ def test_loss_is_minus_that_of_each_row(loss, tiny_model, shapes_folder):
 
 
 def test_loss_without_a_size_is_taken_at_the_models_own(loss):
-    assert loss(height_and_width=None)[1]["size"] == [32, 32]
-    assert loss(height_and_width=(24, 40))[1]["size"] == [24, 40]
+    assert loss(size=None)[1]["size"] == [32, 32]
+    assert loss(size="24x40")[1]["size"] == [24, 40]
 
 
 def test_loss_runs_in_the_precision_of_the_pipeline(loss):
