@@ -60,6 +60,14 @@ class Family:
         """The components that LoRAs are made for."""
         return tuple(component for component in self.components if component.lora_prefix)
 
+    def components_of(self, pipeline):
+        """{name: module} of an opened diffusers pipeline."""
+        return {name: getattr(pipeline, name) for name in self.by_name}
+
+    def side(self, components):
+        """The side in pixels of the images that the model was made for, of {name: module}."""
+        return components[self.denoiser].config.sample_size * self.codec(components).factor
+
     def encode_text(self, encoders, tokens):
         """{name: [n, ...]} that `denoise` takes, of {text encoder: token ids [n, k]}."""
         raise NotImplementedError

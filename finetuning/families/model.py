@@ -51,8 +51,8 @@ class Model:
     @classmethod
     def of_pipeline(cls, pipeline):
         """The components of an opened diffusers pipeline, to measure with: nothing is trained or saved."""
-        family = family_of(type(pipeline).__name__)
-        components = {one.name: getattr(pipeline, one.name) for one in family.components}
+        family = family_of(pipeline)
+        components = family.components_of(pipeline)
         tokenizers = {name: getattr(pipeline, folder) for name, folder in family.tokenizers.items()}
         model = cls(family, None, components, Tokenizers(tokenizers), pipeline.scheduler)
         model.denoiser.eval()

@@ -26,11 +26,11 @@ from finetuning.families.folders import (
     weights_by_variant,
     weights_files,
 )
-from finetuning.families.lora_files import DEFAULT_FAMILY, is_lora_key, is_lora_path
+from finetuning.families.lora_files import is_lora_key, is_lora_path
 from finetuning.families.model_args import ModelError
 from finetuning.families.original import OLD_VAE_ATTENTION, canonical_parts, is_original
 from finetuning.families.quiet import errors_only
-from finetuning.families.table import FAMILIES
+from finetuning.families.table import DEFAULT_FAMILY, FAMILIES
 from finetuning.families.tensors import (
     PICKLES,
     TensorReference,
