@@ -1,10 +1,14 @@
 """The table of families: a line here and one file are all that a new one needs."""
 
+from finetuning.families.deepfloyd_if import DeepFloydIF, DeepFloydIFSuperResolution
 from finetuning.families.model_args import ModelError
 from finetuning.families.stable_diffusion import StableDiffusion
 from finetuning.families.stable_diffusion_xl import StableDiffusionXL
 
-FAMILIES = {family.pipeline: family for family in (StableDiffusion(), StableDiffusionXL())}
+FAMILIES = {
+    family.pipeline: family
+    for family in (StableDiffusion(), StableDiffusionXL(), DeepFloydIF(), DeepFloydIFSuperResolution())
+}
 DEFAULT_FAMILY = next(iter(FAMILIES.values()))  # of what does not say what it belongs to
 
 

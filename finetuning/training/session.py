@@ -58,7 +58,7 @@ class Session:
 
     def encode(self, batch):
         """(latents [n, c, h, w], what else the denoiser is called with) of a batch; nothing of it is trained."""
-        return self.latents(batch), self.model.conditioning(batch)
+        return self.model.condition(batch, self.latents(batch), self.args.seed)
 
     def after(self, step):
         """What belongs after an optimizer step: log, save, evaluate."""

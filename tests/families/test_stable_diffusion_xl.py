@@ -55,7 +55,7 @@ def predictions(folder, captions=CAPTIONS):
     sizes = torch.tensor([[64, 64, 0, 0, 32, 32], [80, 48, 3, 5, 32, 32]])
     model = load_model(ModelArgs(str(folder)))
     batch = SimpleNamespace(captions=captions, tokens=model.tokenize(captions), sizes=sizes)
-    ours = model.denoiser.eval()(noisy, timesteps, **model.conditioning(batch))
+    ours = model.denoiser.eval()(noisy, timesteps, **model.condition(batch, noisy)[1])
 
     theirs = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True, add_watermarker=False)
     embeds, nothing, pooled, nothing_pooled = theirs.encode_prompt(captions, device="cpu", negative_prompt=None)
