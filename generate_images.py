@@ -22,7 +22,16 @@ from tqdm.auto import tqdm
 
 from finetuning.cli import REQUIRED, flag, run_script
 from finetuning.evaluation.grid import labelled_grid
-from finetuning.families.generation import DTYPES, generate, inference_dtype, parse_size, size_problems
+from finetuning.families.generation import (
+    DTYPES,
+    UpscalerArgs,
+    generate,
+    inference_dtype,
+    parse_size,
+    size_problems,
+    upscale,
+    upscaling_facts,
+)
 from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
 from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
 from finetuning.families.table import family_of
@@ -31,7 +40,7 @@ from finetuning.rng import torch_generator
 
 
 @dataclass
-class Args:
+class Args(UpscalerArgs):
     """Images to generate"""
 
     model: list[str] = flag(REQUIRED, "pipeline folders, Hub names or checkpoint-N folders; label=PATH names a column")
@@ -53,6 +62,9 @@ class Args:
     vae: str | None = flag(None, "another autoencoder, e.g. stabilityai/sd-vae-ft-mse")
     dtype: str | None = flag(None, "none: fp16 on a GPU, fp32 without", choices=tuple(DTYPES))
     batch_size: int = flag(4, "images generated together", min=1)
+    upscaler: str | None = flag(
+        None, "upscaler that every image goes through: a pipeline of DeepFloyd IF's kind, or a checkpoint-N of one"
+    )
     grid_scale: int = flag(160, "enlarge images in the grid to about this side, where they are smaller")
 
     def problems(self):
@@ -64,6 +76,7 @@ class Args:
             yield f"--prompts_file {self.prompts_file} has no prompts in it"
         yield from size_problems(self.size)
         inputs = [ModelSource.parse(text).path for text in [*self.model, *(self.lora or [])]]
+        inputs += [self.upscaler] if self.upscaler else []
         yield from output_problems(self.output_dir, inputs)
         for name, paths in (("model", self.model), ("lora", self.lora or [])):
             labels = [ModelSource.parse(text).label for text in paths]
@@ -126,12 +139,12 @@ def generate_all(args):
 
     # Generate
     images, records = {}, []
+    opening = {"weights": args.weights, "base": args.base, "scheduler": args.scheduler}
+    opening |= {"device": device, "dtype": dtype}
+    upscaler = open_pipeline(args.upscaler, **opening) if args.upscaler else None
     with tqdm(total=len(rows) * len(columns), unit="image") as bar:
         for source in sources:
-            pipeline = open_pipeline(
-                source.path, weights=args.weights, base=args.base, vae=args.vae, scheduler=args.scheduler,
-                device=device, dtype=dtype,
-            )  # fmt: skip
+            pipeline = open_pipeline(source.path, vae=args.vae, **opening)
             for (lora, scale), (guidance, steps) in product_of_loras(pipeline, source, loras, args, settings):
                 column = Column(source, lora, scale, guidance, steps)
                 made = generate(
@@ -139,12 +152,17 @@ def generate_all(args):
                     batch_size=args.batch_size, size=parse_size(args.size), negative_prompt=args.negative_prompt,
                     guidance_scale=guidance, num_inference_steps=steps,
                 )  # fmt: skip
+                if upscaler:
+                    seeds = [torch_generator(seed, "upscaled") for _, seed in rows]
+                    texts = [prompt for prompt, _ in rows]
+                    made = upscale(upscaler, list(made), texts, seeds, args, args.batch_size)
                 for (prompt, seed), image in zip(rows, made, strict=True):
                     file = f"{prompts.index(prompt):03d}_{file_name(prompt, seed, column, *names)}"
                     image.save(folder / file)
                     images[prompt, seed, column] = image
                     record = {"prompt": prompt, "seed": seed, **column.facts(), "weights": args.weights}
                     record |= {"scheduler": args.scheduler, "vae": args.vae, "negative_prompt": args.negative_prompt}
+                    record |= upscaling_facts(args, args.upscaler)
                     records.append(record | {"dtype": dtype_name, "size": list(image.size), "file": file})
                     bar.update()
             del pipeline  # before the next one opens

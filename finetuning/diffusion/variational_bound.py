@@ -46,6 +46,9 @@ def _steps_back(schedule, device):
 
 def _log_likelihood(original, mean, deviation):
     """Of pixels of 256 levels in [-1, 1] under a Gaussian, each level the interval around it (Ho et al., eq. 13)."""
-    below, above = (torch.special.ndtr((original - mean + side / 255) / deviation) for side in (-1, 1))
-    below, above = torch.where(original < -0.999, 0, below), torch.where(original > 0.999, 1, above)
-    return (above - below).clamp(min=1e-12).log()
+    up_to = lambda distance: 0.5 * torch.special.erfc(-distance / deviation / math.sqrt(2))  # ndtr has no tail in fp32
+    apart = (original - mean).abs()  # taken in the lower tail, where fp32 can tell two small numbers apart
+    likelihood = up_to(1 / 255 - apart) - up_to(-1 / 255 - apart)
+    likelihood = torch.where(original < -0.999, up_to(original - mean + 1 / 255), likelihood)  # the ends reach on
+    likelihood = torch.where(original > 0.999, up_to(mean - original + 1 / 255), likelihood)
+    return likelihood.clamp(min=1e-12).log()

@@ -21,6 +21,9 @@ class CandidateArgs:
 
     model: list[str] = flag(REQUIRED, "label=PATH of each model; the first is the reference", repeated=True)
     lora: list[str] | None = flag(None, "label=PATH of LoRAs, each put on the first model", repeated=True)
+    chain: list[str] | None = flag(
+        None, "label=MODEL,UPSCALER: images of a model that an upscaler enlarges", repeated=True
+    )
     images: list[str] | None = flag(
         None, "label=FOLDER of images that were made elsewhere", repeated=True, was="pictures"
     )
@@ -32,6 +35,9 @@ class CandidateArgs:
     dtype: str | None = flag(None, "none: fp16 on a GPU, fp32 without", choices=tuple(DTYPES))
 
     def problems(self):
+        if halves := [text for text in self.chain or [] if text.count(",") != 1]:
+            yield f"--chain {halves[0]} must be label=MODEL,UPSCALER"
+            return
         labels = [one.label for one in [*self.candidates, *self.ready]]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             yield f"two models would be called {', '.join(twice)}: name them, --model label=PATH"
@@ -44,7 +50,9 @@ class CandidateArgs:
         models = [Candidate(one.label, one.path) for one in map(ModelSource.parse, self.model)]
         loras = [replace(models[0], label=one.label, lora=one.path) for one in map(ModelSource.parse, self.lora or [])]
         floor = [replace(models[0], label=f"{models[0].label}, seed {self.seed + 1}", is_noise_floor=True)]
-        return models + loras + floor * self.noise_floor
+        chains = [(one.label, *one.path.split(",")) for one in map(ModelSource.parse, self.chain or [])]
+        chains = [Candidate(label, path, upscaler=upscaler) for label, path, upscaler in chains]
+        return models + loras + chains + floor * self.noise_floor
 
     @property
     def ready(self):
@@ -59,29 +67,37 @@ class Candidate:
     label: str
     path: str
     lora: str | None = None
+    upscaler: str | None = None
     is_noise_floor: bool = False
 
     @property
     def source(self):
         """What it is, for the report."""
+        if self.upscaler:
+            return f"{self.path}, enlarged by {self.upscaler}"
         return self.path if self.lora is None else f"{self.path} with {self.lora}"
 
     @property
     def run(self):
         """The folder that it lies in, with the other steps or ratios."""
-        return Path(self.lora or self.path).parent
+        return Path(self._last).parent
 
     @property
     def step(self):
         """N of a checkpoint-N, of a model or a LoRA; or None."""
-        found = re.fullmatch(r"checkpoint-(\d+)", Path(self.lora or self.path).name)
+        found = re.fullmatch(r"checkpoint-(\d+)", Path(self._last).name)
         return int(found[1]) if found else None
+
+    @property
+    def _last(self):
+        """What its images come from last."""
+        return self.upscaler or self.lora or self.path
 
     @property
     def ratio(self):
         """The ratio that merge_checkpoints.py made the model at, or None."""
         recipe = Path(self.path) / "merge.json"
-        if self.lora or not recipe.is_file():
+        if self._last != self.path or not recipe.is_file():
             return None
         ratios = json.loads(recipe.read_text(encoding="utf-8")).get("ratio", [])
         return ratios[0] if len(ratios) == 1 else None
@@ -104,22 +120,22 @@ def generate_all(args, rows, general, device, dtype):
     made, images = Generated(), Path(args.output_dir) / "images"
     folders = file_names([one.label for one in args.candidates])
     for one in args.candidates:
-        pipeline = open_pipeline(
-            one.path, weights=args.weights, base=args.base, vae=args.vae, scheduler=args.scheduler, device=device,
-            dtype=dtype,
-        )  # fmt: skip
+        options = {"weights": args.weights, "base": args.base, "scheduler": args.scheduler}
+        options |= {"device": device, "dtype": dtype}
+        pipeline = open_pipeline(one.path, vae=args.vae, **options)
+        upscaler = open_pipeline(one.upscaler, **options) if one.upscaler else None
         settings = replace(args, seed=args.seed + one.is_noise_floor)
-        how = {"name": one.path, "lora": one.lora, "weights": args.weights}
+        how = {"name": one.path, "lora": one.lora, "weights": args.weights, "upscaler": upscaler}
         folder = images / folders[one.label]
         made.dataset[one.label] = generate_rows(pipeline, rows, folder / "dataset", settings, **how)
         if general:
             made.general[one.label] = generate_rows(pipeline, general, folder / "general", settings, **how)
-        if args.retain_dataset and not one.is_noise_floor:
+        if args.retain_dataset and not (one.is_noise_floor or upscaler):
             adapter = read_lora(one.lora, adaptable_components(pipeline), args.weights) if one.lora else None
             with with_lora(pipeline, adapter, args.lora_scale):
                 for kind, losses in _losses(pipeline, args).items():
                     made.losses[kind][one.label] = losses
-        del pipeline  # or the next is opened beside it
+        del pipeline, upscaler  # or the next is opened beside it
     return made
 
 

@@ -35,7 +35,14 @@ from finetuning.data.reading import (
 )
 from finetuning.evaluation.denoising import chosen_rows
 from finetuning.evaluation.metrics import EvaluationError
-from finetuning.families.generation import generate, parse_size, size_problems
+from finetuning.families.generation import (
+    UpscalerArgs,
+    generate,
+    parse_size,
+    size_problems,
+    upscale,
+    upscaling_facts,
+)
 from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
 from finetuning.families.pipelines import SCHEDULERS
 from finetuning.families.table import family_of
@@ -60,7 +67,7 @@ class Row:
 
 
 @dataclass
-class GenerationArgs:
+class GenerationArgs(UpscalerArgs):
     """Generating the images"""
 
     guidance_scale: float = flag(7.5, "classifier-free guidance scale; 1 is none")
@@ -168,13 +175,16 @@ def _open_all(places, findings):
 # -- generating ----------------------------------------------------------------------------------------------------
 
 
-def generate_rows(pipeline, rows, folder, args, *, name, lora=None, weights="ema", say=tqdm.write):
+def generate_rows(
+    pipeline, rows, folder, args, *, name, lora=None, weights="ema", upscaler=None, say=tqdm.write
+):  # fmt: skip
     """A PNG for each row in `folder`, {row number: path}; images of these settings that are there stay.
 
     pipeline  is used as it is: with its scheduler, on its device, in its dtype
     args      GenerationArgs
     name      of the model, for messages and settings.json
     lora      what read_lora reads, with `weights`, at args.lora_scale
+    upscaler  a pipeline that enlarges the images, or None
 
     Raises EvaluationError where the folder holds images of other settings or of somebody else; ModelError where a LoRA
     cannot be opened, or an image has values that are not finite.
@@ -182,6 +192,7 @@ def generate_rows(pipeline, rows, folder, args, *, name, lora=None, weights="ema
     folder = Path(folder)
     adapter = read_lora(lora, adaptable_components(pipeline), weights) if lora else None
     settings = _settings(pipeline, adapter, args) | {"model": str(name), "lora": str(lora) if lora else None}
+    settings |= upscaling_facts(args, upscaler and _settings(upscaler, None, args))
     note = adapter and adapter.note_on_base(name, settings[f"{family_of(pipeline).denoiser}_sha256"])
     if note and settings["dtype"] != "bfloat16":  # which rounds the base
         say(note)
@@ -194,6 +205,10 @@ def generate_rows(pipeline, rows, folder, args, *, name, lora=None, weights="ema
             missing = {row.number for row in part if not _is_whole(paths[row.number])}
             # A batch is generated whole: with another number of rows it may round otherwise
             images = _generated(pipeline, part, settings["seed"], options) if missing else [None] * len(part)
+            if upscaler and missing:
+                seeds = [torch_generator(settings["seed"], "upscaled", row.number) for row in part]
+                texts = [row.caption for row in part]
+                images = list(upscale(upscaler, list(images), texts, seeds, args, args.batch_size))
             for row, image in zip(part, images, strict=True):
                 if row.number in missing:
                     with atomic_file(paths[row.number]) as temporary:

@@ -2,29 +2,74 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from finetuning.cli import flag, flags_of
 from finetuning.families.model_args import ModelError
+from finetuning.families.table import family_of
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+NEEDS = ("upscaler", "chain")  # flags that name one
 
 
-def generate(pipeline, prompts: Sequence[str], generators, *, batch_size, size=None, **options):
+@dataclass
+class UpscalerArgs:
+    """Upscaling"""
+
+    upscaler_steps: int = flag(50, "sampling steps of the upscaler", min=1, requires=NEEDS)
+    upscaler_guidance_scale: float = flag(1.0, "guidance scale of the upscaler; 1 is none", requires=NEEDS)
+    upscaler_noise_level: int = flag(
+        50, "timestep up to which the small image is noised: a higher one lets the upscaler invent more", min=0,
+        max=999, requires=NEEDS,
+    )  # fmt: skip
+    upsample_temperature: float = flag(
+        1.0, "the upscaler starts from noise this times as strong; GLIDE takes 0.997", above=0, requires=NEEDS
+    )
+
+
+def upscaling_facts(args, upscaler):
+    """What the facts of an image say of its upscaler, which is named; nothing without one."""
+    return {"upscaler": upscaler} | {name: getattr(args, name) for name in flags_of(UpscalerArgs)} if upscaler else {}
+
+
+def upscale(pipeline, images, prompts, generators, args: UpscalerArgs, batch_size):
+    """Yield the PIL images of an upscaler's pipeline, whose longer side is the one that it was made for.
+
+    images, prompts, generators  lists as long as each other; the images of one size
+    """
+    width, height = images[0].size
+    factor = family_of(pipeline).side(family_of(pipeline).components_of(pipeline)) / max(width, height)
+    pipeline.scheduler.init_noise_sigma = args.upsample_temperature
+    yield from generate(
+        pipeline, prompts, generators, images=images, batch_size=batch_size,
+        size=(round(height * factor), round(width * factor)), num_inference_steps=args.upscaler_steps,
+        guidance_scale=args.upscaler_guidance_scale, noise_level=args.upscaler_noise_level,
+    )  # fmt: skip
+
+
+def generate(pipeline, prompts: Sequence[str], generators, *, batch_size, size=None, images=None, **options):
     """Yield a PIL image for each prompt, in order.
 
     generators  a torch.Generator for each prompt: the same one gives the same starting noise whatever the batch size
     size        (height, width) in pixels; none: the pipeline's own
+    images      what an upscaler enlarges, a PIL image for each prompt
     options     the pipeline's: num_inference_steps, guidance_scale, ...; a negative_prompt is one text for all
 
     Raises ModelError where an image has a value that is not a finite number, which would be shown as black.
     """
-    generators = list(generators)
+    family, generators = family_of(pipeline), list(generators)
+    if family.needs_image and images is None:
+        raise ModelError(f"a {family.pipeline} enlarges images and makes none: name it as the --upscaler of a model")
+    options |= family.call_options
     sides = dict(zip(("height", "width"), size or (), strict=False))
     negative = options.pop("negative_prompt", None)
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
+        if images is not None:
+            options["image"] = images[start : start + batch_size]
         if negative:
             options["negative_prompt"] = [negative] * len(batch)
         values = pipeline(

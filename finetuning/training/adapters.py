@@ -40,6 +40,8 @@ def add_adapters(args: LoraArgs, model, run):
     The adapters are fp32 whatever the base's precision, so a gradient scaler finds nothing in fp16 to unscale.
     """
     adaptable = {one.name: model.components[one.name] for one in model.family.adaptable}
+    if problems := list(_family_problems(args, model)):
+        raise ModelError("\n".join(problems))
     layout = Layout(args, model.family, model.trained_modules)
     start = (
         read_lora(args.init_lora, adaptable, cache_dir=args.cache_dir, family=model.family) if args.init_lora else None
@@ -214,6 +216,15 @@ class AdaptedModel(Model):
 
     def _base_facts(self):
         return {"base_model": self.base.name, "base_model_hash": self.base.hash}
+
+
+def _family_problems(args, model):
+    """What a model's family has no adapters or files for, as text."""
+    without = [name for name in model.trained if not model.family.by_name[name].lora_prefix]
+    if without:
+        yield f"--train_text_encoder: LoRAs of a {model.family.pipeline} have no {', '.join(without)}: leave it out"
+    if args.save_kohya and not all(one.kohya_prefix for one in model.family.adaptable):
+        yield f"--save_kohya: sd-scripts has no file for a {model.family.pipeline}: leave it out"
 
 
 def _precision_problems(args, run):

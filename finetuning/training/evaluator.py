@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from finetuning.cli import flag
+from finetuning.data.images import open_rgb
 from finetuning.data.reading import SPLIT_NAMES
 from finetuning.evaluation.checkers import load_checker
 from finetuning.evaluation.denoising import chosen_rows, load_rows, row_losses
@@ -38,6 +39,10 @@ class ValidationArgs:
     validation_prompts: list[str] | None = flag(
         None, "prompts of images that are generated with fixed seeds, by the base first (step 0)", affects_result=False
     )
+    validation_image: list[str] | None = flag(
+        None, "for an upscaler: the small image of each validation prompt", requires=("validation_prompts",
+        "validation_prompt"), affects_result=False,
+    )  # fmt: skip
     validation_prompt: str | None = flag(None, "one prompt more, as in diffusers' LoRA script", affects_result=False)
     num_validation_images: int = flag(1, "images per prompt; 0: none", min=0, affects_result=False)
     validation_epochs: int = flag(
@@ -56,6 +61,11 @@ class ValidationArgs:
     validation_loss_rows: int = flag(
         256, "rows for the validation loss, at most; 0: no validation loss", min=0, affects_result=False
     )
+
+    def problems(self):
+        for path in self.validation_image or []:
+            if not Path(path).is_file():
+                yield f"--validation_image {path}: there is no such file"
 
     @property
     def prompts(self):
@@ -212,8 +222,9 @@ class Evaluator:
         ).tolist()  # fmt: skip
         return self.run.shared(rows, compute)
 
-    def images_of(self, prompts, purpose):
-        """A PIL image of each prompt, always from the same noise; the processes share them out.
+    def images_of(self, prompts, purpose, small=None):
+        """A PIL image of each prompt, always from the same noise; the processes share them out. `small` are the
+        images that an upscaler enlarges.
 
         Raises ModelError, on every process alike, where one has values that are not finite.
         """
@@ -224,7 +235,8 @@ class Evaluator:
             with self.model.pipeline() as pipeline, self.run.autocast():
                 images = generate(
                     pipeline, [prompt for _, prompt in own], generators, batch_size=args.train_batch_size,
-                    size=args.size, num_inference_steps=args.validation_inference_steps,
+                    images=small and [small[number] for number, _ in own], size=args.size,
+                    num_inference_steps=args.validation_inference_steps,
                     guidance_scale=args.validation_guidance_scale,
                 )  # fmt: skip
                 try:
@@ -291,7 +303,8 @@ class Evaluator:
     def _validation_images(self, step):
         count, prompts = self.args.num_validation_images, self.args.prompts
         try:
-            images = self.images_of([prompt for prompt in prompts for _ in range(count)], "validation picture")
+            small = [open_rgb(path) for path in self.args.validation_image or [] for _ in range(count)]
+            images = self.images_of([prompt for prompt in prompts for _ in range(count)], "validation picture", small)
         except ModelError as error:  # an autoencoder that overflows in fp16, say: the training itself is sound
             self.run.say(f"step {step}: no validation images: {error}")
             return

@@ -31,6 +31,11 @@ def check_before_start(args, run, model, data):
             f"--dream_training works with epsilon, and this model predicts {model.scheduler.config.prediction_type}: "
             "leave the flag out"
         )
+    if args.dream_training and model.learns_variance:
+        problems.append("--dream_training knows nothing of a variance, which this model learns: leave the flag out")
+    if args.vlb_weight and not model.learns_variance:
+        problems.append(f"--vlb_weight {args.vlb_weight} does nothing: this model does not learn its variance")
+    problems += _upscaler_problems(args, model)
     trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
     optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
     needed = trained * (4 + STATE_BYTES[optimizer] + 4 * args.use_ema)
@@ -73,6 +78,21 @@ def check_before_start(args, run, model, data):
             f"{kept} checkpoints would fill the disk ({kept * needed / 1e9:.0f} GB of {free / 1e9:.0f} GB free): "
             "--checkpoints_total_limit 3 keeps the newest three"
         )
+
+
+def _upscaler_problems(args, model):
+    """What cannot be generated while an upscaler is trained, and flags that only go with one, as text."""
+    prompts, images = len(args.prompts), len(args.validation_image or [])
+    if not model.family.needs_image:
+        if args.patch_size or images:
+            yield f"--patch_size and --validation_image are for upscalers, and this is a {model.family.pipeline}"
+    elif images != prompts:
+        yield (
+            f"an upscaler enlarges images: give --validation_image for each of the {prompts} validation prompts, or "
+            "leave the prompts out"
+        )
+    if model.family.needs_image and args.evaluate_every and args.evaluate_with != "loss":
+        yield f"--evaluate_with {args.evaluate_with} generates from prompts alone, which an upscaler cannot: take loss"
 
 
 def set_up_kernels(args, run, model):

@@ -13,10 +13,11 @@ from finetuning.data.captions import CaptionArgs
 from finetuning.data.training_set import DataArgs
 from finetuning.diffusion.objective import NoiseArgs
 from finetuning.families.model import load_model
-from finetuning.families.model_args import ModelArgs, ModelError
+from finetuning.families.model_args import ModelArgs, ModelError, UpscalingArgs
 from finetuning.training import preflight
 from finetuning.training.checkpoint import CheckpointArgs
 from finetuning.training.ema import EMAArgs, build_ema
+from finetuning.training.evaluator import RetentionArgs, ValidationArgs
 from finetuning.training.optim import OptimArgs, build_optimizer
 from finetuning.training.preflight import _probe_xformers, check_before_start, set_up_kernels
 from finetuning.training.run import RunArgs
@@ -25,7 +26,10 @@ FLAG = "--enable_xformers_memory_efficient_attention"
 
 
 @dataclass
-class Args(RunArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, BucketArgs, CaptionArgs, DataArgs, ModelArgs):
+class Args(
+    RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, BucketArgs, CaptionArgs,
+    DataArgs, UpscalingArgs, ModelArgs,
+):  # fmt: skip
     """The flags of a training script, as far as they are looked at here."""
 
 

@@ -1,0 +1,218 @@
+"""Pixel-space models: DeepFloyd IF's base and upscaler of random weights go through everything that a run does."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+import evaluate_model
+import generate_images
+from finetuning.families.deepfloyd_if import downscaled
+from finetuning.families.generation import UpscalerArgs, generate, upscale
+from finetuning.families.model import load_model
+from finetuning.families.model_args import ModelArgs, ModelError, UpscalingArgs
+from finetuning.families.pipelines import SCHEDULERS, open_pipeline
+from models import pixel_start
+
+TINY = {"block_out_channels": (8, 16), "attention_head_dim": 4, "norm_num_groups": 4, "sample_size": 16}
+TEXT = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 16}
+KINDS = {"base": ("mini-if", IFPipeline), "upscaler": ("mini-x4", IFSuperResolutionPipeline)}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{kind: folder of a pipeline of random weights}. Never write to them."""
+    made = {}
+    for kind, (preset, _) in KINDS.items():
+        made[kind] = tmp_path_factory.mktemp(kind)
+        side = {"upscaler": 32, "base": 16}[kind]
+        pixel_start.make(made[kind], preset, TINY | {"sample_size": side}, TEXT)
+    return made
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def folder(folders, kind):
+    return folders[kind]
+
+
+def batch_of(captions, model):
+    return SimpleNamespace(
+        captions=captions, tokens=model.tokenize(captions), step=3, rows=list(range(len(captions))),
+        sizes=torch.zeros(len(captions), 6),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("captions", [["A Red circle ", "a blue square"], ["a red circle", ""]], ids=["case", "empty"])
+def test_its_prediction_is_the_pipelines_own(folder, kind, captions):
+    model = load_model(ModelArgs(str(folder)))
+    theirs = KINDS[kind][1].from_pretrained(folder, use_safetensors=True)
+    embeds, _ = theirs.encode_prompt(captions, device="cpu", do_classifier_free_guidance=False, clean_caption=False)
+    images, timesteps = torch.randn(2, 3, 16, 16).clamp(-1, 1), torch.tensor([200, 700])
+    latents, conditioning = model.condition(batch_of(captions, model), images, seed=1)
+    ours = model.denoiser.eval()(latents, timesteps, **conditioning)
+    extra = {}
+    if kind == "upscaler":
+        low, level = (conditioning["extras"][name] for name in ("low_resolution", "noise_level"))
+        images, extra = torch.cat([images, low], 1), {"class_labels": level}
+    assert torch.equal(ours, theirs.unet(images, timesteps, embeds, return_dict=False, **extra)[0])
+
+
+def test_the_small_image_is_that_of_the_pipeline_and_a_patch_is_cut_from_the_whole(folders):
+    model = load_model(ModelArgs(str(folders["upscaler"])))
+    images, batch = torch.rand(2, 3, 32, 32) * 2 - 1, batch_of(["", ""], model)
+    model.conditioning_args = UpscalingArgs(max_noise_level=0)
+    whole, conditioning = model.condition(batch, images)
+    theirs = F.interpolate(downscaled(images, 4), (32, 32), mode="bilinear", align_corners=True)
+    noisy = conditioning["extras"]["low_resolution"]
+    assert whole is images and conditioning["extras"]["noise_level"].tolist() == [0, 0]
+    assert torch.allclose(noisy, theirs, atol=0.1) and not torch.equal(noisy, theirs)  # the noise of timestep 0
+
+    model.conditioning_args = UpscalingArgs(max_noise_level=0, patch_size=16)
+    patches, conditioning = model.condition(batch, images)
+    for row, patch in enumerate(patches):
+        places = [
+            (top, left) for top in range(17) for left in range(17)
+            if torch.equal(images[row, :, top : top + 16, left : left + 16], patch)
+        ]  # fmt: skip
+        ((top, left),) = places
+        small = conditioning["extras"]["low_resolution"][row]
+        assert torch.allclose(small, theirs[row, :, top : top + 16, left : left + 16], atol=0.1)
+
+
+def test_noise_levels_reach_from_nothing_to_the_most(folders):
+    model = load_model(ModelArgs(str(folders["upscaler"])))
+    model.conditioning_args = UpscalingArgs(max_noise_level=3)
+    batch = batch_of([""] * 200, model)
+    levels = model.condition(batch, torch.zeros(200, 3, 8, 8))[1]["extras"]["noise_level"]
+    assert sorted(set(levels.tolist())) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("flags", ["", "--train_text_encoder"], ids=["unet", "all"])
+def test_it_is_trained_saved_resumed_and_handed_over(script, training, kind, folder, shapes_folder, tmp_path, flags):
+    if script == "train_lora" and flags:
+        pytest.skip("a T5 takes no adapters")
+    words = f"""
+        --pretrained_model_name_or_path {folder} --train_data_dir {shapes_folder} --resolution 32 --seed 3
+        --train_batch_size 2 --max_train_steps 2 --checkpointing_steps 1 --use_ema --proportion_empty_prompts 0.3
+        --random_flip --learning_rate 1e-2 --validation_epochs 0 --report_to none --lr_warmup_steps 0 {flags}
+    """.split()
+    if kind == "upscaler":
+        words += ["--patch_size", "16"]
+    straight, resumed = tmp_path / "straight/run", tmp_path / "resumed/run"
+    assert training.run(script, words, straight) == 0
+    assert training.run(script, words, resumed, "--resume_from_checkpoint", straight / "checkpoint-1") == 0
+    assert training.state(resumed, 2)[:2] == training.state(straight, 2)[:2]
+    if script == "train_lora":
+        assert load_file(straight / "pytorch_lora_weights.safetensors")
+        return
+    before, after = (KINDS[kind][1].from_pretrained(one, use_safetensors=True) for one in (folder, straight))
+    changed = lambda part: (
+        not all(
+            torch.equal(*pair)
+            for pair in zip(getattr(before, part).parameters(), getattr(after, part).parameters(), strict=True)
+        )
+    )
+    assert changed("unet") and changed("text_encoder") is bool(flags)
+
+
+def test_the_text_encoder_of_a_lora_run_is_refused(training, folders, shapes_folder, tmp_path, capsys):
+    words = f"--pretrained_model_name_or_path {folders['base']} --train_data_dir {shapes_folder} --resolution 16"
+    assert training.run("train_lora", words.split(), tmp_path / "run", "--train_text_encoder", "--save_kohya") == 1
+    error = capsys.readouterr().err
+    assert "--train_text_encoder" in error and "--save_kohya" in error
+
+
+@pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
+def test_every_sampler_generates(folder, kind, scheduler):
+    if kind == "upscaler" and scheduler in ("euler", "euler_a"):
+        with pytest.raises(ModelError, match="Euler"):
+            open_pipeline(folder, scheduler=scheduler)
+        return
+    pipeline = open_pipeline(folder, scheduler=scheduler)
+    generators = [torch.Generator().manual_seed(0)]
+    if kind == "base":
+        (image,) = generate(pipeline, ["a red circle"], generators, batch_size=1, num_inference_steps=3)
+        assert image.size == (16, 16)
+        with pytest.raises(ModelError, match="finite"):
+            pipeline.unet.conv_in.weight.data.fill_(float("nan"))
+            list(generate(pipeline, ["a red circle"], generators, batch_size=1, num_inference_steps=2))
+        return
+    small = [Image.new("RGB", (8, 4), "red")]
+    args = UpscalerArgs(upscaler_steps=3, upscaler_guidance_scale=2.0, upsample_temperature=0.997)
+    (image,) = upscale(pipeline, small, ["a red circle"], generators, args, 1)
+    assert image.size == (32, 16)
+
+
+def test_an_upscaler_alone_generates_nothing(folders, tmp_path, capsys):
+    words = ["--model", str(folders["upscaler"]), "--prompt", "x", "--output_dir", str(tmp_path / "out")]
+    assert generate_images.main(words) == 1
+    assert "--upscaler" in capsys.readouterr().err
+
+
+def broken(folder, target, **settings):
+    """A copy of a pipeline whose UNet has other settings."""
+    model = KINDS["upscaler"][1].from_pretrained(folder)
+    model.unet = type(model.unet).from_config(copy.deepcopy(dict(model.unet.config)) | settings)
+    model.save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize(
+    "settings, why",
+    [({"class_embed_type": None}, "class_embed_type"), ({"in_channels": 3}, "6 channels"), ({"out_channels": 3}, "6")],
+)
+def test_an_upscaler_that_would_be_told_nothing_is_refused(folders, tmp_path, settings, why):
+    with pytest.raises(ModelError, match=why):
+        load_model(ModelArgs(str(broken(folders["upscaler"], tmp_path / "model", **settings))))
+
+
+def test_the_thresholding_of_the_start_is_the_clip_of_glide(folders):
+    scheduler = DDPMScheduler.from_pretrained(folders["base"] / "scheduler")
+    sample = torch.randn(2, 3, 8, 8) * 3
+    assert torch.equal(scheduler._threshold_sample(sample), sample.clamp(-1, 1))
+
+
+# -- the chain -------------------------------------------------------------------------------------------------------
+
+
+def test_every_image_goes_through_the_upscaler(folders, tmp_path, capsys):
+    words = f"--model {folders['base']} --num_inference_steps 2 --seed 0 1 --batch_size 2 --prompt star".split()
+    small, large = tmp_path / "small", tmp_path / "large"
+    assert generate_images.main([*words, "--output_dir", str(small)]) == 0
+    words += f"--upscaler {folders['upscaler']} --upscaler_steps 2 --upsample_temperature 0.997".split()
+    assert generate_images.main([*words, "--output_dir", str(large)]) == 0
+    before, after = (json.loads((folder / "images.json").read_text()) for folder in (small, large))
+    assert [one["size"] for one in before + after] == [[16, 16]] * 2 + [[32, 32]] * 2
+    assert "upscaler" not in before[0] and after[0]["upsample_temperature"] == 0.997
+    with pytest.raises(SystemExit):
+        generate_images.main([*words[:2], "--prompt", "star", "--upscaler_steps", "2", "--output_dir", "x"])
+    assert "--upscaler_steps does nothing without --upscaler" in capsys.readouterr().err
+
+
+def test_a_chain_is_evaluated_beside_its_base_at_both_sizes(folders, shapes_folder, tmp_path):
+    words = f"""
+        --dataset {shapes_folder} --split validation --max_rows 2 --model base={folders["base"]} --no-noise_floor
+        --chain chained={folders["base"]},{folders["upscaler"]} --checker finetuning.shapes.checker --upscaler_steps 2
+        --num_inference_steps 2 --general_prompts none --metrics shapes --resolutions 16 32
+        --output_dir {tmp_path / "report"}
+    """.split()
+    assert evaluate_model.main(words) == 0
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert {side: list(found) for side, found in report["summary"]["shapes"].items()} == {
+        "16": ["base", "chained"], "32": ["base", "chained"],
+    }  # fmt: skip
+    assert report["models"][1]["source"] == f"{folders['base']}, enlarged by {folders['upscaler']}"
+    sizes = {label: Image.open(tmp_path / "report" / path).size for label, path in report["rows"][0]["images"].items()}
+    assert sizes == {"base": (16, 16), "chained": (32, 32)}
