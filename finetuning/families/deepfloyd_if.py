@@ -45,8 +45,8 @@ class DeepFloydIF(Family):
         return denoiser(noisy, timesteps, text["prompt_embeds"], return_dict=False)[0]
 
     def check_scheduler(self, scheduler):
-        """Two samplers can use the learned variance; for the others its channels are cut off."""
-        if type(scheduler).__name__ not in ("DDPMScheduler", "DPMSolverMultistepScheduler"):
+        """DDPM alone samples with the learned variance; for the others the pipeline cuts its channels off."""
+        if type(scheduler).__name__ != "DDPMScheduler":
             scheduler.register_to_config(variance_type="fixed_small")
 
     def problems(self, components):

@@ -127,6 +127,7 @@ class Model:
         was_training = self.denoiser.training
         self.denoiser.eval()
         sampler = diffusers.DPMSolverMultistepScheduler.from_config(self.scheduler.config)
+        self.family.check_scheduler(sampler)
         try:
             schedulers = {"scheduler": sampler, **self.other_schedulers}
             yield self.family.assemble(self.components, self.tokenize.tokenizers, schedulers, self.settings)

@@ -31,8 +31,8 @@ def folders(tmp_path_factory):
     made = {}
     for kind, (preset, _) in KINDS.items():
         made[kind] = tmp_path_factory.mktemp(kind)
-        side = {"upscaler": 32, "base": 16}[kind]
-        pixel_start.make(made[kind], preset, TINY | {"sample_size": side}, TEXT)
+        side, predicts = {"upscaler": (32, "v_prediction"), "base": (16, "epsilon")}[kind]
+        pixel_start.make(made[kind], preset, TINY | {"sample_size": side}, TEXT, predicts)
     return made
 
 
