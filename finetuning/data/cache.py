@@ -211,16 +211,17 @@ class Cached:
     @cached_property
     def missing(self):
         """[numbers in `wanted`] that are not on disk. The main process looks, so that all agree."""
-        return self.run.gathered([self._look()] if self.run.is_main else [])[0]
+        wanted = self.wanted  # on all processes, which share the hashing out
+        return self.run.gathered([self._look(wanted)] if self.run.is_main else [])[0]
 
-    def _look(self):
+    def _look(self, wanted):
         store = TensorStore(self.folder)
-        if broken := store.damage(self.wanted):
+        if broken := store.damage(wanted):
             for path, reason in broken.items():
                 self.run.say(f"cache: {path} is broken ({reason}): deleted, and what it held is encoded again")
                 path.unlink(missing_ok=True)
             store = TensorStore(self.folder)
-        return np.flatnonzero(store.find(self.wanted) < 0).tolist()
+        return np.flatnonzero(store.find(wanted) < 0).tolist()
 
     @property
     def bytes_needed(self):
