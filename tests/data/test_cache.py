@@ -379,7 +379,7 @@ def test_what_is_read_stays_on_disk_and_tensors_are_counted_by_files_not_by_imag
     assert tensors_held() - tensors < 10
 
 
-# -- what leaves the device, and what is cached at all -------------------------------------------------------------------
+# -- what leaves the device, and what is cached at all -----------------------------------------------------------------
 
 
 def test_what_has_nothing_to_do_leaves_the_device_and_comes_back_to_generate(load, encoder_of, model, monkeypatch):
