@@ -47,11 +47,12 @@ datasets: $(VENV)/.ready
 	$(PYTHON) -m finetuning.shapes.write_dataset --output datasets/chalk --style chalk --train 600 --validation 64 --leave_out cross star
 	$(PYTHON) -c "from finetuning.shapes.scenes import single_scenes as all_of; [print(one.caption) for one in all_of(('cross', 'star')) if one.is_held_out]" > datasets/left_out_of_chalk.txt
 
-# uv fetches and links the packages in seconds where pip alone takes minutes; what it installs is the same.
+# uv fetches and links the packages in seconds where pip alone takes minutes; what it installs is the same. Compiled once
+# here, or every start of a script compiles some 4,000 files where Python may not write them (PYTHONDONTWRITEBYTECODE).
 $(VENV)/.ready: requirements.txt
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check uv
-	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) -r requirements.txt
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(PYTHON) -r requirements.txt
 	touch $@
 
 clean:

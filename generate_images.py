@@ -25,6 +25,7 @@ from finetuning.evaluation.grid import labelled_grid
 from finetuning.families.generation import DTYPES, generate, inference_dtype, parse_size, size_problems
 from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
 from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
+from finetuning.families.table import family_of
 from finetuning.files import file_names, output_problems, write_json
 from finetuning.rng import torch_generator
 
@@ -161,7 +162,7 @@ def product_of_loras(pipeline, source, loras, args, settings):
     if not loras:
         yield from product([(None, None)], settings)
         return
-    base_hash = weights_hash(pipeline.unet)
+    base_hash = weights_hash(getattr(pipeline, family_of(pipeline).denoiser))
     for lora in loras:
         found = read_lora(lora.path, adaptable_components(pipeline), args.weights)
         if (note := found.note_on_base(source.path, base_hash)) and args.dtype != "bf16":  # which rounds the base

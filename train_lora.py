@@ -28,7 +28,7 @@ from finetuning.data.training_set import DataArgs
 from finetuning.diffusion.objective import NoiseArgs, diffusion_loss, draw_noise
 from finetuning.families.lora_files import DIFFUSERS_NAME
 from finetuning.families.model import load_model
-from finetuning.families.model_args import ModelArgs
+from finetuning.families.model_args import ModelArgs, UpscalingArgs
 from finetuning.training.adapters import add_adapters
 from finetuning.training.checkpoint import CheckpointArgs
 from finetuning.training.ema import EMAArgs, build_ema
@@ -43,7 +43,7 @@ from finetuning.training.session import Session
 @dataclass
 class Args(
     RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, CacheArgs,
-    BucketArgs, CaptionArgs, StreamArgs, DataArgs, LoraArgs, ModelArgs,
+    BucketArgs, CaptionArgs, StreamArgs, DataArgs, UpscalingArgs, LoraArgs, ModelArgs,
 ):  # fmt: skip
     """Every flag, group by group; here those whose defaults differ, as in diffusers' LoRA script."""
 

@@ -26,7 +26,7 @@ from finetuning.data.streams import StreamArgs
 from finetuning.data.training_set import DataArgs
 from finetuning.diffusion.objective import NoiseArgs, diffusion_loss, draw_noise
 from finetuning.families.model import load_model
-from finetuning.families.model_args import ModelArgs, StartArgs
+from finetuning.families.model_args import ModelArgs, StartArgs, UpscalingArgs
 from finetuning.training.checkpoint import CheckpointArgs
 from finetuning.training.ema import EMAArgs, build_ema
 from finetuning.training.evaluator import RetentionArgs, ValidationArgs
@@ -39,7 +39,7 @@ from finetuning.training.session import Session
 @dataclass
 class Args(
     RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, CacheArgs,
-    BucketArgs, CaptionArgs, StreamArgs, DataArgs, StartArgs, ModelArgs,
+    BucketArgs, CaptionArgs, StreamArgs, DataArgs, UpscalingArgs, StartArgs, ModelArgs,
 ):  # fmt: skip
     """Every flag, group by group."""
 

@@ -1,9 +1,11 @@
-"""The untrained Stable Diffusion that models/mini-sd is trained from: layout, tokenizer, random text encoder.
+"""Untrained models to start from: the Stable Diffusion of models/mini-sd, and pixel-space models in GLIDE's sizes.
 
     python -m models.make_start --vae build/mini-sd/vae --output_dir build/mini-sd/start
+    python -m models.make_start --preset miniglide --output_dir build/miniglide
 
-Reads the trained autoencoder. Writes a diffusers pipeline folder whose UNet and text encoder still know nothing;
-train_text_to_image.py --from_scratch --train_text_encoder trains both.
+Writes a diffusers pipeline folder whose denoiser and text encoder still know nothing (the autoencoder is the trained
+one of --vae); train_text_to_image.py --train_text_encoder trains both. The pixel-space presets stand in
+pixel_start.py; --unet and --text change single settings of them, as YAML.
 """
 
 import argparse
@@ -11,13 +13,16 @@ import shutil
 from pathlib import Path
 
 import torch
+import yaml
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from finetuning.diffusion.objective import PREDICTION_TYPES
 from finetuning.files import write_json
 from finetuning.shapes import scenes
+from models import pixel_start
 
 TOKENS = 32
 TEXT_WIDTH = 128
@@ -53,9 +58,22 @@ def vocabulary():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--preset", choices=("mini-sd", *pixel_start.PRESETS), default="mini-sd")
+    parser.add_argument("--vae", type=Path, help="the trained autoencoder, for mini-sd")
+    parser.add_argument("--unet", type=yaml.safe_load, help="settings of the UNet that a pixel-space preset changes")
+    parser.add_argument("--text", type=yaml.safe_load, help="settings of the text encoder, likewise")
+    parser.add_argument(
+        "--prediction_type", choices=PREDICTION_TYPES, default="epsilon", help="of a pixel-space preset"
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
+    if args.preset != "mini-sd":
+        counts = pixel_start.make(args.output_dir, args.preset, args.unet, args.text, args.prediction_type)
+        for name, count in counts.items():
+            print(f"{name}: {count:,} parameters")
+        return
+    if args.vae is None:
+        parser.error("--preset mini-sd needs --vae")
 
     entries, merges = vocabulary()
     tokenizer = args.output_dir / "tokenizer"

@@ -27,6 +27,7 @@ from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.training_set import DataArgs, load_images
 from finetuning.families.family import Tokenizers
+from finetuning.families.table import DEFAULT_FAMILY
 from finetuning.families.opening import open_tokenizer
 
 @dataclass
@@ -36,7 +37,7 @@ def resident(name):
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(lines[name].split()[0]) / 1024
 
-tokenize = Tokenizers({"text_encoder": open_tokenizer("models/mini-sd/tokenizer")})
+tokenize = Tokenizers({"text_encoder": open_tokenizer("models/mini-sd/tokenizer")}, DEFAULT_FAMILY)
 before = resident("VmRSS")
 start = time.perf_counter()
 training, _ = load_images(Args(train_data_dir=sys.argv[1], resolution="64", check_images="none"), tokenize, 0)

@@ -72,7 +72,7 @@ def build_encoder(args, run, model, data):
     if args.cache_latents == "off" or (args.cache_latents == "auto" and (why_not := _not_worth_it(args, data, fixed))):
         if args.cache_latents == "auto":
             run.say(f"cache: off, {why_not}")
-        return Encoder(model, latents, text, fallback=(latents, text))
+        return Encoder(model, args.seed, latents, text, fallback=(latents, text))
     kept = lambda one, identity, **more: one(
         run, model, images, folder_of(args), f"{identity}-{run.device.type}", **more
     )
@@ -82,7 +82,7 @@ def build_encoder(args, run, model, data):
         cached[0] = kept(CachedLatents, f"latents-{name}", seed=args.seed)
     if model.frozen_encoders and not args.shuffle_tags:
         cached[1] = kept(CachedText, f"text-{model.text_identity}")
-    return Encoder(model, *cached, fallback=(latents, text))
+    return Encoder(model, args.seed, *cached, fallback=(latents, text))
 
 
 def _not_worth_it(args, data, fixed):
@@ -154,12 +154,12 @@ class Encoder:
     `latents` and `text` are live or cached; `fallback` are the live ones.
     """
 
-    def __init__(self, model, latents, text, fallback):
-        self.model, self.latents, self.text, self.fallback = model, latents, text, fallback
+    def __init__(self, model, seed, latents, text, fallback):
+        self.model, self.seed, self.latents, self.text, self.fallback = model, seed, latents, text, fallback
 
     def __call__(self, batch):
         latents = self.latents(batch)  # first: cached ones bring the sizes that the family's extras are made of
-        return latents, self.model.conditioning(batch, self.text(batch))
+        return self.model.condition(batch, latents, self.seed, self.text(batch))
 
     @property
     def bytes_needed(self):

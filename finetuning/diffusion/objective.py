@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from finetuning.cli import flag
+from finetuning.diffusion.variational_bound import bound_term
 from finetuning.rng import gaussian, uniform
 
+VLB_WEIGHT = 0.001  # lambda of the hybrid loss (arXiv 2102.09672, section 4)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -33,6 +35,10 @@ class NoiseArgs:
     dream_detail_preservation: float = flag(
         1.0, "DREAM's p; smaller aligns more with sampling", requires="dream_training"
     )
+    vlb_weight: float | None = flag(
+        None, "weight of the variational bound, for a denoiser that learns its variance; 0: the variance is not "
+        "trained (none: 0.001, arXiv 2102.09672)", min=0,
+    )  # fmt: skip
 
     def problems(self):
         if self.dream_training and self.prediction_type not in (None, "epsilon"):
@@ -65,7 +71,8 @@ def draw_noise(seed, step, rows, latents, schedule, args: NoiseArgs):
 def diffusion_loss(predict, schedule, latents, draws, args: NoiseArgs):
     """The loss of each row, [batch], fp32.
 
-    `predict(noisy_latents, timesteps)` is the denoiser with its text. Latents and draws are fp32.
+    `predict(noisy_latents, timesteps)` is the denoiser with its text. Latents and draws are fp32. Where it answers with
+    twice the channels, it learns its variance as well, by the hybrid loss.
     """
     noise = draws.noise + args.noise_offset * draws.offset
     added = noise + args.input_perturbation * draws.perturbation
@@ -73,10 +80,16 @@ def diffusion_loss(predict, schedule, latents, draws, args: NoiseArgs):
     target = schedule.target(latents, noise, draws.timesteps)
     if args.dream_training:
         noisy, target = _dream(predict, schedule, noisy, target, noise, draws.timesteps, args.dream_detail_preservation)
-    answer = predict(noisy, draws.timesteps).float()
+    answer, *variance = predict(noisy, draws.timesteps).float().split(latents.shape[1], 1)
     error = elementwise_error(answer, target.float(), args).flatten(1).mean(1)  # [batch]
     if args.snr_gamma is not None:
         error = error * schedule.min_snr_weight(draws.timesteps, args.snr_gamma)
+    weight = VLB_WEIGHT if args.vlb_weight is None else args.vlb_weight
+    if variance and weight:
+        # The bound is the sum over the timesteps, of which one was drawn
+        error = error + weight * len(schedule) * bound_term(
+            schedule, latents, noisy, answer, *variance, draws.timesteps
+        )
     return error
 
 

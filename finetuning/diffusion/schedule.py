@@ -39,6 +39,15 @@ class NoiseSchedule:
         signal, sigma = self.signal_and_noise(timesteps)
         return signal * noise - sigma * latents  # v of arXiv 2202.00512, appendix D
 
+    def original(self, noisy, answer, timesteps):
+        """The latents x_0 that a denoiser's answer stands for."""
+        if self.prediction_type == "sample":
+            return answer
+        signal, sigma = self.signal_and_noise(timesteps)
+        if self.prediction_type == "v_prediction":
+            return signal * noisy - sigma * answer
+        return (noisy - sigma * answer) / signal
+
     def signal_to_noise(self, timesteps):
         """alpha_bar / (1 - alpha_bar), [batch]."""
         alpha_bar = self.alpha_bar.to(timesteps.device)[timesteps]

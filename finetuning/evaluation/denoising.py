@@ -57,7 +57,9 @@ def row_losses(
     only      those of `rows` that are to be computed; none: all
     """
     args = args or NoiseArgs()
-    plain = NoiseArgs(prediction_type=args.prediction_type, loss_type=args.loss_type, huber_c=args.huber_c)
+    plain = NoiseArgs(
+        prediction_type=args.prediction_type, loss_type=args.loss_type, huber_c=args.huber_c, vlb_weight=0
+    )
     timestep_of = dict(zip(rows, stratified_timesteps(len(rows), len(schedule), seed), strict=True))
     losses, was_training = {}, model.denoiser.training
     model.denoiser.eval()
@@ -66,10 +68,11 @@ def row_losses(
         places = [SampleIndex(row, 0, 0, 1.0, True) for row in part]
         batch = images.collate([images[place] for place in places]).to(device)
         latents = sampled(model, *model.codec.posterior(batch.pixels), seed, batch)
+        latents, conditioning = model.condition(batch, latents, seed)
         noise = gaussian(seed, "validation noise", 0, part, latents.shape[1:]).to(device)
         timesteps = torch.tensor([timestep_of[row] for row in part]).to(device)
         still = torch.zeros(1, device=device)
-        predict = partial(model.denoiser, **model.conditioning(batch))
+        predict = partial(model.denoiser, **conditioning)
         with autocast():
             found = diffusion_loss(predict, schedule, latents, NoiseDraws(noise, timesteps, still, still), plain)
         losses.update(zip(part, found.tolist(), strict=True))

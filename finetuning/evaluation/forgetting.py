@@ -72,7 +72,7 @@ def pipeline_losses(
     The same rows, timesteps and noise for every model that is asked with the same seed. Raises EvaluationError.
     """
     model = Model.of_pipeline(pipeline)
-    own = model.denoiser.denoiser.config.sample_size * model.codec.factor
+    own = model.family.side(model.components)
     try:
         images, rows = load_rows(
             folder, model.tokenize, size or (own, own), split=split, max_rows=max_rows, seed=seed,

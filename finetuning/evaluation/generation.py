@@ -38,6 +38,7 @@ from finetuning.evaluation.metrics import EvaluationError
 from finetuning.families.generation import generate, parse_size, size_problems
 from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
 from finetuning.families.pipelines import SCHEDULERS
+from finetuning.families.table import family_of
 from finetuning.files import atomic_file, sha256, write_json
 from finetuning.rng import torch_generator
 
@@ -181,7 +182,7 @@ def generate_rows(pipeline, rows, folder, args, *, name, lora=None, weights="ema
     folder = Path(folder)
     adapter = read_lora(lora, adaptable_components(pipeline), weights) if lora else None
     settings = _settings(pipeline, adapter, args) | {"model": str(name), "lora": str(lora) if lora else None}
-    note = adapter and adapter.note_on_base(name, settings["unet_sha256"])
+    note = adapter and adapter.note_on_base(name, settings[f"{family_of(pipeline).denoiser}_sha256"])
     if note and settings["dtype"] != "bfloat16":  # which rounds the base
         say(note)
     _claim(folder, rows, settings, args.overwrite, say)
@@ -209,8 +210,9 @@ def _generated(pipeline, rows, seed, options):
 
 def _settings(pipeline, adapter, args):
     """All that the images depend on but for their captions, ready for JSON."""
-    own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    settings = {f"{part}_sha256": weights_hash(getattr(pipeline, part)) for part in ("unet", "text_encoder", "vae")}
+    family = family_of(pipeline)
+    components = family.components_of(pipeline)
+    settings = {f"{name}_sha256": weights_hash(module) for name, module in components.items()}
     settings |= {"lora_sha256": sha256(adapter.path), "lora_scale": args.lora_scale} if adapter else {}
     config = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
     settings |= {
@@ -220,8 +222,8 @@ def _settings(pipeline, adapter, args):
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
         "negative_prompt": args.negative_prompt,
-        "size": parse_size(args.size) or (own, own),
-        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        "size": parse_size(args.size) or (family.side(components),) * 2,
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
     }
     return json.loads(json.dumps(settings))  # as they come back from the file: lists, not tuples
 

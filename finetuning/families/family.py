@@ -48,7 +48,11 @@ class Family:
     components: tuple[Component, ...]
     denoiser = "unet"
     tokenizers: dict[str, str]  # {text encoder: folder of its tokenizer}
+    schedulers: tuple[str, ...] = ("scheduler",)
     pipeline_options: dict = MappingProxyType({})  # what else the pipeline's class wants to be made of its components
+    call_options: dict = MappingProxyType({})  # what else its call wants
+    text_length: int | None = None  # tokens that are read of a caption; none: as its tokenizer says
+    needs_image = False  # an upscaler: its pipeline takes the images that it enlarges
 
     @cached_property
     def by_name(self):
@@ -56,9 +60,26 @@ class Family:
         return {component.name: component for component in self.components}
 
     @property
+    def folders(self):
+        """The folders of its pipeline that are read."""
+        return {*self.by_name, *self.tokenizers.values(), *self.schedulers}
+
+    @property
     def adaptable(self):
         """The components that LoRAs are made for."""
         return tuple(component for component in self.components if component.lora_prefix)
+
+    def components_of(self, pipeline):
+        """{name: module} of an opened diffusers pipeline."""
+        return {name: getattr(pipeline, name) for name in self.by_name}
+
+    def side(self, components):
+        """The side in pixels of the images that the model was made for, of {name: module}."""
+        return components[self.denoiser].config.sample_size * self.codec(components).factor
+
+    def clean(self, caption):
+        """A caption as it is tokenized."""
+        return caption
 
     def encode_text(self, encoders, tokens):
         """{name: [n, ...]} that `denoise` takes, of {text encoder: token ids [n, k]}."""
@@ -68,6 +89,13 @@ class Family:
         """What the denoiser is conditioned on besides text, {name: [n, ...]}: SDXL's sizes, say."""
         return {}
 
+    def condition(self, batch, latents, model, seed):
+        """(latents that are trained on, extras), where the extras are made of the latents themselves.
+
+        model  the Model, for its conditioning_args and other schedules; random draws come from (seed, step, row)
+        """
+        return latents, self.extras(batch)
+
     def denoise(self, denoiser, noisy, timesteps, text, extras):
         """The prediction [n, c, h, w] for noisy latents [n, c, h, w] at timesteps [n]."""
         raise NotImplementedError
@@ -76,19 +104,23 @@ class Family:
         """How images become what is denoised: an autoencoder, by {name: module}."""
         return Autoencoder(components["vae"])
 
-    def assemble(self, components, tokenizers, scheduler, settings):
+    def assemble(self, components, tokenizers, schedulers, settings):
         """A diffusers pipeline with its progress bar off.
 
-        components {name: module}; tokenizers {text encoder: tokenizer}; settings what model_index.json says besides
+        components {name: module}; tokenizers {text encoder: tokenizer}; schedulers {name: scheduler}; settings what
+        model_index.json says besides
         """
         import diffusers
 
         kind = getattr(diffusers, self.pipeline)
         known = {key: settings[key] for key in inspect.signature(kind).parameters if key in settings}
         folders = {folder: tokenizers[name] for name, folder in self.tokenizers.items()}
-        pipeline = kind(**components, **folders, scheduler=scheduler, **{**known, **self.pipeline_options})
+        pipeline = kind(**components, **folders, **schedulers, **{**known, **self.pipeline_options})
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def check_scheduler(self, scheduler):
+        """Make a sampler's scheduler ready for this family. Raises ModelError where it cannot be used."""
 
     def problems(self, components):
         """Yield why components {name: module} do not go together."""
@@ -146,18 +178,32 @@ def identity_of(modules):
     return found.hexdigest()
 
 
+class Pixels:
+    """Images that are denoised as they are."""
+
+    factor, channels = 1, 3
+
+    def posterior(self, pixels):
+        """(the images, no deviation)."""
+        return pixels, torch.zeros_like(pixels)
+
+    def scale(self, latents):
+        return latents
+
+
 class Tokenizers:
     """Captions -> {text encoder: token ids [n, k]}, cut and padded to what each encoder reads. Picklable: it runs in
     the loader's workers."""
 
-    def __init__(self, tokenizers):
-        self.tokenizers = tokenizers  # {text encoder: tokenizer}
+    def __init__(self, tokenizers, family):
+        self.tokenizers, self.family = tokenizers, family  # {text encoder: tokenizer}
 
     def __call__(self, captions):
+        captions = [self.family.clean(caption) for caption in captions]
         return {
             name: tokenizer(
-                list(captions),
-                max_length=tokenizer.model_max_length,
+                captions,
+                max_length=self.family.text_length or tokenizer.model_max_length,
                 padding="max_length",
                 truncation=True,
                 return_tensors="pt",

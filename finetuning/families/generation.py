@@ -32,14 +32,14 @@ def generate(pipeline, prompts: Sequence[str], generators, *, batch_size, size=N
         ).images  # [n, height, width, 3]
         broken = [prompt for prompt, one in zip(batch, values, strict=True) if not np.isfinite(one).all()]
         if broken:
-            dtype = str(pipeline.unet.dtype).removeprefix("torch.")
+            dtype = str(pipeline.dtype).removeprefix("torch.")
             fix = (
                 "its weights are broken"
                 if dtype == "float32"
                 else f"use fp32 instead of {dtype} (--dtype fp32; while training --mixed_precision no)"
             )
             raise ModelError(f"the model generates values that are not finite numbers for {broken[0]!r}: {fix}")
-        yield from pipeline.image_processor.numpy_to_pil(values)
+        yield from pipeline.numpy_to_pil(values)
 
 
 def inference_dtype(name, device):

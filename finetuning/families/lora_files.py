@@ -21,7 +21,7 @@ import torch
 from finetuning.cli import first_few
 from finetuning.families.folders import RAW, of_checkpoint
 from finetuning.families.model_args import ModelError
-from finetuning.families.table import FAMILIES
+from finetuning.families.table import DEFAULT_FAMILY, family_of
 from finetuning.families.tensors import first_not_finite, read_json, refuse_quantised, tensor_references
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"  # which diffusers' load_lora_weights(folder) looks for
@@ -29,8 +29,6 @@ RAW_NAME = f"pytorch_lora_weights.{RAW}.safetensors"
 KOHYA_NAME = "kohya_lora_weights.safetensors"
 PEFT_NAME = "adapter_model.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's configurations
-
-DEFAULT_FAMILY = next(iter(FAMILIES.values()))  # of what does not say what it belongs to
 
 DOWN, UP, ALPHA, MAGNITUDE, DORA_SCALE = "down", "up", "alpha", "magnitude", "dora_scale"
 ENDINGS = (
@@ -117,11 +115,7 @@ def adaptable(components):
 
 def adaptable_components(pipeline):
     """{name: model} of the components of a diffusers pipeline that LoRAs are made for."""
-    return {component.name: getattr(pipeline, component.name) for component in _family_of(pipeline).adaptable}
-
-
-def _family_of(pipeline):
-    return FAMILIES.get(type(pipeline).__name__, DEFAULT_FAMILY)
+    return {component.name: getattr(pipeline, component.name) for component in family_of(pipeline).adaptable}
 
 
 def weights_hash(model):
@@ -324,7 +318,7 @@ def _made_for(metadata):
 
 def attach(pipeline, lora: Lora, name="lora"):
     """Load the layers into a diffusers pipeline as the adapter `name`, by diffusers' own loader, at scale 1."""
-    family = _family_of(pipeline)
+    family = family_of(pipeline)
     layers = {key: layer.with_alpha(layer.rank) for key, layer in lora.layers.items()}
     state = diffusers_tensors(layers, family)
     for component in family.adaptable:

@@ -19,7 +19,7 @@ from finetuning.families.folders import (
     weights_name,
     write_scheduler,
 )
-from finetuning.families.model_args import ModelArgs, ModelError, StartArgs
+from finetuning.families.model_args import ModelArgs, ModelError, StartArgs, UpscalingArgs
 from finetuning.families.opening import open_source
 from finetuning.families.quiet import errors_only
 from finetuning.families.table import family_of
@@ -35,6 +35,8 @@ class Model:
     tokenize: Tokenizers
     scheduler: object  # diffusers' scheduler, as the pipeline has it
     trained: tuple[str, ...] = ()  # names of the components that are trained
+    other_schedulers: dict = field(default_factory=dict)  # {name: scheduler} that its pipeline has besides
+    conditioning_args: UpscalingArgs = field(default_factory=UpscalingArgs)
     settings: dict = field(default_factory=dict)  # what else model_index.json says of the pipeline
     ema_start: dict | None = field(default=None, repr=False)  # EMA weights loaded apart, by parameter name
     hub_tags = ()  # of its model card
@@ -44,6 +46,7 @@ class Model:
         encoders = {name: self.components[name] for name in family.tokenizers}
         self.codec = family.codec(self.components)
         self.schedule = NoiseSchedule.of(self.scheduler)
+        self.schedules = {name: NoiseSchedule.of(scheduler) for name, scheduler in self.other_schedulers.items()}
         self.frozen_encoders = {name: module for name, module in encoders.items() if name not in trained}
         own = {name: module for name, module in encoders.items() if name in trained}
         self.denoiser = Denoiser(family, self.components[family.denoiser], own)
@@ -52,10 +55,12 @@ class Model:
     @classmethod
     def of_pipeline(cls, pipeline):
         """The components of an opened diffusers pipeline, to measure with: nothing is trained or saved."""
-        family = family_of(type(pipeline).__name__)
-        components = {one.name: getattr(pipeline, one.name) for one in family.components}
+        family = family_of(pipeline)
+        components = family.components_of(pipeline)
         tokenizers = {name: getattr(pipeline, folder) for name, folder in family.tokenizers.items()}
-        model = cls(family, None, components, Tokenizers(tokenizers), pipeline.scheduler)
+        others = {name: getattr(pipeline, name) for name in family.schedulers if name != "scheduler"}
+        tokenize = Tokenizers(tokenizers, family)
+        model = cls(family, None, components, tokenize, pipeline.scheduler, other_schedulers=others)
         model.denoiser.eval()
         return model
 
@@ -66,13 +71,13 @@ class Model:
         """What the frozen text encoders make of {text encoder: token ids [n, k]}: {name: [n, ...]}."""
         return self.family.encode_text(self.frozen_encoders, tokens)
 
-    def conditioning(self, batch, text=None):
-        """What the denoiser is called with besides latents and timesteps: text, encoded here where its encoders are
-        frozen and it is not given, and the family's extras."""
-        extras = self.family.extras(batch)
+    def condition(self, batch, latents, seed=0, text=None):
+        """(latents that are trained on, what the denoiser is called with besides them and the timesteps): text,
+        encoded here where its encoders are frozen and it is not given, and the family's extras."""
+        latents, extras = self.family.condition(batch, latents, self, seed)
         if not self.frozen_encoders:
-            return {"tokens": batch.tokens, "extras": extras}
-        return {"text": self.encode_text(batch.tokens) if text is None else text, "extras": extras}
+            return latents, {"tokens": batch.tokens, "extras": extras}
+        return latents, {"text": self.encode_text(batch.tokens) if text is None else text, "extras": extras}
 
     @property
     def text_identity(self):
@@ -102,6 +107,11 @@ class Model:
         finally:
             self.offload(away)
             self.offloaded = away
+
+    @property
+    def learns_variance(self):
+        """Whether the denoiser answers with a variance beside its prediction."""
+        return self.denoiser.denoiser.config.out_channels == 2 * self.codec.channels
 
     @property
     def trained_modules(self):
@@ -137,8 +147,11 @@ class Model:
         for name, module in self.components.items():
             module.to(device)
             if name not in self.trained:
-                with errors_only():  # diffusers asks not to cast modules that have to be fp32: there are none
+                with errors_only():  # diffusers asks not to cast modules that have to be fp32: see below
                     module.to(frozen_dtype)
+                    for part, layer in module.named_modules():  # T5's, whose sums leave fp16's range
+                        if part.rpartition(".")[2] in (getattr(module, "_keep_in_fp32_modules", None) or ()):
+                            layer.float()
 
     @contextmanager
     def pipeline(self):
@@ -149,8 +162,9 @@ class Model:
         self.denoiser.eval()
         sampler = diffusers.DPMSolverMultistepScheduler.from_config(self.scheduler.config)
         try:
+            schedulers = {"scheduler": sampler, **self.other_schedulers}
             with self.loaded():
-                yield self.family.assemble(self.components, self.tokenize.tokenizers, sampler, self.settings)
+                yield self.family.assemble(self.components, self.tokenize.tokenizers, schedulers, self.settings)
         finally:
             self.denoiser.train(was_training)
 
@@ -186,7 +200,9 @@ class Model:
             if not path.is_dir():
                 raise ModelError(f"{folder} holds no trained {name}: it was made without --train_text_encoder")
             try:
-                module.load_state_dict(self._read_weights(name, path))
+                tied = getattr(module, "_tied_weights_keys", None) or {}
+                weights = self._read_weights(name, path)
+                module.load_state_dict(weights | {key: weights[source] for key, source in tied.items()})
             except RuntimeError as error:  # keys or shapes
                 raise ModelError(f"{path} holds the weights of another {name} than this run's: {error}") from error
         if not ema:
@@ -221,8 +237,11 @@ class Model:
     def _write_weights(self, name, target, chosen, variant=None):
         from safetensors.torch import save_file
 
-        chosen, component = chosen or {}, self.family.by_name[name]
-        weights = {key: chosen.get(f"{name}.{key}", value) for key, value in self.components[name].state_dict().items()}
+        chosen, component, module = chosen or {}, self.family.by_name[name], self.components[name]
+        tied = getattr(module, "_tied_weights_keys", None) or ()  # transformers' other names of what is written once
+        weights = {
+            key: chosen.get(f"{name}.{key}", value) for key, value in module.state_dict().items() if key not in tied
+        }
         weights = {component.file_prefix + key: value.detach().contiguous() for key, value in weights.items()}
         save_file(weights, target / weights_name(component, variant), metadata={"format": "pt"})
 
@@ -272,9 +291,12 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
         if args.gradient_checkpointing and name in trained:
             _recompute_activations(module)
     tokenizers = {name: source.tokenizer(folder) for name, folder in family.tokenizers.items()}
+    others = {name: source.scheduler(name) for name in family.schedulers if name != "scheduler"}
     return Model(
-        family, source.folder, components, Tokenizers(tokenizers), scheduler, trained, source.settings(), ema_start
-    )
+        family, source.folder, components, Tokenizers(tokenizers, family), scheduler, trained, others,
+        args if isinstance(args, UpscalingArgs) else UpscalingArgs(),
+        source.settings(), ema_start,
+    )  # fmt: skip
 
 
 def _recompute_activations(module):

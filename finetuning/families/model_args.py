@@ -23,6 +23,20 @@ class ModelArgs:
 
 
 @dataclass
+class UpscalingArgs:
+    """Upscalers"""
+
+    upscale_factor: int = flag(4, "of an upscaler: it sees the image this many times smaller", min=2)
+    patch_size: int | None = flag(
+        None, "of an upscaler: train on a random patch of this side of each image, in pixels (none: the whole)", min=8
+    )
+    max_noise_level: int = flag(
+        350, "of an upscaler: the most noise that the small image gets, in timesteps; each row draws from 0 to this",
+        min=0, max=999,
+    )  # fmt: skip
+
+
+@dataclass
 class StartArgs:
     """Weights to start from"""
 

@@ -26,11 +26,11 @@ from finetuning.families.folders import (
     weights_by_variant,
     weights_files,
 )
-from finetuning.families.lora_files import DEFAULT_FAMILY, is_lora_key, is_lora_path
+from finetuning.families.lora_files import is_lora_key, is_lora_path
 from finetuning.families.model_args import ModelError
 from finetuning.families.original import OLD_VAE_ATTENTION, canonical_parts, is_original
 from finetuning.families.quiet import errors_only
-from finetuning.families.table import FAMILIES
+from finetuning.families.table import DEFAULT_FAMILY, FAMILIES
 from finetuning.families.tensors import (
     PICKLES,
     TensorReference,
@@ -100,7 +100,7 @@ class Source:
                 raise ModelError(f"{self.given} has no {name}: {self._why_missing()}")
             return self.base.open(name, dtype)
         skeleton = self.check(name)
-        tensors = {key: found.tensors[key].read() for key in skeleton.state_dict()}
+        tensors = {key: found.tensors[key].read() for key in skeleton.state_dict() if key in found.tensors}
         if key := first_not_finite(tensors):
             raise ModelError(
                 f"{found.tensors[key].path} holds NaN or infinite values ({key}): whoever made it has to make it again"
@@ -122,7 +122,8 @@ class Source:
         skeleton = _skeleton(self.family.by_name[name], found.config)
         expected = {key: tuple(tensor.shape) for key, tensor in skeleton.state_dict().items()}
         given = {key: one.shape for key, one in found.tensors.items()}
-        missing = [key for key in expected if key not in given]
+        tied = getattr(skeleton, "_tied_weights_keys", None) or ()  # transformers' other names of one tensor
+        missing = [key for key in expected if key not in given and key not in tied]
         extra = [key for key in given if key not in expected and not KNOWN_EXTRAS.fullmatch(key)]
         shapes = [f"{key} {list(given[key])} instead of {list(expected[key])}"
                   for key in expected if key in given and given[key] != expected[key]]  # fmt: skip
@@ -145,15 +146,16 @@ class Source:
         config = read_json(self._pipeline_folder() / "scheduler" / "scheduler_config.json")
         return config | {"prediction_type": self.prediction_type or config.get("prediction_type", "epsilon")}
 
-    def scheduler(self):
-        """The scheduler that the pipeline names, of diffusers' classes. Raises ModelError."""
+    def scheduler(self, part="scheduler"):
+        """A scheduler that the pipeline names, of diffusers' classes. Raises ModelError."""
         import diffusers
 
-        config = self.scheduler_config()
-        name = self._class_of("scheduler") or config.get("_class_name")
+        folder = self._pipeline_folder() / part
+        config = self.scheduler_config() if part == "scheduler" else read_json(folder / "scheduler_config.json")
+        name = self._class_of(part) or config.get("_class_name")
         if not str(name).endswith("Scheduler") or not hasattr(diffusers, name):
-            raise ModelError(f"{self._pipeline_folder()} names the scheduler {name}, which diffusers does not have")
-        with _one_line(self._pipeline_folder() / "scheduler"), errors_only():
+            raise ModelError(f"{folder.parent} names the {part} {name}, which diffusers does not have")
+        with _one_line(folder), errors_only():
             return getattr(diffusers, name).from_config(config)
 
     def settings(self):

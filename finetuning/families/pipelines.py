@@ -57,8 +57,7 @@ def open_pipeline(
 
     if (Path(name) / STATE).is_file():
         variant = None  # the flag is about the other models of the command: a checkpoint has no variants
-    wanted = {"scheduler"}.union(*({one.name for one in family.components} | set(family.tokenizers.values())
-                                   for family in FAMILIES.values()))  # fmt: skip
+    wanted = set().union(*(family.folders for family in FAMILIES.values()))
     source = open_source(name, weights=weights, variant=variant, base=base, only=wanted)
     family = source.family
     components = {
@@ -71,9 +70,11 @@ def open_pipeline(
         raise ModelError(f"{name}: " + "; ".join(problems))
     tokenizers = {encoder: source.tokenizer(folder) for encoder, folder in family.tokenizers.items()}
     with errors_only():
-        pipeline = family.assemble(components, tokenizers, source.scheduler(), source.settings())
+        schedulers = {one: source.scheduler(one) for one in family.schedulers}
         if scheduler:
             options = {"skip_prk_steps": True} if scheduler == "pndm" else {}  # PLMS, Stable Diffusion's kind of PNDM
-            own = pipeline.scheduler.config
-            pipeline.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(own, **options)
+            own = schedulers["scheduler"].config
+            schedulers["scheduler"] = getattr(diffusers, SCHEDULERS[scheduler]).from_config(own, **options)
+        family.check_scheduler(schedulers["scheduler"])
+        pipeline = family.assemble(components, tokenizers, schedulers, source.settings())
     return pipeline.to(device)

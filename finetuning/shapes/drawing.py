@@ -55,32 +55,36 @@ def places(scene: Scene, rng: random.Random):
     return list(zip(along, across, strict=True))
 
 
-def draw(scene: Scene, seed: int, style="filled"):
-    """An RGB image of SIDE x SIDE pixels; the seed decides the places and the strokes of the chalk."""
+def draw(scene: Scene, seed: int, style="filled", side=SIDE):
+    """An RGB image of side x side pixels; the seed decides the places and the strokes of the chalk.
+
+    Another side shows the same image, as fine as it allows.
+    """
     rng = random.Random(seed)
-    canvas = Image.new("RGB", (SIDE * SUPERSAMPLE,) * 2, BACKGROUNDS[scene.background])
+    scale = SUPERSAMPLE * side / SIDE
+    canvas = Image.new("RGB", (side * SUPERSAMPLE,) * 2, BACKGROUNDS[scene.background])
     pen = ImageDraw.Draw(canvas)
     for thing, (x, y) in zip(scene.things, places(scene, rng), strict=True):
         radius, color = RADII[thing.size], COLORS[thing.color]
-        corners = [(px * SUPERSAMPLE, py * SUPERSAMPLE) for px, py in outline(thing.shape, x, y, radius)]
+        corners = [(px * scale, py * scale) for px, py in outline(thing.shape, x, y, radius)]
         if style == "filled":
             pen.polygon(corners, fill=color)
         elif style == "chalk":
-            _chalk(pen, corners, color, rng)
+            _chalk(pen, corners, color, rng, scale)
         else:
             raise ValueError(f"unknown style {style!r}; there are {', '.join(STYLES)}")
-    return canvas.resize((SIDE, SIDE), Image.Resampling.BOX)
+    return canvas.resize((side, side), Image.Resampling.BOX)
 
 
-def _chalk(pen, corners, color, rng):
+def _chalk(pen, corners, color, rng, scale):
     """Two trembling strokes along the outline, inside it left open."""
     middle = [sum(axis) / len(corners) for axis in zip(*corners, strict=True)]
     for inset in (0.9, 0.82):
         path = []
         for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
-            steps = max(1, int(math.hypot(bx - ax, by - ay) / (4 * SUPERSAMPLE)))
+            steps = max(1, int(math.hypot(bx - ax, by - ay) / (4 * scale)))
             for step in range(steps):
                 px, py = ax + (bx - ax) * step / steps, ay + (by - ay) * step / steps
                 px, py = middle[0] + (px - middle[0]) * inset, middle[1] + (py - middle[1]) * inset
-                path.append((px + rng.uniform(-1, 1) * 1.2, py + rng.uniform(-1, 1) * 1.2))
-        pen.line(path + path[:2], fill=color, width=int(1.8 * SUPERSAMPLE), joint="curve")
+                path.append((px + rng.uniform(-1, 1) * 0.3 * scale, py + rng.uniform(-1, 1) * 0.3 * scale))
+        pen.line(path + path[:2], fill=color, width=int(1.8 * scale), joint="curve")

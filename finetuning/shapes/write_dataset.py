@@ -13,10 +13,10 @@ import random
 from pathlib import Path
 
 from finetuning.shapes.drawing import STYLES, draw
-from finetuning.shapes.scenes import SHAPES, draw_scene
+from finetuning.shapes.scenes import SHAPES, SIDE, draw_scene
 
 
-def write(folder: Path, count, style, shapes, pair_share, held_out, seed):
+def write(folder: Path, count, styles, shapes, pair_share, held_out, seed, side=SIDE):
     """Write `count` images and their metadata.jsonl into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"{seed} {folder.name}")
@@ -24,7 +24,7 @@ def write(folder: Path, count, style, shapes, pair_share, held_out, seed):
     for index in range(count):
         scene = draw_scene(rng, shapes, pair_share, held_out)
         name = f"{index:05d}.png"
-        draw(scene, rng.randrange(2**31), style).save(folder / name, optimize=True)
+        draw(scene, rng.randrange(2**31), styles[index % len(styles)], side).save(folder / name, optimize=True)
         lines.append(json.dumps({"file_name": name, "text": scene.caption}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -32,17 +32,18 @@ def write(folder: Path, count, style, shapes, pair_share, held_out, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--style", choices=STYLES, default="filled")
+    parser.add_argument("--style", nargs="+", choices=STYLES, default=["filled"], help="several take turns")
     parser.add_argument("--train", type=int, required=True, help="images in train/")
     parser.add_argument("--validation", type=int, default=0, help="images in validation/ (default %(default)s)")
     parser.add_argument("--leave_out", nargs="*", choices=SHAPES, default=[], help="shapes that never appear")
     parser.add_argument("--pair_share", type=float, default=0.5, help="share with two things (default %(default)s)")
+    parser.add_argument("--side", type=int, default=SIDE, help="of the images, in pixels (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     shapes = [shape for shape in SHAPES if shape not in args.leave_out]
     for split, count, held_out in (("train", args.train, False), ("validation", args.validation, True)):
         if count:
-            write(args.output / split, count, args.style, shapes, args.pair_share, held_out, args.seed)
+            write(args.output / split, count, args.style, shapes, args.pair_share, held_out, args.seed, args.side)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,14 @@ def check_files(folder, written, fresh):
 @torch.no_grad()
 def _prediction(model):
     """The denoiser's output for two captions at two timesteps, at the smallest size that it takes."""
-    config = model.denoiser.denoiser.config
-    side = 2 ** len(config.block_out_channels)
-    noisy = torch.randn(2, config.in_channels, side, side, generator=torch_generator(0, "check of a LoRA file"))
+    side = 2 ** len(model.denoiser.denoiser.config.block_out_channels)
+    noisy = torch.randn(2, model.codec.channels, side, side, generator=torch_generator(0, "check of a LoRA file"))
     captions = ["a photo of a dog", "a red circle"]
-    batch = SimpleNamespace(captions=captions, tokens=model.tokenize(captions), sizes=torch.zeros(2, 6))
-    return model.denoiser(noisy, torch.tensor([200, 700]), **model.conditioning(batch))
+    batch = SimpleNamespace(
+        captions=captions, tokens=model.tokenize(captions), sizes=torch.zeros(2, 6), step=0, rows=[0, 1]
+    )
+    noisy, conditioning = model.condition(batch, noisy)
+    return model.denoiser(noisy, torch.tensor([200, 700]), **conditioning)
 
 
 @contextmanager

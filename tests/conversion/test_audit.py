@@ -19,6 +19,7 @@ from finetuning.data import checking
 from finetuning.data.findings import DatasetError
 from finetuning.data.training_set import load_images
 from finetuning.families.family import Tokenizers
+from finetuning.families.table import DEFAULT_FAMILY
 
 
 def photo(seed, size=(96, 72)):
@@ -278,7 +279,7 @@ def test_the_verdict_is_that_of_training(tmp_path, tiny_model, trouble, accepted
 
     args = AuditArgs(path=str(tmp_path / "set"), resolution="64").training()
     args.check_images = "full"
-    tokenize = Tokenizers({"text_encoder": CLIPTokenizer.from_pretrained(tiny_model / "tokenizer")})
+    tokenize = Tokenizers({"text_encoder": CLIPTokenizer.from_pretrained(tiny_model / "tokenizer")}, DEFAULT_FAMILY)
     if accepted:
         training, _ = load_images(args, tokenize, seed=0)
         assert len(training) == 2

@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 
 from finetuning.data.training_set import load_images
 from finetuning.families.family import Tokenizers
+from finetuning.families.table import DEFAULT_FAMILY
 from models.make_start import vocabulary
 from train_text_to_image import Args
 
@@ -22,7 +23,9 @@ from train_text_to_image import Args
 def tokenize():
     """Captions -> {"text_encoder": ids [n, 16]}."""
     entries, merges = vocabulary()
-    return Tokenizers({"text_encoder": CLIPTokenizer(vocab=entries, merges=merges, model_max_length=16)})
+    return Tokenizers(
+        {"text_encoder": CLIPTokenizer(vocab=entries, merges=merges, model_max_length=16)}, DEFAULT_FAMILY
+    )
 
 
 @pytest.fixture(scope="session")

@@ -140,7 +140,7 @@ def test_text_is_encoded_outside_or_inside_the_denoiser_with_the_same_result(tin
     found = []
     for with_text in (False, True):
         model = load(tiny_model, train_text_encoder=with_text)
-        conditioning = model.conditioning(batch_of(["circle", ""], model))
+        conditioning = model.condition(batch_of(["circle", ""], model), None)[1]
         assert conditioning.keys() == ({"tokens", "extras"} if with_text else {"text", "extras"})
         predicted = model.denoiser(noisy, timesteps, **conditioning)
         predicted.square().sum().backward()
@@ -167,7 +167,7 @@ def test_gradient_checkpointing_changes_the_memory_and_not_the_gradient(tiny_mod
         model = load(tiny_model, gradient_checkpointing=on, train_text_encoder=True)
         assert model.components["unet"].is_gradient_checkpointing is on
         assert model.components["text_encoder"].is_activation_checkpointing is on
-        conditioning = model.conditioning(batch_of(["circle"], model))
+        conditioning = model.condition(batch_of(["circle"], model), None)[1]
         model.denoiser(torch.ones(1, 4, 4, 4), torch.tensor([5]), **conditioning).square().sum().backward()
         gradients.append({name: p.grad for name, p in model.trained_parameters().items() if p.grad is not None})
     assert equal(*gradients) and len(gradients[0]) > 50
@@ -199,7 +199,7 @@ def test_a_pipeline_becomes_a_model_of_which_nothing_is_trained(tiny_model):
     assert model.trained == () and not any(module.training for module in model.components.values())
     batch, noisy, timesteps = batch_of(["circle"], opened), torch.ones(1, 4, 4, 4), torch.tensor([5])
     with torch.no_grad():
-        found = [one.denoiser(noisy, timesteps, **one.conditioning(batch)) for one in (opened, model)]
+        found = [one.denoiser(noisy, timesteps, **one.condition(batch, noisy)[1]) for one in (opened, model)]
     assert torch.equal(*found)
     pipeline.__class__ = type("AnotherPipeline", (StableDiffusionPipeline,), {})
     with pytest.raises(ModelError, match="AnotherPipeline"):

@@ -133,7 +133,7 @@ def forward(model, rows=(0, 1, 2, 3)):
     rows = list(rows)
     noisy, tokens = gaussian(0, "noisy", 0, rows, (4, 4, 4)), torch.arange(64).reshape(4, 16)
     batch = SimpleNamespace(tokens={"text_encoder": tokens[rows]})
-    return model.denoiser(noisy, torch.tensor([100, 300, 500, 900])[rows], **model.conditioning(batch))
+    return model.denoiser(noisy, torch.tensor([100, 300, 500, 900])[rows], **model.condition(batch, noisy)[1])
 
 
 @torch.no_grad()

@@ -1,11 +1,8 @@
-"""The seam holds: a second family, a tiny SDXL, is declared here and goes through everything that a run does.
-
-It is a throw-away: what a family has to say is all in the class below, and no line of the package knows of it.
-"""
+"""SDXL, a tiny one of random weights, goes through everything that a run does."""
 
 import json
 import shutil
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,59 +10,11 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from finetuning.families.family import Component, Family
 from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs
-from finetuning.families.table import FAMILIES
 from models.make_start import vocabulary
 
 CAPTIONS = ["a red circle", "a blue square"]
-
-
-class StableDiffusionXL(Family):
-    """Two text encoders, whose last but one hidden states are joined, and a UNet that is told sizes and crops."""
-
-    pipeline = "StableDiffusionXLPipeline"
-    components = (
-        Component("unet", "UNet2DConditionModel", lora_prefix="unet.", kohya_prefix="lora_unet_"),
-        Component(
-            "text_encoder", "CLIPTextModel", lora_prefix="text_encoder.text_model.",
-            kohya_prefix="lora_te1_text_model_", file_prefix="text_model.",
-        ),
-        Component(
-            "text_encoder_2", "CLIPTextModelWithProjection", lora_prefix="text_encoder_2.", kohya_prefix="lora_te2_"
-        ),
-        Component("vae", "AutoencoderKL"),
-    )  # fmt: skip
-    tokenizers = MappingProxyType({"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"})
-    pipeline_options = MappingProxyType({"add_watermarker": False})
-
-    def encode_text(self, encoders, tokens):
-        found = {name: encoders[name](tokens[name], output_hidden_states=True) for name in self.tokenizers}
-        joined = torch.cat([one.hidden_states[-2] for one in found.values()], -1)
-        return {"prompt_embeds": joined, "pooled": found["text_encoder_2"].text_embeds}
-
-    def extras(self, batch):
-        """A dropped caption is zeros, as force_zeros_for_empty_prompt has it."""
-        kept = torch.tensor([float(caption != "") for caption in batch.captions], device=batch.sizes.device)
-        return {"time_ids": batch.sizes, "kept": kept}
-
-    def denoise(self, denoiser, noisy, timesteps, text, extras):
-        embeds, kept = text["prompt_embeds"], extras["kept"].to(text["prompt_embeds"].dtype)
-        conditions = {
-            "text_embeds": text["pooled"] * kept[:, None],
-            "time_ids": extras["time_ids"].to(embeds.dtype),
-        }
-        return denoiser(
-            noisy, timesteps, embeds * kept[:, None, None], added_cond_kwargs=conditions, return_dict=False
-        )[0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FAMILIES, StableDiffusionXL.pipeline, StableDiffusionXL())
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +55,7 @@ def predictions(folder, captions=CAPTIONS):
     sizes = torch.tensor([[64, 64, 0, 0, 32, 32], [80, 48, 3, 5, 32, 32]])
     model = load_model(ModelArgs(str(folder)))
     batch = SimpleNamespace(captions=captions, tokens=model.tokenize(captions), sizes=sizes)
-    ours = model.denoiser.eval()(noisy, timesteps, **model.conditioning(batch))
+    ours = model.denoiser.eval()(noisy, timesteps, **model.condition(batch, noisy)[1])
 
     theirs = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True, add_watermarker=False)
     embeds, nothing, pooled, nothing_pooled = theirs.encode_prompt(captions, device="cpu", negative_prompt=None)

@@ -1,0 +1,45 @@
+"""Stable Diffusion XL: two text encoders, and a UNet that is told the image's size and crop."""
+
+from types import MappingProxyType
+
+import torch
+
+from finetuning.families.family import Component, Family
+
+
+class StableDiffusionXL(Family):
+    """The UNet attends to the last but one hidden states of both text encoders, joined, and is told the pooled text of
+    the second (arXiv 2307.01952, section 2)."""
+
+    pipeline = "StableDiffusionXLPipeline"
+    components = (
+        Component("unet", "UNet2DConditionModel", lora_prefix="unet.", kohya_prefix="lora_unet_"),
+        Component(
+            "text_encoder", "CLIPTextModel", lora_prefix="text_encoder.text_model.",
+            kohya_prefix="lora_te1_text_model_", file_prefix="text_model.",
+        ),
+        Component(
+            "text_encoder_2", "CLIPTextModelWithProjection", lora_prefix="text_encoder_2.", kohya_prefix="lora_te2_"
+        ),
+        Component("vae", "AutoencoderKL"),
+    )  # fmt: skip
+    tokenizers = MappingProxyType({"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"})
+    pipeline_options = MappingProxyType({"add_watermarker": False})
+
+    def encode_text(self, encoders, tokens):
+        """{"prompt_embeds": [n, k, d1 + d2], "pooled": [n, d2]}."""
+        found = {name: encoders[name](tokens[name], output_hidden_states=True) for name in self.tokenizers}
+        joined = torch.cat([one.hidden_states[-2] for one in found.values()], -1)
+        return {"prompt_embeds": joined, "pooled": found["text_encoder_2"].text_embeds}
+
+    def extras(self, batch):
+        """{"time_ids": [n, 6], "kept": [n]}: sizes and crop in pixels, and 0 for a dropped caption, which is zeros."""
+        kept = torch.tensor([float(caption != "") for caption in batch.captions], device=batch.sizes.device)
+        return {"time_ids": batch.sizes, "kept": kept}
+
+    def denoise(self, denoiser, noisy, timesteps, text, extras):
+        embeds, kept = text["prompt_embeds"], extras["kept"].to(text["prompt_embeds"].dtype)
+        conditions = {"text_embeds": text["pooled"] * kept[:, None], "time_ids": extras["time_ids"].to(embeds.dtype)}
+        return denoiser(
+            noisy, timesteps, embeds * kept[:, None, None], added_cond_kwargs=conditions, return_dict=False
+        )[0]
