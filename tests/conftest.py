@@ -118,8 +118,8 @@ def tiny_model(tmp_path_factory):
 def shapes_folder(tmp_path_factory):
     """11 captioned images in train/ and 4 in validation/: 11 leaves a partial group in every epoch."""
     folder = tmp_path_factory.mktemp("shapes")
-    write_shapes(folder / "train", 11, ("filled",), ("circle", "square"), 0.5, False, seed=0)
-    write_shapes(folder / "validation", 4, ("filled",), ("circle", "square"), 0.5, True, seed=0)
+    write_shapes(folder / "train", 11, ["filled"], ("circle", "square"), 0.5, False, seed=0)
+    write_shapes(folder / "validation", 4, ["filled"], ("circle", "square"), 0.5, True, seed=0)
     return folder
 
 
