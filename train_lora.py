@@ -20,8 +20,8 @@ from functools import partial
 
 from finetuning.cli import flag, run_script
 from finetuning.data.buckets import BucketArgs
+from finetuning.data.cache import CacheArgs, build_encoder
 from finetuning.data.captions import CaptionArgs
-from finetuning.data.latents import LatentArgs
 from finetuning.data.loading import load_training
 from finetuning.data.streams import StreamArgs
 from finetuning.data.training_set import DataArgs
@@ -42,7 +42,7 @@ from finetuning.training.session import Session
 
 @dataclass
 class Args(
-    RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, LatentArgs,
+    RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, CacheArgs,
     BucketArgs, CaptionArgs, StreamArgs, DataArgs, UpscalingArgs, LoraArgs, ModelArgs,
 ):  # fmt: skip
     """Every flag, group by group; here those whose defaults differ, as in diffusers' LoRA script."""
@@ -63,7 +63,8 @@ def train(args):
     run = Run(args)
     model = add_adapters(args, load_model(args, args.prediction_type), run)
     data = load_training(args, model.tokenize, run)
-    check_before_start(args, run, model, data)
+    encoder = build_encoder(args, run, model, data)
+    check_before_start(args, run, model, data, encoder)
     set_up_kernels(args, run, model)
 
     parameters = model.trained_parameters()
@@ -71,7 +72,7 @@ def train(args):
     optimizer = build_optimizer(args, model, data.batch_sampler.total_batch_size)
 
     # What is saved, and where we left off
-    session = Session(args, run, model, data, ema, optimizer)
+    session = Session(args, run, model, data, encoder, ema, optimizer)
     denoiser, optimizer, lr_scheduler = session.prepared
 
     # The loop

@@ -19,8 +19,8 @@ from functools import partial
 
 from finetuning.cli import run_script
 from finetuning.data.buckets import BucketArgs
+from finetuning.data.cache import CacheArgs, build_encoder
 from finetuning.data.captions import CaptionArgs
-from finetuning.data.latents import LatentArgs
 from finetuning.data.loading import load_training
 from finetuning.data.streams import StreamArgs
 from finetuning.data.training_set import DataArgs
@@ -38,7 +38,7 @@ from finetuning.training.session import Session
 
 @dataclass
 class Args(
-    RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, LatentArgs,
+    RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, CacheArgs,
     BucketArgs, CaptionArgs, StreamArgs, DataArgs, UpscalingArgs, StartArgs, ModelArgs,
 ):  # fmt: skip
     """Every flag, group by group."""
@@ -55,8 +55,9 @@ def train(args):
     run = Run(args)
     model = load_model(args, args.prediction_type, args.seed, start=args)
     data = load_training(args, model.tokenize, run)
-    check_before_start(args, run, model, data)
     model.to_device(run.device, run.weights_dtype)
+    encoder = build_encoder(args, run, model, data)
+    check_before_start(args, run, model, data, encoder)
     set_up_kernels(args, run, model)
 
     parameters = model.trained_parameters()
@@ -64,7 +65,7 @@ def train(args):
     optimizer = build_optimizer(args, model, data.batch_sampler.total_batch_size)
 
     # What is saved, and where we left off
-    session = Session(args, run, model, data, ema, optimizer)
+    session = Session(args, run, model, data, encoder, ema, optimizer)
     denoiser, optimizer, lr_scheduler = session.prepared
 
     # The loop

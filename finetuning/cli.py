@@ -56,7 +56,8 @@ def flag(
     """A dataclass field that is also a flag.
 
     default         REQUIRED, a value, or a list
-    choices         the values that are allowed, or a function that lists them (called only where they are needed)
+    choices         the values that are allowed, or a function that lists them (called only where they are needed);
+                    with on and off among them, --name alone is on, --no-name off, and true and false are read too
     positional      a bare word instead of --name
     repeated        of a list: --name may be given several times, and the values add up
     min, max        the range of a number, or of each number of a list; both are allowed values
@@ -126,6 +127,11 @@ class Flag:
         return tuple(self.choices() if callable(self.choices) else self.choices or ())
 
     @property
+    def is_switch(self):
+        """Whether it can be given like a bool."""
+        return self.kind is bool or {"on", "off"} <= set(() if callable(self.choices) else self.choices or ())
+
+    @property
     def range(self):
         """ "at least 0 and below 1", or nothing."""
         limits = ((word, getattr(self, name)) for name, word, _ in LIMITS)
@@ -144,7 +150,8 @@ class Flag:
         """What the help says beside the default: its range, what it needs, whether it may be repeated."""
         needs = " or ".join(f"--{name.replace('=', ' ')}" for name in self.requires)
         repeated = "may be given several times" if self.repeated else ""
-        return [text for text in (self.range, f"with {needs}" if needs else "", repeated) if text]
+        switch = f"alone: on; --no-{self.name}: off" if self.is_switch and self.kind is not bool else ""
+        return [text for text in (self.range, f"with {needs}" if needs else "", repeated, switch) if text]
 
     def in_range(self, value):
         limits = ((holds, getattr(self, name)) for name, _, holds in LIMITS)
@@ -393,7 +400,7 @@ def _read_command_line(args_class, description, argv, flags):
         if turned_off:
             name = _flag_named(name[3:], flags, current)
         flag = CONFIG if name == "config" else flags.get(name)
-        if not spelled.startswith("--") or flag is None or flag.positional or (turned_off and flag.kind is not bool):
+        if not spelled.startswith("--") or flag is None or flag.positional or (turned_off and not flag.is_switch):
             problem, near = _unknown_flag(word, flags)
             problems.append(problem)
             suspect |= near
@@ -406,7 +413,10 @@ def _read_command_line(args_class, description, argv, flags):
             given[name] = WORDS.get(attached.lower(), attached) if equals else not turned_off
             continue
         values = ([attached] if equals else []) + _take_values(words)
-        if not values:
+        if flag.is_switch and (turned_off or not values):
+            given[name] = "off" if turned_off else "on"
+            strays += values
+        elif not values:
             problems.append(f"--{name} needs a value")
             suspect.add(name)
         elif not flag.is_list:
@@ -492,6 +502,8 @@ def _convert_one(raw, flag, kind, whole):
         shown = " ".join(map(str, shown)) if isinstance(shown, list) else str(shown)
         return ValueError(f"{flag.spelled} {shown} {must}")
 
+    if flag.is_switch and kind is not bool:
+        raw = {True: "on", False: "off"}.get(WORDS.get(str(raw).lower()), raw)
     if kind is bool:
         value = WORDS.get(raw.lower()) if isinstance(raw, str) else raw
         if not isinstance(value, bool):
@@ -593,5 +605,6 @@ def _help(args_class, description):
                 metavar = flag.metavar
                 if flag.choices and not (callable(flag.choices) and metavar):
                     metavar = "{" + ",".join(map(str, flag.allowed)) + "}"
-                section.add_argument(f"--{flag.name}", nargs="+" if flag.is_list else None, metavar=metavar, help=help)
+                nargs = "+" if flag.is_list else "?" if flag.is_switch else None
+                section.add_argument(f"--{flag.name}", nargs=nargs, metavar=metavar, help=help)
     return parser

@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
@@ -37,6 +38,31 @@ def atomic_file(target, sync=True):
         if sync:
             _sync(temporary)
         os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def content_named_file(folder, suffix):
+    """Yield a path in `folder` to write to; on leaving it is synced and renamed to the xxh3 of its content.
+
+    Any number of processes may do this in one folder, also with the same content. What a kill left goes after an hour.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(f"{INCOMPLETE}*"):
+        with suppress(FileNotFoundError):  # another process was quicker
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
+    descriptor, name = tempfile.mkstemp(suffix, INCOMPLETE, folder)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        _sync(temporary)
+        os.replace(temporary, folder / f"{xxh3(temporary)}{suffix}")
+        _sync(folder)
     finally:
         temporary.unlink(missing_ok=True)
 

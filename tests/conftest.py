@@ -45,6 +45,15 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("script", sorted(path.stem for path in ROOT.glob("train_*.py")))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """The cache of all runs of the tests, away from the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("FINETUNING_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def root():
     """The checkout."""

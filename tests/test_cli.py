@@ -197,6 +197,7 @@ class AverageFlags:
     left: int = flag(0, "one way", conflicts="right")
     right: int = flag(0, "the other way")
     log: str = flag("log.txt", "where it is logged", affects_result=False)
+    cache: str = flag("auto", "whether to keep it", choices=("auto", "on", "off"))
 
     def problems(self):
         if self.sizes == [3]:
@@ -235,10 +236,27 @@ def problems_of(*argv, args_class=AverageFlags):
         ("--sizes --use_ema", "--sizes needs a value"),
         ("--no-loss", "unknown flag --no-loss; did you mean --loss?"),
         ("--use_ema=maybe", "--use_ema maybe must be true or false"),
+        ("--cache maybe", "--cache maybe must be one of auto, on, off"),
+        ("--no-cache maybe", "not understood: maybe (a value with spaces needs quotes)"),
     ],
 )
 def test_what_breaks_a_declaration_is_named(argv, problem):
     assert problems_of(*argv.split()) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        ("", "auto"), ("--cache", "on"), ("--cache --use_ema", "on"), ("--no-cache", "off"), ("--cache=off", "off"),
+        ("--cache auto", "auto"), ("--cache yes", "on"), ("--cache False", "off"), ("--cache --no-cache", "off"),
+    ],
+)  # fmt: skip
+def test_a_choice_of_on_and_off_and_more_is_given_like_a_switch(argv, value, config):
+    args, problems = read(AverageFlags, "", argv.split())
+    assert problems == [] and args.cache == value
+    for text in ("cache: true", "cache: on"):  # what older versions wrote into args.json, and YAML's own words
+        assert read(AverageFlags, "", config(text))[0].cache == "on"
+    assert read(AverageFlags, "", config("cache: no"))[0].cache == "off"
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_without_a_preset_it_is_the_miniature_on_chalk(root):
     assert problems == []
     assert (args.pretrained_model_name_or_path, args.train_data_dir) == ("models/mini-sd", "datasets/chalk")
     assert (args.size, args.train_batch_size, args.max_train_steps) == ((64, 64), 16, 500)
-    assert (args.learning_rate, args.use_ema, args.ema_decay, args.cache_latents) == (5e-4, True, 0.99, True)
+    assert (args.learning_rate, args.use_ema, args.ema_decay, args.cache_latents) == (5e-4, True, 0.99, "on")
     assert args.output_dir.startswith("runs/chalk-full/") and len(args.validation_prompts) == 6
     script, words = launch_arguments(root, METHOD="lora")
     args, problems = cli.read(script.Args, "", words)

@@ -57,6 +57,13 @@ def chosen_caption(captions, flipped, args: CaptionArgs, rng):
     return with_prefix(text, args.caption_prefix)
 
 
+def possible_captions(captions, may_flip, args: CaptionArgs):
+    """All that `chosen_caption` can give, as a set; not with --shuffle_tags, whose orders are too many."""
+    texts = captions if args.caption_choice == "random" else captions[:1]
+    swapped = map(swap_sides, texts) if may_flip and args.flip_captions == "swap" else ()
+    return {with_prefix(text, args.caption_prefix) for text in (*texts, *swapped)}
+
+
 def may_mirror(captions, flip_captions):
     """Whether an image with these captions can be mirrored under --flip_captions, whichever of them is chosen."""
     return flip_captions != "skip" or not any(map(names_a_side, captions))

@@ -30,7 +30,7 @@ from finetuning.rng import python_random
 
 NEEDS_THE_WHOLE_DATASET = {
     "aspect_buckets": "leave it out",
-    "cache_latents": "leave it out",
+    "cached_crops": "leave it out",
     "checkpointing_epochs": "use --checkpointing_steps",
     "max_train_samples": "name fewer shards",
     "validation_fraction": "leave it out: there is no validation loss with --streaming",

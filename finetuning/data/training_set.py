@@ -16,7 +16,9 @@ from finetuning.data.captions import chosen_caption, may_mirror, with_prefix
 from finetuning.data.checking import read_checked
 from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.data.reading import DatasetError
+from finetuning.data.tensor_store import digest
 from finetuning.data.transforms import INTERPOLATIONS, Transform
+from finetuning.files import xxh3
 from finetuning.rng import python_random
 
 
@@ -43,6 +45,10 @@ class DataArgs:
     allow_outside_paths: bool = flag(False, "let metadata and links reach images outside the dataset's folder")
     resolution: str = flag("512", "side of the training images in pixels, or HEIGHTxWIDTH")
     center_crop: bool = flag(False, "crop the centre (default: a random place)")
+    cached_crops: int | None = flag(
+        None, "crop each image in N random places, used in turn epoch by epoch, so that all can be cached (none: a new "
+        "place in each epoch)", min=1, conflicts="center_crop",
+    )  # fmt: skip
     random_flip: bool = flag(False, "mirror half of the images")
     random_resized_crop_scale: float | None = flag(
         None, "crop a random area of at least this share of the image (GLIDE's resize_ratio)", above=0, max=1
@@ -186,6 +192,20 @@ class ImageDataset(CaptionedImages):
     def image(self, number):
         """The RGB image of the row of this number."""
         return self.open(self.rows[number])
+
+    def content(self, number):
+        """A hash of the bytes of the row's file; of a Hub dataset's image the hash of its pixels."""
+        row = self.rows[number]
+        if isinstance(row.image, Path):
+            return xxh3(row.image)
+        image = self.open(row)
+        return digest(image.size, image.tobytes())
+
+    def draws(self, epoch, number):
+        """The Draws that the row can have in this epoch: one, or that and its mirror image."""
+        may_flip = self.may_flip(self.rows[number])
+        draw = self.transform.draw(epoch, number, may_flip=False)
+        return [replace(draw, flip=flip) for flip in (False, True)[: 1 + may_flip]]
 
     def is_mirrored(self, number, epoch):
         """Whether the row is mirrored in this epoch."""

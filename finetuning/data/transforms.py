@@ -4,6 +4,8 @@ What is random is drawn first, from (seed, epoch, row) alone: `draw` needs no im
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
 
 import torch
 
@@ -11,6 +13,8 @@ from finetuning.rng import python_random
 
 # torchvision.transforms.InterpolationMode's values
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+VERSION = 1  # raise it where images.open_rgb or `apply` gives other pixels: what is cached of them is made anew
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,14 @@ class Transform:
     interpolation: str
     random_resized_crop_scale: float | None
     seed: int
+    crops: int | None = None  # how many random crops an image has, used in turn epoch by epoch; None: one each epoch
 
     @classmethod
     def of(cls, args, seed):
         """What the flags (training_set.DataArgs) ask for."""
         return cls(
             *args.size, args.center_crop, args.random_flip, args.image_interpolation_mode,
-            args.random_resized_crop_scale, seed,
+            args.random_resized_crop_scale, seed, args.cached_crops,
         )  # fmt: skip
 
     def at(self, size):
@@ -54,11 +59,25 @@ class Transform:
         flip = may_flip and self.random_flip and python_random(self.seed, "flip", epoch, row).random() < 0.5
         if self.random_resized_crop_scale is None and self.center_crop:
             return Draw(flip=flip)
-        rng = python_random(self.seed, "crop", epoch, row)
+        rng = python_random(self.seed, "crop", self.crop_of(epoch), row)
         u, v, area = rng.random(), rng.random(), 1.0
         if self.random_resized_crop_scale is not None:
             area = rng.uniform(self.random_resized_crop_scale, 1.0)
         return Draw(u, v, flip, area)
+
+    @property
+    def different_crops(self):
+        """How many ways there are to crop an image in the whole run; None: another one in each epoch."""
+        return 1 if self.center_crop and self.random_resized_crop_scale is None else self.crops
+
+    def crop_of(self, epoch):
+        """Which of an image's crops the epoch has."""
+        return epoch % self.different_crops if self.different_crops else epoch
+
+    def facts(self, draw):
+        """All that decides, besides the image file, what `apply` gives."""
+        area = self.random_resized_crop_scale is not None
+        return (VERSION, *_versions(), self.height, self.width, self.interpolation, area, draw)
 
     def apply(self, image, draw):
         """PIL RGB -> (fp32 [3, height, width] in [-1, 1], sizes).
@@ -94,6 +113,11 @@ class Transform:
         width = min(width, image.width, image.height * self.width / self.height)
         box = round(width * self.height / self.width), round(width)
         return tuple(min(max(side, 1), most) for side, most in zip(box, (image.height, image.width), strict=True))
+
+
+@cache
+def _versions():
+    return tuple(version(name) for name in ("pillow", "pillow-heif", "torchvision"))
 
 
 def _offset(spare, share):

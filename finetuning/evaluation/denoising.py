@@ -15,10 +15,10 @@ import torch
 
 from finetuning.data.batch_sampler import SampleIndex
 from finetuning.data.buckets import BucketArgs
+from finetuning.data.cache import sampled
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.findings import counted
 from finetuning.data.images import UnreadableImage, open_rgb
-from finetuning.data.latents import sampled
 from finetuning.data.reading import DatasetError, Findings, read_split
 from finetuning.data.training_set import DataArgs, ImageDataset
 from finetuning.data.transforms import Transform

@@ -142,6 +142,16 @@ class Autoencoder:
     def channels(self):
         return self.vae.config.latent_channels
 
+    @property
+    def dtype(self):
+        """The precision that it works in."""
+        return self.vae.dtype
+
+    @property
+    def identity(self):
+        """What the latents of an image depend on; a codec with None has nothing that is worth a cache."""
+        return identity_of({"vae": self.vae})
+
     @torch.no_grad()
     def posterior(self, pixels):
         """(mean, standard deviation), fp32 [n, c, H / factor, W / factor], of images [n, 3, H, W] in [-1, 1]."""
@@ -151,6 +161,21 @@ class Autoencoder:
     def scale(self, latents):
         """To the unit variance that the denoiser works in."""
         return latents * self.vae.config.scaling_factor
+
+
+def identity_of(modules):
+    """A hash of the classes, settings and weights, as they are in memory, of {name: module}."""
+    import xxhash
+
+    found = xxhash.xxh3_128()
+    for name, module in sorted(modules.items()):
+        settings = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+        settings = {k: v for k, v in settings.items() if not k.startswith("_") and k != "transformers_version"}
+        found.update(f"{name} {type(module).__name__} {sorted(settings.items())}".encode())
+        for key, value in sorted(module.state_dict().items()):
+            found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 class Pixels:

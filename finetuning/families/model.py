@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from finetuning.diffusion.schedule import NoiseSchedule
-from finetuning.families.family import Denoiser, Family, Tokenizers
+from finetuning.families.family import Denoiser, Family, Tokenizers, identity_of
 from finetuning.families.folders import (
     components_of_index,
     copy_component,
@@ -50,6 +50,7 @@ class Model:
         self.frozen_encoders = {name: module for name, module in encoders.items() if name not in trained}
         own = {name: module for name, module in encoders.items() if name in trained}
         self.denoiser = Denoiser(family, self.components[family.denoiser], own)
+        self.offloaded = {}  # {name: device that it comes back to}
 
     @classmethod
     def of_pipeline(cls, pipeline):
@@ -65,14 +66,47 @@ class Model:
 
     # -- what a run needs ------------------------------------------------------------------------------------------
 
-    def condition(self, batch, latents, seed=0):
+    @torch.no_grad()
+    def encode_text(self, tokens):
+        """What the frozen text encoders make of {text encoder: token ids [n, k]}: {name: [n, ...]}."""
+        return self.family.encode_text(self.frozen_encoders, tokens)
+
+    def condition(self, batch, latents, seed=0, text=None):
         """(latents that are trained on, what the denoiser is called with besides them and the timesteps): text,
-        encoded here where its encoders are frozen, and the family's extras."""
+        encoded here where its encoders are frozen and it is not given, and the family's extras."""
         latents, extras = self.family.condition(batch, latents, self, seed)
         if not self.frozen_encoders:
             return latents, {"tokens": batch.tokens, "extras": extras}
-        with torch.no_grad():
-            return latents, {"text": self.family.encode_text(self.frozen_encoders, batch.tokens), "extras": extras}
+        return latents, {"text": self.encode_text(batch.tokens) if text is None else text, "extras": extras}
+
+    @property
+    def text_identity(self):
+        """What, besides token ids, `encode_text` depends on."""
+        return identity_of(self.frozen_encoders)
+
+    @property
+    def codec_components(self):
+        """The names of the components that images are encoded with."""
+        return [name for name in self.components if name not in (self.family.denoiser, *self.family.tokenizers)]
+
+    def offload(self, names):
+        """Let frozen components lie on the CPU from here on; `loaded` brings them back."""
+        for name in names:
+            device = next(self.components[name].parameters()).device
+            self.offloaded.setdefault(name, device)
+            self.components[name].to("cpu")
+
+    @contextmanager
+    def loaded(self):
+        """All components on the device, for as long as this lasts."""
+        away, self.offloaded = self.offloaded, {}
+        try:
+            for name, device in away.items():
+                self.components[name].to(device)
+            yield
+        finally:
+            self.offload(away)
+            self.offloaded = away
 
     @property
     def learns_variance(self):
@@ -130,7 +164,8 @@ class Model:
         self.family.check_scheduler(sampler)
         try:
             schedulers = {"scheduler": sampler, **self.other_schedulers}
-            yield self.family.assemble(self.components, self.tokenize.tokenizers, schedulers, self.settings)
+            with self.loaded():
+                yield self.family.assemble(self.components, self.tokenize.tokenizers, schedulers, self.settings)
         finally:
             self.denoiser.train(was_training)
 

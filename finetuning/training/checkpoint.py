@@ -57,8 +57,8 @@ def checkpoints_in(folder):
 def harmless_flags():
     """The names of all training flags that cannot change what a run computes, for a run whose script is not known."""
     from finetuning.data.buckets import BucketArgs
+    from finetuning.data.cache import CacheArgs
     from finetuning.data.captions import CaptionArgs
-    from finetuning.data.latents import LatentArgs
     from finetuning.data.streams import StreamArgs
     from finetuning.data.training_set import DataArgs
     from finetuning.diffusion.objective import NoiseArgs
@@ -70,7 +70,7 @@ def harmless_flags():
     from finetuning.training.run import RunArgs
 
     groups = (
-        RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, LatentArgs, BucketArgs,
+        RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, CacheArgs, BucketArgs,
         CaptionArgs, StreamArgs, DataArgs, LoraArgs, StartArgs, ModelArgs,
     )  # fmt: skip
     return frozenset().union(*map(flags_without_effect, groups))

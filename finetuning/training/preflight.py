@@ -1,17 +1,19 @@
 """What is checked and said between loading the model and the first step."""
 
 import itertools
+import os
 import shutil
 
 import torch
 
+from finetuning.data.cache import folder_of
 from finetuning.families.model_args import ModelError
 
 # Bytes of optimizer state for each trained parameter, which has four itself.
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 2, "prodigy": 16}
 
 
-def check_before_start(args, run, model, data):
+def check_before_start(args, run, model, data, encoder):
     """Print what is about to happen; raises ModelError listing everything that cannot work."""
     sampler, total_steps, problems = data.batch_sampler, data.total_steps, []
     factor = model.codec.factor
@@ -43,13 +45,15 @@ def check_before_start(args, run, model, data):
     limit = args.checkpoints_total_limit
     # A new checkpoint stands before an old one goes. Without a limit, two are the least that a run comes to.
     room = needed * ((limit or 1) + 1) + exported
-    free = _free_bytes(run.output_dir)
+    free = shutil.disk_usage(_existing(run.output_dir)).free
     if room > free:
         problems.append(
             f"{(limit or 1) + 1} checkpoints of {needed / 1e9:.1f} GB and the finished result need about "
             f"{room / 1e9:.1f} GB, and the disk of --output_dir {args.output_dir} has {free / 1e9:.1f} GB left: free "
             "some, name another folder, or lower --checkpoints_total_limit"
         )
+    if not problems:
+        problems += _make_room_for_cache(args, run, encoder, room)
     if problems:
         raise ModelError("\n".join(problems))
 
@@ -93,6 +97,23 @@ def _upscaler_problems(args, model):
         )
     if model.family.needs_image and args.evaluate_every and args.evaluate_with != "loss":
         yield f"--evaluate_with {args.evaluate_with} generates from prompts alone, which an upscaler cannot: take loss"
+
+
+def _make_room_for_cache(args, run, encoder, room):
+    """Yield why the cache does not fit on its disk beside `room` bytes of checkpoints, where those lie there too. One
+    that was not asked for is turned off instead."""
+    folder, needed = folder_of(args), encoder.bytes_needed
+    disk, output = _existing(folder), _existing(run.output_dir)
+    room = room if disk.stat().st_dev == output.stat().st_dev else 0
+    left = shutil.disk_usage(disk).free - room if os.access(disk, os.W_OK) else 0
+    if not needed or not run.any(needed > left):
+        return
+    problem = f"{needed / 1e9:.1f} GB are needed in {folder}, and {max(0, left) / 1e9:.1f} GB can be had there"
+    if args.cache_latents == "on":
+        yield f"--cache_latents: {problem}: free some, name another --cache_folder, or leave the flag out"
+    else:
+        run.say(f"cache: off, {problem} (--cache_folder names another place)")
+        encoder.turn_off()
 
 
 def set_up_kernels(args, run, model):
@@ -154,7 +175,7 @@ def _disagreement(attention, head_size, keys, device, dtype):
     return torch.stack([(a - b).float().norm() / b.float().norm() for a, b in pairs]).max().item()
 
 
-def _free_bytes(folder):
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+def _existing(folder):
+    """The folder, or the one above it that exists."""
+    folder = folder.absolute()
+    return folder if folder.exists() else _existing(folder.parent)

@@ -8,7 +8,6 @@ import math
 
 import torch
 
-from finetuning.data.latents import latent_source
 from finetuning.files import atomic_result
 from finetuning.rng import key
 from finetuning.training.checkpoint import Checkpointer, NonFinite
@@ -22,20 +21,21 @@ class Session:
 
     model      families.model.Model, or training.adapters.AdaptedModel
     data       data.loading.TrainingData
+    encoder    data.cache.Encoder
     ema        training.ema.AveragedWeights, or NoAverage
     optimizer  of the model's trained parameters
 
     `prepared` is (denoiser, optimizer, learning-rate schedule), ready for this run's devices and precision.
     """
 
-    def __init__(self, args, run, model, data, ema, optimizer):
+    def __init__(self, args, run, model, data, encoder, ema, optimizer):
         self.args, self.run, self.model, self.data, self.ema = args, run, model, data, ema
-        self.optimizer = optimizer
+        self.encode, self.optimizer = encoder, optimizer  # encode(batch) -> latents [n, c, h, w], conditioning
         self.total_steps = data.total_steps
         self.checkpoints = Checkpointer(args, model, ema, optimizer, run, data)
         self.first_step = self.step = self.checkpoints.resume(self.total_steps)
         self.lr_scheduler = build_schedule(args, optimizer, self.total_steps, self.first_step)
-        self.latents = latent_source(args, model, data.training, run.device)
+        encoder.build()
         self.evaluator = Evaluator(args, run, model, ema, data, self.first_step)
         self.prepared = (*run.prepare(model.denoiser, optimizer), self.lr_scheduler)
         self.upload = build_upload(run, model.hub_tags)
@@ -55,10 +55,6 @@ class Session:
         batches = iter(loader)
         while self.step < last_step and not (self.stopping or self.forgets):
             yield Step(self, batches)
-
-    def encode(self, batch):
-        """(latents [n, c, h, w], what else the denoiser is called with) of a batch; nothing of it is trained."""
-        return self.model.condition(batch, self.latents(batch), self.args.seed)
 
     def after(self, step):
         """What belongs after an optimizer step: log, save, evaluate."""

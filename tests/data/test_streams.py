@@ -258,6 +258,7 @@ STREAMING = "--streaming --max_train_steps 5"
         (f"{STREAMING} --shuffle_buffer 0", ["--shuffle_buffer 0"]),
         ("--shuffle_buffer 5", ["--shuffle_buffer"]),
         (f"{STREAMING} --cache_latents --center_crop", ["--cache_latents needs"]),
+        (f"{STREAMING} --cached_crops 2", ["--cached_crops needs"]),
         (f"{STREAMING} --aspect_buckets", ["--aspect_buckets needs"]),
         (f"{STREAMING} --max_train_samples 5", ["--max_train_samples needs"]),
         (f"{STREAMING} --validation_fraction 0.1", ["--validation_fraction needs"]),
@@ -265,7 +266,7 @@ STREAMING = "--streaming --max_train_steps 5"
         (f"{STREAMING} --validation_prompts x", ["--validation_epochs"]),
         (f"{STREAMING} --validation_prompts x --validation_steps 5", []),
         (f"{STREAMING} --validation_prompts x --validation_epochs 0", []),
-        ("--streaming --cache_latents --center_crop --aspect_buckets", ["--streaming", "--aspect", "--cache"]),
+        ("--streaming --cache_latents --center_crop --aspect_buckets", ["--cache", "--streaming", "--aspect"]),
     ],
 )
 def test_what_does_not_go_with_a_stream_is_named_at_once(flags, starts):

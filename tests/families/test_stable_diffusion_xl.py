@@ -97,7 +97,7 @@ def arguments(tiny_sdxl, shapes_folder):
         --pretrained_model_name_or_path {tiny_sdxl} --train_data_dir {shapes_folder} --resolution 32 --seed 3
         --train_batch_size 2 --max_train_steps 2 --checkpointing_steps 1 --use_ema --proportion_empty_prompts 0.3
         --random_flip --learning_rate 1e-2 --validation_epochs 0 --report_to none --lr_warmup_steps 0
-        --validation_prompt circle --validation_inference_steps 1
+        --validation_prompt circle --validation_inference_steps 1 --center_crop --cache_latents
     """.split()
 
 

@@ -9,6 +9,7 @@ import torch
 
 from finetuning.data.batch_sampler import BatchSampler
 from finetuning.data.buckets import BucketArgs
+from finetuning.data.cache import CacheArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.training_set import DataArgs
 from finetuning.diffusion.objective import NoiseArgs
@@ -27,8 +28,8 @@ FLAG = "--enable_xformers_memory_efficient_attention"
 
 @dataclass
 class Args(
-    RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, BucketArgs, CaptionArgs,
-    DataArgs, UpscalingArgs, ModelArgs,
+    RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, CacheArgs, BucketArgs,
+    CaptionArgs, DataArgs, UpscalingArgs, ModelArgs,
 ):  # fmt: skip
     """The flags of a training script, as far as they are looked at here."""
 
@@ -39,7 +40,10 @@ class FakeRun(SimpleNamespace):
     def __init__(self, output_dir=None, device="cpu", dtype=torch.float32):
         accelerator = SimpleNamespace(mixed_precision="no")
         super().__init__(output_dir=output_dir, device=torch.device(device), accelerator=accelerator, said=[])
-        self.weights_dtype, self.say = dtype, self.said.append
+        self.weights_dtype, self.say, self.any = dtype, self.said.append, bool
+
+
+NOTHING_CACHED = SimpleNamespace(bytes_needed=0)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +61,10 @@ def data_of(total_steps, buckets=()):
 def check(model, tmp_path):
     """check_before_start for 11 rows in steps of 2 x 2; returns what was said."""
 
-    def run_check(model=model, total_steps=6, buckets=(), **flags):
+    def run_check(model=model, total_steps=6, buckets=(), encoder=NOTHING_CACHED, **flags):
         args = Args(output_dir="runs/x", train_batch_size=2, gradient_accumulation_steps=2, **flags)
         run = FakeRun(tmp_path / "not" / "there" / "yet")
-        check_before_start(args, run, model, data_of(total_steps, buckets))
+        check_before_start(args, run, model, data_of(total_steps, buckets), encoder)
         return "\n".join(run.said)
 
     return run_check
@@ -99,6 +103,20 @@ def test_every_problem_is_named_at_once_also_a_disk_without_room(check, monkeypa
         check(resolution="60")
     with pytest.raises(ModelError, match=r"^2 checkpoints of .*--output_dir runs/x"):
         check(resolution="32")
+
+
+@pytest.mark.parametrize(("cache_latents", "free"), [("on", 3e9), ("on", 2e9), ("auto", 3e9), ("auto", 2e9)])
+def test_a_cache_without_room_beside_the_checkpoints_is_refused_or_left_out(check, monkeypatch, cache_latents, free):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    turned_off = []
+    encoder = SimpleNamespace(bytes_needed=2_000_000_000, turn_off=lambda: turned_off.append(True))
+    words = {"resolution": "32", "cache_latents": cache_latents, "encoder": encoder}
+    if cache_latents == "on" and free == 2e9:
+        with pytest.raises(ModelError, match=r"^--cache_latents: 2.0 GB are needed in .*--cache_folder"):
+            check(**words)
+    else:
+        assert ("cache: off, 2.0 GB are needed" in check(**words)) == (free == 2e9)
+    assert bool(turned_off) == ((cache_latents, free) == ("auto", 2e9))
 
 
 def test_dream_is_refused_for_a_base_that_does_not_predict_epsilon(tiny_model, check):
@@ -161,9 +179,9 @@ def test_the_size_that_is_said_is_the_size_of_a_checkpoint(optimizer, use_ema, t
     exported += sum(path.stat().st_size for path in tiny_model.rglob("*") if path.is_file())
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1.8 * actual + exported))
     with pytest.raises(ModelError, match="checkpoints of"):
-        check_before_start(args, FakeRun(tmp_path), model, data)
+        check_before_start(args, FakeRun(tmp_path), model, data, NOTHING_CACHED)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2.25 * actual + exported))
-    check_before_start(args, FakeRun(tmp_path), model, data)
+    check_before_start(args, FakeRun(tmp_path), model, data, NOTHING_CACHED)
 
 
 # -- attention -------------------------------------------------------------------------------------------------------

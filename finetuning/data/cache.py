@@ -1,0 +1,350 @@
+"""Batch -> latents and conditioning: encoded at every step, or once and kept in a cache on disk that runs share.
+
+    CACHE/latents-IDENTITY-float32-cpu/    mean and std of each image's posterior as it is cut, and the sizes
+    CACHE/text-IDENTITY-float32-cpu/       what the text encoders make of each caption, dropped ones too
+
+The kind's name says what encoded it, the key all that was encoded: the bytes of the image file, how it is cut, the
+token ids. So nothing has to be declared stale; an image that is edited, re-encoded or cut otherwise has another key,
+and one that was only renamed has the same. Every step still draws its own sample of the posterior.
+
+On a CPU a row's last bits depend on how many are encoded together. The cache encodes each row alone, and so does a run
+that could have used it, so that both train the same; other runs encode whole batches.
+"""
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from finetuning.cli import UserError, flag
+from finetuning.data.captions import possible_captions
+from finetuning.data.tensor_store import KEY, TensorStore, as_bytes, digest, written_in_shards
+from finetuning.data.threads import in_order
+from finetuning.rng import gaussian
+
+
+@dataclass
+class CacheArgs:
+    """Cache"""
+
+    cache_latents: str = flag(
+        "auto", "encode each image and caption once, before the first step, and keep that on disk (needs --center_crop "
+        "or --cached_crops); auto: where crops are fixed, the run is long enough and the disk has room",
+        choices=("auto", "on", "off"),
+    )  # fmt: skip
+    cache_folder: str | None = flag(
+        None, "where, shared between runs; it may be deleted between them (none: $FINETUNING_CACHE, or "
+        "~/.cache/finetuning)", affects_result=False,
+    )  # fmt: skip
+
+    def problems(self):
+        if self.cache_folder:
+            folder = Path(self.cache_folder).resolve()
+            for name in ("output_dir", "train_data_dir"):
+                other = getattr(self, name, None)
+                if other and Path(other).resolve() in (folder, *folder.parents):
+                    yield f"--cache_folder {self.cache_folder} lies in --{name} {other}: name a folder outside of it"
+        if self.cache_latents != "on":
+            return
+        if getattr(self, "streaming", False):
+            yield "--cache_latents needs a dataset that is known as a whole, which --streaming does not: leave it out"
+        elif not (self.cached_crops or (self.center_crop and self.random_resized_crop_scale is None)):
+            yield "--cache_latents needs crops that are fixed: add --cached_crops 4, or --center_crop alone"
+
+
+def folder_of(args):
+    """The folder that the flags name."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetuning"
+    return Path(args.cache_folder or os.environ.get("FINETUNING_CACHE") or home).expanduser()
+
+
+def build_encoder(args, run, model, data):
+    """The Encoder that the flags ask for; `data` is a data.loading.TrainingData. Nothing is encoded yet."""
+    images = data.training
+    fixed = not args.streaming and bool(images.transform.different_crops)
+    live = {"alone": fixed and run.device.type == "cpu"}
+    latents, text = LiveLatents(model, args.seed, **live), LiveText(model, **live)
+    if args.cache_latents == "off" or (args.cache_latents == "auto" and (why_not := _not_worth_it(args, data, fixed))):
+        if args.cache_latents == "auto":
+            run.say(f"cache: off, {why_not}")
+        return Encoder(model, args.seed, latents, text, fallback=(latents, text))
+    kept = lambda one, identity, **more: one(
+        run, model, images, folder_of(args), f"{identity}-{run.device.type}", **more
+    )
+    cached = [latents, text]
+    if getattr(model.codec, "identity", None):
+        name = f"{model.codec.identity}-{str(model.codec.dtype).removeprefix('torch.')}"
+        cached[0] = kept(CachedLatents, f"latents-{name}", seed=args.seed)
+    if model.frozen_encoders and not args.shuffle_tags:
+        cached[1] = kept(CachedText, f"text-{model.text_identity}")
+    return Encoder(model, args.seed, *cached, fallback=(latents, text))
+
+
+def _not_worth_it(args, data, fixed):
+    """Why the cache is not used without being asked for, in words; empty where it is."""
+    if args.streaming:
+        return "a stream is read as it comes"
+    if not fixed:
+        return "crops are random (--center_crop or --cached_crops N would fix them)"
+    if args.check_images == "none":
+        return "--check_images none opens no image before its turn"
+    ways = data.training.transform.different_crops * (1 + args.random_flip)
+    epochs = data.total_steps / data.batch_sampler.steps_per_epoch
+    return f"{epochs:.1f} epochs do not pay for {ways} encodings of each image" if epochs <= ways else ""
+
+
+def sampled(model, mean, std, seed, batch):
+    """A sample of each row's posterior, drawn from (seed, step, row), scaled to unit variance."""
+    noise = gaussian(seed, "posterior", batch.step, batch.rows, mean.shape[1:]).to(mean.device)
+    return model.codec.scale(mean + std * noise)
+
+
+def _each_alone(encode, tensors):
+    """encode({name: [n, ...]}) -> {name: [n, ...]}, row by row."""
+    count = len(next(iter(tensors.values())))
+    rows = [encode({name: one[row : row + 1] for name, one in tensors.items()}) for row in range(count)]
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+# -- live --------------------------------------------------------------------------------------------------------------
+
+
+class Live:
+    """What is encoded at every step. `alone`: each row by itself."""
+
+    bytes_needed = 0
+
+    def __init__(self, model, alone=False):
+        self.model, self.alone = model, alone
+
+    def build(self):
+        """Nothing to be done before the first step."""
+
+    def _encoded(self, encode, tensors):
+        return _each_alone(encode, tensors) if self.alone else encode(tensors)
+
+
+class LiveLatents(Live):
+    """Batch -> latents, by the autoencoder."""
+
+    def __init__(self, model, seed, alone=False):
+        super().__init__(model, alone)
+        self.seed = seed
+
+    def __call__(self, batch):
+        encode = lambda tensors: dict(zip(("mean", "std"), self.model.codec.posterior(tensors["pixels"]), strict=True))
+        return sampled(self.model, **self._encoded(encode, {"pixels": batch.pixels}), seed=self.seed, batch=batch)
+
+
+class LiveText(Live):
+    """Batch -> {name: [n, ...]}, by the frozen text encoders; None where they are trained."""
+
+    def __call__(self, batch):
+        return self._encoded(self.model.encode_text, batch.tokens) if self.model.frozen_encoders else None
+
+
+class Encoder:
+    """Batch -> (latents [n, c, h, w], what else the denoiser is called with); nothing of it is trained.
+
+    `latents` and `text` are live or cached; `fallback` are the live ones.
+    """
+
+    def __init__(self, model, seed, latents, text, fallback):
+        self.model, self.seed, self.latents, self.text, self.fallback = model, seed, latents, text, fallback
+
+    def __call__(self, batch):
+        latents = self.latents(batch)  # first: cached ones bring the sizes that the family's extras are made of
+        return self.model.condition(batch, latents, self.seed, self.text(batch))
+
+    @property
+    def bytes_needed(self):
+        """What has to be encoded yet, on disk. The first call reads every image file and hashes it."""
+        return self.latents.bytes_needed + self.text.bytes_needed
+
+    def turn_off(self):
+        """Encode at every step after all."""
+        self.latents, self.text = self.fallback
+
+    def build(self):
+        """Encode what the cache lacks, and let what has then nothing to do leave the device."""
+        self.latents.build()
+        self.text.build()
+
+
+# -- cached ------------------------------------------------------------------------------------------------------------
+
+
+class Cached:
+    """Encodings of one kind. Subclasses have
+
+    keys     [...] of KEY: all that this run will ask for; empty ones are not used
+    encoded  ([numbers in `wanted`]) yields (number, {name: tensor on the CPU})
+    entry_bytes  ([numbers in `wanted`]) their size on disk
+    finish   () what follows once all are there
+    """
+
+    def __init__(self, run, model, images, folder, kind):
+        self.run, self.model, self.images, self.folder = run, model, images, folder / kind
+
+    @cached_property
+    def _places(self):
+        keys = self.keys.ravel()
+        used = np.flatnonzero(keys != b"")
+        wanted, first = np.unique(keys[used], return_index=True)
+        return wanted, used[first]
+
+    @property
+    def wanted(self):
+        """The different keys, [m] of KEY; the same image under two names is encoded once."""
+        return self._places[0]
+
+    @property
+    def first(self):
+        """Where each of `wanted` stands in `keys`, flattened: int64 [m]."""
+        return self._places[1]
+
+    @cached_property
+    def missing(self):
+        """[numbers in `wanted`] that are not on disk. The main process looks, so that all agree."""
+        wanted = self.wanted  # on all processes, which share the hashing out
+        return self.run.gathered([self._look(wanted)] if self.run.is_main else [])[0]
+
+    def _look(self, wanted):
+        store = TensorStore(self.folder)
+        if broken := store.damage(wanted):
+            for path, reason in broken.items():
+                self.run.say(f"cache: {path} is broken ({reason}): deleted, and what it held is encoded again")
+                path.unlink(missing_ok=True)
+            store = TensorStore(self.folder)
+        return np.flatnonzero(store.find(wanted) < 0).tolist()
+
+    @property
+    def bytes_needed(self):
+        return self.entry_bytes(self.missing) if self.missing else 0
+
+    def build(self):
+        run, keys = self.run, as_bytes(self.wanted)
+        own = self.missing[run.process :: run.processes]
+        bar = tqdm(
+            self.encoded(own), f"encoding {self.what} once", len(own), leave=False, delay=2, disable=not run.is_main
+        )
+        with written_in_shards(self.folder) as add:
+            for number, tensors in bar:
+                add(keys[number], tensors)
+        run.wait_for_everyone()
+        self.store = TensorStore(self.folder)
+        if (self.store.find(self.wanted) < 0).any():
+            raise UserError(f"{self.folder} has lost files while it was written to: start again")
+        if self.missing:
+            run.say(f"cache: {len(self.missing)} of {len(self.wanted)} {self.what} encoded, kept in {self.folder}")
+        self.finish()
+
+
+class CachedLatents(Cached):
+    """Batch -> latents, of the posteriors of all images as the run cuts them; no image is opened while training."""
+
+    what = "images"
+
+    def __init__(self, *args, seed):
+        super().__init__(*args)
+        self.seed = seed
+
+    @cached_property
+    def keys(self):
+        """[crops, 2, rows] of KEY: each crop of each row as it is and mirrored."""
+        images, rows = self.images, range(len(self.images))
+        bar = lambda own: tqdm(own, "hashing images", leave=False, delay=2, disable=not self.run.is_main)
+        found = self.run.shared(rows, lambda own: [content for _, content in in_order(images.content, bar(own))])
+        keys = np.zeros((images.transform.different_crops, 2, len(rows)), KEY)
+        for row, content in enumerate(found):
+            transform = images.transform_of(row)
+            for crop in range(len(keys)):
+                for draw in images.draws(crop, row):
+                    keys[crop, int(draw.flip), row] = digest(content, *transform.facts(draw))
+        return keys
+
+    def entry_bytes(self, numbers):
+        codec, moments = self.model.codec, 0
+        for row in np.unravel_index(self.first[numbers], self.keys.shape)[2]:
+            height, width = self.images.sizes[row]
+            moments += 2 * codec.channels * (height // codec.factor) * (width // codec.factor)
+        return moments * codec.dtype.itemsize + len(numbers) * 64
+
+    def encoded(self, numbers):
+        images, codec, of_row = self.images, self.model.codec, defaultdict(list)
+        for number in numbers:
+            crop, flip, row = map(int, np.unravel_index(self.first[number], self.keys.shape))
+            of_row[row].append((number, next(draw for draw in images.draws(crop, row) if draw.flip == bool(flip))))
+
+        def cut(row):
+            image, transform = images.image(row), images.transform_of(row)
+            return [(number, *transform.apply(image, draw)) for number, draw in of_row[row]]
+
+        for _, cuts in in_order(cut, of_row):
+            for number, pixels, sizes in cuts:
+                mean, std = (one[0].to("cpu", codec.dtype) for one in codec.posterior(pixels[None].to(self.run.device)))
+                yield number, {"mean": mean, "std": std, "sizes": torch.tensor(sizes)}
+
+    def finish(self):
+        self.images.skip_pixels = True
+        self.model.offload(self.model.codec_components)
+
+    def __call__(self, batch):
+        images, device = self.images, batch.weights.device
+        flips = [int(images.is_mirrored(row, batch.epoch)) for row in batch.rows]
+        found = self.store.read(self.keys[images.transform.crop_of(batch.epoch), flips, batch.rows])
+        found = {name: one.to(device, non_blocking=True) for name, one in found.items()}
+        batch.sizes = found["sizes"]
+        return sampled(self.model, found["mean"].float(), found["std"].float(), self.seed, batch)
+
+
+class CachedText(Cached):
+    """Batch -> {name: [n, ...]}, of all captions that the run can draw."""
+
+    what = "captions"
+
+    @cached_property
+    def captions(self):
+        """All captions that the run can draw."""
+        images, found = self.images, {""} if self.images.args.proportion_empty_prompts else set()
+        for row in images.rows:
+            found |= possible_captions(row.captions, images.may_flip(row), images.args)
+        return sorted(found)
+
+    @cached_property
+    def keys(self):
+        """[captions] of KEY: of their token ids."""
+        found = []
+        for start in range(0, len(self.captions), 1000):
+            tokens = sorted(self.model.tokenize(self.captions[start : start + 1000]).items())
+            ids = zip(*(one.tolist() for _, one in tokens), strict=True)
+            found += [digest([name for name, _ in tokens], one) for one in ids]
+        return np.array(found, KEY)
+
+    def _encoded(self, text):
+        tokens = {name: ids.to(self.run.device) for name, ids in self.model.tokenize([text]).items()}
+        return {name: one[0].cpu() for name, one in self.model.encode_text(tokens).items()}
+
+    def entry_bytes(self, numbers):
+        one = self._encoded("")
+        return len(numbers) * (16 + sum(tensor.nbytes for tensor in one.values()))
+
+    def encoded(self, numbers):
+        for number in numbers:
+            yield number, self._encoded(self.captions[self.first[number]])
+
+    def finish(self):
+        order = np.argsort(texts := np.array([digest(text) for text in self.captions], KEY))
+        self.texts, self.keys = texts[order], self.keys[order]
+        del self.captions
+        self.model.offload(self.model.frozen_encoders)
+
+    def __call__(self, batch):
+        texts = np.array([digest(text) for text in batch.captions], KEY)
+        found = self.store.read(self.keys[np.searchsorted(self.texts, texts)])
+        return {name: one.to(batch.weights.device, non_blocking=True) for name, one in found.items()}
