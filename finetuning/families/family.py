@@ -25,6 +25,8 @@ class Component:
     # What files put before each weight's name and the class does not. transformers 5's CLIPTextModel dropped its
     # "text_model.", which every file of every other version has; CLIPTextModelWithProjection kept it.
     file_prefix: str = ""
+    original_prefixes: tuple[str, ...] = ()  # what stands before its tensors in single files; the first is written
+    kohya_original: bool = False  # kohya's files call its modules as single files do
 
     @property
     def cls(self):
@@ -49,6 +51,11 @@ class Family:
     denoiser = "unet"
     tokenizers: dict[str, str]  # {text encoder: folder of its tokenizer}
     pipeline_options: dict = MappingProxyType({})  # what else the pipeline's class wants to be made of its components
+    kohya_kind = (
+        "stable-diffusion",
+        "sd_other",
+    )  # modelspec's and sd-scripts' words for it
+    marks: tuple[str, ...] = ()  # how tensors begin that only this family's bare UNets and single files have
 
     @cached_property
     def by_name(self):
@@ -97,6 +104,13 @@ class Family:
         pipeline = kind(**components, **folders, scheduler=scheduler, **{**known, **self.pipeline_options})
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def refusal(self, names):
+        """Why a model that looks like this family's is none of it, or None.
+
+        names   of the tensors of a single file, or of what model_index.json sets
+        """
+        return None
 
     def problems(self, components):
         """Yield why components {name: module} do not go together."""

@@ -13,18 +13,31 @@ class StableDiffusionXL(Family):
 
     pipeline = "StableDiffusionXLPipeline"
     components = (
-        Component("unet", "UNet2DConditionModel", lora_prefix="unet.", kohya_prefix="lora_unet_"),
+        Component(
+            "unet", "UNet2DConditionModel", lora_prefix="unet.", kohya_prefix="lora_unet_", kohya_original=True,
+            original_prefixes=("model.diffusion_model.",),
+        ),
         Component(
             "text_encoder", "CLIPTextModel", lora_prefix="text_encoder.text_model.",
             kohya_prefix="lora_te1_text_model_", file_prefix="text_model.",
+            original_prefixes=("conditioner.embedders.0.transformer.",),
         ),
         Component(
-            "text_encoder_2", "CLIPTextModelWithProjection", lora_prefix="text_encoder_2.", kohya_prefix="lora_te2_"
+            "text_encoder_2", "CLIPTextModelWithProjection", lora_prefix="text_encoder_2.",
+            kohya_prefix="lora_te2_", original_prefixes=("conditioner.embedders.1.model.",),
         ),
-        Component("vae", "AutoencoderKL"),
+        Component("vae", "AutoencoderKL", original_prefixes=("first_stage_model.",)),
     )  # fmt: skip
     tokenizers = MappingProxyType({"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"})
     pipeline_options = MappingProxyType({"add_watermarker": False})
+    kohya_kind = ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")
+    marks = ("add_embedding.linear_1.", "model.diffusion_model.label_emb.", "conditioner.embedders.")
+
+    def refusal(self, names):
+        refiners = ("conditioner.embedders.0.model.", "requires_aesthetics_score")
+        if any(name.startswith(refiners) for name in names):
+            return "it is the refiner of Stable Diffusion XL, which has one text encoder: name the base model"
+        return None
 
     def encode_text(self, encoders, tokens):
         """{"prompt_embeds": [n, k, d1 + d2], "pooled": [n, d2]}."""
