@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
 export HF_HUB_OFFLINE=1
 BUILD=${BUILD:-build/mini-sdxl}
-STEPS=${STEPS:-1000}
+STEPS=${STEPS:-420}
 
 [ -f "$BUILD/images/metadata.jsonl" ] || python -m models.grow_mini_sdxl --output_dir "$BUILD/start" --images "$BUILD/images"
 accelerate launch --config_file accelerate_config.yaml --mixed_precision no train_text_to_image.py \

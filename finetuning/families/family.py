@@ -50,6 +50,7 @@ class Family:
     components: tuple[Component, ...]
     denoiser = "unet"
     tokenizers: dict[str, str]  # {text encoder: folder of its tokenizer}
+    upcast: tuple[str, ...] = ()  # components that the pipeline keeps in fp32 where their config says force_upcast
     pipeline_options: dict = MappingProxyType({})  # what else the pipeline's class wants to be made of its components
     kohya_kind = (
         "stable-diffusion",
@@ -79,8 +80,11 @@ class Family:
         """{name: [n, ...]} that `denoise` takes, of {text encoder: token ids [n, k]}."""
         raise NotImplementedError
 
-    def extras(self, batch):
-        """What the denoiser is conditioned on besides text, {name: [n, ...]}: SDXL's sizes, say."""
+    def extras(self, batch, settings):
+        """What the denoiser is conditioned on besides text, {name: [n, ...]}: SDXL's sizes, say.
+
+        settings   what model_index.json says of the pipeline
+        """
         return {}
 
     def denoise(self, denoiser, noisy, timesteps, text, extras):

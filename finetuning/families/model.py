@@ -20,7 +20,7 @@ from finetuning.families.folders import (
     write_scheduler,
 )
 from finetuning.families.model_args import ModelArgs, ModelError, StartArgs
-from finetuning.families.opening import open_source
+from finetuning.families.opening import open_component_source, open_source
 from finetuning.families.quiet import errors_only
 from finetuning.families.table import family_of
 
@@ -37,6 +37,7 @@ class Model:
     trained: tuple[str, ...] = ()  # names of the components that are trained
     settings: dict = field(default_factory=dict)  # what else model_index.json says of the pipeline
     ema_start: dict | None = field(default=None, repr=False)  # EMA weights loaded apart, by parameter name
+    folders: dict = field(default_factory=dict)  # {name: folder} of components that came from another place
     hub_tags = ()  # of its model card
 
     def __post_init__(self):
@@ -54,7 +55,9 @@ class Model:
         family = family_of(pipeline)
         components = family.components_of(pipeline)
         tokenizers = {name: getattr(pipeline, folder) for name, folder in family.tokenizers.items()}
-        model = cls(family, None, components, Tokenizers(tokenizers), pipeline.scheduler)
+        model = cls(
+            family, None, components, Tokenizers(tokenizers), pipeline.scheduler, settings=dict(pipeline.config)
+        )
         model.denoiser.eval()
         return model
 
@@ -63,7 +66,7 @@ class Model:
     def conditioning(self, batch):
         """What the denoiser is called with besides latents and timesteps: text, encoded here where its encoders are
         frozen, and the family's extras."""
-        extras = self.family.extras(batch)
+        extras = self.family.extras(batch, self.settings)
         if not self.frozen_encoders:
             return {"tokens": batch.tokens, "extras": extras}
         with torch.no_grad():
@@ -83,12 +86,23 @@ class Model:
             if parameter.requires_grad
         }
 
-    def parameter_groups(self, denoiser_lr, text_encoder_lr):
-        """Optimizer groups; the list of parameters is made once, an iterator would be empty the second time."""
+    def parameter_groups(self, denoiser_lr, text_encoder_lrs):
+        """Optimizer groups; the list of parameters is made once, an iterator would be empty the second time.
+
+        text_encoder_lrs   one for all text encoders, or one for each. Raises ModelError: another number
+        """
+        encoders = list(self.family.tokenizers)
+        rates = text_encoder_lrs * len(encoders) if len(text_encoder_lrs) == 1 else text_encoder_lrs
+        if len(rates) != len(encoders):
+            raise ModelError(
+                f"--text_encoder_lr has {len(rates)} numbers, and a {self.family.pipeline} has {len(encoders)} text "
+                f"encoder(s): {', '.join(encoders)}"
+            )
+        rates = dict(zip(encoders, rates, strict=True)) | {self.family.denoiser: denoiser_lr}
         return [
             {
                 "params": [parameter for parameter in module.parameters() if parameter.requires_grad],
-                "lr": denoiser_lr if name == self.family.denoiser else text_encoder_lr,
+                "lr": rates[name],
             }
             for name, module in self.trained_modules.items()
         ]
@@ -99,10 +113,15 @@ class Model:
         return start
 
     def to_device(self, device, frozen_dtype):
-        """Move everything; what is not trained is kept in `frozen_dtype`. Files are never written from these."""
+        """Move everything; what is not trained is kept in `frozen_dtype`. Files are never written from these.
+
+        An autoencoder that overflows in fp16 stays fp32, where the family's pipeline asks for that (force_upcast).
+        """
         for name, module in self.components.items():
             module.to(device)
-            if name not in self.trained:
+            if name in self.family.upcast and frozen_dtype == torch.float16 and module.config.force_upcast:
+                _decode_in_fp32(module)
+            elif name not in self.trained:
                 with errors_only():  # diffusers asks not to cast modules that have to be fp32: there are none
                     module.to(frozen_dtype)
 
@@ -175,7 +194,7 @@ class Model:
         shutil.copyfile(self.folder / "model_index.json", folder / "model_index.json")
         for name in components_of_index(index):
             if name not in (*self.trained, "scheduler"):
-                copy_component(self.folder / name, folder / name)
+                copy_component(self.folders.get(name, self.folder / name), folder / name)
         prediction_type = self.scheduler.config.prediction_type
         write_scheduler(self.folder / "scheduler", folder / "scheduler", prediction_type)
         self.save_trained(folder, weights=shadow)
@@ -220,7 +239,17 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
         kinds=("pipeline",), without_weights=("unet",) if start.from_scratch else (),
     )  # fmt: skip
     family = source.family
-    components = {one.name: source.open(one.name) for one in family.components if one.name != family.denoiser}
+    others, folders = {}, {}
+    if args.pretrained_vae_model_name_or_path:
+        vae = open_component_source(
+            args.pretrained_vae_model_name_or_path, family.by_name["vae"], family, cache_dir=args.cache_dir
+        )
+        others, folders = {"vae": vae}, {"vae": vae.components["vae"].config}
+    components = {
+        one.name: others.get(one.name, source).open(one.name)
+        for one in family.components
+        if one.name != family.denoiser
+    }
     components = {family.denoiser: _denoiser(args, start, source, seed)} | components
     if problems := list(family.problems(components)):
         raise ModelError("\n".join(problems))
@@ -238,8 +267,27 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
             _recompute_activations(module)
     tokenizers = {name: source.tokenizer(folder) for name, folder in family.tokenizers.items()}
     return Model(
-        family, source.folder, components, Tokenizers(tokenizers), scheduler, trained, source.settings(), ema_start
+        family,
+        source.folder,
+        components,
+        Tokenizers(tokenizers),
+        scheduler,
+        trained,
+        source.settings(),
+        ema_start,
+        folders,
     )
+
+
+def _decode_in_fp32(vae):
+    """Keep autocast out of what makes images of latents: in fp16 the autoencoder overflows."""
+    decode = vae.decode
+
+    def decoded(latents, *args, **options):
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.float(), *args, **options)
+
+    vae.decode = decoded
 
 
 def _recompute_activations(module):

@@ -249,7 +249,12 @@ def open_tokenizer(folder, class_name="CLIPTokenizer"):
 
 
 def open_component(name, component: Component, family: Family, *, cache_dir=None, dtype=torch.float32):
-    """One component's module from a pipeline, a folder of its own, or either of them on the Hub. Raises ModelError."""
+    """The module of `open_component_source`. Raises ModelError."""
+    return open_component_source(name, component, family, cache_dir=cache_dir).open(component.name, dtype)
+
+
+def open_component_source(name, component: Component, family: Family, *, cache_dir=None):
+    """A Source of one component: from a pipeline, a folder of its own, or either on the Hub. Raises ModelError."""
     path = Path(name)
     if path.is_file():
         raise ModelError(
@@ -258,9 +263,7 @@ def open_component(name, component: Component, family: Family, *, cache_dir=None
     folder = path if path.is_dir() else _hub_folder(name, None, [None], cache_dir, {component.name, ""})
     folder = folder / component.name if (folder / component.name).is_dir() else folder
     found = _component_files(str(name), component, folder, [None])
-    return Source(str(name), "unet", family, family.pipeline, None, {component.name: found}, None).open(
-        component.name, dtype
-    )
+    return Source(str(name), "unet", family, family.pipeline, None, {component.name: found}, None)
 
 
 # -- one reader for each kind ------------------------------------------------------------------------------------------
@@ -312,6 +315,10 @@ def _checkpoint(name, path, weights, base, options):
     family = lent.family if lent else DEFAULT_FAMILY
     folders = {one: of_checkpoint(path, one.name, weights) for one in family.components}
     components = dict(lent.components) if lent else {}
+    if not base and "vae" in components and (vae := args.get("pretrained_vae_model_name_or_path")):
+        components |= open_component_source(
+            vae, family.by_name["vae"], family, cache_dir=options["cache_dir"]
+        ).components
     for one, folder in folders.items():
         if folder.is_dir():
             components[one.name] = _component_files(name, one, folder, [None])

@@ -15,7 +15,7 @@ def check(folder, tokenize, data_args):
 
     def check(seed=0, validation_fraction=0.0, source=folder, resolution="8", **flags):
         args, tokenizer = data_args(source, resolution, **flags), tokenize.tokenizers["text_encoder"]
-        return read_checked(args, tokenizer, seed, validation_fraction, str(folder.parent / "cache"))
+        return read_checked(args, [tokenizer], seed, validation_fraction, str(folder.parent / "cache"))
 
     return check
 
