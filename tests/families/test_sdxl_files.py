@@ -100,9 +100,7 @@ def test_diffusers_loads_every_layer_of_what_is_written(tiny_sdxl, components, l
     pipeline = open_pipeline(tiny_sdxl)
     pipeline.load_lora_weights(path)
     found = loaded(pipeline)
-    # diffusers' reader of kohya's layout takes only the blocks of which sd-scripts makes adapters
-    assert layers.keys() - found.keys() <= ({"unet.conv_in", "unet.conv_out", "text_encoder_2.text_projection"}
-                                            if kohya else set())  # fmt: skip
+    assert found.keys() == layers.keys()
     for name, added in found.items():
         torch.testing.assert_close(added, layers[name].delta())
 
