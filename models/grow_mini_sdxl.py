@@ -11,6 +11,8 @@ norm (all but its division, which becomes a constant).
 import argparse
 import json
 import random
+import shutil
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -93,6 +95,8 @@ def grow(base, folder):
         unet=grown_unet(base.unet, base.text_encoder.final_layer_norm, spread, config), scheduler=base.scheduler,
         add_watermarker=False,
     ).save_pretrained(folder)  # fmt: skip
+    for name, target in product(("vocab.json", "merges.txt"), ("tokenizer", "tokenizer_2")):
+        shutil.copyfile(Path(tokenizer.name_or_path) / name, folder / target / name)  # which transformers 4 reads
 
 
 def sized(scene, seed, rng):
