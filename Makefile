@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test test-fast bench gpu-check lint format mini-sd datasets flags clean
+.PHONY: demo test test-fast bench gpu-check lint format mini-sd mini-sdxl datasets flags clean
 
 demo: $(VENV)/.ready
 	bash finetune.sh
@@ -40,6 +40,10 @@ format: $(VENV)/.ready
 # Rebuild the embedded model from nothing: hours on a CPU, minutes on a GPU. See models/mini-sd/README.md.
 mini-sd: $(VENV)/.ready
 	bash models/make_mini_sd.sh
+
+# The same for its SDXL, which is grown from it.
+mini-sdxl: $(VENV)/.ready
+	bash models/make_mini_sdxl.sh
 
 # Rebuild the two shipped datasets. See datasets/README.md.
 datasets: $(VENV)/.ready

@@ -1,4 +1,4 @@
-"""Turn a finished run into models/mini-sd: fp16 files, averaged and raw weights, nothing of the run.
+"""Turn a finished run into models/mini-sd or mini-sdxl: fp16 files, averaged and raw weights, nothing of the run.
 
 python -m models.finish_mini_sd --run build/mini-sd/run --output_dir models/mini-sd
 """
@@ -17,6 +17,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--only_average", action="store_true", help="leave the raw weights out")
     args = parser.parse_args()
     index = pipeline_index(args.run)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -24,7 +25,8 @@ def main():
     for component in components_of_index(index):
         target = args.output_dir / component
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(args.run / component, target)
+        raw = ("*.non_ema.safetensors",) if args.only_average else ()
+        shutil.copytree(args.run / component, target, ignore=shutil.ignore_patterns(*raw))
         for path in target.glob("*.safetensors"):
             weights = {name: value.to(torch.float16) for name, value in load_file(path).items()}
             save_file(weights, path, metadata={"format": "pt"})

@@ -18,9 +18,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two busy cores c
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finetuning.cli import read
 from finetuning.files import write_json, xxh3
@@ -34,7 +40,7 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items):
     """Mark what opens a model or starts a script as `run`: `make test-fast` leaves it out."""
     for item in items:
-        if {"tiny_model", "run_script", "training"} & set(item.fixturenames):
+        if {"tiny_model", "tiny_sdxl", "run_script", "training"} & set(item.fixturenames):
             item.add_marker("run")
 
 
@@ -111,6 +117,41 @@ def tiny_model(tmp_path_factory):
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     ).save_pretrained(folder / "scheduler")
     write_json(folder / "model_index.json", MODEL_INDEX)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    """An SDXL of random weights and a few thousand parameters. Never write to it."""
+    folder = tmp_path_factory.mktemp("tiny-sdxl")
+    torch.manual_seed(0)
+    entries, merges = vocabulary()
+    tokenizers = [CLIPTokenizer(vocab=entries, merges=merges, model_max_length=16) for _ in range(2)]
+    first, second = (  # of two widths: by these diffusers tells them in a single file
+        CLIPTextConfig(
+            vocab_size=len(entries), hidden_size=width, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=16, bos_token_id=len(entries) - 2,
+            eos_token_id=len(entries) - 1, projection_dim=width,
+        )
+        for width in (16, 24)
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=4, layers_per_block=1, norm_num_groups=4, block_out_channels=(8, 16), cross_attention_dim=40,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=72, transformer_layers_per_block=(1, 2),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, sample_size=32, scaling_factor=0.13025,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    )
+    StableDiffusionXLPipeline(
+        vae=vae, text_encoder=CLIPTextModel(first), text_encoder_2=CLIPTextModelWithProjection(second),
+        tokenizer=tokenizers[0], tokenizer_2=tokenizers[1], unet=unet, scheduler=scheduler, add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 

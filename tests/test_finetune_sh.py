@@ -120,7 +120,8 @@ def test_models_that_have_left_the_hub_are_not_used(root):
     assert settings and not [name for name in settings if name.startswith(("runwayml/", "lambdalabs/"))]
 
 
-PRESETS = {"mini-sd", "sd15-t4", "sd15-lora-t4", "sd15-locon-t4", "sd14-a6000", "unsplash-lite"}
+PRESETS = {"mini-sd", "sd15-t4", "sd15-lora-t4", "sd15-locon-t4", "sd14-a6000", "unsplash-lite",
+           "sdxl-lora-16gb", "sdxl-lora-24gb", "sdxl-48gb"}  # fmt: skip
 
 
 def finetune(root, **settings):
@@ -146,9 +147,10 @@ def test_every_preset_is_understood_and_still_yields_to_the_environment(root, sh
         )
         args, problems = cli.read(script.Args, "", words)
         assert problems == [], name
-        assert (script is train_lora) == (name in ("sd15-lora-t4", "sd15-locon-t4"))
-        assert args.pretrained_model_name_or_path.split("/")[0] in ("models", "stable-diffusion-v1-5", "CompVis")
-        assert args.size == ((64, 64) if name == "mini-sd" else (512, 512))
+        assert (script is train_lora) == ("-lora" in name or name == "sd15-locon-t4")
+        owner = args.pretrained_model_name_or_path.split("/")[0]
+        assert owner in ("models", "stable-diffusion-v1-5", "CompVis", "stabilityai")
+        assert args.size == ((64, 64) if name == "mini-sd" else (1024, 1024) if "sdxl" in name else (512, 512))
         assert (args.max_train_steps, args.output_dir) == (77, "some/where")
         assert (args.train_data_dir, args.resume_from_checkpoint) == (str(shapes_folder), "latest")
 

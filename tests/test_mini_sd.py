@@ -1,21 +1,29 @@
-"""The embedded model: loads as any Stable Diffusion does, is small, and really has learned."""
+"""The embedded models: load as any Stable Diffusion or SDXL does, are small, and really have learned."""
 
 import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
 from finetuning.families.pipelines import open_pipeline
 from models.measure_mini_sd import generate, held_out_scenes, score, table
 
 
-@pytest.fixture(scope="module")
-def folder(root):
-    return root / "models/mini-sd"
+@pytest.fixture(scope="module", params=["mini-sd", "mini-sdxl"])
+def folder(root, request):
+    return root / "models" / request.param
 
 
-def test_it_is_a_plain_stable_diffusion_with_both_weights(folder):
+def test_it_is_a_plain_sdxl_that_tells_its_text_encoders_by_their_widths(root):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(root / "models/mini-sdxl", add_watermarker=False)
+    assert pipeline.vae_scale_factor == 8 and pipeline.config.force_zeros_for_empty_prompt
+    first, second = pipeline.text_encoder.config.hidden_size, pipeline.text_encoder_2.config.hidden_size
+    assert first != second and pipeline.unet.config.cross_attention_dim == first + second
+
+
+def test_it_is_a_plain_stable_diffusion_with_both_weights(root):
+    folder = root / "models/mini-sd"
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     assert pipeline.vae_scale_factor == 8 and pipeline.unet.config.in_channels == 4
     raw = UNet2DConditionModel.from_pretrained(folder / "unet", variant="non_ema")

@@ -193,7 +193,7 @@ def examine(args: AuditArgs):
     tokenizer = _tokenizer(args.tokenizer)
     training = args.training()
     try:
-        checked = read_checked(training, tokenizer, seed=0)
+        checked = read_checked(training, [tokenizer], seed=0)
     except DatasetError as problem:
         audit.refusal = str(problem)
         return audit

@@ -29,11 +29,13 @@ class Checked:
     findings: Findings
 
 
-def read_checked(args, tokenizer, seed, validation_fraction=0.0, cache_dir=None):
+def read_checked(args, tokenizers, seed, validation_fraction=0.0, cache_dir=None):
     """Read a dataset (flags: DataArgs, CaptionArgs, BucketArgs) and open every image, unless --check_images none.
 
     The held out rows are the folder's own validation split, else the share `validation_fraction` of the rows. Raises
     DatasetError if nothing is there.
+
+    tokenizers   whose limits the captions are counted against
     """
     findings = Findings()
     rows, held_out, images, held_out_images = _read(args, findings, cache_dir)
@@ -55,7 +57,7 @@ def read_checked(args, tokenizer, seed, validation_fraction=0.0, cache_dir=None)
         held_out, held_out_sizes = _readable(held_out, held_out_images, args, findings)
         errors_only = Findings(findings.errors)  # the warnings are about the images that are trained on
         held_out, held_out_sizes = sort_into_buckets(args, held_out, held_out_sizes, errors_only)
-    _note_cut_captions(rows, tokenizer, args, findings)
+    _note_cut_captions(rows, tokenizers, args, findings)
     _note_sides(rows, args, findings)
     return Checked(rows, held_out, sizes, held_out_sizes, images, held_out_images, findings)
 
@@ -127,21 +129,25 @@ def _readable(rows, images, args, findings):
     return rows.take(kept), sizes
 
 
-def _note_cut_captions(rows, tokenizer, args, findings):
-    """Captions longer than the text encoder reads; only their first tokens are trained on."""
+def _note_cut_captions(rows, tokenizers, args, findings):
+    """Captions longer than a text encoder reads; only their first tokens are trained on. Each is named once."""
     if args.check_images == "none":
         findings.warn("uncounted_captions", "--check_images none")
         return
-    limit, prefix = tokenizer.model_max_length, args.caption_prefix
-    marks = len(tokenizer("").input_ids)  # begin and end
-    for start in range(0, len(rows), TOGETHER):
-        texts = [(row.origin, with_prefix(t, prefix)) for row in rows[start : start + TOGETHER] for t in row.captions]
-        # A token is at least a byte: most captions need not be taken apart to know that they fit
-        long = [(origin, text) for origin, text in texts if len(text.encode()) + marks > limit]
-        lengths = map(len, tokenizer([text for _, text in long], verbose=False).input_ids) if long else ()
-        for (origin, _), length in zip(long, lengths, strict=True):
-            if length > limit:
-                findings.warn("cut_caption", origin, f"{length} tokens", limit=limit)
+    named = set()
+    for tokenizer in tokenizers:
+        limit, prefix = tokenizer.model_max_length, args.caption_prefix
+        marks = len(tokenizer("").input_ids)  # begin and end
+        for start in range(0, len(rows), TOGETHER):
+            some = rows[start : start + TOGETHER]
+            texts = [(row.origin, with_prefix(text, prefix)) for row in some for text in row.captions]
+            # A token is at least a byte: most captions need not be taken apart to know that they fit
+            long = [one for one in texts if len(one[1].encode()) + marks > limit and one not in named]
+            lengths = map(len, tokenizer([text for _, text in long], verbose=False).input_ids) if long else ()
+            for (origin, text), length in zip(long, lengths, strict=True):
+                if length > limit:
+                    findings.warn("cut_caption", origin, f"{length} tokens", limit=limit)
+                    named.add((origin, text))
 
 
 def _note_sides(rows, args, findings):

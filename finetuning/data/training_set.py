@@ -273,7 +273,7 @@ def load_images(args, tokenize, seed, validation_fraction=0.0, say=print, cache_
 
     Raises DatasetError with the whole list where rows cannot be trained on and --on_bad_rows is error.
     """
-    found = read_checked(args, next(iter(tokenize.tokenizers.values())), seed, validation_fraction, cache_dir)
+    found = read_checked(args, tokenize.tokenizers.values(), seed, validation_fraction, cache_dir)
     found.findings.refuse("the dataset", args.on_bad_rows, say)
     if not found.rows:
         raise DatasetError("no row is left to train on")

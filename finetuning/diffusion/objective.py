@@ -14,6 +14,7 @@ from finetuning.rng import gaussian, uniform
 
 VLB_WEIGHT = 0.001  # lambda of the hybrid loss (arXiv 2102.09672, section 4)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+BIASED = tuple(f"timestep_bias_strategy={name}" for name in ("earlier", "later", "range"))
 
 
 @dataclass
@@ -31,6 +32,16 @@ class NoiseArgs:
     huber_c: float = flag(
         0.1, "where --loss_type huber turns from squared to linear", above=0, requires="loss_type=huber"
     )
+    timestep_bias_strategy: str = flag(
+        "none", "which timesteps are drawn more often: the last (later), the first (earlier), or a range",
+        choices=("none", "earlier", "later", "range"),
+    )  # fmt: skip
+    timestep_bias_multiplier: float = flag(1.0, "how many times as often; below 1 less often", above=0, requires=BIASED)
+    timestep_bias_portion: float = flag(
+        0.25, "share of the timesteps that earlier and later mean", min=0, max=1, requires=BIASED[:2]
+    )
+    timestep_bias_begin: int = flag(0, "first timestep of the range", min=0, requires=BIASED[2:])
+    timestep_bias_end: int = flag(1000, "timestep at which the range ends", min=1, requires=BIASED[2:])
     dream_training: bool = flag(False, "DREAM (arXiv 2312.00210): one more forward pass, epsilon only")
     dream_detail_preservation: float = flag(
         1.0, "DREAM's p; smaller aligns more with sampling", requires="dream_training"
@@ -41,6 +52,11 @@ class NoiseArgs:
     )  # fmt: skip
 
     def problems(self):
+        if self.timestep_bias_strategy == "range" and self.timestep_bias_begin >= self.timestep_bias_end:
+            yield (
+                f"--timestep_bias_begin {self.timestep_bias_begin} must be smaller than --timestep_bias_end "
+                f"{self.timestep_bias_end}"
+            )
         if self.dream_training and self.prediction_type not in (None, "epsilon"):
             yield f"--dream_training works with --prediction_type epsilon, not {self.prediction_type}"
 
@@ -62,10 +78,26 @@ def draw_noise(seed, step, rows, latents, schedule, args: NoiseArgs):
     draw = lambda purpose, size: gaussian(seed, purpose, step, rows, size).to(device)
     return NoiseDraws(
         noise=draw("noise", shape),
-        timesteps=(share * len(schedule)).long().to(device),
+        timesteps=biased_timesteps(share, len(schedule), args).to(device),
         offset=draw("noise offset", (shape[0], 1, 1)) if args.noise_offset else torch.zeros(1, device=device),
         perturbation=draw("perturbation", shape) if args.input_perturbation else torch.zeros(1, device=device),
     )
+
+
+def biased_timesteps(share, count, args: NoiseArgs):
+    """The timestep of each row, [batch] int64: the quantile at `share` in [0, 1) of --timestep_bias_strategy's weights
+    on `count` timesteps. Noise grows with the timestep, so `later` is the noisier part."""
+    strategy, portion = args.timestep_bias_strategy, int(args.timestep_bias_portion * count)
+    if strategy == "none":
+        return (share * count).long()
+    weights = torch.ones(count, dtype=torch.float64)
+    first, last = {
+        "earlier": (0, portion), "later": (count - portion, count),
+        "range": (args.timestep_bias_begin, args.timestep_bias_end),
+    }[strategy]  # fmt: skip
+    weights[first:last] *= args.timestep_bias_multiplier
+    reached = weights.cumsum(0) / weights.sum()
+    return torch.searchsorted(reached, share, right=True).clamp_max(count - 1)
 
 
 def diffusion_loss(predict, schedule, latents, draws, args: NoiseArgs):

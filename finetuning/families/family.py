@@ -25,6 +25,8 @@ class Component:
     # What files put before each weight's name and the class does not. transformers 5's CLIPTextModel dropped its
     # "text_model.", which every file of every other version has; CLIPTextModelWithProjection kept it.
     file_prefix: str = ""
+    original_prefixes: tuple[str, ...] = ()  # what stands before its tensors in single files; the first is written
+    kohya_original: bool = False  # kohya's files call its modules as single files do
 
     @property
     def cls(self):
@@ -49,10 +51,13 @@ class Family:
     denoiser = "unet"
     tokenizers: dict[str, str]  # {text encoder: folder of its tokenizer}
     schedulers: tuple[str, ...] = ("scheduler",)
+    upcast: tuple[str, ...] = ()  # components that the pipeline keeps in fp32 where their config says force_upcast
     pipeline_options: dict = MappingProxyType({})  # what else the pipeline's class wants to be made of its components
     call_options: dict = MappingProxyType({})  # what else its call wants
     text_length: int | None = None  # tokens that are read of a caption; none: as its tokenizer says
     needs_image = False  # an upscaler: its pipeline takes the images that it enlarges
+    kohya_kind = ("stable-diffusion", "sd_other")  # modelspec's and sd-scripts' words for it
+    marks: tuple[str, ...] = ()  # how tensors begin that only this family's bare UNets and single files have
 
     @cached_property
     def by_name(self):
@@ -85,8 +90,11 @@ class Family:
         """{name: [n, ...]} that `denoise` takes, of {text encoder: token ids [n, k]}."""
         raise NotImplementedError
 
-    def extras(self, batch):
-        """What the denoiser is conditioned on besides text, {name: [n, ...]}: SDXL's sizes, say."""
+    def extras(self, batch, settings):
+        """What the denoiser is conditioned on besides text, {name: [n, ...]}: SDXL's sizes, say.
+
+        settings   what model_index.json says of the pipeline
+        """
         return {}
 
     def condition(self, batch, latents, model, seed):
@@ -94,7 +102,7 @@ class Family:
 
         model  the Model, for its conditioning_args and other schedules; random draws come from (seed, step, row)
         """
-        return latents, self.extras(batch)
+        return latents, self.extras(batch, model.settings)
 
     def denoise(self, denoiser, noisy, timesteps, text, extras):
         """The prediction [n, c, h, w] for noisy latents [n, c, h, w] at timesteps [n]."""
@@ -121,6 +129,13 @@ class Family:
 
     def check_scheduler(self, scheduler):
         """Make a sampler's scheduler ready for this family. Raises ModelError where it cannot be used."""
+
+    def refusal(self, names):
+        """Why a model that looks like this family's is none of it, or None.
+
+        names   of the tensors of a single file, or of what model_index.json sets
+        """
+        return None
 
     def problems(self, components):
         """Yield why components {name: module} do not go together."""

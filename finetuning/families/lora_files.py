@@ -21,7 +21,8 @@ import torch
 from finetuning.cli import first_few
 from finetuning.families.folders import RAW, of_checkpoint
 from finetuning.families.model_args import ModelError
-from finetuning.families.table import DEFAULT_FAMILY, family_of
+from finetuning.families.original import known_names
+from finetuning.families.table import DEFAULT_FAMILY, family_of, family_of_components
 from finetuning.families.tensors import first_not_finite, read_json, refuse_quantised, tensor_references
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"  # which diffusers' load_lora_weights(folder) looks for
@@ -141,15 +142,15 @@ def is_lora_path(path):
     return path.name in files or (path / "lora").is_dir() or any((path / file).is_file() for file in files)
 
 
-def read_lora(source, components, weights="ema", cache_dir=None, family=DEFAULT_FAMILY):
+def read_lora(source, components, weights="ema", cache_dir=None):
     """A LoRA from wherever it lies, checked against the models in `components`. Raises ModelError.
 
     source      .safetensors file (diffusers, kohya or PEFT), output folder or checkpoint-N of a run, PEFT folder, or a
                 Hub name: owner/repository, or owner/repository/file.safetensors
-    components  {"unet": ..., "text_encoder": ...} of the family, without adapters of their own
+    components  {"unet": ..., "text_encoder": ...}, without adapters of their own
     weights     "ema" or "raw": which of the two a run has kept; where only one is there, that one
     """
-    path = find_lora(source, weights, cache_dir)
+    path, family = find_lora(source, weights, cache_dir), family_of_components(components)
     references, metadata = tensor_references(path)
     refuse_quantised(str(path), references)
     tensors = {key: reference.read() for key, reference in references.items()}
@@ -157,8 +158,9 @@ def read_lora(source, components, weights="ema", cache_dir=None, family=DEFAULT_
         raise ModelError(f"{path} holds NaN or infinite values ({key}): the training that made it went wrong")
     modules = adaptable(components)
     spellings = {}
+    originals = original_modules(components, family)
     for name in modules:
-        for spelled in _spellings(name, family):
+        for spelled in _spellings(name, family, originals.get(name)):
             spellings.setdefault(spelled, name)
     found, strange = {}, []
     for key, value in tensors.items():
@@ -169,7 +171,9 @@ def read_lora(source, components, weights="ema", cache_dir=None, family=DEFAULT_
             found.setdefault(spellings[stem], {})[kind] = value
     if strange:
         foreign = [key for key in strange if _split(key)[1] is None]
-        reason = "has no such layer in this model: it was made for another kind of base"
+        reason = "has no such layer in this model: it was made for " + (
+            _other_text(tensors, modules, family) or "another kind of base"
+        )
         if foreign:
             reason = "is of LyCORIS's Tucker form" if ".lora_mid." in foreign[0] else "is no LoRA layer"
         raise ModelError(
@@ -186,6 +190,8 @@ def read_lora(source, components, weights="ema", cache_dir=None, family=DEFAULT_
             layers[name] = layer
     if wrong or not layers:
         listed = "\n  ".join(wrong[:5]) or "it has no layers"
+        if other := _other_text(tensors, modules, family):
+            listed = f"it was made for {other}\n  {listed}"
         raise ModelError(
             f"{path} does not fit this model, {len(wrong)} layers differ ({_made_for(metadata)}):\n  {listed}"
         )
@@ -229,13 +235,25 @@ def _split(key):
     return key, None
 
 
-def _spellings(name, family):
-    """How files write a layer: diffusers now and of 2023, PEFT, kohya for SD and for SDXL's first text encoder."""
+def original_modules(components, family):
+    """{layer name: what single files call the module} of all in {component: module} for which they have a name."""
+    return {
+        f"{name}.{key.removesuffix('.weight')}": original.removesuffix(".weight")
+        for name, module in components.items() if name == family.denoiser
+        for key, original in known_names(family.by_name[name], module.state_dict()).items()
+    }  # fmt: skip
+
+
+def _spellings(name, family, original=None):
+    """How files write a layer: diffusers now and of 2023, PEFT, kohya, ComfyUI; `original`: as single files call it."""
     component, module = _in_family(name, family)
     flat = module.replace(".", "_")
     yield f"{component.lora_prefix}{module}"
     yield f"{component.kohya_prefix}{flat}"
     yield f"base_model.model.{module}"
+    if original:
+        yield f"{component.kohya_prefix}{original.replace('.', '_')}"
+        yield from (f"diffusion_model.{original}", component.original_prefixes[0] + original)
     if component.name == family.denoiser:
         processor = re.sub(r"\.(attn\d)\.(to_\w+)(\.0)?$", r".\1.processor.\2", module)
         yield from (module, f"{component.lora_prefix}{processor}", processor)
@@ -250,6 +268,18 @@ def _in_family(name, family):
     """(Component, module's name) of a layer's name."""
     component, module = name.split(".", 1)
     return family.by_name[component], module
+
+
+def _other_text(tensors, modules, family):
+    """What a LoRA was made for whose denoiser attends to text of another width than this one's, or None."""
+    to_text = re.compile(r"attn2[._](?:processor[._])?to_k")
+    theirs = {value.shape[1] for key, value in tensors.items() if to_text.search(key) and _split(key)[1] == DOWN}
+    ours = {module.in_features for name, module in modules.items() if to_text.search(name)}
+    if not theirs or not ours or theirs & ours:
+        return None
+    known = {768: " (Stable Diffusion 1.x)", 1024: " (Stable Diffusion 2.x)", 2048: " (Stable Diffusion XL)"}
+    shown = lambda widths: ", ".join(f"{width}{known.get(width, '')}" for width in sorted(widths))
+    return f"a denoiser that reads text of width {shown(theirs)}, and this {family.pipeline} reads {shown(ours)}"
 
 
 def _alphas(path, metadata, components):
@@ -390,17 +420,20 @@ def for_kohya(layers):
     )
 
 
-def write_kohya(path, layers, facts, family=DEFAULT_FAMILY):
+def write_kohya(path, layers, facts, family=DEFAULT_FAMILY, components=None):
     """Write the layout of sd-scripts, which A1111 and ComfyUI load. LoRA only: they apply DoRA by other formulas.
+
+    components   {name: module} of the model, for a family whose files have original names (Component.kohya_original)
 
     Every layer has the same alpha, the most common one: diffusers' reader of this layout loses alphas that differ.
     Without the layers that `for_kohya` leaves out.
     """
     layers, _ = for_kohya(layers)
     alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0] if layers else 0
-    tensors = {}
+    tensors, originals = {}, original_modules(components or {}, family)
     for name, layer in layers.items():
         component, module = _in_family(name, family)
+        module = originals[name] if component.kohya_original else module
         stem, layer = component.kohya_prefix + module.replace(".", "_"), layer.with_alpha(alpha)
         tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = layer.down, layer.up
         tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))

@@ -20,7 +20,7 @@ from finetuning.families.folders import (
     write_scheduler,
 )
 from finetuning.families.model_args import ModelArgs, ModelError, StartArgs, UpscalingArgs
-from finetuning.families.opening import open_source
+from finetuning.families.opening import open_source, open_vae
 from finetuning.families.quiet import errors_only
 from finetuning.families.table import family_of
 
@@ -39,6 +39,7 @@ class Model:
     conditioning_args: UpscalingArgs = field(default_factory=UpscalingArgs)
     settings: dict = field(default_factory=dict)  # what else model_index.json says of the pipeline
     ema_start: dict | None = field(default=None, repr=False)  # EMA weights loaded apart, by parameter name
+    folders: dict = field(default_factory=dict)  # {name: folder} of components that came from another place
     hub_tags = ()  # of its model card
 
     def __post_init__(self):
@@ -59,8 +60,10 @@ class Model:
         components = family.components_of(pipeline)
         tokenizers = {name: getattr(pipeline, folder) for name, folder in family.tokenizers.items()}
         others = {name: getattr(pipeline, name) for name in family.schedulers if name != "scheduler"}
-        tokenize = Tokenizers(tokenizers, family)
-        model = cls(family, None, components, tokenize, pipeline.scheduler, other_schedulers=others)
+        model = cls(
+            family, None, components, Tokenizers(tokenizers, family), pipeline.scheduler, other_schedulers=others,
+            settings=dict(pipeline.config),
+        )  # fmt: skip
         model.denoiser.eval()
         return model
 
@@ -127,12 +130,23 @@ class Model:
             if parameter.requires_grad
         }
 
-    def parameter_groups(self, denoiser_lr, text_encoder_lr):
-        """Optimizer groups; the list of parameters is made once, an iterator would be empty the second time."""
+    def parameter_groups(self, denoiser_lr, text_encoder_lrs):
+        """Optimizer groups; the list of parameters is made once, an iterator would be empty the second time.
+
+        text_encoder_lrs   one for all text encoders, or one for each. Raises ModelError: another number
+        """
+        encoders = list(self.family.tokenizers)
+        rates = text_encoder_lrs * len(encoders) if len(text_encoder_lrs) == 1 else text_encoder_lrs
+        if len(rates) != len(encoders):
+            raise ModelError(
+                f"--text_encoder_lr has {len(rates)} numbers, and a {self.family.pipeline} has {len(encoders)} text "
+                f"encoder(s): {', '.join(encoders)}"
+            )
+        rates = dict(zip(encoders, rates, strict=True)) | {self.family.denoiser: denoiser_lr}
         return [
             {
                 "params": [parameter for parameter in module.parameters() if parameter.requires_grad],
-                "lr": denoiser_lr if name == self.family.denoiser else text_encoder_lr,
+                "lr": rates[name],
             }
             for name, module in self.trained_modules.items()
         ]
@@ -143,10 +157,15 @@ class Model:
         return start
 
     def to_device(self, device, frozen_dtype):
-        """Move everything; what is not trained is kept in `frozen_dtype`. Files are never written from these."""
+        """Move everything; what is not trained is kept in `frozen_dtype`. Files are never written from these.
+
+        An autoencoder that overflows in fp16 stays fp32, where the family's pipeline asks for that (force_upcast).
+        """
         for name, module in self.components.items():
             module.to(device)
-            if name not in self.trained:
+            if name in self.family.upcast and frozen_dtype == torch.float16 and module.config.force_upcast:
+                _decode_in_fp32(module)
+            elif name not in self.trained:
                 with errors_only():  # diffusers asks not to cast modules that have to be fp32: see below
                     module.to(frozen_dtype)
                     for part, layer in module.named_modules():  # T5's, whose sums leave fp16's range
@@ -227,7 +246,7 @@ class Model:
         shutil.copyfile(self.folder / "model_index.json", folder / "model_index.json")
         for name in components_of_index(index):
             if name not in (*self.trained, "scheduler"):
-                copy_component(self.folder / name, folder / name)
+                copy_component(self.folders.get(name, self.folder / name), folder / name)
         prediction_type = self.scheduler.config.prediction_type
         write_scheduler(self.folder / "scheduler", folder / "scheduler", prediction_type)
         self.save_trained(folder, weights=shadow)
@@ -275,7 +294,15 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
         kinds=("pipeline",), without_weights=("unet",) if start.from_scratch else (),
     )  # fmt: skip
     family = source.family
-    components = {one.name: source.open(one.name) for one in family.components if one.name != family.denoiser}
+    others, folders = {}, {}
+    if args.pretrained_vae_model_name_or_path:
+        vae = open_vae(args.pretrained_vae_model_name_or_path, family, args.cache_dir)
+        others, folders = {"vae": vae}, {"vae": vae.components["vae"].config}
+    components = {
+        one.name: others.get(one.name, source).open(one.name)
+        for one in family.components
+        if one.name != family.denoiser
+    }
     components = {family.denoiser: _denoiser(args, start, source, seed)} | components
     if problems := list(family.problems(components)):
         raise ModelError("\n".join(problems))
@@ -292,12 +319,22 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
         if args.gradient_checkpointing and name in trained:
             _recompute_activations(module)
     tokenizers = {name: source.tokenizer(folder) for name, folder in family.tokenizers.items()}
-    others = {name: source.scheduler(name) for name in family.schedulers if name != "scheduler"}
+    schedulers = {name: source.scheduler(name) for name in family.schedulers if name != "scheduler"}
     return Model(
-        family, source.folder, components, Tokenizers(tokenizers, family), scheduler, trained, others,
-        args if isinstance(args, UpscalingArgs) else UpscalingArgs(),
-        source.settings(), ema_start,
+        family, source.folder, components, Tokenizers(tokenizers, family), scheduler, trained, schedulers,
+        args if isinstance(args, UpscalingArgs) else UpscalingArgs(), source.settings(), ema_start, folders,
     )  # fmt: skip
+
+
+def _decode_in_fp32(vae):
+    """Keep autocast out of what makes images of latents: in fp16 the autoencoder overflows."""
+    decode = vae.decode
+
+    def decoded(latents, *args, **options):
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.float(), *args, **options)
+
+    vae.decode = decoded
 
 
 def _recompute_activations(module):

@@ -12,7 +12,11 @@ class ModelArgs:
     pretrained_model_name_or_path: str = flag(REQUIRED, "folder of a diffusers pipeline, or its name on the Hub")
     revision: str | None = flag(None, "git revision of the Hub model")
     variant: str | None = flag(None, "variant of the weights, e.g. fp16; components that have none are loaded without")
-    train_text_encoder: bool = flag(False, "train the text encoder as well (see --text_encoder_lr)")
+    pretrained_vae_model_name_or_path: str | None = flag(
+        None, "another autoencoder: a pipeline, a folder of its own, or either on the Hub, e.g. "
+        "madebyollin/sdxl-vae-fp16-fix",
+    )  # fmt: skip
+    train_text_encoder: bool = flag(False, "train the text encoders as well (see --text_encoder_lr)")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: slower, far less memory")
     enable_xformers_memory_efficient_attention: bool = flag(
         False, "attention by xformers, tested against PyTorch's at the start; without a GPU PyTorch's is used"

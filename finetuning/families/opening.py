@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from finetuning.cli import first_few
-from finetuning.families.family import Component, Family
+from finetuning.families.family import Family
 from finetuning.families.folders import (
     OTHER_FORMATS,
     RAW,
@@ -30,7 +30,7 @@ from finetuning.families.lora_files import is_lora_key, is_lora_path
 from finetuning.families.model_args import ModelError
 from finetuning.families.original import OLD_VAE_ATTENTION, canonical_parts, is_original
 from finetuning.families.quiet import errors_only
-from finetuning.families.table import DEFAULT_FAMILY, FAMILIES
+from finetuning.families.table import DEFAULT_FAMILY, FAMILIES, family_of_tensors
 from finetuning.families.tensors import (
     PICKLES,
     TensorReference,
@@ -46,6 +46,9 @@ RELATIVES = {
     "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
     "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
     "StableDiffusionInstructPix2PixPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline": "StableDiffusionXLPipeline",
 }
 KINDS = ("pipeline", "checkpoint", "original", "unet")
 
@@ -73,7 +76,7 @@ class Source:
     """A model that was opened: which files hold what. No weights have been read yet."""
 
     given: str  # as the user named it
-    kind: str  # "pipeline" | "checkpoint" | "original" (a single file of CompVis' layout) | "unet"
+    kind: str  # "pipeline" | "checkpoint" | "original" (a single file) | "unet"
     family: Family
     class_name: str  # of the pipeline: the family's own, or one of RELATIVES
     folder: Path | None  # pipeline folder whose other files (configurations, tokenizers, scheduler) go with it
@@ -119,7 +122,7 @@ class Source:
         found = self.components[name]
         if found.config is None:
             raise ModelError(f"{self.given} has no configuration of its {name}: {self._why_missing()}")
-        skeleton = _skeleton(self.family.by_name[name], found.config)
+        skeleton = skeleton_of(self.family.by_name[name], found.config)
         expected = {key: tuple(tensor.shape) for key, tensor in skeleton.state_dict().items()}
         given = {key: one.shape for key, one in found.tensors.items()}
         tied = getattr(skeleton, "_tied_weights_keys", None) or ()  # transformers' other names of one tensor
@@ -187,7 +190,7 @@ def open_source(
     """The Source that `name` names. Raises ModelError, which says `name`.
 
     name       folder of a diffusers pipeline or its name on the Hub (with `revision`); checkpoint-N folder of a run;
-               .safetensors file in the original layout of SD 1.x and 2.x; a diffusers UNet's file or folder
+               .safetensors file in the original layout; a diffusers UNet's file or folder
     weights    "ema" or "raw", where both are there: unet_ema/ and unet/ of a checkpoint, plain files and *.non_ema.*
                of a pipeline, model_ema.* and model.* of a single file
     variant    of a pipeline's files; it goes before `weights`. Components that have none are taken without
@@ -247,19 +250,17 @@ def open_tokenizer(folder, class_name="CLIPTokenizer"):
     return tokenizer
 
 
-def open_component(name, component: Component, family: Family, *, cache_dir=None, dtype=torch.float32):
-    """One component's module from a pipeline, a folder of its own, or either of them on the Hub. Raises ModelError."""
-    path = Path(name)
+def open_vae(name, family: Family, cache_dir=None):
+    """A Source of an autoencoder: of a pipeline, a folder of its own, or either on the Hub. Raises ModelError."""
+    path, component = Path(name), family.by_name.get("vae")
+    if component is None:
+        raise ModelError(f"{name} is an autoencoder, and a {family.pipeline} works on pixels: leave it out")
     if path.is_file():
-        raise ModelError(
-            f"{name} is a file: name the folder with its config.json, or a pipeline that has a {component.name}"
-        )
-    folder = path if path.is_dir() else _hub_folder(name, None, [None], cache_dir, {component.name, ""})
-    folder = folder / component.name if (folder / component.name).is_dir() else folder
+        raise ModelError(f"{name} is a file: name the folder with its config.json, or a pipeline that has a vae")
+    folder = path if path.is_dir() else _hub_folder(name, None, [None], cache_dir, {"vae", ""})
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
     found = _component_files(str(name), component, folder, [None])
-    return Source(str(name), "unet", family, family.pipeline, None, {component.name: found}, None).open(
-        component.name, dtype
-    )
+    return Source(str(name), "unet", family, family.pipeline, None, {"vae": found}, None)
 
 
 # -- one reader for each kind ------------------------------------------------------------------------------------------
@@ -311,6 +312,8 @@ def _checkpoint(name, path, weights, base, options):
     family = lent.family if lent else DEFAULT_FAMILY
     folders = {one: of_checkpoint(path, one.name, weights) for one in family.components}
     components = dict(lent.components) if lent else {}
+    if not base and "vae" in components and (vae := args.get("pretrained_vae_model_name_or_path")):
+        components |= open_vae(vae, family, options["cache_dir"]).components
     for one, folder in folders.items():
         if folder.is_dir():
             components[one.name] = _component_files(name, one, folder, [None])
@@ -341,24 +344,27 @@ def _single_file(name, path, weights, lent):
         check_weights(name, tensors)
     if _is_unet(tensors):
         return _unet(name, ComponentFiles(_config(lent, "unet"), (path,), None, tensors), lent)
+    family = family_of_tensors(tensors)
     if any(map(is_lora_key, tensors)):
         raise _is_lora(name)
-    if not is_original(tensors):
+    if why := family.refusal(tensors):
+        raise ModelError(f"{name}: {why}")
+    if not is_original(tensors, family):
         raise ModelError(
-            f"{name} is neither a single file of SD 1.x or 2.x (model.diffusion_model.*) nor a UNet of diffusers "
+            f"{name} is neither a single file (model.diffusion_model.*) nor a UNet of diffusers "
             f"(conv_in.weight); its tensors are named {first_few(sorted(tensors), 3) or '(there are none)'}"
         )
     check_weights(name, tensors)
     try:
-        parts, strange = canonical_parts(tensors, weights)
+        parts, strange = canonical_parts(tensors, family, weights)
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from error
-    if "unet" not in parts:
-        raise ModelError(f"{name} holds no UNet of SD 1.x or 2.x (model.diffusion_model.*)")
-    warnings = [f"{name}: {len(strange)} tensors belong to no component of SD 1.x or 2.x and are left out: "
+    if family.denoiser not in parts:
+        raise ModelError(f"{name} holds no UNet (model.diffusion_model.*)")
+    warnings = [f"{name}: {len(strange)} tensors belong to no component of a {family.pipeline} and are left out: "
                 f"{first_few(strange, 3)}"] if strange else []  # fmt: skip
     components = {one: ComponentFiles(_config(lent, one), (path,), None, own) for one, own in parts.items()}
-    return _borrowing(name, "original", components, lent, tuple(warnings))
+    return _borrowing(name, "original", components, lent, tuple(warnings), family)
 
 
 def _bare_unet(name, path, variants, asked, lent):
@@ -373,12 +379,16 @@ def _bare_unet(name, path, variants, asked, lent):
 
 def _unet(name, found, lent):
     check_weights(name, found.tensors)
-    return _borrowing(name, "unet", {"unet": found}, lent)
+    return _borrowing(name, "unet", {"unet": found}, lent, family=family_of_tensors(found.tensors))
 
 
-def _borrowing(name, kind, components, lent, warnings=()):
-    """A Source that takes from the pipeline `lent`, or None, whatever it lacks."""
-    family = lent.family if lent else DEFAULT_FAMILY
+def _borrowing(name, kind, components, lent, warnings=(), family=None):
+    """A Source that takes from the pipeline `lent`, or None, whatever it lacks; `family` where its tensors tell."""
+    family = family or (lent.family if lent else DEFAULT_FAMILY)
+    if lent and lent.family is not family:
+        raise ModelError(
+            f"{name} is of {family.pipeline}, and {lent.given} is a {lent.class_name}: it does not go with it"
+        )
     folder, predicts = (lent.folder, lent.prediction_type) if lent else (None, None)
     class_name = lent.class_name if lent else family.pipeline
     return Source(name, kind, family, class_name, folder, components, predicts, warnings, lent)
@@ -413,8 +423,8 @@ def module_name(component, key):
     return key.removeprefix(component.file_prefix)
 
 
-def _skeleton(component, folder):
-    """The module without weights, on the meta device."""
+def skeleton_of(component, folder):
+    """The module of a component's folder without weights, on the meta device. Raises ModelError."""
     path = folder / "config.json"
     config = read_json(path)
     if config.get("quantization_config"):
@@ -484,11 +494,13 @@ def _config(lent, component):
 
 def _family(name, index, relatives):
     class_name = index.get("_class_name")
-    own = RELATIVES.get(class_name, class_name) if relatives else class_name
-    if own not in FAMILIES:
+    family = FAMILIES.get(RELATIVES.get(class_name, class_name))
+    if why := family and family.refusal(key for key, value in index.items() if value):
+        raise ModelError(f"{name}: {why}")
+    if family is None or not (relatives or class_name in FAMILIES):
         usable = ", ".join([*FAMILIES, *(RELATIVES if relatives else ())])
         raise ModelError(f"{name} is a {class_name}; what can be used here is {usable}")
-    return FAMILIES[own], class_name
+    return family, class_name
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

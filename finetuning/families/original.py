@@ -1,36 +1,40 @@
-"""The single-file layout of Stable Diffusion 1.x and 2.x: CompVis' and Stability's names, which A1111 and ComfyUI load.
+"""The single-file layout: CompVis' and Stability's names, which A1111 and ComfyUI load.
 
     model.diffusion_model.*                     the UNet
     model_ema.*                                 its average, in names without dots (CompVis' LitEma)
     first_stage_model.*                         the autoencoder
     cond_stage_model.transformer.text_model.*   the text encoder of SD 1.x, CLIP
     cond_stage_model.model.*                    the text encoder of SD 2.x, OpenCLIP
+    conditioner.embedders.0.transformer.*, conditioner.embedders.1.model.*    SDXL's, CLIP and OpenCLIP
 
-The names that this project works with ("canonical") are those of diffusers' modules by part, the text encoder's without
-"text_model.". No table lists them: how many blocks and layers there are is read off the keys, so any size will do.
+Where a component lies, its family declares. The names that this project works with ("canonical") are those of the
+components' modules. No table lists them: how many blocks and layers there are is read off the keys, so any size will
+do.
 """
 
+import math
 import re
 from typing import NamedTuple
 
 from finetuning.families.model_args import ModelError
 
-CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
-PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": f"{CLIP}text_model."}
 AVERAGE = "model_ema."
-SDXL = "conditioner.embedders."
+UNET, AUTOENCODER = "UNet2DConditionModel", "AutoencoderKL"
 SD2_LAYERS = 23  # OpenCLIP's ViT-H has 24; SD 2.x takes what the last but one says, and diffusers leaves the last out
 
-# The noise schedule, counters, and what SD 2.x's file holds of OpenCLIP besides its text encoder.
+# The noise schedule, counters, and what files hold of OpenCLIP besides what is used of it.
 KNOWN_EXTRAS = re.compile(
     r"betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|lvlb_weights|scale_factor"
     r"|model_ema\.(decay|num_updates)|cond_stage_model\.(model\.)?(logit_scale|text_projection|attn_mask)"
+    r"|conditioner\.embedders\.1\.model\.(logit_scale|attn_mask)|denoiser\.sigmas"
 )
 
 UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
@@ -61,6 +65,16 @@ OPEN_CLIP_LAYER = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
+PROJECTION = "text_projection"  # which OpenCLIP multiplies from the other side
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in a single file."""
+
+    key: str
+    shape: tuple[int, ...]  # of the file's tensor
+    first: int = 0  # element of it where ours begins: OpenCLIP keeps query, key and value in one
+    transposed: bool = False
 
 
 class Block(NamedTuple):
@@ -74,39 +88,63 @@ class Block(NamedTuple):
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
-def original_names(part, keys):
-    """{canonical key: key in the file} of one part. Raises ModelError for a key that the layout has no name for."""
+def original_names(component, keys):
+    """{canonical key: key in the file} of a family's Component, without OpenCLIP's position ids, which it has not.
+
+    Raises ModelError for a key that the layout has no name for.
+    """
     keys = list(keys)
-    if part == "text_encoder":
-        if _count(r"encoder\.layers\.(\d+)\.", keys) == SD2_LAYERS:
+    prefix = component.original_prefixes[0]
+    if component.is_text_encoder and not _is_open_clip(prefix):
+        if _count(r"(?:text_model\.)?encoder\.layers\.(\d+)\.", keys) == SD2_LAYERS:
             raise ModelError(
                 "the text encoder of SD 2.x is not written in the original layout, which has a 24th layer that "
                 "diffusers' folders lack: leave --single_file out"
             )
-        return {key: PREFIX[part] + key for key in keys}
-    modules = dict(_unet_modules(*_canonical_blocks(keys)) if part == "unet" else _vae_modules(_canonical_sizes(keys)))
-    names = {key: _renamed(key, modules) for key in keys}
-    nameless = [key for key, name in names.items() if name is None]
-    if nameless:
+        return {key: prefix + component.file_prefix + key for key in keys}
+    keys = [key for key in keys if not key.endswith("position_ids")]
+    names = known_names(component, keys)
+    if nameless := [key for key in keys if key not in names]:
         raise ModelError(
-            f"{len(nameless)} tensor(s) of the {part} have no name in the original layout of SD 1.x and 2.x, "
+            f"{len(nameless)} tensor(s) of the {component.name} have no name in the original layout, "
             f"{nameless[0]} first: leave --single_file out"
         )
-    return {key: PREFIX[part] + name for key, name in names.items()}
+    return {key: prefix + name for key, name in names.items()}
 
 
-def original_shape(part, key, shape):
-    """The shape that a tensor has in the file: the autoencoder's attention is made of 1 x 1 convolutions there."""
-    linear = part == "vae" and re.search(r"\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight$", key)
-    return (*shape, 1, 1) if linear and len(shape) == 2 else tuple(shape)
+def known_names(component, keys):
+    """{canonical key: key in the file, without the prefix}, as far as CompVis' layout and OpenCLIP's have one."""
+    keys, modules = list(keys), {}
+    if component.class_name == UNET:
+        modules = dict(_unet_modules(*_canonical_blocks(keys)))
+    elif component.class_name == AUTOENCODER:
+        modules = dict(_vae_modules(_canonical_sizes(keys)))
+    rename = _open_clip_name if component.is_text_encoder else lambda key: _renamed(key, modules)
+    return {key: name for key in keys if (name := rename(key)) is not None}
+
+
+def place(component, key, name, shape):
+    """The Place of a tensor that is called `name` in the file.
+
+    The autoencoder's attention is made of 1 x 1 convolutions there.
+    """
+    if component.class_name == AUTOENCODER:
+        linear = re.search(r"\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight$", key) and len(shape) == 2
+        return Place(name, (*shape, 1, 1) if linear else tuple(shape))
+    if third := re.search(r"\.self_attn\.(q|k|v)_proj\.", key) if "in_proj_" in name else None:
+        return Place(name, (3 * shape[0], *shape[1:]), "qkv".index(third[1]) * math.prod(shape))
+    if name.endswith(f".{PROJECTION}"):
+        return Place(name, tuple(shape[::-1]), transposed=True)
+    return Place(name, tuple(shape))
 
 
 def unet_blocks(keys):
     """{canonical key: block} of a UNet's tensors, as per-block ratios count them: IN00 .., M00, OUT00 .., or BASE."""
     inside = [key for key in keys if key.startswith(("conv_in.", "down_blocks.", "mid_block.", "up_blocks."))]
     blocks = dict.fromkeys(keys, "BASE")
-    for key, name in original_names("unet", inside).items():
-        way, number = re.match(r"(in|middle|out)\w*\.(\d+)", name.removeprefix(PREFIX["unet"])).groups()
+    modules = dict(_unet_modules(*_canonical_blocks(inside)))
+    for key in inside:
+        way, number = re.match(r"(in|middle|out)\w*\.(\d+)", _renamed(key, modules) or "").groups()
         blocks[key] = "M00" if way == "middle" else f"{way.upper()}{int(number):02d}"
     return blocks
 
@@ -114,25 +152,28 @@ def unet_blocks(keys):
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def is_original(keys):
-    """Whether these are keys of a file in this layout (or of SDXL's, which `canonical_parts` refuses)."""
-    return any(key.startswith((PREFIX["unet"], PREFIX["vae"], CLIP, OPEN_CLIP, AVERAGE, SDXL)) for key in keys)
+def is_original(keys, family):
+    """Whether these are keys of a file in this layout."""
+    return any(key.startswith(tuple(_prefixes(family) | {AVERAGE: None})) for key in keys)
 
 
-def canonical_parts(tensors, weights="ema"):
-    """({part: {canonical key: Stored}}, strange keys) of a file's {key: Stored}; nothing is read or copied.
+def _prefixes(family):
+    """{beginning of keys: Component}."""
+    return {prefix: component for component in family.components for prefix in component.original_prefixes}
+
+
+def canonical_parts(tensors, family, weights="ema"):
+    """({component: {canonical key: reference}}, strange keys) of a file's {key: reference}; nothing is read or copied.
 
     weights   "ema" takes the UNet's average where the file has one, "raw" the weights that were trained
-    strange   keys that belong to no part, and are not among those that such files are known to have besides
-    Raises ModelError: SDXL, an average that is not whole, one tensor under two names.
+    strange   keys that belong to no component, and are not among those that such files are known to have besides
+    Raises ModelError: an average that is not whole, one tensor under two names.
     """
-    if any(key.startswith(SDXL) for key in tensors):
-        raise ModelError("it is a Stable Diffusion XL model; this reads SD 1.x and 2.x")
     average = {
         key: stored for key, stored in tensors.items() if key.startswith(AVERAGE) and not KNOWN_EXTRAS.fullmatch(key)
     }
     parts, came_from, strange = {}, {}, []
-    for key, part, name, stored in _named(tensors):
+    for key, part, name, stored in _named(tensors, family):
         if name is None and key not in average:
             strange.append(key)
         elif name is not None:
@@ -140,11 +181,12 @@ def canonical_parts(tensors, weights="ema"):
                 raise ModelError(f"{came_from[part, name]} and {key} are two names of one tensor: remove one")
             came_from[part, name] = key
             parts.setdefault(part, {})[name] = stored
-    if average and weights == "ema" and "unet" in parts:
-        for name in parts["unet"]:
-            dotless = came_from["unet", name].removeprefix("model.").replace(".", "")
-            parts["unet"][name] = average.pop(AVERAGE + dotless, None)
-        lacking = [came_from["unet", name] for name, stored in parts["unet"].items() if stored is None]
+    denoiser = family.denoiser
+    if average and weights == "ema" and denoiser in parts:
+        for name in parts[denoiser]:
+            dotless = came_from[denoiser, name].removeprefix("model.").replace(".", "")
+            parts[denoiser][name] = average.pop(AVERAGE + dotless, None)
+        lacking = [came_from[denoiser, name] for name, stored in parts[denoiser].items() if stored is None]
         if lacking:
             raise ModelError(
                 f"its average ({AVERAGE}*) lacks {len(lacking)} tensor(s) of the UNet, {lacking[0]} first: take the "
@@ -153,54 +195,87 @@ def canonical_parts(tensors, weights="ema"):
     return parts, strange + (list(average) if weights == "ema" else [])
 
 
-def _named(tensors):
-    """(key, part, canonical key or None, Stored) of all that is not known to be there besides."""
-    after = lambda prefix: [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
-    unet = {theirs: ours for ours, theirs in _unet_modules(*_original_blocks(after(PREFIX["unet"])))}
-    vae = {theirs: ours for ours, theirs in _vae_modules(_original_sizes(after(PREFIX["vae"])))}
-    readers = {
-        PREFIX["unet"]: ("unet", lambda key, stored: {_renamed(key, unet): stored}),
-        PREFIX["vae"]: ("vae", lambda key, stored: _vae_tensor(_renamed(key, vae), stored)),
-        CLIP: ("text_encoder", _clip_tensor),
-        OPEN_CLIP: ("text_encoder", _open_clip_tensors),
-        "": (None, lambda key, stored: {None: stored}),
-    }
+def _named(tensors, family):
+    """(key, component's name, canonical key or None, reference) of all that is not known to be there besides."""
+    prefixes = _prefixes(family)
+    readers = {prefix: _reader(component, prefix, tensors) for prefix, component in prefixes.items()}
     for key, stored in tensors.items():
-        if not KNOWN_EXTRAS.fullmatch(key):
-            prefix = next(prefix for prefix in readers if key.startswith(prefix))
-            part, read = readers[prefix]
-            for name, found in read(key.removeprefix(prefix), stored).items():
-                yield key, part, name, found
+        if KNOWN_EXTRAS.fullmatch(key):
+            continue
+        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+        if prefix is None:
+            yield key, None, None, stored
+            continue
+        for name, found in readers[prefix](key.removeprefix(prefix), stored).items():
+            yield key, prefixes[prefix].name, name, found
+
+
+def _reader(component, prefix, tensors):
+    """A function (key without prefix, reference) -> {canonical key or None: reference} for a component's tensors."""
+    keys = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
+    if component.class_name == UNET:
+        modules = {theirs: ours for ours, theirs in _unet_modules(*_original_blocks(keys))}
+        return lambda key, stored: {_renamed(key, modules): stored}
+    if component.class_name == AUTOENCODER:
+        modules = {theirs: ours for ours, theirs in _vae_modules(_original_sizes(keys))}
+        return lambda key, stored: _vae_tensor(_renamed(key, modules), stored)
+    if not _is_open_clip(prefix):
+        return lambda key, stored: _clip_tensor(component, key, stored)
+    return lambda key, stored: _open_clip_tensors(component, key, stored)
+
+
+def _is_open_clip(prefix):
+    return prefix.endswith(".model.")
 
 
 def _vae_tensor(name, stored):
-    if name and len(stored.shape) == 4 and original_shape("vae", name, stored.shape[:2]) == stored.shape:
+    if name and len(stored.shape) == 4 and re.search(r"\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight$", name):
         stored = stored.viewed(stored.shape[:2])
     return {name: stored}
 
 
-def _clip_tensor(key, stored):
-    name = key.removeprefix("text_model.")
-    return {name if name.startswith(("embeddings.", "encoder.", "final_layer_norm.")) else None: stored}
+def _clip_tensor(component, key, stored):
+    name = key.removeprefix(component.file_prefix)
+    return {name if re.match(r"(text_model\.)?(embeddings|encoder|final_layer_norm)\.", name) else None: stored}
 
 
-def _open_clip_tensors(key, stored):
+def _open_clip_tensors(component, key, stored):
     """One tensor, three where query, key and value stand in one matrix, none of the layer that is not used."""
+    inner = "" if component.file_prefix else "text_model."
+    if key == PROJECTION:
+        return {f"{PROJECTION}.weight": stored.flipped()}
     if key in OPEN_CLIP_ENDS:
-        return {OPEN_CLIP_ENDS[key]: stored}
+        return {inner + OPEN_CLIP_ENDS[key]: stored}
     found = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)([._])(weight|bias)", key)
     if not found:
         return {None: stored}
     layer, module, joint, kind = found.groups()
-    if int(layer) >= SD2_LAYERS:
+    if component.class_name == "CLIPTextModel" and int(layer) >= SD2_LAYERS:
         return {}
-    stem = f"encoder.layers.{layer}"
+    stem = f"{inner}encoder.layers.{layer}"
     if (module, joint) == ("attn.in_proj", "_"):
         width = stored.shape[0] // 3
         thirds = (stored.rows(place * width, (place + 1) * width) for place in range(3))
         return {f"{stem}.self_attn.{name}_proj.{kind}": third for name, third in zip("qkv", thirds, strict=True)}
     known = joint == "." and module in OPEN_CLIP_LAYER
     return {f"{stem}.{OPEN_CLIP_LAYER[module]}.{kind}" if known else None: stored}
+
+
+def _open_clip_name(key):
+    """What OpenCLIP calls a canonical key, or None."""
+    if key == f"{PROJECTION}.weight":
+        return PROJECTION
+    key = key.removeprefix("text_model.")
+    if name := {ours: theirs for theirs, ours in OPEN_CLIP_ENDS.items()}.get(key):
+        return name
+    found = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", key)
+    if not found:
+        return None
+    layer, module, kind = found.groups()
+    if re.fullmatch(r"self_attn\.(q|k|v)_proj", module):
+        return f"transformer.resblocks.{layer}.attn.in_proj_{kind}"
+    module = {ours: theirs for theirs, ours in OPEN_CLIP_LAYER.items()}.get(module)
+    return module and f"transformer.resblocks.{layer}.{module}.{kind}"
 
 
 # -- names by rule -------------------------------------------------------------------------------------------------

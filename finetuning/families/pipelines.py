@@ -8,7 +8,7 @@ import torch
 from finetuning.families.folders import STATE
 from finetuning.families.lora_files import DIFFUSERS_NAME, RAW_NAME
 from finetuning.families.model_args import ModelError
-from finetuning.families.opening import open_component, open_source
+from finetuning.families.opening import open_source, open_vae
 from finetuning.families.quiet import errors_only
 from finetuning.families.table import FAMILIES
 
@@ -60,12 +60,8 @@ def open_pipeline(
     wanted = set().union(*(family.folders for family in FAMILIES.values()))
     source = open_source(name, weights=weights, variant=variant, base=base, only=wanted)
     family = source.family
-    components = {
-        one.name: open_component(vae, one, family, dtype=dtype)
-        if vae and one.name == "vae"
-        else source.open(one.name, dtype)
-        for one in family.components
-    }
+    others = {"vae": open_vae(vae, family)} if vae else {}
+    components = {name: others.get(name, source).open(name, dtype) for name in family.by_name}
     if problems := list(family.problems(components)):
         raise ModelError(f"{name}: " + "; ".join(problems))
     tokenizers = {encoder: source.tokenizer(folder) for encoder, folder in family.tokenizers.items()}

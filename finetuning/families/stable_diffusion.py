@@ -10,12 +10,16 @@ class StableDiffusion(Family):
 
     pipeline = "StableDiffusionPipeline"
     components = (
-        Component("unet", "UNet2DConditionModel", lora_prefix="unet.", kohya_prefix="lora_unet_"),
+        Component(
+            "unet", "UNet2DConditionModel", lora_prefix="unet.", kohya_prefix="lora_unet_",
+            original_prefixes=("model.diffusion_model.",),
+        ),
         Component(
             "text_encoder", "CLIPTextModel", lora_prefix="text_encoder.text_model.",
             kohya_prefix="lora_te_text_model_", file_prefix="text_model.",
+            original_prefixes=("cond_stage_model.transformer.", "cond_stage_model.model."),  # of SD 1.x, of SD 2.x
         ),
-        Component("vae", "AutoencoderKL"),
+        Component("vae", "AutoencoderKL", original_prefixes=("first_stage_model.",)),
     )  # fmt: skip
     tokenizers = MappingProxyType({"text_encoder": "tokenizer"})
     pipeline_options = MappingProxyType(

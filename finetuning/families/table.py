@@ -12,6 +12,17 @@ FAMILIES = {
 DEFAULT_FAMILY = next(iter(FAMILIES.values()))  # of what does not say what it belongs to
 
 
+def family_of_tensors(names):
+    """The Family of a denoiser alone, or of a single file, by the names of its tensors."""
+    marked = lambda family: any(name.startswith(family.marks) for name in names)
+    return next(filter(marked, FAMILIES.values()), DEFAULT_FAMILY)
+
+
+def family_of_components(components):
+    """The Family of {name: module}."""
+    return family_of_tensors([key for module in components.values() for key in module.state_dict()])
+
+
 def family_of(pipeline):
     """The Family of an opened diffusers pipeline, or of a pipeline's class by name. Raises ModelError."""
     class_name = pipeline if isinstance(pipeline, str) else type(pipeline).__name__

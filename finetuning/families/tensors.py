@@ -47,6 +47,7 @@ class TensorReference:
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int  # offset of its first byte in the file
+    transposed: bool = False  # the file holds the transpose of this matrix
 
     @property
     def numel(self):
@@ -69,12 +70,18 @@ class TensorReference:
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         return replace(self, shape=(last - first, *self.shape[1:]), start=self.start + first * row_bytes)
 
+    def flipped(self):
+        """The transpose of a matrix."""
+        return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
+
     def read(self):
         """The tensor, in its own dtype and shape. Raises ModelError where the file has become shorter."""
         return self.read_elements(0, self.numel).reshape(self.shape)
 
     def read_elements(self, first, last):
         """Elements first to last - 1 of the flattened tensor, [last - first] in its own dtype. Raises as `read`."""
+        if self.transposed:
+            return self.flipped().read().T.reshape(-1)[first:last]
         # A plain read: a mapped file would count as memory, and end the process where the file has become shorter.
         content = torch.empty(last - first, dtype=self.dtype)
         with open(self.path, "rb") as file:

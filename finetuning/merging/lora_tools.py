@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from finetuning.cli import REQUIRED, as_dict, flag
+from finetuning.families.folders import components_of_index, pipeline_index
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
     KOHYA_NAME,
@@ -29,7 +30,8 @@ from finetuning.families.lora_files import (
     write_kohya,
 )
 from finetuning.families.model_args import ModelError
-from finetuning.families.table import FAMILIES
+from finetuning.families.opening import open_source, skeleton_of
+from finetuning.families.table import FAMILIES, family_of_components
 from finetuning.files import atomic_folder, sha256, write_json
 from finetuning.merging.model_flags import BaseArgs, open_all
 from finetuning.merging.model_writer import MergeOutput, OutputArgs, overlap, write_models
@@ -52,7 +54,8 @@ class LoraModelArgs:
     """Model of the LoRA"""
 
     base: str = flag(
-        REQUIRED, "model that the LoRA is for: folder of a pipeline or a UNet, or Hub name; only its configs are read"
+        REQUIRED,
+        "model that the LoRA is for: pipeline (whose configs are read), Hub name, single file or UNet",
     )
     revision: str | None = flag(None, "git revision of the Hub model")
     weights: str = flag("ema", "which weights of a LoRA run: averaged or as trained", choices=("ema", "raw"))
@@ -130,28 +133,21 @@ class ConvertArgs(LoraFileArgs, LoraModelArgs):
 
 
 def skeletons(name, revision=None, cache_dir=None):
-    """{"unet": ..., "text_encoder": ...} without weights, on the meta device. Raises ModelError.
+    """{component: module} of those that LoRAs are made for, without weights, on the meta device. Raises ModelError.
 
-    name   folder of a pipeline, of a checkpoint, or of a UNet alone (then there is no text encoder), or Hub name
+    name   what open_source opens; of a pipeline only the configurations are read
     """
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    where = {"revision": revision, "cache_dir": cache_dir}
-    folder, models = Path(name), {}
-    if folder.is_file():
-        raise ModelError(f"--base {name} is a file: name a folder in diffusers' layout, only its configs are read")
-    bare = (folder / "config.json").is_file()
     try:
-        with torch.device("meta"):
-            config = UNet2DConditionModel.load_config(name, subfolder=None if bare else "unet", **where)
-            models["unet"] = UNet2DConditionModel.from_config(config)
-            if not folder.is_dir() or (folder / "text_encoder").is_dir():
-                config = CLIPTextConfig.from_pretrained(name, subfolder="text_encoder", **where)
-                models["text_encoder"] = CLIPTextModel(config)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"--base {name} has no configs of a Stable Diffusion to be read: {error}") from error
-    return models
+        source = open_source(
+            name, revision=revision, cache_dir=cache_dir, only=ADAPTED, without_weights=ADAPTED, relatives=True
+        )
+        if source.kind != "pipeline":
+            return stand_ins(source.tensors)
+        there = components_of_index(pipeline_index(source.folder))
+        return {one.name: skeleton_of(one, source.folder / one.name) for one in source.family.adaptable
+                if one.name in there}  # fmt: skip
+    except ModelError as error:
+        raise ModelError(f"--base {error}") from error
 
 
 def stand_ins(components):
@@ -312,14 +308,15 @@ def write_result(command, args, sources, layers, components, facts, report, name
     recipe = recipe_of(command, as_dict(args), sources, hashes)
     facts = facts | metadata_of(recipe) | _size_facts(layers)
     held, notice = for_kohya(layers)
+    family = family_of_components(components)
     if KOHYA_NAME in names and not held:
         raise ModelError(f"{notice}; there is no other layer")
     with atomic_folder(args.output_dir) as folder:
         for name in names:
             if name == KOHYA_NAME:
-                write_kohya(folder / name, rounded, facts | _kohya_facts(held))
+                write_kohya(folder / name, rounded, facts | _kohya_facts(held), family, components)
             else:
-                write_diffusers_for_all(folder / name, rounded, facts)
+                write_diffusers_for_all(folder / name, rounded, facts, family)
             _check(folder / name, held if name == KOHYA_NAME else layers, components, args.dtype)
         recipe["run"]["report"] = report
         write_json(folder / RECIPE, recipe)

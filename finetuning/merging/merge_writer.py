@@ -27,9 +27,10 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor of an output file.
+    """A tensor of an output file, or the part of one that begins at its element `first`.
 
     `compute(*inputs, out=buffer)` gets fp32 tensors and fills the fp32 `out`; an int is a copy of that input.
+    A `transposed` matrix is written as its transpose; its MergeTask is `whole`.
     """
 
     path: Path
@@ -37,6 +38,8 @@ class OutputTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     compute: Callable | int
+    first: int = 0
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def write_files(tasks, metadata, hashed=(), advance=lambda count: None):
 
         def write(output, first, content):
             start = len(headers[output.path]) + layouts[output.path][output.key]["data_offsets"][0]
-            _write(files[output.path], start + first * output.dtype.itemsize, content)
+            _write(files[output.path], start + (output.first + first) * output.dtype.itemsize, content)
             advance(len(content))
 
         # The tensors; those that are not finite are written again from their fallback
@@ -142,6 +145,8 @@ def _write_tensors(tasks, reader, write):
                 made_of = {i: one for i, one in values.items() if i == output.compute}
             if made_of and not _fits(result, output.dtype):
                 bad[task.name][number].add(_reason(task, made_of, result, output.dtype))
+            if output.transposed:
+                result = result.view(output.shape[::-1]).T.reshape(-1)
             write(output, first, memoryview(result.to(output.dtype).view(torch.uint8).numpy()))
     return bad
 
@@ -200,7 +205,7 @@ def _reason(task, made_of, result, dtype):
 def _fallback(task, bad):
     """The task that copies its fallback into those outputs that are bad."""
     copies = tuple(replace(task.outputs[number], compute=task.fallback) for number in sorted(bad))
-    return replace(task, outputs=copies, whole=False, fallback=None)
+    return replace(task, outputs=copies, fallback=None)
 
 
 @contextmanager
@@ -219,14 +224,18 @@ def _one_torch_thread():
 
 def _layouts(tasks):
     """{path: {key: its entry in the header}}: large elements first, so that every tensor is aligned."""
-    layouts = defaultdict(dict)
+    layouts, placed = defaultdict(dict), set()
     for one in sorted((output for task in tasks for output in task.outputs), key=lambda one: -one.dtype.itemsize):
         layout = layouts[one.path]
-        if one.key in layout:
+        if (one.path, one.key, one.first) in placed:
             raise ValueError(f"{one.path}: two tensors are called {one.key}")
-        first = _size(layout)
-        places = [first, first + math.prod(one.shape) * one.dtype.itemsize]
-        layout[one.key] = {"dtype": NAMES[one.dtype], "shape": list(one.shape), "data_offsets": places}
+        placed.add((one.path, one.key, one.first))
+        if one.key not in layout:
+            first = _size(layout)
+            places = [first, first + math.prod(one.shape) * one.dtype.itemsize]
+            layout[one.key] = {"dtype": NAMES[one.dtype], "shape": list(one.shape), "data_offsets": places}
+        elif layout[one.key]["dtype"] != NAMES[one.dtype]:
+            raise ModelError(f"{one.key} is made of tensors of several precisions: say which one with --dtype")
     return layouts
 
 

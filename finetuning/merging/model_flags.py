@@ -86,7 +86,8 @@ class MixArgs(MethodArgs, TunedArgs):
     """Blocks"""
 
     block_ratios: list[str] | None = flag(
-        None, "ratios of single blocks: 25 numbers (IN00..IN11 M00 OUT00..OUT11), or 'unet.mid_block.*=0.2' ..."
+        None,
+        "ratios of single blocks: 25 numbers (IN00..IN11 M00 OUT00..OUT11; SDXL: 19), or 'unet.mid_block.*=0.2'",
     )
 
     @property

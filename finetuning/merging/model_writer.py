@@ -20,7 +20,7 @@ from finetuning.families.folders import (
     write_scheduler,
 )
 from finetuning.families.model_args import ModelError
-from finetuning.families.original import original_names, original_shape
+from finetuning.families.original import Place, original_names, place
 from finetuning.files import MANIFEST, atomic_folder, remove_leftovers, write_json
 from finetuning.merging.merge_writer import MergeTask, OutputTensor, write_files
 from finetuning.merging.recipe import RECIPE, metadata_of, recipe_of
@@ -81,7 +81,10 @@ def write_models(command, outputs, sources, matches, args: OutputArgs, *, whole=
     hashes_written = {}
     with ExitStack() as stack:
         folders = [stack.enter_context(atomic_folder(output.target.resolve(), hashes_written)) for output in outputs]
-        tasks = [_task(one, *names[one.name], folders, outputs, args.dtype, whole, fallback) for one in matches]
+        tasks = [
+            _task(one, *names[one.name], folders, outputs, args.dtype, whole, fallback)
+            for one in matches if one.name in names  # a single file has no place for position ids
+        ]  # fmt: skip
         if not args.single_file:
             for folder in folders:
                 _copy_rest(sources, matches, configs, class_name, folder)
@@ -91,7 +94,7 @@ def write_models(command, outputs, sources, matches, args: OutputArgs, *, whole=
             return {
                 folder / file: metadata_of(recipe)
                 for folder, recipe in zip(folders, recipes, strict=True)
-                for file in {file for file, _, _ in names.values()}
+                for file in {file for file, _ in names.values()}
             }
 
         total = sum(output.dtype.itemsize * task.inputs[0].numel for task in tasks for output in task.outputs)
@@ -108,13 +111,17 @@ def write_models(command, outputs, sources, matches, args: OutputArgs, *, whole=
     return lines
 
 
-def _task(one, file, key, shape, folders, outputs, dtype, whole, fallback):
+def _task(one, file, place, folders, outputs, dtype, whole, fallback):
     """A match as work for the writer: a file's tensor for every output."""
     written = tuple(
-        OutputTensor(folder / file, key, _written_dtype(one, dtype), shape, 0 if one.is_copy else output.compute(one))
+        OutputTensor(
+            folder / file, place.key, _written_dtype(one, dtype), place.shape,
+            0 if one.is_copy else output.compute(one), place.first, place.transposed,
+        )
         for folder, output in zip(folders, outputs, strict=True)
-    )
-    return MergeTask(one.name, one.inputs, written, whole and not one.is_copy, None if one.is_copy else fallback)
+    )  # fmt: skip
+    whole = place.transposed or (whole and not one.is_copy)
+    return MergeTask(one.name, one.inputs, written, whole, None if one.is_copy else fallback)
 
 
 def _written_dtype(one, dtype):
@@ -128,18 +135,17 @@ def _written_dtype(one, dtype):
 
 
 def _names(matches, base, single_file):
-    """{canonical name: (file in the output, key in the file, shape there)}."""
+    """{canonical name: (file in the output, Place in the file)}."""
     names = {}
     for component in {one.component for one in matches}:
-        own = [one for one in matches if one.component == component]
+        own, declared = [one for one in matches if one.component == component], base.family.by_name[component]
         if single_file:
-            keys = original_names(component, [one.key for one in own])
-            shape = lambda one, component=component: original_shape(component, one.key, one.inputs[0].shape)
-            names |= {one.name: (SINGLE_FILE, keys[one.key], shape(one)) for one in own}
+            keys = original_names(declared, [one.key for one in own])
+            at = lambda one, declared=declared, keys=keys: place(declared, one.key, keys[one.key], one.inputs[0].shape)
+            names |= {one.name: (SINGLE_FILE, at(one)) for one in own if one.key in keys}
             continue
-        declared = base.family.by_name[component]
         file = Path(component if base.folder else "", weights_name(declared))  # a bare UNet lies in the folder itself
-        names |= {one.name: (file, declared.file_prefix + one.key, one.inputs[0].shape) for one in own}
+        names |= {one.name: (file, Place(declared.file_prefix + one.key, one.inputs[0].shape)) for one in own}
     return names
 
 
@@ -211,7 +217,7 @@ def _class_name(sources, matches):
 
 def _check_layout(base, matches, args):
     components = {one.component for one in matches}
-    if args.single_file and (lacking := {"unet", "text_encoder", "vae"} - components):
+    if args.single_file and (lacking := base.family.by_name.keys() - components):
         raise ModelError(
             f"--single_file: the file holds a whole model, and {base.given} has no {', '.join(sorted(lacking))}: "
             "name a whole pipeline with --base"

@@ -107,7 +107,8 @@ def block_ratios(words, matches):
 def block_rules(words: list[str] | None):
     """[(pattern, [ratio]), or (None, [ratio of each block]), ...] of the words of --block_ratios.
 
-    The words are numbers, one for each block of the UNet (25 for SD 1.x and 2.x, apart or in one word with commas), and
+    The words are numbers, one for each block of the UNet (25 for SD 1.x and 2.x, 19 for SDXL, apart or in one word with
+    commas), and
     pattern=ratio on full names, as in "unet.mid_block.*=0.3". Raises ValueError, which names every word that is wrong.
     """
     rules, problems = [], []
@@ -153,7 +154,7 @@ def _one_for_each(order, given):
     if not order:
         raise ModelError("--block_ratios: numbers are for the UNet's blocks, and no UNet is merged: see --components")
     if len(given) != len(order):
-        base = "; the first of 26 numbers (BASE) is --ratio here" if len(given) == len(order) + 1 == 26 else ""
+        base = f"; the first of {len(given)} numbers (BASE) is --ratio here" if len(given) == len(order) + 1 else ""
         raise ModelError(
             f"--block_ratios: {len(given)} numbers, but this UNet has {len(order)} blocks "
             f"({order[0]} to {order[-1]}): give a number for each, or pattern=ratio{base}"

@@ -33,7 +33,6 @@ def match(sources, components=None, on_mismatch=None):
     of them is none. They are never a mismatch.
     """
     base, *others = sources
-    merged = _merged_components(sources, components)
     kinds = {source.prediction_type for source in sources} - {None}
     found, hopeless = [], len(kinds) > 1
     if hopeless:
@@ -42,7 +41,14 @@ def match(sources, components=None, on_mismatch=None):
             + ", ".join(f"{source.given}: {source.prediction_type}" for source in sources if source.prediction_type)
             + "): between such weights nothing is meaningful"
         )
-    matches = []
+    if any(source.family is not base.family for source in others):
+        hopeless = True
+        found.append(
+            "they are of different kinds (" + ", ".join(f"{one.given}: {one.class_name}" for one in sources) + ")"
+        )
+    if hopeless:
+        raise ModelError("the models do not fit together:\n  " + "\n  ".join(found))
+    merged, matches = _merged_components(sources, components), []
     for component, own in base.tensors.items():
         if component not in merged:
             matches += [Match(component, key, (reference,), is_copy=True) for key, reference in own.items()]
@@ -51,8 +57,8 @@ def match(sources, components=None, on_mismatch=None):
         found += [text for source, other in zip(others, of_others, strict=True)
                   for text in _differences(component, own, other, base.given, source.given)]  # fmt: skip
         matches += _matched(component, own, of_others, on_mismatch)
-    if hopeless or (found and on_mismatch is None):
-        way_out = "" if hopeless else "\n--on_mismatch base or tuned says whose tensors to take there"
+    if found and on_mismatch is None:
+        way_out = "\n--on_mismatch base or tuned says whose tensors to take there"
         raise ModelError("the models do not fit together:\n  " + "\n  ".join(found) + way_out)
     return matches, [f"--on_mismatch {on_mismatch}: {text}" for text in found]
 

@@ -43,9 +43,7 @@ def add_adapters(args: LoraArgs, model, run):
     if problems := list(_family_problems(args, model)):
         raise ModelError("\n".join(problems))
     layout = Layout(args, model.family, model.trained_modules)
-    start = (
-        read_lora(args.init_lora, adaptable, cache_dir=args.cache_dir, family=model.family) if args.init_lora else None
-    )
+    start = read_lora(args.init_lora, adaptable, cache_dir=args.cache_dir) if args.init_lora else None
     problems = [*layout.problems(), *_precision_problems(args, run)]
     if start:
         problems += layout.problems_with_start(start)
@@ -202,7 +200,7 @@ class AdaptedModel(Model):
         not. `facts`: what else the metadata should say.
         """
         facts = {**facts, **self._base_facts(), **adapter_facts(self.args, self.layout)}
-        exported = self.layers(shadow)
+        exported, fresh = self.layers(shadow), load_model(self.args)
         written = {DIFFUSERS_NAME: exported}
         write_diffusers_for_all(folder / DIFFUSERS_NAME, exported, facts, self.family)
         if shadow is not None:
@@ -211,8 +209,8 @@ class AdaptedModel(Model):
         if self.args.save_kohya:
             written[KOHYA_NAME], _ = for_kohya(exported)
             facts |= kohya_facts(self.args, self.layout, facts, self.scheduler.config.prediction_type)
-            write_kohya(folder / KOHYA_NAME, written[KOHYA_NAME], facts, self.family)
-        check_files(folder, written, load_model(self.args))
+            write_kohya(folder / KOHYA_NAME, written[KOHYA_NAME], facts, self.family, fresh.components)
+        check_files(folder, written, fresh)
 
     def _base_facts(self):
         return {"base_model": self.base.name, "base_model_hash": self.base.hash}

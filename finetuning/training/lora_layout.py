@@ -71,7 +71,7 @@ class Layout:
 
     def __init__(self, args: LoraArgs, family, components):
         self.args, self.components = args, components
-        self.denoiser = family.denoiser
+        self.denoiser, self.kohya_kind = family.denoiser, family.kohya_kind
         self.rank_pattern = _numbers(args.lora_rank_pattern, int)
         self.alpha_pattern = _numbers(args.lora_alpha_pattern, float)
         if args.lora_alpha is None:  # a layer that gets a higher rank should not be scaled down for it

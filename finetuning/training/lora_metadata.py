@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 # The kind of base by the width of its text, which is what Stable Diffusion 1 and 2 differ in, and by what it predicts.
+# Others are of their family's kind (Family.kohya_kind).
 KINDS = {
     (768, "epsilon"): ("stable-diffusion-v1", "sd_v1"),
     (768, "v_prediction"): ("stable-diffusion-v1", "sd_v1"),
@@ -30,7 +31,7 @@ def adapter_facts(args, layout):
 def kohya_facts(args, layout, facts, prediction_type):
     """The names under which sd-scripts, A1111 and ComfyUI look for the same, and Stability's model specification."""
     unet = layout.components[layout.denoiser]
-    kind, version = KINDS.get((unet.config.cross_attention_dim, prediction_type), ("stable-diffusion", "sd_other"))
+    kind, version = KINDS.get((unet.config.cross_attention_dim, prediction_type), layout.kohya_kind)
     modules = dict(unet.named_modules())
     has_convolutions = any(modules[name].base_layer.weight.ndim == 4 for name in layout.ranks[layout.denoiser])
     dimensions = {"conv_dim": str(layout.rank(layout.denoiser)), "conv_alpha": str(layout.alpha(layout.denoiser))}

@@ -18,9 +18,10 @@ class OptimArgs:
     """Optimizer and schedule"""
 
     learning_rate: float = flag(1e-4, "learning rate of the denoiser", min=0)
-    text_encoder_lr: float | None = flag(
-        None, "learning rate of the text encoder (none: as the denoiser)", min=0, requires="train_text_encoder"
-    )
+    text_encoder_lr: list[float] | None = flag(
+        None, "learning rate of the text encoders, or one for each (none: as the denoiser)", min=0,
+        requires="train_text_encoder",
+    )  # fmt: skip
     scale_lr: bool = flag(False, "multiply the learning rates by batch size x accumulation x processes")
     lr_scheduler: str = flag("constant", "learning-rate schedule", choices=SCHEDULES)
     lr_warmup_steps: int = flag(500, "optimizer steps of linear warm-up, for the schedules that have one", min=0)
@@ -40,7 +41,7 @@ class OptimArgs:
             yield f"--optimizer prodigy finds the learning rate itself: set --learning_rate 1, not {self.learning_rate}"
         if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
             yield f"--use_8bit_adam and --optimizer {self.optimizer} name two optimizers: give one"
-        if self.optimizer == "prodigy" and self.text_encoder_lr not in (None, self.learning_rate):
+        if self.optimizer == "prodigy" and set(self.text_encoder_lr or ()) - {self.learning_rate}:
             yield "--text_encoder_lr: --optimizer prodigy finds one learning rate for all: leave the flag out"
         if (self.lr_scheduler == "piecewise_constant") != (self.lr_step_rules is not None):
             yield "--lr_scheduler piecewise_constant and --lr_step_rules go together"
@@ -69,10 +70,12 @@ def build_optimizer(args: OptimArgs, model, total_batch_size):
 
 
 def learning_rates(args: OptimArgs, total_batch_size):
-    """(denoiser's, text encoder's) peak learning rate; `total_batch_size` rows make one optimizer step."""
+    """(denoiser's peak learning rate, [that of all text encoders, or of each]).
+
+    total_batch_size   rows that make one optimizer step
+    """
     factor = total_batch_size if args.scale_lr else 1
-    text = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
-    return args.learning_rate * factor, text * factor
+    return args.learning_rate * factor, [rate * factor for rate in args.text_encoder_lr or [args.learning_rate]]
 
 
 def load_optimizer(optimizer, state):

@@ -305,11 +305,11 @@ def test_every_broken_thing_has_its_outcome(make, outcome, expected, tmp_path, t
     args = Args(train_data_dir=str(folder))
     if outcome == REFUSED:
         with pytest.raises(DatasetError) as problem:
-            read_checked(args, tokenizer, 0)
+            read_checked(args, [tokenizer], 0)
         assert all(words in str(problem.value) for words in expected), str(problem.value)
         return
 
-    found = read_checked(args, tokenizer, 0)
+    found = read_checked(args, [tokenizer], 0)
     told = "\n".join(str(one) for examples in found.findings.errors.values() for one in examples)
     trained = {one.image.name for one in found.rows}
     if outcome == LOADS:

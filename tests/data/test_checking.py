@@ -1,5 +1,6 @@
 """What a run would take of a dataset: errors by code, which rows are trained on, which are held out, at which size."""
 
+import copy
 import shutil
 
 import pytest
@@ -15,7 +16,7 @@ def check(folder, tokenize, data_args):
 
     def check(seed=0, validation_fraction=0.0, source=folder, resolution="8", **flags):
         args, tokenizer = data_args(source, resolution, **flags), tokenize.tokenizers["text_encoder"]
-        return read_checked(args, tokenizer, seed, validation_fraction, str(folder.parent / "cache"))
+        return read_checked(args, [tokenizer], seed, validation_fraction, str(folder.parent / "cache"))
 
     return check
 
@@ -91,6 +92,17 @@ def test_captions_that_are_cut_are_warned_of_with_their_prefix(folder, check, wr
     assert (cut.where, cut.reason) == ("metadata.jsonl line 11", "17 tokens")
     assert len(check(caption_prefix="circle " * 20).findings.warnings["cut_caption"]) == 11
     assert not check(max_train_samples=1).findings.warnings
+
+
+def test_a_caption_is_counted_by_every_tokenizer_and_named_once(folder, write_metadata, tokenize, data_args):
+    write_metadata(folder, [(f"{index:02d}.png", "circle " * (index + 5)) for index in range(11)])
+    tokenizer = tokenize.tokenizers["text_encoder"]
+    shorter = copy.deepcopy(tokenizer)
+    shorter.model_max_length = 14
+    found = read_checked(
+        data_args(folder, "8"), [tokenizer, shorter], 0, 0.0, str(folder.parent / "cache")
+    ).findings.warnings["cut_caption"]
+    assert [one.where for one in found] == [f"metadata.jsonl line {line}" for line in (11, 9, 10)]
 
 
 def test_captions_that_keep_an_image_from_being_mirrored_are_counted(folder, check, write_metadata):

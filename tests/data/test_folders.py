@@ -39,7 +39,7 @@ def img2dataset(tmp_path, encoded, write_tar):
 
 @pytest.fixture
 def check(tmp_path, data_args, tokenize):
-    return lambda: read_checked(data_args(tmp_path), tokenize.tokenizers["text_encoder"], 0)
+    return lambda: read_checked(data_args(tmp_path), tokenize.tokenizers.values(), 0)
 
 
 def scores(path):

@@ -244,6 +244,24 @@ def test_timesteps_are_uniform_from_0_to_999():
     assert abs(chi_square - 999) < 4 * math.sqrt(2 * 999)  # mean and standard deviation of chi-square with 999 degrees
 
 
+@pytest.mark.parametrize(
+    ("flags", "biased"),
+    [
+        ({"strategy": "earlier", "portion": 0.1}, range(100)),
+        ({"strategy": "later", "portion": 0.1}, range(900, 1000)),
+        ({"strategy": "range", "begin": 300, "end": 500}, range(300, 500)),
+    ],
+)
+def test_biased_timesteps_are_drawn_so_many_times_as_often(flags, biased):
+    args = NoiseArgs(**{f"timestep_bias_{name}": value for name, value in flags.items()}, timestep_bias_multiplier=3)
+    share = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    counts = torch.bincount(objective.biased_timesteps(share, 1000, args), minlength=1000).double()
+    inside = torch.zeros(1000, dtype=torch.bool).index_fill(0, torch.tensor(biased), True)
+    assert counts[inside].mean() / counts[~inside].mean() == pytest.approx(3, rel=1e-3)
+    args.timestep_bias_multiplier = 1  # the quantile of the same draw: where nothing is biased, the same timesteps
+    assert torch.equal(objective.biased_timesteps(share, 1000, args), (share * 1000).long())
+
+
 @pytest.mark.parametrize(("share", "timestep"), [(0.0, 0), (math.nextafter(1.0, 0.0), 999)])
 def test_the_first_and_the_last_timestep_can_be_drawn_and_no_other(share, timestep, monkeypatch):
     """GLIDE's training never drew the last one."""

@@ -16,7 +16,6 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from finetuning.families.family import Component, Family
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
     KOHYA_NAME,
@@ -339,33 +338,6 @@ def test_kohya_files_leave_out_what_sd_scripts_does_not_read(kinds, weights, fil
     assert for_kohya(held) == (held, None)
     write_kohya(file, kinds["plain"] | {time: made_layer(weights[time], 2, 2)}, {})
     assert read_lora(file, parts).layers.keys() == kinds["plain"].keys()
-
-
-class TwoTextEncoders(Family):
-    pipeline = "StableDiffusionXLPipeline"
-    components = (
-        Component("text_encoder", "CLIPTextModel", "text_encoder.text_model.", "lora_te1_text_model_", "text_model."),
-        Component("text_encoder_2", "CLIPTextModelWithProjection", "text_encoder_2.", "lora_te2_"),
-    )
-
-
-def test_a_second_text_encoder_works_by_declaration(file):
-    ours, module = f"{ATTENTION}.q_proj", torch.nn.Linear(16, 16)
-    models = {name: torch.nn.Module() for name in ("text_encoder", "text_encoder_2")}
-    names = {"text_encoder": ours, "text_encoder_2": f"text_model.{ours}"}  # transformers 5 kept it in the second
-    layers = {}
-    for name, model in models.items():
-        *above, last = names[name].split(".")
-        for word in above:
-            model.add_module(word, torch.nn.Module())
-            model = getattr(model, word)
-        model.add_module(last, module)
-        layers[f"{name}.{names[name]}"] = made_layer(module.weight, 2, 2, name=name)
-    for write in (write_diffusers, write_kohya):
-        write(file, layers, {}, TwoTextEncoders())
-        assert_same(read_lora(file, models, family=TwoTextEncoders()).layers, layers)
-    flat = "text_model_encoder_layers_0_self_attn_q_proj"
-    assert {key.split(".")[0] for key in load_file(file)} == {f"lora_te1_{flat}", f"lora_te2_{flat}"}
 
 
 @pytest.mark.parametrize("write", WRITERS)

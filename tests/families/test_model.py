@@ -129,8 +129,10 @@ def test_what_is_trained_is_inside_the_denoiser_and_what_is_frozen_outside(with_
 
 def test_optimizer_groups_hold_the_trained_parameters_in_their_order(tiny_model):
     model = load(tiny_model, train_text_encoder=True)
-    groups = model.parameter_groups(1e-4, 1e-5)
+    groups = model.parameter_groups(1e-4, [1e-5])
     assert [group["lr"] for group in groups] == [1e-4, 1e-5]
+    with pytest.raises(ModelError, match="--text_encoder_lr has 2 numbers, and a StableDiffusionPipeline has 1"):
+        model.parameter_groups(1e-4, [1e-5, 1e-6])
     listed = [id(parameter) for group in groups for parameter in group["params"]]
     assert listed == [id(parameter) for parameter in model.trained_parameters().values()]
 

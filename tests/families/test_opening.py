@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from finetuning.families.model_args import ModelError
 from finetuning.families.opening import open_source, open_tokenizer
-from finetuning.families.original import original_names, original_shape
+from finetuning.families.original import original_names, place
 from finetuning.families.pipelines import open_pipeline
+from finetuning.families.table import DEFAULT_FAMILY
 
 UNET = "diffusion_pytorch_model.safetensors"
 UNET_RAW = "diffusion_pytorch_model.non_ema.safetensors"
@@ -102,8 +103,9 @@ def single_file(tiny_model, tmp_path):
     tensors = {}
     for name, file in FILES.items():
         own = file_of(tiny_model / name / file)
-        names = original_names(name, own)
-        tensors |= {names[key]: own[key].reshape(original_shape(name, key, own[key].shape)) for key in own}
+        component = DEFAULT_FAMILY.by_name[name]
+        places = [place(component, key, file, own[key].shape) for key, file in original_names(component, own).items()]
+        tensors |= {at.key: value.reshape(at.shape) for at, value in zip(places, own.values(), strict=True)}
     write(tmp_path / "single.safetensors", tensors)
     return tmp_path / "single.safetensors"
 
@@ -558,7 +560,7 @@ LORA = "pytorch_lora_weights.safetensors"
         (files_named("notes.txt"), "not a .safetensors file"),
         (tensors_named("encoder.weight"), "encoder.weight"),
         (tensors_named("first_stage_model.conv_in.weight"), "no UNet"),
-        (tensors_named("conditioner.embedders.0.x"), "Stable Diffusion XL"),
+        (tensors_named("conditioner.embedders.0.model.x"), "Stable Diffusion XL"),
         (tensors_named("conv_in.base_layer.weight", "conv_in.lora_A.default.weight"), "adapters"),
         (tensors_named("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"), "fuse"),
         (files_named(LORA), "fuse"),

@@ -6,46 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finetuning.families.model import load_model
-from finetuning.families.model_args import ModelArgs
-from models.make_start import vocabulary
+from finetuning.families.model_args import ModelArgs, ModelError
 
 CAPTIONS = ["a red circle", "a blue square"]
-
-
-@pytest.fixture(scope="module")
-def tiny_sdxl(tmp_path_factory):
-    """A folder with an SDXL of random weights. Never write to it."""
-    folder = tmp_path_factory.mktemp("tiny-sdxl")
-    torch.manual_seed(0)
-    entries, merges = vocabulary()
-    tokenizers = [CLIPTokenizer(vocab=entries, merges=merges, model_max_length=16) for _ in range(2)]
-    text = CLIPTextConfig(
-        vocab_size=len(entries), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16, bos_token_id=len(entries) - 2, eos_token_id=len(entries) - 1, projection_dim=16,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=4, layers_per_block=1, norm_num_groups=4, block_out_channels=(8, 16), cross_attention_dim=32,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=64, transformer_layers_per_block=(1, 2),
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, sample_size=32, scaling_factor=0.13025,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-    )
-    StableDiffusionXLPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
-        tokenizer=tokenizers[0], tokenizer_2=tokenizers[1], unet=unet, scheduler=scheduler, add_watermarker=False,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
 
 
 @torch.no_grad()
@@ -63,7 +30,7 @@ def predictions(folder, captions=CAPTIONS):
         if not caption:
             embeds[row], pooled[row] = nothing[row], nothing_pooled[row]
     time_ids = torch.cat([
-        theirs._get_add_time_ids(tuple(row[:2]), tuple(row[2:4]), tuple(row[4:]), torch.float32, 16)
+        theirs._get_add_time_ids(tuple(row[:2]), tuple(row[2:4]), tuple(row[4:]), torch.float32, pooled.shape[1])
         for row in sizes.tolist()
     ])  # fmt: skip
     conditions = {"text_embeds": pooled, "time_ids": time_ids}
@@ -76,11 +43,71 @@ def test_its_prediction_is_the_pipelines_own(tiny_sdxl, captions):
     assert torch.equal(ours, theirs)
 
 
+@pytest.fixture
+def copied(tiny_sdxl, tmp_path):
+    """A function (file, key=value, ...): a copy of the model with other settings in one of its JSON files."""
+
+    def copy(file="model_index.json", **settings):
+        folder = shutil.copytree(tiny_sdxl, tmp_path / "model")
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(content | settings))
+        return folder
+
+    return copy
+
+
+def test_a_dropped_caption_is_the_text_of_nothing_where_the_pipeline_says_so(tiny_sdxl, copied):
+    ours, theirs = predictions(copied(force_zeros_for_empty_prompt=False), ["a red circle", ""])
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours[1], predictions(tiny_sdxl, ["a red circle", ""])[0][1])
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_an_autoencoder_that_overflows_in_fp16_stays_fp32_whatever_the_run_computes_in(copied, upcast):
+    model = load_model(ModelArgs(str(copied("vae/config.json", force_upcast=upcast))))
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    latents = model.codec.posterior(pixels)[0]
+    images = model.components["vae"].decode(latents).sample
+    model.to_device(torch.device("cpu"), torch.float16)
+    vae = model.components["vae"]
+    assert vae.dtype == (torch.float32 if upcast else torch.float16)
+    assert model.components["text_encoder"].dtype == torch.float16
+    if upcast:
+        assert torch.equal(model.codec.posterior(pixels)[0], latents)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(vae.decode(latents).sample, images)
+
+
+def test_another_autoencoder_is_trained_with_and_handed_over(tiny_sdxl, tiny_model, tmp_path):
+    model = load_model(ModelArgs(str(tiny_sdxl), pretrained_vae_model_name_or_path=str(tiny_model)))
+    model.save_pipeline(tmp_path, None)
+    for of, same in ((tiny_model, True), (tiny_sdxl, False)):
+        config, weights = (of / "vae" / name for name in ("config.json", "diffusion_pytorch_model.safetensors"))
+        assert (config.read_bytes() == (tmp_path / "vae/config.json").read_bytes()) is same
+        assert (weights.read_bytes() == (tmp_path / "vae" / weights.name).read_bytes()) is same
+
+
+def test_each_text_encoder_may_have_a_learning_rate_of_its_own(tiny_sdxl):
+    model = load_model(ModelArgs(str(tiny_sdxl), train_text_encoder=True))
+    for given, expected in (([1e-5], [1e-4, 1e-5, 1e-5]), ([1e-5, 1e-6], [1e-4, 1e-5, 1e-6])):
+        assert [group["lr"] for group in model.parameter_groups(1e-4, given)] == expected
+
+
+def test_what_it_lacks_is_named_in_one_line(copied):
+    folder = copied()
+    shutil.rmtree(folder / "tokenizer_2")
+    with pytest.raises(ModelError, match=r"^\S+ lacks tokenizer_2, which its model_index.json names[^\n]*$"):
+        load_model(ModelArgs(str(folder)))
+
+
+def test_sizes_that_are_no_multiple_of_8_are_refused(script, training, arguments, tmp_path, capfd):
+    assert training.run(script, [*arguments, "--resolution", "36"], tmp_path / "run") == 1
+    assert "--resolution 36" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("forced", [True, False])
-def test_its_pipeline_keeps_the_settings_of_its_model_index(tiny_sdxl, tmp_path, forced):
-    folder = shutil.copytree(tiny_sdxl, tmp_path / "model")
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": forced}))
+def test_its_pipeline_keeps_the_settings_of_its_model_index(copied, forced):
+    folder = copied(force_zeros_for_empty_prompt=forced)
     with load_model(ModelArgs(str(folder))).pipeline() as pipeline:
         assert pipeline.config.force_zeros_for_empty_prompt is forced
 

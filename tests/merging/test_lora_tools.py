@@ -323,7 +323,9 @@ def test_numbers_that_fp16_cannot_hold_are_refused(made, tmp_path, converted):
 )  # fmt: skip
 def test_a_file_that_holds_something_else_is_not_left_there(monkeypatch, written, converted, tmp_path, spoil):
     write = commands.write_diffusers_for_all
-    monkeypatch.setattr(commands, "write_diffusers_for_all", lambda path, layers, f: write(path, spoil(layers), f))
+    monkeypatch.setattr(
+        commands, "write_diffusers_for_all", lambda path, layers, *more: write(path, spoil(layers), *more)
+    )
     with pytest.raises(ModelError, match=r"does not hold what was to be written|NaN"):
         converted(written(dora=True), "diffusers")
     assert not list(tmp_path.glob("converted*"))

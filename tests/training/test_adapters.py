@@ -540,7 +540,7 @@ def test_the_file_says_what_it_was_made_of(precision, train, base, tiny_model, t
 
 def test_parameter_groups_are_lists_so_that_clipping_sees_what_is_trained(adapt):
     adapted = adapt(train_text_encoder=True)
-    groups = adapted.parameter_groups(1e-3, 2e-4)
+    groups = adapted.parameter_groups(1e-3, [2e-4])
     assert [(type(group["params"]), group["lr"]) for group in groups] == [(list, 1e-3), (list, 2e-4)]
     grouped = [[id(parameter) for parameter in group["params"]] for group in groups]
     for part, own in zip(("unet", "text_encoder"), grouped, strict=True):

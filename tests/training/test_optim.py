@@ -23,7 +23,7 @@ def weights():
 def optimizer_for(kind, *groups, total_batch_size=1, **flags):
     """The optimizer of a model whose denoiser, and whose text encoder if there are two groups, has these weights."""
     args = OptimArgs(optimizer=kind, **({"learning_rate": OPTIMIZERS[kind]} | flags))
-    of = lambda *rates: [{"params": own, "lr": rate} for own, rate in zip(groups, rates, strict=False)]
+    of = lambda rate, of_text: [{"params": own, "lr": one} for own, one in zip(groups, [rate, *of_text], strict=False)]
     return build_optimizer(args, SimpleNamespace(parameter_groups=of), total_batch_size)
 
 
@@ -91,16 +91,18 @@ def test_adams_flags_arrive(kind):
 @pytest.mark.parametrize(
     ("flags", "rates"),
     [
-        ({}, (1e-4, 1e-4)),
-        ({"text_encoder_lr": 1e-5}, (1e-4, 1e-5)),
-        ({"text_encoder_lr": 0.0}, (1e-4, 0.0)),
-        ({"text_encoder_lr": 1e-5, "scale_lr": True}, (3.2e-3, 3.2e-4)),
+        ({}, (1e-4, [1e-4])),
+        ({"text_encoder_lr": [1e-5]}, (1e-4, [1e-5])),
+        ({"text_encoder_lr": [0.0]}, (1e-4, [0.0])),
+        ({"text_encoder_lr": [1e-5], "scale_lr": True}, (3.2e-3, [3.2e-4])),
     ],
 )
 def test_each_group_has_its_own_rate_and_scale_lr_multiplies_by_the_rows_of_a_step(flags, rates):
     first, second = weights()
     args = OptimArgs(learning_rate=1e-4, **flags)
-    assert learning_rates(args, 32) == pytest.approx(rates)
+    rate, of_text = learning_rates(args, 32)
+    rates = [rates[0], *rates[1]]
+    assert [rate, *of_text] == pytest.approx(rates)
     optimizer = optimizer_for("adamw", [first], [second], total_batch_size=32, learning_rate=1e-4, **flags)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(rates)
 
