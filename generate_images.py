@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, flag, run_script
+from finetuning.cli import REQUIRED, flag, paths_read, run_script
 from finetuning.evaluation.grid import labelled_grid
 from finetuning.families.generation import DTYPES, generate, inference_dtype, parse_size, size_problems
 from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
@@ -48,8 +48,10 @@ class Args:
     size: str | None = flag(None, "side in pixels, or HEIGHTxWIDTH (none: the model's own)")
     negative_prompt: str | None = flag(None, "what to keep away from")
     weights: str = flag("ema", "which weights of a run or checkpoint", choices=("ema", "raw"))
-    base: str | None = flag(None, "the rest of the model for checkpoint folders (none: what the run started from)")
-    vae: str | None = flag(None, "another autoencoder, e.g. stabilityai/sd-vae-ft-mse")
+    base: str | None = flag(
+        None, "the rest of the model for checkpoint folders (none: what the run started from)", reads=True
+    )
+    vae: str | None = flag(None, "another autoencoder, e.g. stabilityai/sd-vae-ft-mse", reads=True)
     dtype: str | None = flag(None, "none: fp16 on a GPU, fp32 without", choices=tuple(DTYPES))
     batch_size: int = flag(4, "images generated together", min=1)
     grid_scale: int = flag(160, "enlarge images in the grid to about this side, where they are smaller")
@@ -62,7 +64,7 @@ class Args:
         elif self.prompts_file and not self.all_prompts():
             yield f"--prompts_file {self.prompts_file} has no prompts in it"
         yield from size_problems(self.size)
-        inputs = [ModelSource.parse(text).path for text in [*self.model, *(self.lora or [])]]
+        inputs = [*paths_read(self), *(ModelSource.parse(text).path for text in [*self.model, *(self.lora or [])])]
         yield from output_problems(self.output_dir, inputs)
         for name, paths in (("model", self.model), ("lora", self.lora or [])):
             labels = [ModelSource.parse(text).label for text in paths]

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
@@ -37,8 +37,13 @@ def atomic_file(target, sync=True):
         if sync:
             _sync(temporary)
         os.replace(temporary, target)
+    except OSError as error:
+        if error.filename in (None, str(temporary), temporary):  # whoever reads it knows the file by its own name
+            error.filename, error.filename2 = str(target), None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def overlap(one, other):
@@ -47,13 +52,20 @@ def overlap(one, other):
     return one == other or one in other.parents or other in one.parents
 
 
-def output_problems(output_dir, inputs):
-    """Yield why results cannot go to --output_dir: it is, or lies in, something that is read. `inputs` are paths."""
+def output_problems(output_dir, inputs, around=False):
+    """Yield why results cannot go to --output_dir: it is, or lies in, something that is read. `inputs` are paths.
+
+    around  whether it may not hold something that is read either: what it holds is replaced
+    """
     output = Path(output_dir).resolve()
     for path in dict.fromkeys(map(str, inputs)):
         read = Path(path).resolve()
-        if Path(path).exists() and (read == output or read in output.parents):
+        if not Path(path).exists():
+            continue
+        if read == output or read in output.parents:
             yield f"--output_dir {output_dir} lies in {path}, which is read: name a folder outside of it"
+        elif around and output in read.parents:
+            yield f"--output_dir {output_dir} holds {path}, which is read: name another folder"
 
 
 def write_text(path, text):

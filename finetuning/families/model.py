@@ -212,8 +212,6 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
     `prediction_type` None keeps the base's; `seed` makes the weights of --from_scratch; without `start` the weights
     are the base's own.
     """
-    from diffusers import DDPMScheduler
-
     start = start or StartArgs()
     source = open_source(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
@@ -228,7 +226,7 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
     if start.non_ema_revision or start.non_ema_variant:
         main = source.open(family.denoiser)
         ema_start = {f"{family.denoiser}.{name}": value for name, value in main.state_dict().items()}
-    scheduler = DDPMScheduler.from_config(source.scheduler_config())
+    scheduler = source.scheduler("DDPMScheduler")
     if prediction_type:
         scheduler.register_to_config(prediction_type=prediction_type)
     trained = (family.denoiser, *(family.tokenizers if args.train_text_encoder else ()))

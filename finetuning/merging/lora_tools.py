@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from finetuning.cli import REQUIRED, as_dict, flag
+from finetuning.cli import REQUIRED, as_dict, flag, paths_read
 from finetuning.families.lora_files import (
+    DEFAULT_FAMILY,
     DIFFUSERS_NAME,
     KOHYA_NAME,
     find_lora,
@@ -29,10 +30,11 @@ from finetuning.families.lora_files import (
     write_kohya,
 )
 from finetuning.families.model_args import ModelError
+from finetuning.families.opening import open_source, skeleton
 from finetuning.families.table import FAMILIES
-from finetuning.files import atomic_folder, sha256, write_json
+from finetuning.files import atomic_folder, output_problems, sha256, write_json
 from finetuning.merging.model_flags import BaseArgs, open_all
-from finetuning.merging.model_writer import MergeOutput, OutputArgs, overlap, write_models
+from finetuning.merging.model_writer import MergeOutput, OutputArgs, write_models
 from finetuning.merging.recipe import RECIPE, metadata_of, recipe_of
 from finetuning.merging.tensor_matching import Match
 
@@ -52,7 +54,9 @@ class LoraModelArgs:
     """Model of the LoRA"""
 
     base: str = flag(
-        REQUIRED, "model that the LoRA is for: folder of a pipeline or a UNet, or Hub name; only its configs are read"
+        REQUIRED,
+        "model that the LoRA is for: folder of a pipeline or a UNet, or Hub name; only its configs are read",
+        reads=True,
     )
     revision: str | None = flag(None, "git revision of the Hub model")
     weights: str = flag("ema", "which weights of a LoRA run: averaged or as trained", choices=("ema", "raw"))
@@ -78,9 +82,7 @@ class LoraFileArgs:
     def problems(self):
         if Path(self.output_dir).exists():
             yield f"--output_dir {self.output_dir} exists already: name a new folder, or move that one away"
-        given = [getattr(self, name, None) or [] for name in ("base", "tuned", "lora")]
-        if problem := overlap(self.output_dir, [one for own in given for one in ([own] if type(own) is str else own)]):
-            yield problem
+        yield from output_problems(self.output_dir, paths_read(self), around=True)
 
 
 @dataclass
@@ -94,7 +96,9 @@ class LoraOutputArgs(LoraFileArgs):
 class ScaleArgs:
     """LoRAs"""
 
-    lora: list[str] = flag(REQUIRED, "LoRAs: files of diffusers, kohya or PEFT, folders of runs, or Hub names")
+    lora: list[str] = flag(
+        REQUIRED, "LoRAs: files of diffusers, kohya or PEFT, folders of runs, or Hub names", reads=True
+    )
     scale: list[float] | None = flag(None, "how strongly each LoRA counts, one number for each (none: 1)")
 
     @property
@@ -122,7 +126,7 @@ class FuseArgs(OutputArgs, ScaleArgs, BaseArgs):
 class ConvertArgs(LoraFileArgs, LoraModelArgs):
     """Convert"""
 
-    lora: str = flag(REQUIRED, "LoRA: file of diffusers, kohya or PEFT, folder of a run, or Hub name")
+    lora: str = flag(REQUIRED, "LoRA: file of diffusers, kohya or PEFT, folder of a run, or Hub name", reads=True)
     to: str = flag(REQUIRED, "layout to write", choices=("diffusers", "kohya"))
 
 
@@ -134,24 +138,16 @@ def skeletons(name, revision=None, cache_dir=None):
 
     name   folder of a pipeline, of a checkpoint, or of a UNet alone (then there is no text encoder), or Hub name
     """
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    where = {"revision": revision, "cache_dir": cache_dir}
-    folder, models = Path(name), {}
+    folder = Path(name)
     if folder.is_file():
         raise ModelError(f"--base {name} is a file: name a folder in diffusers' layout, only its configs are read")
-    bare = (folder / "config.json").is_file()
-    try:
-        with torch.device("meta"):
-            config = UNet2DConditionModel.load_config(name, subfolder=None if bare else "unet", **where)
-            models["unet"] = UNet2DConditionModel.from_config(config)
-            if not folder.is_dir() or (folder / "text_encoder").is_dir():
-                config = CLIPTextConfig.from_pretrained(name, subfolder="text_encoder", **where)
-                models["text_encoder"] = CLIPTextModel(config)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"--base {name} has no configs of a Stable Diffusion to be read: {error}") from error
-    return models
+    if (folder / "config.json").is_file():
+        return {DEFAULT_FAMILY.denoiser: skeleton(DEFAULT_FAMILY.by_name[DEFAULT_FAMILY.denoiser], folder)}
+    if not (folder / DEFAULT_FAMILY.denoiser / "config.json").is_file():
+        options = {"revision": revision, "cache_dir": cache_dir, "only": ADAPTED, "without_weights": ADAPTED}
+        folder = open_source(name, **options, kinds=("pipeline",), relatives=True).folder
+    return {one.name: skeleton(one, folder / one.name) for one in DEFAULT_FAMILY.adaptable
+            if (folder / one.name).is_dir()}  # fmt: skip
 
 
 def stand_ins(components):

@@ -86,7 +86,7 @@ class RetentionArgs:
     )  # fmt: skip
     retain_dataset: str | None = flag(
         None, "for loss: folder with metadata.jsonl of what should not be forgotten", requires="evaluate_every",
-        affects_result=False,
+        affects_result=False, reads=True,
     )  # fmt: skip
     retain_split: str | None = flag(
         None, "its split (none: validation, or all of a folder without splits)", choices=tuple(SPLIT_NAMES),

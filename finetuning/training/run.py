@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from finetuning.cli import UserError, as_dict, flag
-from finetuning.files import write_json, write_text
+from finetuning.cli import UserError, as_dict, flag, paths_read
+from finetuning.files import output_problems, write_json, write_text
 from finetuning.training.checkpoint import seed_of_resumed_run
 
 TRACKERS = ("tensorboard", "wandb", "all", "none")
@@ -61,6 +61,7 @@ class RunArgs:
             yield f"--report_to {self.report_to}: it is not installed: pip install {self.report_to}"
         if Path(self.output_dir).is_file():
             yield f"--output_dir {self.output_dir} is a file"
+        yield from output_problems(self.output_dir, paths_read(self), around=True)
 
 
 class Run:
