@@ -25,7 +25,7 @@ from finetuning.evaluation.grid import labelled_grid
 from finetuning.families.generation import DTYPES, generate, inference_dtype, parse_size, size_problems
 from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
 from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
-from finetuning.files import file_names, output_problems, write_json
+from finetuning.files import file_names, output_problems, write_image, write_json
 from finetuning.rng import torch_generator
 
 
@@ -142,7 +142,7 @@ def generate_all(args):
                 )  # fmt: skip
                 for (prompt, seed), image in zip(rows, made, strict=True):
                     file = f"{prompts.index(prompt):03d}_{file_name(prompt, seed, column, *names)}"
-                    image.save(folder / file)
+                    write_image(folder / file, image)
                     images[prompt, seed, column] = image
                     record = {"prompt": prompt, "seed": seed, **column.facts(), "weights": args.weights}
                     record |= {"scheduler": args.scheduler, "vae": args.vae, "negative_prompt": args.negative_prompt}
@@ -154,7 +154,8 @@ def generate_all(args):
     write_json(folder / "images.json", records)
     cells = [[images[*row, column] for column in columns] for row in rows]
     labels = [prompt if len(args.seed) == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
-    labelled_grid(cells, labels, [c.heading(args) for c in columns], args.grid_scale).save(folder / "grid.png")
+    grid = labelled_grid(cells, labels, [c.heading(args) for c in columns], args.grid_scale)
+    write_image(folder / "grid.png", grid)
     print(f"{len(records)} images and grid.png in {folder}")
 
 

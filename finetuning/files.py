@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there: written to a temporary sibling, synced, hashed, renamed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -44,6 +45,26 @@ def atomic_file(target, sync=True):
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def writing(path):
+    """What libraries raise where a file cannot be written, on a full disk say, as an OSError that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except (RuntimeError, SafetensorError) as error:  # torch's RuntimeError does not say why
+        reason = str(error).partition("\n")[0]
+        raise OSError(errno.EIO, f"cannot be written, perhaps the disk is full: {reason}", str(path)) from error
+
+
+def write_image(path, image):
+    """Write a PIL image as PNG to a file that is whole or as it was before."""
+    with atomic_file(path, sync=False) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def overlap(one, other):

@@ -38,7 +38,7 @@ from finetuning.evaluation.metrics import EvaluationError
 from finetuning.families.generation import generate, parse_size, size_problems
 from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
 from finetuning.families.pipelines import SCHEDULERS
-from finetuning.files import atomic_file, sha256, write_json
+from finetuning.files import sha256, write_image, write_json
 from finetuning.rng import torch_generator
 
 GENERAL_PROMPTS = Path(__file__).parent / "general_prompts.json"
@@ -195,8 +195,7 @@ def generate_rows(pipeline, rows, folder, args, *, name, lora=None, weights="ema
             images = _generated(pipeline, part, settings["seed"], options) if missing else [None] * len(part)
             for row, image in zip(part, images, strict=True):
                 if row.number in missing:
-                    with atomic_file(paths[row.number]) as temporary:
-                        image.save(temporary, format="PNG")
+                    write_image(paths[row.number], image)
             bar.update(len(part))
     return paths
 

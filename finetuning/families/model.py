@@ -23,6 +23,7 @@ from finetuning.families.model_args import ModelArgs, ModelError, StartArgs
 from finetuning.families.opening import open_source
 from finetuning.families.quiet import errors_only
 from finetuning.families.table import family_of
+from finetuning.files import writing
 
 
 @dataclass
@@ -189,7 +190,9 @@ class Model:
         chosen, component = chosen or {}, self.family.by_name[name]
         weights = {key: chosen.get(f"{name}.{key}", value) for key, value in self.components[name].state_dict().items()}
         weights = {component.file_prefix + key: value.detach().contiguous() for key, value in weights.items()}
-        save_file(weights, target / weights_name(component, variant), metadata={"format": "pt"})
+        path = target / weights_name(component, variant)
+        with writing(path):
+            save_file(weights, path, metadata={"format": "pt"})
 
     def _read_weights(self, name, folder):
         from safetensors.torch import load_file

@@ -23,7 +23,7 @@ from finetuning.cli import REQUIRED, UserError, as_dict, flag, flags_of, flags_w
 from finetuning.families import generation
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import SCHEDULERS
-from finetuning.files import atomic_file, output_problems, sha256, write_json, write_text
+from finetuning.files import atomic_file, output_problems, sha256, write_image, write_json, write_text
 from finetuning.merging.methods import bound
 from finetuning.merging.model_flags import MixArgs
 from finetuning.merging.ratios import parse_ratios
@@ -169,7 +169,7 @@ def sweep_on(args, device="cpu", dtype=torch.float32):
 
     lines = [warning for source in sources for warning in source.warnings] + merged.warnings
     if any(rows.values()):
-        _grid(args, rows, columns).save(folder / "grid.png")
+        write_image(folder / "grid.png", _grid(args, rows, columns))
         lines.append(
             f"{sum(map(len, rows.values()))} images at each of {len(args.ratio)} ratios: {folder / 'grid.png'}"
         )
@@ -204,8 +204,7 @@ def _generate(args, merged, ratio, folder, kind, rows, bar):
                 num_inference_steps=args.num_inference_steps,
             )  # fmt: skip
             for path, image in zip(places, made, strict=True):
-                with atomic_file(path) as temporary:
-                    image.save(temporary, format="PNG")
+                write_image(path, image)
         images += [Image.open(path).convert("RGB") for path in places]
         bar.update(len(batch))
     return images

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from finetuning.cli import UserError, as_dict, flag, paths_read
-from finetuning.files import output_problems, write_json, write_text
+from finetuning.files import output_problems, write_json, write_text, writing
 from finetuning.training.checkpoint import seed_of_resumed_run
 
 TRACKERS = ("tensorboard", "wandb", "all", "none")
@@ -191,7 +191,8 @@ class Run:
         """Numbers of one step, to metrics.jsonl and the trackers."""
         self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
         if self.is_main:
-            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            path = self.output_dir / "metrics.jsonl"
+            with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
 
     def log_images(self, name, images, step):
