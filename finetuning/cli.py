@@ -312,7 +312,7 @@ def _os_message(error):
     """In one line, with the path."""
     if error.strerror is None:
         return " ".join(str(error).split())
-    path = error.filename if error.filename is not None else error.filename2
+    path = error.filename2 if error.filename2 is not None else error.filename  # a copy or a move fails at its target
     return f"{os.fsdecode(path) if isinstance(path, str | bytes) else path}: {error.strerror}" if path else str(error)
 
 

@@ -39,12 +39,17 @@ def atomic_file(target, sync=True):
             _sync(temporary)
         os.replace(temporary, target)
     except OSError as error:
-        if error.filename in (None, str(temporary), temporary):  # whoever reads it knows the file by its own name
-            error.filename, error.filename2 = str(target), None
+        _name_target(error, temporary, target)
         raise
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _name_target(error, temporary, target):
+    """Let an OSError name what was to be written, rather than its temporary sibling, or what was copied there."""
+    named = str(error.filename2 or error.filename or target)
+    error.filename, error.filename2 = named.replace(str(temporary), str(target)), None
 
 
 @contextmanager
@@ -138,8 +143,10 @@ def atomic_folder(target, known=None):
     try:
         yield temporary
         write_manifest(temporary, known)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            _name_target(error, temporary, target)
         raise
     replaced = None
     if target.exists():
