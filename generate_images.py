@@ -20,12 +20,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, flag, paths_read, run_script
+from finetuning.cli import REQUIRED, UserError, flag, paths_read, run_script
 from finetuning.evaluation.grid import labelled_grid
 from finetuning.families.generation import DTYPES, generate, inference_dtype, parse_size, size_problems
 from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
 from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
-from finetuning.files import file_names, output_problems, write_image, write_json
+from finetuning.files import file_names, output_problems, read_text, write_image, write_json
 from finetuning.rng import torch_generator
 
 
@@ -61,8 +61,12 @@ class Args:
             yield 'say what to generate: --prompt "..." or --prompts_file FILE'
         if self.prompts_file and not Path(self.prompts_file).is_file():
             yield f"--prompts_file {self.prompts_file}: there is no such file"
-        elif self.prompts_file and not self.all_prompts():
-            yield f"--prompts_file {self.prompts_file} has no prompts in it"
+        else:
+            try:
+                if self.prompts_file and not self.all_prompts():
+                    yield f"--prompts_file {self.prompts_file} has no prompts in it"
+            except UserError as error:
+                yield f"--prompts_file {error}"
         yield from size_problems(self.size)
         inputs = [*paths_read(self), *(ModelSource.parse(text).path for text in [*self.model, *(self.lora or [])])]
         yield from output_problems(self.output_dir, inputs)
@@ -77,7 +81,7 @@ class Args:
 
     def all_prompts(self):
         """From the flag and from the file, each once."""
-        lines = Path(self.prompts_file).read_text(encoding="utf-8").splitlines() if self.prompts_file else []
+        lines = read_text(self.prompts_file).splitlines() if self.prompts_file else []
         return list(dict.fromkeys([*(self.prompt or []), *(line.strip() for line in lines if line.strip())]))
 
 

@@ -461,10 +461,20 @@ def _flag_named(name, flags, current):
     return current[name]
 
 
+class _OnceEach(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML would take the last one without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise yaml.YAMLError(f"{', '.join(twice)} is given twice: keep one of them")
+        return super().construct_mapping(node, deep)
+
+
 def _read_config(path, flags):
     """({name: value}, problems, names of flags that could not be read)."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _OnceEach) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return {}, [f"--config {path}: {error}"], set()
     if not isinstance(content, dict):

@@ -94,6 +94,14 @@ def output_problems(output_dir, inputs, around=False):
             yield f"--output_dir {output_dir} holds {path}, which is read: name another folder"
 
 
+def read_text(path):
+    """The UTF-8 text of a file, without a byte order mark. Raises UserError where it is in another encoding."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it again as UTF-8") from error
+
+
 def write_text(path, text):
     """Write UTF-8 text to a file that is whole or as it was before."""
     with atomic_file(path) as temporary:

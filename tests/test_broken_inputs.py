@@ -310,7 +310,7 @@ BROKEN |= {
     "an empty captioner": ("captioner", content(CAPTIONER, b""), CAPTIONER, "empty"),
     "an LFS pointer as a captioner": ("captioner", content(CAPTIONER, LFS), CAPTIONER, "git lfs pull"),
     "a captioner of NaN": ("captioner", tensors(CAPTIONER, value("output.bias", NAN)), "captioner", "NaN"),
-    "a captioner without a bias": ("captioner", tensors(CAPTIONER, lambda t: t.pop("output.bias")), "output.bias"),
+    "half a captioner": ("captioner", tensors(CAPTIONER, lambda t: t.pop("output.bias")), "output.bias"),
     "a captioner's pickle": ("captioner", moved(CAPTIONER, "pytorch_model.bin"), "pytorch_model.bin", "weights_only=True"),
     "another kind of captioner": ("captioner", settings("config.json", model_type="blip"), "blip"),
     "a captioner's config is cut": ("captioner", content("config.json", CUT), "config.json"),

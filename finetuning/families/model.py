@@ -23,7 +23,7 @@ from finetuning.families.model_args import ModelArgs, ModelError, StartArgs
 from finetuning.families.opening import open_source
 from finetuning.families.quiet import errors_only
 from finetuning.families.table import family_of
-from finetuning.files import writing
+from finetuning.files import read_text, writing
 
 
 @dataclass
@@ -283,7 +283,7 @@ def _new_denoiser(component, folder, overrides, seed):
     }
     if overrides:
         # os.path, because Path.is_file raises where a long text cannot be the name of a file
-        text = Path(overrides).read_text(encoding="utf-8") if os.path.isfile(overrides) else overrides
+        text = read_text(overrides) if os.path.isfile(overrides) else overrides
         try:
             changes = yaml.safe_load(text)  # JSON is YAML too
         except yaml.YAMLError as error:
