@@ -401,7 +401,7 @@ def test_a_broken_input_is_one_message_in_every_command_that_meets_it(name, soun
     broken = {place: damage(inputs / place) or inputs / place for place in places}
     for command in (command for command in COMMANDS if kinds(command) & {*affected.split()}):
         changes = {kind: broken[PLACES.get(kind, kind)] for kind in kinds(command) & {*affected.split()}}
-        assert_refused(command, words, paths_of(sound, tmp_path / "out", **changes), (sound, inputs), capfd)
+        assert_refused(command, words, paths_of(sound, tmp_path / command, **changes), (sound, inputs), capfd)
 
 
 def may_meet(name, command):
