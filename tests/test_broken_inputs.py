@@ -311,7 +311,7 @@ BROKEN |= {
     "an LFS pointer as a captioner": ("captioner", content(CAPTIONER, LFS), CAPTIONER, "git lfs pull"),
     "a captioner of NaN": ("captioner", tensors(CAPTIONER, value("output.bias", NAN)), "captioner", "NaN"),
     "half a captioner": ("captioner", tensors(CAPTIONER, lambda t: t.pop("output.bias")), "output.bias"),
-    "a captioner's pickle": ("captioner", moved(CAPTIONER, "pytorch_model.bin"), "pytorch_model.bin", "weights_only=True"),
+    "a captioner's pickle": ("captioner", moved(CAPTIONER, "pytorch_model.bin"), "model.bin", "weights_only=True"),
     "another kind of captioner": ("captioner", settings("config.json", model_type="blip"), "blip"),
     "a captioner's config is cut": ("captioner", content("config.json", CUT), "config.json"),
     "a captioner without words": ("captioner", gone("tokenizer.json"), "captioner"),
