@@ -103,7 +103,7 @@ def gone(file):
 
 
 def moved(file, to):
-    return lambda folder: (folder / file).rename(folder / to)
+    return lambda folder: (folder / file).rename(folder / to) and None
 
 
 def both(*damages):
@@ -288,7 +288,7 @@ BROKEN |= {
     "an empty folder": (DATA, emptied, "data"),
     "no caption column": (ROWS, rows(text=..., words="a"), "text"),
     "no file names": (ROWS, rows(file_name=...), "file_name"),
-    "captions are numbers": (DATA, rows(text=7), "7"),
+    "captions are numbers": (DATA, rows(text=7), "text"),
     "captions are objects": (DATA, rows(text={"en": "a"}), "text"),
     "captions are empty": (ROWS, rows(text=" "), "caption"),
     "metadata is cut": (DATA, metadata(lambda before: before[:-9]), "metadata.jsonl"),
