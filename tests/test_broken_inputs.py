@@ -172,7 +172,7 @@ BROKEN = {
                    "StableDiffusionInpaintPipeline"),
     "inpainting under another name": (
         WHOLE, both(tensors(UNET, value("conv_in.weight", lambda one: torch.zeros(8, 9, 3, 3))),
-                    settings("unet/config.json", in_channels=9)), "9 channels"),
+                    settings("unet/config.json", in_channels=9)), "9"),
     "config of another class": (
         LAYOUT, settings("unet/config.json", _class_name="UNet2DModel"), "unet/config.json", "UNet2DModel"),
     "config is cut": (LAYOUT, content("text_encoder/config.json", CUT), "text_encoder/config.json", "JSON"),
