@@ -34,7 +34,7 @@ GENERATE = "generate_images --prompt a --num_inference_steps 1 --size 32 --guida
 EVALUATE = (
     "evaluate_model --dataset {data} --retain_dataset {data} --split validation --max_rows 2 "
     "--num_inference_steps 1 --guidance_scale 1 "
-    "--size 32 --checker finetuning.shapes.checker --output_dir {output}"
+    "--size 32 --checker finetuning.shapes.checker --general_prompts none --no-noise_floor --output_dir {output}"
 )
 SWEEP = "sweep --prompts_in a --prompts_out b --num_inference_steps 1 --size 32 --ratios 0 1 --output_dir {output}"
 LORA = "--base {layout} --output_dir {output} --lora {lora}"
