@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from finetuning.cli import REQUIRED, as_dict, flag, run_script
+from finetuning.cli import REQUIRED, as_dict, flag, paths_read, run_script
 from finetuning.data.reading import SPLIT_NAMES
 from finetuning.evaluation.candidates import CandidateArgs, curves, generate_all
 from finetuning.evaluation.forgetting import ForgettingArgs, forgetting
@@ -38,7 +38,9 @@ PACKAGES = ("torch", "diffusers", "transformers", "torch-fidelity", "lpips")
 class Args(ForgettingArgs, EvalNetworkArgs, GenerationArgs, CandidateArgs):
     """What is evaluated"""
 
-    dataset: str = flag(REQUIRED, "folder of captioned images: the captions are prompts, the images are the truth")
+    dataset: str = flag(
+        REQUIRED, "folder of captioned images: the captions are prompts, the images are the truth", reads=True
+    )
     output_dir: str = flag(REQUIRED, "where the report and the images go")
     split: str | None = flag(
         None, "of the dataset (none: test, or all of a folder without splits)", choices=tuple(SPLIT_NAMES)
@@ -47,8 +49,8 @@ class Args(ForgettingArgs, EvalNetworkArgs, GenerationArgs, CandidateArgs):
     max_rows: int | None = flag(None, "captions at most, chosen with --seed", min=2)
 
     def problems(self):
-        inputs = [self.dataset, *([self.retain_dataset] if self.retain_dataset else [])]
-        inputs += [path for one in self.candidates for path in (one.path, one.lora) if path]
+        inputs = paths_read(self) + [path for one in self.candidates for path in (one.path, one.lora) if path]
+        inputs += [one.path for one in self.ready]
         yield from output_problems(self.output_dir, inputs)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, flag, run_script
+from finetuning.cli import REQUIRED, UserError, flag, paths_read, run_script
 from finetuning.evaluation.grid import labelled_grid
 from finetuning.families.generation import (
     DTYPES,
@@ -35,7 +35,7 @@ from finetuning.families.generation import (
 from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
 from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
 from finetuning.families.table import family_of
-from finetuning.files import file_names, output_problems, write_json
+from finetuning.files import file_names, output_problems, read_text, write_image, write_json
 from finetuning.rng import torch_generator
 
 
@@ -58,13 +58,16 @@ class Args(UpscalerArgs):
     size: str | None = flag(None, "side in pixels, or HEIGHTxWIDTH (none: the model's own)")
     negative_prompt: str | None = flag(None, "what to keep away from")
     weights: str = flag("ema", "which weights of a run or checkpoint", choices=("ema", "raw"))
-    base: str | None = flag(None, "the rest of the model for checkpoint folders (none: what the run started from)")
-    vae: str | None = flag(None, "another autoencoder, e.g. stabilityai/sd-vae-ft-mse")
+    base: str | None = flag(
+        None, "the rest of the model for checkpoint folders (none: what the run started from)", reads=True
+    )
+    vae: str | None = flag(None, "another autoencoder, e.g. stabilityai/sd-vae-ft-mse", reads=True)
     dtype: str | None = flag(None, "none: fp16 on a GPU, fp32 without", choices=tuple(DTYPES))
     batch_size: int = flag(4, "images generated together", min=1)
     upscaler: str | None = flag(
-        None, "upscaler that every image goes through: a pipeline of DeepFloyd IF's kind, or a checkpoint-N of one"
-    )
+        None, "upscaler that every image goes through: a pipeline of DeepFloyd IF's kind, or a checkpoint-N of one",
+        reads=True,
+    )  # fmt: skip
     grid_scale: int = flag(160, "enlarge images in the grid to about this side, where they are smaller")
 
     def problems(self):
@@ -72,11 +75,14 @@ class Args(UpscalerArgs):
             yield 'say what to generate: --prompt "..." or --prompts_file FILE'
         if self.prompts_file and not Path(self.prompts_file).is_file():
             yield f"--prompts_file {self.prompts_file}: there is no such file"
-        elif self.prompts_file and not self.all_prompts():
-            yield f"--prompts_file {self.prompts_file} has no prompts in it"
+        else:
+            try:
+                if self.prompts_file and not self.all_prompts():
+                    yield f"--prompts_file {self.prompts_file} has no prompts in it"
+            except UserError as error:
+                yield f"--prompts_file {error}"
         yield from size_problems(self.size)
-        inputs = [ModelSource.parse(text).path for text in [*self.model, *(self.lora or [])]]
-        inputs += [self.upscaler] if self.upscaler else []
+        inputs = [*paths_read(self), *(ModelSource.parse(text).path for text in [*self.model, *(self.lora or [])])]
         yield from output_problems(self.output_dir, inputs)
         for name, paths in (("model", self.model), ("lora", self.lora or [])):
             labels = [ModelSource.parse(text).label for text in paths]
@@ -89,7 +95,7 @@ class Args(UpscalerArgs):
 
     def all_prompts(self):
         """From the flag and from the file, each once."""
-        lines = Path(self.prompts_file).read_text(encoding="utf-8").splitlines() if self.prompts_file else []
+        lines = read_text(self.prompts_file).splitlines() if self.prompts_file else []
         return list(dict.fromkeys([*(self.prompt or []), *(line.strip() for line in lines if line.strip())]))
 
 
@@ -158,7 +164,7 @@ def generate_all(args):
                     made = upscale(upscaler, list(made), texts, seeds, args, args.batch_size)
                 for (prompt, seed), image in zip(rows, made, strict=True):
                     file = f"{prompts.index(prompt):03d}_{file_name(prompt, seed, column, *names)}"
-                    image.save(folder / file)
+                    write_image(folder / file, image)
                     images[prompt, seed, column] = image
                     record = {"prompt": prompt, "seed": seed, **column.facts(), "weights": args.weights}
                     record |= {"scheduler": args.scheduler, "vae": args.vae, "negative_prompt": args.negative_prompt}
@@ -171,7 +177,8 @@ def generate_all(args):
     write_json(folder / "images.json", records)
     cells = [[images[*row, column] for column in columns] for row in rows]
     labels = [prompt if len(args.seed) == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
-    labelled_grid(cells, labels, [c.heading(args) for c in columns], args.grid_scale).save(folder / "grid.png")
+    grid = labelled_grid(cells, labels, [c.heading(args) for c in columns], args.grid_scale)
+    write_image(folder / "grid.png", grid)
     print(f"{len(records)} images and grid.png in {folder}")
 
 

@@ -51,7 +51,7 @@ class UserError(ValueError):
 
 def flag(
     default, help=None, *, choices=None, metavar=None, positional=False, repeated=False,
-    min=None, max=None, above=None, below=None, requires=None, conflicts=None, affects_result=True, was=(),
+    min=None, max=None, above=None, below=None, requires=None, conflicts=None, affects_result=True, reads=False, was=(),
 ):  # fmt: skip
     """A dataclass field that is also a flag.
 
@@ -66,6 +66,7 @@ def flag(
                     it has a value other than off, none, 0 or empty; "loss_type=huber" names the value
     conflicts       a flag, or several, that cannot be given together with this one
     affects_result  False: cannot change what a run computes (see flags_without_effect)
+    reads           names what is read and must not be written to: a path or a Hub name (see paths_read)
     was             older names, which go on working with a notice
 
     A subclass may declare a flag again with another default: it stays in its group, and what the second declaration
@@ -74,7 +75,7 @@ def flag(
     declared = {
         "help": help, "choices": choices, "metavar": metavar, "positional": positional, "repeated": repeated,
         "min": min, "max": max, "above": above, "below": below, "requires": _names(requires),
-        "conflicts": _names(conflicts), "was": _names(was),
+        "conflicts": _names(conflicts), "reads": reads, "was": _names(was),
     }  # fmt: skip
     metadata = {key: value for key, value in declared.items() if value not in (None, ()) and value is not False}
     metadata |= {"required": default is REQUIRED} | ({} if affects_result else {"affects_result": False})
@@ -111,6 +112,7 @@ class Flag:
     requires: tuple = ()
     conflicts: tuple = ()
     affects_result: bool = True
+    reads: bool = False
     was: tuple = ()
 
     @property
@@ -196,6 +198,12 @@ def flags_without_effect(args_class):
     """The names, older ones too, of the flags that cannot change what a run computes: where it writes, how often."""
     flags = [flag for flag in flags_of(args_class).values() if not flag.affects_result]
     return frozenset(name for flag in flags for name in (flag.name, *flag.was))
+
+
+def paths_read(args):
+    """What the flags declared with reads=True name: paths, or names on the Hub."""
+    values = [getattr(args, name) for name, flag in flags_of(type(args)).items() if flag.reads]
+    return [path for value in values for path in (value if isinstance(value, list) else [value]) if path]
 
 
 def title(group):
@@ -311,7 +319,7 @@ def _os_message(error):
     """In one line, with the path."""
     if error.strerror is None:
         return " ".join(str(error).split())
-    path = error.filename if error.filename is not None else error.filename2
+    path = error.filename2 if error.filename2 is not None else error.filename  # a copy or a move fails at its target
     return f"{os.fsdecode(path) if isinstance(path, str | bytes) else path}: {error.strerror}" if path else str(error)
 
 
@@ -463,10 +471,20 @@ def _flag_named(name, flags, current):
     return current[name]
 
 
+class _OnceEach(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML would take the last one without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise yaml.YAMLError(f"{', '.join(twice)} is given twice: keep one of them")
+        return super().construct_mapping(node, deep)
+
+
 def _read_config(path, flags):
     """({name: value}, problems, names of flags that could not be read)."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _OnceEach) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return {}, [f"--config {path}: {error}"], set()
     if not isinstance(content, dict):

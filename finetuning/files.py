@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there: written to a temporary sibling, synced, hashed, renamed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -38,8 +39,38 @@ def atomic_file(target, sync=True):
         if sync:
             _sync(temporary)
         os.replace(temporary, target)
+    except OSError as error:
+        _name_target(error, temporary, target)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _name_target(error, temporary, target):
+    """Let an OSError name what was to be written, rather than its temporary sibling, or what was copied there."""
+    named = str(error.filename2 or error.filename or target)
+    error.filename, error.filename2 = named.replace(str(temporary), str(target)), None
+
+
+@contextmanager
+def writing(path):
+    """What libraries raise where a file cannot be written, on a full disk say, as an OSError that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except (RuntimeError, SafetensorError) as error:  # torch's RuntimeError does not say why
+        reason = str(error).partition("\n")[0]
+        raise OSError(errno.EIO, f"cannot be written, perhaps the disk is full: {reason}", str(path)) from error
+
+
+def write_image(path, image):
+    """Write a PIL image as PNG to a file that is whole or as it was before."""
+    with atomic_file(path, sync=False) as temporary:
+        image.save(temporary, format="PNG")
 
 
 @contextmanager
@@ -73,13 +104,28 @@ def overlap(one, other):
     return one == other or one in other.parents or other in one.parents
 
 
-def output_problems(output_dir, inputs):
-    """Yield why results cannot go to --output_dir: it is, or lies in, something that is read. `inputs` are paths."""
+def output_problems(output_dir, inputs, around=False):
+    """Yield why results cannot go to --output_dir: it is, or lies in, something that is read. `inputs` are paths.
+
+    around  whether it may not hold something that is read either: what it holds is replaced
+    """
     output = Path(output_dir).resolve()
     for path in dict.fromkeys(map(str, inputs)):
         read = Path(path).resolve()
-        if Path(path).exists() and (read == output or read in output.parents):
+        if not Path(path).exists():
+            continue
+        if read == output or read in output.parents:
             yield f"--output_dir {output_dir} lies in {path}, which is read: name a folder outside of it"
+        elif around and output in read.parents:
+            yield f"--output_dir {output_dir} holds {path}, which is read: name another folder"
+
+
+def read_text(path):
+    """The UTF-8 text of a file, without a byte order mark. Raises UserError where it is in another encoding."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it again as UTF-8") from error
 
 
 def write_text(path, text):
@@ -131,8 +177,10 @@ def atomic_folder(target, known=None):
     try:
         yield temporary
         write_manifest(temporary, known)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            _name_target(error, temporary, target)
         raise
     replaced = None
     if target.exists():

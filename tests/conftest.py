@@ -26,7 +26,17 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    BertTokenizer,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    GitConfig,
+    GitForCausalLM,
+    GitProcessor,
+)
 
 from finetuning.cli import read
 from finetuning.files import write_json, xxh3
@@ -34,6 +44,7 @@ from finetuning.shapes.write_dataset import write as write_shapes
 from models.make_start import MODEL_INDEX, vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
+WORDS = ["a", "red", "green", "blue", "small", "large", "circle", "square", "star", "dog", "cat", "on", "table", "sky"]
 torch.set_num_threads(1)
 
 
@@ -152,6 +163,28 @@ def tiny_sdxl(tmp_path_factory):
         vae=vae, text_encoder=CLIPTextModel(first), text_encoder_2=CLIPTextModelWithProjection(second),
         tokenizer=tokenizers[0], tokenizer_2=tokenizers[1], unet=unet, scheduler=scheduler, add_watermarker=False,
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_git(tmp_path_factory):
+    """A captioner, a GIT of random weights that knows a few words. Never write to it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-git"
+    torch.manual_seed(4)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate([*special, *WORDS])})
+    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GitConfig(
+        vision_config={**layers, "image_size": 16, "patch_size": 8}, **layers, vocab_size=len(tokenizer),
+        max_position_embeddings=64, bos_token_id=2, eos_token_id=3, pad_token_id=0,
+    )  # fmt: skip
+    git = GitForCausalLM(config)
+    for parameter in git.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter)
+    git.save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    GitProcessor(CLIPImageProcessor(size=size, crop_size=size), tokenizer).save_pretrained(folder)
     return folder
 
 

@@ -49,7 +49,7 @@ def local_weights(tiny_model, tmp_path_factory):
     for weights in network.parameters():
         if weights.dim() > 1:
             torch.nn.init.kaiming_normal_(weights, nonlinearity="relu")
-    torch.save(network.state_dict(), folder / "inception.pth")
+    save_file(network.state_dict(), folder / "inception.safetensors")
     save_file(alexnet().features.state_dict(prefix="features."), folder / "alexnet.safetensors")
     tokenizer = CLIPTokenizer.from_pretrained(tiny_model / "tokenizer")
     layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -65,7 +65,7 @@ def local_weights(tiny_model, tmp_path_factory):
     size = {"height": 16, "width": 16}
     images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
     CLIPProcessor(images, tokenizer).save_pretrained(folder / "clip")
-    flags = {"inception_weights": "inception.pth", "lpips_trunk": "alexnet.safetensors", "clip_model": "clip"}
+    flags = {"inception_weights": "inception.safetensors", "lpips_trunk": "alexnet.safetensors", "clip_model": "clip"}
     return [word for name, file in flags.items() for word in (f"--{name}", str(folder / file))]
 
 

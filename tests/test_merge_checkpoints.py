@@ -348,21 +348,17 @@ def test_all_that_is_wrong_with_the_flags_is_said_together(tiny_model, refused):
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "said"),
+    ("change", "said"),
     [
-        (UNET, without("conv_in.bias"), "lacks 1 tensor(s) of the unet: conv_in.bias"),
-        (TEXT_ENCODER, lambda tensors: tensors | {"text_model.a": torch.ones(2)}, "1 tensor(s) of the text_encoder: a"),
-        (UNET, lambda tensors: tensors | {"conv_in.weight": torch.ones(8, 9, 3, 3)}, "[8, 4, 3, 3] and [8, 9, 3, 3]"),
-        (UNET, as_dtype(torch.int8), "is quantised"),
-        (UNET, lambda tensors: tensors | {"a.base_layer.weight": torch.ones(2)}, "saved with adapters in it"),
-        (UNET, with_value("conv_in.bias", torch.nan), "unet.conv_in.bias: NaN"),
-        (TEXT_ENCODER, with_value("text_model.final_layer_norm.bias", -torch.inf), "final_layer_norm.bias: NaN"),
+        (without("conv_in.bias"), "lacks 1 tensor(s) of the unet: conv_in.bias"),
+        (lambda tensors: tensors | {"a": torch.ones(2)}, "1 tensor(s) of the unet: a"),
+        (lambda tensors: tensors | {"conv_in.weight": torch.ones(8, 9, 3, 3)}, "[8, 4, 3, 3] and [8, 9, 3, 3]"),
     ],
-    ids=["missing", "extra", "shape", "quantised", "adapters", "nan", "inf"],
+    ids=["missing", "extra", "shape"],
 )
-def test_models_that_do_not_fit_together_are_refused(tiny_model, tuned, copy, refused, file, change, said):
-    other = copy(tuned, "other")
-    edit(other, file, change)
+def test_models_that_do_not_fit_together_are_refused(tiny_model, tuned, refused, tmp_path, change, said):
+    other = tmp_path / "other.safetensors"  # which no configuration describes
+    save_file(change(load_file(tuned / UNET)), other)
     message = refused("--base", tiny_model, "--tuned", other)
     assert said in message and str(other) in message
 
@@ -407,7 +403,7 @@ def test_output_that_is_an_input_or_around_or_inside_one_is_refused(tiny_model, 
     write_json(base / "merge.json", {})  # also where the input is an earlier result
     write_json(tmp_path / "merge.json", {})
     (tmp_path / "linked").symlink_to(base)
-    assert "inputs" in refused("--base", base, "--tuned", tuned, out=f"{tmp_path}/{place}")
+    assert "which is read" in refused("--base", base, "--tuned", tuned, out=f"{tmp_path}/{place}")
 
 
 def test_output_where_something_else_lies_is_refused(tiny_model, tuned, merged, refused, tmp_path):

@@ -50,7 +50,7 @@ def make_images(folder, count, side):
 
 
 def make_weights(folder):
-    """inception.pth, alexnet.safetensors and clip/: random, with features that neither vanish nor explode."""
+    """inception (.pth and .safetensors), alexnet.safetensors and clip/: random; features neither vanish nor explode."""
     from safetensors.torch import save_file  # each process imports no more than it needs
     from torch_fidelity import feature_extractor_inceptionv3 as peer
     from torchvision.models import alexnet
@@ -65,7 +65,8 @@ def make_weights(folder):
     for weights in inception.parameters():
         if weights.dim() > 1:
             torch.nn.init.kaiming_normal_(weights, nonlinearity="relu")
-    torch.save(inception.state_dict(), folder / "inception.pth")
+    torch.save(inception.state_dict(), folder / "inception.pth")  # for the peer
+    save_file(inception.state_dict(), folder / "inception.safetensors")
     save_file(alexnet().features.state_dict(prefix="features."), folder / "alexnet.safetensors")
     entries, merges = vocabulary()
     CLIPModel(CLIPConfig()).save_pretrained(folder / "clip")  # the default is ViT-B/32
@@ -100,7 +101,7 @@ def prepare_sets(folder, workers, protocol):
     from finetuning.evaluation.statistics import frechet, kernel_distance
 
     def figures():
-        network, weights = inception(folder / "inception.pth", protocol, "cpu")
+        network, weights = inception(folder / "inception.safetensors", protocol, "cpu")
         sets = []
         for name in ("drawn", "truth"):
             paths = sorted((folder / name).iterdir())

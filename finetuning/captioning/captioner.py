@@ -1,12 +1,16 @@
 """A captioner at work: images in, captions out."""
 
+from pathlib import Path
+
 import torch
 
 from finetuning.captioning.kinds import GenerationArgs, Kind
 from finetuning.cli import first_few
 from finetuning.data.findings import Findings
+from finetuning.families.folders import check_weights_files
 from finetuning.families.model_args import ModelError
 from finetuning.families.quiet import errors_only
+from finetuning.families.tensors import refuse_not_finite
 from finetuning.rng import torch_generator
 
 
@@ -79,6 +83,8 @@ def open_model(model_class, name, device, dtype):
 
     model_class = getattr(transformers, model_class)
     try:
+        if Path(name).is_dir():
+            check_weights_files(Path(name))
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         _check_kind(model_class, name, config)
         with errors_only():
@@ -100,6 +106,7 @@ def open_model(model_class, name, device, dtype):
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ModelError(f"{name} has no vocabulary: its tokenizer's files are missing; download them again")
+    refuse_not_finite(model.state_dict(), name)
     return processor, model.to(device).eval()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from finetuning.cli import flag
+from finetuning.files import read_text
 
 TERMS = Path(__file__).parent / "terms"
 
@@ -33,7 +34,7 @@ class InterrogatorArgs:
 
 def read_terms(folder):
     """Every term once, in the order of the files' names and lines."""
-    lines = [line for path in sorted(Path(folder).glob("*.txt")) for line in path.read_text("utf-8-sig").splitlines()]
+    lines = [line for path in sorted(Path(folder).glob("*.txt")) for line in read_text(path).splitlines()]
     return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 

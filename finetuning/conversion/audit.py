@@ -222,11 +222,13 @@ def _tokenizer(name):
         return _Words()
     from transformers import CLIPTokenizer
 
-    from finetuning.families.opening import open_tokenizer
+    from finetuning.families.opening import open_source, open_tokenizer
 
     folder = Path(name)
     if folder.exists() or folder.is_absolute():
         try:
+            if (folder / "model_index.json").is_file():
+                return open_source(folder, only=(), kinds=("pipeline",), relatives=True).tokenizer()
             return open_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
         except UserError as error:
             raise DatasetError(f"--tokenizer {name} cannot be loaded: {error}") from error

@@ -27,9 +27,14 @@ class DataArgs:
     """Dataset"""
 
     train_data_dir: str | None = flag(
-        None, "image folder with metadata.jsonl ({file_name, text} a line); train/ if any", conflicts="dataset_name"
+        None,
+        "image folder with metadata.jsonl ({file_name, text} a line); train/ if any",
+        conflicts="dataset_name",
+        reads=True,
     )
-    dataset_name: str | None = flag(None, "dataset on the Hugging Face Hub, or a local folder as for --train_data_dir")
+    dataset_name: str | None = flag(
+        None, "dataset on the Hugging Face Hub, or a local folder as for --train_data_dir", reads=True
+    )
     dataset_config_name: str | None = flag(None, "configuration of the Hub dataset")
     image_column: str = flag("image", "column of a Hub dataset that holds the image; in a folder, file_name")
     caption_column: str = flag("text", 'column or metadata key of the caption or list of captions; "none": no captions')

@@ -30,8 +30,10 @@ class CandidateArgs:
     by_order: bool = flag(False, "pair the --images with the captions by their order alone", requires="images")
     noise_floor: bool = flag(True, "generate with a second seed of the reference as well, to see what is noise")
     weights: str = flag("ema", "which weights of a run or checkpoint", choices=("ema", "raw"))
-    base: str | None = flag(None, "the rest of the model for checkpoint folders (none: what the run started from)")
-    vae: str | None = flag(None, "another autoencoder, e.g. stabilityai/sd-vae-ft-mse")
+    base: str | None = flag(
+        None, "the rest of the model for checkpoint folders (none: what the run started from)", reads=True
+    )
+    vae: str | None = flag(None, "another autoencoder, e.g. stabilityai/sd-vae-ft-mse", reads=True)
     dtype: str | None = flag(None, "none: fp16 on a GPU, fp32 without", choices=tuple(DTYPES))
 
     def problems(self):

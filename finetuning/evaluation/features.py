@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.networks import exact
 from finetuning.evaluation.preprocessing import network_input, read_images
-from finetuning.files import BrokenFolder, atomic_folder, check_manifest
+from finetuning.files import BrokenFolder, atomic_folder, check_manifest, writing
 
 VERSION = 1  # to be raised when the same files would give other features than before
 FILE = "features.safetensors"
@@ -88,5 +88,5 @@ def _kept(cache, wanted):
 def _keep(cache, rows):
     """Writes {digest: float32 [d]} as a folder that is whole or not there."""
     digests = np.stack([np.frombuffer(digest, np.uint8) for digest in rows])
-    with atomic_folder(cache / xxhash.xxh3_128_hexdigest(digests.tobytes())) as folder:
+    with atomic_folder(cache / xxhash.xxh3_128_hexdigest(digests.tobytes())) as folder, writing(folder / FILE):
         save_file({"digests": digests, "features": np.stack(list(rows.values()))}, folder / FILE)

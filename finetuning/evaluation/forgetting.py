@@ -35,7 +35,9 @@ class ForgettingArgs:
         "shipped", "prompts of what should not be forgotten: shipped, a file (text with one on each line, or JSON), or "
         "none",
     )  # fmt: skip
-    retain_dataset: str | None = flag(None, "folder with metadata.jsonl of what should be kept, for its denoising loss")
+    retain_dataset: str | None = flag(
+        None, "folder with metadata.jsonl of what should be kept, for its denoising loss", reads=True
+    )
     retain_split: str | None = flag(
         None, "its split (none: validation, or all of a folder without splits)", choices=tuple(SPLIT_NAMES),
         requires="retain_dataset",

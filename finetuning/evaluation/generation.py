@@ -46,7 +46,7 @@ from finetuning.families.generation import (
 from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
 from finetuning.families.pipelines import SCHEDULERS
 from finetuning.families.table import family_of
-from finetuning.files import atomic_file, sha256, write_json
+from finetuning.files import sha256, write_image, write_json
 from finetuning.rng import torch_generator
 
 GENERAL_PROMPTS = Path(__file__).parent / "general_prompts.json"
@@ -211,8 +211,7 @@ def generate_rows(
                 images = list(upscale(upscaler, list(images), texts, seeds, args, args.batch_size))
             for row, image in zip(part, images, strict=True):
                 if row.number in missing:
-                    with atomic_file(paths[row.number]) as temporary:
-                        image.save(temporary, format="PNG")
+                    write_image(paths[row.number], image)
             bar.update(len(part))
     return paths
 

@@ -5,6 +5,9 @@
 
 The layers are those of torch-fidelity, lpips and transformers. Their own loading is not used: it unpickles freely
 (torch-fidelity) or takes a file that fits only in part (lpips). Every network is in eval mode and fp32.
+
+A pickle is read only if it is one of the files that were published as nothing else: Inception, AlexNet, OpenAI's CLIP.
+They are known by their sha256, and nothing but tensors is loaded of them.
 """
 
 import io
@@ -23,11 +26,15 @@ from torch import nn
 
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.preprocessing import PROTOCOLS
+from finetuning.families.folders import check_weights_files
+from finetuning.families.model_args import ModelError
 from finetuning.families.quiet import errors_only
+from finetuning.families.tensors import first_not_finite, pickled
 from finetuning.files import sha256
 
 INCEPTION_SHA256 = "6726825d"  # of the published files: how their digests begin
 ALEXNET_SHA256 = "7be5be79"
+CLIP_SHA256 = "a6308213"
 CLIP = "openai/clip-vit-base-patch32"
 CLIP_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # as transformers prefers them
 SMALLEST_LPIPS = 31  # pixels: AlexNet's poolings leave nothing of a smaller image
@@ -54,7 +61,7 @@ class Weights:
 def inception(weights, protocol, device):
     """(network, Weights): FID's Inception up to its 2048 features, [n, 3, 299, 299] -> [n, 2048].
 
-    weights   a .safetensors or .pth file of torch-fidelity's (and pytorch-fid's) keys; None: torch-fidelity's download
+    weights   a .safetensors file of torch-fidelity's (and pytorch-fid's) keys, or its published .pth; None: downloaded
     protocol  that of images.network_input, which makes the input; the layers are the same for all
 
     Raises EvaluationError; Unavailable where nothing was named and the download fails.
@@ -64,7 +71,7 @@ def inception(weights, protocol, device):
     if protocol not in PROTOCOLS:
         raise EvaluationError(f"--protocol {protocol} must be one of {', '.join(PROTOCOLS)}")
     path, origin = _located(weights, URL_INCEPTION_V3, INCEPTION_SHA256, "--inception_weights")
-    state = _state(path, "--inception_weights")
+    state = _state(path, "--inception_weights", INCEPTION_SHA256)
     # The constructor unpickles what it is given: it gets bytes that were written here, of tensors alone.
     written = io.BytesIO()
     torch.save(state, written)
@@ -84,8 +91,8 @@ def inception(weights, protocol, device):
 def lpips_network(trunk, device):
     """(network, [Weights of the trunk, Weights of the heads]): the lpips package's LPIPS on AlexNet, version 0.1.
 
-    trunk  a .safetensors or .pth file of torchvision's AlexNet; None: torchvision's download. The heads lie in the
-           package.
+    trunk  a .safetensors file of torchvision's AlexNet, or its published .pth; None: torchvision's download. The heads
+           lie in the package.
 
     Raises EvaluationError; Unavailable where nothing was named and the download fails.
     """
@@ -100,7 +107,7 @@ def lpips_network(trunk, device):
         network = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
     slices = [getattr(network.net, f"slice{number}") for number in range(1, network.net.N_slices + 1)]
     features = nn.Sequential(*(layer for part in slices for layer in part))  # numbered as in torchvision
-    state = _state(path, "--lpips_trunk")
+    state = _state(path, "--lpips_trunk", ALEXNET_SHA256)
     with _strictly(path, "--lpips_trunk"):
         convolutions = {name: value for name, value in state.items() if not name.startswith("classifier.")}
         nn.ModuleDict({"features": features}).load_state_dict(convolutions)
@@ -170,6 +177,8 @@ def clip(model, device):
             f"--clip_model {model} lacks {len(lost)} weights of a CLIPModel ({', '.join(lost[:3])} ...): it is not "
             "whole, or another kind of model"
         )
+    if key := first_not_finite(network.state_dict()):
+        raise EvaluationError(f"--clip_model {model} holds NaN or infinite values ({key})")
     return ClipScorer(_still(network, device), processor), Weights("clip", str(model), _digests(files), published)
 
 
@@ -215,15 +224,15 @@ class ClipScorer:
 
 
 def _from_hub(name):
-    """The folder of a Hub model's files; the pickle is fetched only where there are no safetensors."""
+    """The folder of a Hub model's files; the default's pickle is fetched where there are no safetensors."""
     import huggingface_hub
 
     try:
-        for weights in ("*.safetensors", "pytorch_model.bin"):
+        for weights in ("*.safetensors", *(["pytorch_model.bin"] if name == CLIP else [])):
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.txt", weights]))
             if any((folder / file).is_file() for file in CLIP_FILES):
                 return folder
-        reason = "it has no weights"
+        reason = "it has no safetensors"
     except (OSError, ValueError) as error:
         reason = textwrap.shorten(str(error), 200)
     kind = Unavailable if name == CLIP else EvaluationError  # what was named must be there
@@ -234,7 +243,13 @@ def _clip_files(folder, model):
     """The files that hold the weights. Raises EvaluationError."""
     for name in CLIP_FILES:
         if (folder / name).is_file():
-            return sorted(folder.glob("model-*.safetensors")) if name.endswith(".json") else [folder / name]
+            files = sorted(folder.glob("model-*.safetensors")) if name.endswith(".json") else [folder / name]
+            try:
+                if not (files[0].suffix == ".bin" and sha256(files[0]).startswith(CLIP_SHA256)):
+                    check_weights_files(folder)
+            except ModelError as error:
+                raise EvaluationError(f"--clip_model {error}") from error
+            return files
     raise EvaluationError(f"--clip_model {model} has no weights: {', '.join(CLIP_FILES)}")
 
 
@@ -292,8 +307,13 @@ def _download(url, path, digest, flag):
         raise Unavailable(f"{url} cannot be downloaded ({error}): {help}") from error
 
 
-def _state(path, flag):
-    """{name: tensor} of a file, on the CPU; nothing else is unpickled. Raises EvaluationError."""
+def _state(path, flag, published=""):
+    """{name: tensor} of a file, on the CPU: of safetensors, or of the pickle whose sha256 begins with `published`.
+
+    Raises EvaluationError.
+    """
+    if path.suffix != ".safetensors" and not sha256(path).startswith(published):
+        raise EvaluationError(f"{flag} {pickled(path)}")
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from finetuning.cli import first_few
 from finetuning.families.model_args import ModelError
-from finetuning.families.tensors import PICKLES, pickled, read_json
+from finetuning.families.tensors import PICKLES, pickled, read_json, tensor_references
 from finetuning.files import write_json
 
 RAW = "non_ema"  # the variant of the weights as they were trained, beside their average
@@ -74,6 +74,13 @@ def refuse_pickles(folder):
     if pickles and not weights_by_variant(folder):
         name = re.sub(r"^pytorch_model", "model", pickles[0].stem)  # transformers' names of the two
         raise pickled(pickles[0], pickles[0].with_name(f"{name}.safetensors"))
+
+
+def check_weights_files(folder):
+    """Raises ModelError where weights in a folder are damaged, pointers of git LFS, or there only as a pickle."""
+    refuse_pickles(folder)
+    for path in sorted(folder.glob("*.safetensors")):
+        tensor_references(path)
 
 
 def _with_shards(path):

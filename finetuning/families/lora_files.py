@@ -23,7 +23,7 @@ from finetuning.families.folders import RAW, of_checkpoint
 from finetuning.families.model_args import ModelError
 from finetuning.families.original import known_names
 from finetuning.families.table import DEFAULT_FAMILY, family_of, family_of_components
-from finetuning.families.tensors import first_not_finite, read_json, refuse_quantised, tensor_references
+from finetuning.families.tensors import read_json, refuse_not_finite, refuse_quantised, tensor_references
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"  # which diffusers' load_lora_weights(folder) looks for
 RAW_NAME = f"pytorch_lora_weights.{RAW}.safetensors"
@@ -154,8 +154,7 @@ def read_lora(source, components, weights="ema", cache_dir=None):
     references, metadata = tensor_references(path)
     refuse_quantised(str(path), references)
     tensors = {key: reference.read() for key, reference in references.items()}
-    if key := first_not_finite(tensors):
-        raise ModelError(f"{path} holds NaN or infinite values ({key}): the training that made it went wrong")
+    refuse_not_finite(tensors, path)
     modules = adaptable(components)
     spellings = {}
     originals = original_modules(components, family)

@@ -23,6 +23,7 @@ from finetuning.families.model_args import ModelArgs, ModelError, StartArgs, Ups
 from finetuning.families.opening import open_source, open_vae
 from finetuning.families.quiet import errors_only
 from finetuning.families.table import family_of
+from finetuning.files import read_text, writing
 
 
 @dataclass
@@ -263,7 +264,9 @@ class Model:
             key: chosen.get(f"{name}.{key}", value) for key, value in module.state_dict().items() if key not in tied
         }
         weights = {component.file_prefix + key: value.detach().contiguous() for key, value in weights.items()}
-        save_file(weights, target / weights_name(component, variant), metadata={"format": "pt"})
+        path = target / weights_name(component, variant)
+        with writing(path):
+            save_file(weights, path, metadata={"format": "pt"})
 
     def _read_weights(self, name, folder):
         from safetensors.torch import load_file
@@ -286,8 +289,6 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
     `prediction_type` None keeps the base's; `seed` makes the weights of --from_scratch; without `start` the weights
     are the base's own.
     """
-    from diffusers import DDPMScheduler
-
     start = start or StartArgs()
     source = open_source(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
@@ -310,7 +311,7 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
     if start.non_ema_revision or start.non_ema_variant:
         main = source.open(family.denoiser)
         ema_start = {f"{family.denoiser}.{name}": value for name, value in main.state_dict().items()}
-    scheduler = DDPMScheduler.from_config(source.scheduler_config())
+    scheduler = source.scheduler("DDPMScheduler")
     if prediction_type:
         scheduler.register_to_config(prediction_type=prediction_type)
     trained = (family.denoiser, *(family.tokenizers if args.train_text_encoder else ()))
@@ -377,7 +378,7 @@ def _new_denoiser(component, folder, overrides, seed):
     }
     if overrides:
         # os.path, because Path.is_file raises where a long text cannot be the name of a file
-        text = Path(overrides).read_text(encoding="utf-8") if os.path.isfile(overrides) else overrides
+        text = read_text(overrides) if os.path.isfile(overrides) else overrides
         try:
             changes = yaml.safe_load(text)  # JSON is YAML too
         except yaml.YAMLError as error:

@@ -9,7 +9,9 @@ from finetuning.cli import REQUIRED, UserError, flag
 class ModelArgs:
     """Model"""
 
-    pretrained_model_name_or_path: str = flag(REQUIRED, "folder of a diffusers pipeline, or its name on the Hub")
+    pretrained_model_name_or_path: str = flag(
+        REQUIRED, "folder of a diffusers pipeline, or its name on the Hub", reads=True
+    )
     revision: str | None = flag(None, "git revision of the Hub model")
     variant: str | None = flag(None, "variant of the weights, e.g. fp16; components that have none are loaded without")
     pretrained_vae_model_name_or_path: str | None = flag(

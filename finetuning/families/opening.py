@@ -35,9 +35,9 @@ from finetuning.families.tensors import (
     PICKLES,
     TensorReference,
     check_weights,
-    first_not_finite,
     pickled,
     read_json,
+    refuse_not_finite,
     tensor_references,
 )
 
@@ -102,16 +102,13 @@ class Source:
             if self.base is None:
                 raise ModelError(f"{self.given} has no {name}: {self._why_missing()}")
             return self.base.open(name, dtype)
-        skeleton = self.check(name)
-        tensors = {key: found.tensors[key].read() for key in skeleton.state_dict() if key in found.tensors}
-        if key := first_not_finite(tensors):
-            raise ModelError(
-                f"{found.tensors[key].path} holds NaN or infinite values ({key}): whoever made it has to make it again"
-            )
+        module = self.check(name)
+        tensors = {key: found.tensors[key].read() for key in module.state_dict() if key in found.tensors}
         for key, tensor in tensors.items():
+            refuse_not_finite({key: tensor}, found.tensors[key].path)
             if tensor.is_floating_point():
                 tensors[key] = tensor.to(dtype)
-        return _filled(skeleton, tensors, dtype).eval()
+        return _filled(module, tensors, dtype).eval()
 
     def check(self, name):
         """Compare a component's tensors with those that its class expects; no weights are read.
@@ -122,10 +119,10 @@ class Source:
         found = self.components[name]
         if found.config is None:
             raise ModelError(f"{self.given} has no configuration of its {name}: {self._why_missing()}")
-        skeleton = skeleton_of(self.family.by_name[name], found.config)
-        expected = {key: tuple(tensor.shape) for key, tensor in skeleton.state_dict().items()}
+        module = skeleton_of(self.family.by_name[name], found.config)
+        expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
         given = {key: one.shape for key, one in found.tensors.items()}
-        tied = getattr(skeleton, "_tied_weights_keys", None) or ()  # transformers' other names of one tensor
+        tied = getattr(module, "_tied_weights_keys", None) or ()  # transformers' other names of one tensor
         missing = [key for key in expected if key not in given and key not in tied]
         extra = [key for key in given if key not in expected and not KNOWN_EXTRAS.fullmatch(key)]
         shapes = [f"{key} {list(given[key])} instead of {list(expected[key])}"
@@ -135,10 +132,10 @@ class Source:
         if problems:
             raise ModelError(
                 f"{self.given}: the weights of its {name} ({first_few(found.files, 1)}) are not those of a "
-                f"{type(skeleton).__name__} as {found.config / 'config.json'} describes it. Tensors that are "
+                f"{type(module).__name__} as {found.config / 'config.json'} describes it. Tensors that are "
                 + "; ".join(problems)
             )
-        return skeleton
+        return module
 
     def tokenizer(self, name="tokenizer"):
         """The tokenizer in a folder of the pipeline. Raises ModelError."""
@@ -149,17 +146,17 @@ class Source:
         config = read_json(self._pipeline_folder() / "scheduler" / "scheduler_config.json")
         return config | {"prediction_type": self.prediction_type or config.get("prediction_type", "epsilon")}
 
-    def scheduler(self, part="scheduler"):
-        """A scheduler that the pipeline names, of diffusers' classes. Raises ModelError."""
+    def scheduler(self, part="scheduler", class_name=None):
+        """A scheduler that the pipeline names, or of another of diffusers' classes. Raises ModelError."""
         import diffusers
 
         folder = self._pipeline_folder() / part
         config = self.scheduler_config() if part == "scheduler" else read_json(folder / "scheduler_config.json")
-        name = self._class_of(part) or config.get("_class_name")
-        if not str(name).endswith("Scheduler") or not hasattr(diffusers, name):
-            raise ModelError(f"{folder.parent} names the {part} {name}, which diffusers does not have")
+        named = self._class_of(part) or config.get("_class_name")
+        if not str(named).endswith("Scheduler") or not hasattr(diffusers, named):
+            raise ModelError(f"{folder.parent} names the {part} {named}, which diffusers does not have")
         with _one_line(folder), errors_only():
-            return getattr(diffusers, name).from_config(config)
+            return getattr(diffusers, class_name or named).from_config(config)
 
     def settings(self):
         """What else model_index.json says of the pipeline, e.g. {"force_zeros_for_empty_prompt": True}."""

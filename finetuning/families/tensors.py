@@ -180,6 +180,14 @@ def first_not_finite(tensors):
     return None
 
 
+def refuse_not_finite(tensors, path):
+    """Raises ModelError where {key: tensor} of a file are not all finite numbers."""
+    if key := first_not_finite(tensors):
+        raise ModelError(
+            f"{path} holds NaN or infinite values ({key}): what made it went wrong, and has to make it again"
+        )
+
+
 def lfs_pointer(path):
     """The ModelError for what a clone holds in place of a large file."""
     return ModelError(f"{path} is a pointer of git LFS, not the file itself: run `git lfs pull` where you cloned it")

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from finetuning.cli import REQUIRED, first_few, flag
 from finetuning.families.lora_files import Layer, adaptable
 from finetuning.families.model_args import ModelError
+from finetuning.families.tensors import refuse_not_finite
 from finetuning.merging.lora_tools import (
     ADAPTED,
     LoraModelArgs,
@@ -31,7 +32,9 @@ KEEP_ENERGY = "the smallest rank for each layer that keeps this share of its ene
 class ExtractArgs(LoraOutputArgs, BaseArgs):
     """Extract"""
 
-    tuned: str = flag(REQUIRED, "the model that was trained further: what it has and --base has not is the LoRA")
+    tuned: str = flag(
+        REQUIRED, "the model that was trained further: what it has and --base has not is the LoRA", reads=True
+    )
     rank: int = flag(REQUIRED, "rank of the LoRA; a layer's smaller side where that is less", min=1)
     conv_rank: int | None = flag(None, "the same for convolutions larger than 1 x 1 (none: --rank)", min=1)
     keep_energy: float | None = flag(None, KEEP_ENERGY, above=0, max=1)
@@ -56,7 +59,7 @@ class ExtractArgs(LoraOutputArgs, BaseArgs):
 class ResizeArgs(LoraOutputArgs, LoraModelArgs):
     """Resize"""
 
-    lora: str = flag(REQUIRED, "LoRA: file of diffusers, kohya or PEFT, folder of a run, or Hub name")
+    lora: str = flag(REQUIRED, "LoRA: file of diffusers, kohya or PEFT, folder of a run, or Hub name", reads=True)
     rank: int | None = flag(None, "new rank; layers of a smaller one keep theirs", min=1)
     keep_energy: float | None = flag(None, KEEP_ENERGY, above=0, max=1)
 
@@ -149,21 +152,24 @@ def extracted(args: ExtractArgs, base, tuned, models):
         raise ModelError("\n".join(problems))
     targets, known = _targets(args, base.family, {name: models[name] for name in compared}), adaptable(models)
 
-    layers, ranks, energies, outside, unchanged, broken = {}, {}, Counter(), Counter(), [], []
+    layers, ranks, energies, outside, unchanged = {}, {}, Counter(), Counter(), []
     total = sum(reference.nbytes for name in compared for reference in base.tensors[name].values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="extracting", leave=False)
     for component in compared:
         for key, reference in sorted(base.tensors[component].items()):
             name, layer = f"{component}.{key}", f"{component}.{key}".rpartition(".")[0]
-            difference = _difference(reference, tuned.tensors[component][key])
+            pair = (reference, tuned.tensors[component][key])
+            difference = _difference(*pair)
             wanted = layer in targets and key.endswith(".weight")
             if difference is None:
                 unchanged += [layer] if wanted else []
             elif not difference.isfinite().all():
-                broken.append(name)
+                bar.close()
+                for one in pair:
+                    refuse_not_finite({key: one.read()}, one.path)
             elif not wanted:
                 outside[_group(name, reference, known)] += difference.square().sum().item()
-            elif not broken:
+            else:
                 rank = args.rank if difference.shape[2:].numel() == 1 else args.conv_rank or args.rank
                 layers[layer], kept = truncated(difference, rank, args.keep_energy)
                 energy = difference.square().sum().item()
@@ -171,10 +177,6 @@ def extracted(args: ExtractArgs, base, tuned, models):
                 ranks[layer] = {"rank": layers[layer].rank, "kept_energy": kept, "norm": energy**0.5}
             bar.update(reference.nbytes)
     bar.close()
-    if broken:
-        raise ModelError(
-            f"NaN or infinity in {len(broken)} tensors of {base.given} or {tuned.given}: {first_few(broken)}"
-        )
     if not layers:
         raise ModelError(
             f"{base.given} and {tuned.given} have the same weights in all {len(targets)} layers that may get an "

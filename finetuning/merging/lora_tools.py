@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from finetuning.cli import REQUIRED, as_dict, flag
+from finetuning.cli import REQUIRED, as_dict, flag, paths_read
 from finetuning.families.folders import components_of_index, pipeline_index
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
@@ -32,9 +32,9 @@ from finetuning.families.lora_files import (
 from finetuning.families.model_args import ModelError
 from finetuning.families.opening import open_source, skeleton_of
 from finetuning.families.table import FAMILIES, family_of_components
-from finetuning.files import atomic_folder, sha256, write_json
+from finetuning.files import atomic_folder, output_problems, sha256, write_json
 from finetuning.merging.model_flags import BaseArgs, open_all
-from finetuning.merging.model_writer import MergeOutput, OutputArgs, overlap, write_models
+from finetuning.merging.model_writer import MergeOutput, OutputArgs, write_models
 from finetuning.merging.recipe import RECIPE, metadata_of, recipe_of
 from finetuning.merging.tensor_matching import Match
 
@@ -56,6 +56,7 @@ class LoraModelArgs:
     base: str = flag(
         REQUIRED,
         "model that the LoRA is for: pipeline (whose configs are read), Hub name, single file or UNet",
+        reads=True,
     )
     revision: str | None = flag(None, "git revision of the Hub model")
     weights: str = flag("ema", "which weights of a LoRA run: averaged or as trained", choices=("ema", "raw"))
@@ -81,9 +82,7 @@ class LoraFileArgs:
     def problems(self):
         if Path(self.output_dir).exists():
             yield f"--output_dir {self.output_dir} exists already: name a new folder, or move that one away"
-        given = [getattr(self, name, None) or [] for name in ("base", "tuned", "lora")]
-        if problem := overlap(self.output_dir, [one for own in given for one in ([own] if type(own) is str else own)]):
-            yield problem
+        yield from output_problems(self.output_dir, paths_read(self), around=True)
 
 
 @dataclass
@@ -97,7 +96,9 @@ class LoraOutputArgs(LoraFileArgs):
 class ScaleArgs:
     """LoRAs"""
 
-    lora: list[str] = flag(REQUIRED, "LoRAs: files of diffusers, kohya or PEFT, folders of runs, or Hub names")
+    lora: list[str] = flag(
+        REQUIRED, "LoRAs: files of diffusers, kohya or PEFT, folders of runs, or Hub names", reads=True
+    )
     scale: list[float] | None = flag(None, "how strongly each LoRA counts, one number for each (none: 1)")
 
     @property
@@ -125,7 +126,7 @@ class FuseArgs(OutputArgs, ScaleArgs, BaseArgs):
 class ConvertArgs(LoraFileArgs, LoraModelArgs):
     """Convert"""
 
-    lora: str = flag(REQUIRED, "LoRA: file of diffusers, kohya or PEFT, folder of a run, or Hub name")
+    lora: str = flag(REQUIRED, "LoRA: file of diffusers, kohya or PEFT, folder of a run, or Hub name", reads=True)
     to: str = flag(REQUIRED, "layout to write", choices=("diffusers", "kohya"))
 
 

@@ -51,20 +51,19 @@ class MergedPipeline:
         """[(match, its tensors)] of what depends on the ratio; all else goes into the pipeline once and for all."""
         mixed, broken = [], []
         for one in matches:
-            tensors = [reference.read() for reference in one.inputs]
+            inputs, tensors = one.inputs, [reference.read() for reference in one.inputs]
             if not _all_finite(tensors) and not one.is_copy and self.args.fallback is not None:
                 self.warnings.append(f"{one.name} is not finite: {self.args.on_mismatch}'s is taken")
-                tensors = [tensors[self.args.fallback]]
+                inputs, tensors = ([items[self.args.fallback]] for items in (inputs, tensors))
             if not _all_finite(tensors):
-                broken.append(one.name)
+                pairs = zip(inputs, tensors, strict=True)
+                broken += [f"{one.name} of {made_of.path}" for made_of, tensor in pairs if not _all_finite([tensor])]
             elif all(_same_bytes(tensors[0], tensor) for tensor in tensors):
                 self.targets[one.name].copy_(tensors[0])
             else:
                 mixed.append((one, tensors))
         if broken:
-            raise ModelError(
-                f"{_listed(broken)} are not finite in one of the models; --on_mismatch base or tuned says whose to take"
-            )
+            raise ModelError(f"NaN or infinity in {_listed(broken)}; --on_mismatch base or tuned says whose to take")
         return mixed
 
 

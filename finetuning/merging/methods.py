@@ -232,7 +232,7 @@ class MethodArgs:
         "weighted_sum", "how models become one; soup, ties and dare take several", choices=tuple(METHODS)
     )
     origin: str | None = flag(
-        None, "the model that --tuned was trained from", requires=_named(lambda one: one.needs_origin)
+        None, "the model that --tuned was trained from", requires=_named(lambda one: one.needs_origin), reads=True
     )
     tuned_weights: list[float] | None = flag(
         None, "shares of the --tuned models, whatever their sum (none: equal)", above=0,

@@ -19,11 +19,13 @@ COMPONENTS = tuple(dict.fromkeys(one.name for family in FAMILIES.values() for on
 class BaseArgs:
     """Base"""
 
-    base: str = flag(REQUIRED, "the model to start from: pipeline, Hub name, checkpoint-N, single file or bare UNet")
+    base: str = flag(
+        REQUIRED, "the model to start from: pipeline, Hub name, checkpoint-N, single file or bare UNet", reads=True
+    )
     revision: str | None = flag(None, "git revision of a base on the Hub")
     variant: str | None = flag(None, "weights' variant of the base, e.g. fp16")
     layout_from: str | None = flag(
-        None, "pipeline whose configuration and tokenizer go with a single file or bare UNet"
+        None, "pipeline whose configuration and tokenizer go with a single file or bare UNet", reads=True
     )
     cache_dir: str | None = flag(None, "where models of the Hub are kept", affects_result=False)
 
@@ -40,15 +42,20 @@ class BaseArgs:
         lent = {"base": self.layout_from} if self.layout_from else {}
         if (Path(name) / STATE).is_file():  # a checkpoint has the base of its run, where that can be opened
             source = open_source(name, **options)
-            return open_source(name, **options, **lent) if source.folder is None and lent else source
-        return open_source(name, **options, **lent)
+            source = open_source(name, **options, **lent) if source.folder is None and lent else source
+        else:
+            source = open_source(name, **options, **lent)
+        for one, files in source.components.items():
+            if files.config and (files.config / "config.json").is_file():
+                source.check(one)
+        return source
 
 
 @dataclass
 class TunedArgs(BaseArgs):
     """Tuned models"""
 
-    tuned: list[str] = flag(REQUIRED, "the model(s) that were trained further")
+    tuned: list[str] = flag(REQUIRED, "the model(s) that were trained further", reads=True)
     weights: str = flag("ema", "which weights of a tuned run or checkpoint", choices=("ema", "raw"))
     tuned_revision: str | None = flag(None, "git revision of tuned models on the Hub")
     tuned_variant: str | None = flag(None, "weights' variant of the tuned models")

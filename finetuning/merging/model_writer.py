@@ -21,7 +21,8 @@ from finetuning.families.folders import (
 )
 from finetuning.families.model_args import ModelError
 from finetuning.families.original import Place, original_names, place
-from finetuning.files import MANIFEST, atomic_folder, remove_leftovers, write_json
+from finetuning.families.tensors import refuse_not_finite
+from finetuning.files import MANIFEST, atomic_folder, output_problems, remove_leftovers, write_json
 from finetuning.merging.merge_writer import MergeTask, OutputTensor, write_files
 from finetuning.merging.recipe import RECIPE, metadata_of, recipe_of
 
@@ -78,6 +79,7 @@ def write_models(command, outputs, sources, matches, args: OutputArgs, *, whole=
     class_name = None if args.single_file or base.folder is None else _class_name(sources, matches)
     names = _names(matches, base, args.single_file)
     inputs = tuple(dict.fromkeys(path for source in sources for path in source.files))
+    _check_finite(base, {one.component for one in matches})
     hashes_written = {}
     with ExitStack() as stack:
         folders = [stack.enter_context(atomic_folder(output.target.resolve(), hashes_written)) for output in outputs]
@@ -234,21 +236,12 @@ def read_paths(sources):
     return [path for source in sources for path in (Path(source.given), source.folder, *source.files) if path]
 
 
-def overlap(output, paths):
-    """Why nothing can be written to `output` where `paths` are read; empty where it can."""
-    target = Path(output).resolve()
-    for path in (path.resolve() for path in map(Path, paths) if path.exists()):
-        if target == path or target in path.parents or path in target.parents:
-            return f"--output_dir {output} is one of the inputs, holds one or lies in one ({path}): name another folder"
-    return ""
-
-
 def _check_targets(outputs, paths):
     """No output may stand where an input does, or where something else would be replaced."""
     wrong = []
     for output in outputs:
-        if problem := overlap(output.target, paths):
-            wrong.append(problem)
+        if problems := list(output_problems(output.target, paths, around=True)):
+            wrong.append(problems[0])
         elif foreign := _foreign(output.target.resolve()):
             wrong.append(
                 f"--output_dir {output.target} is there already and no earlier result of this script ({foreign[0]})"
@@ -269,6 +262,13 @@ def _foreign(target):
     except ValueError:
         return found
     return [name for name in found if name not in own]
+
+
+def _check_finite(base, written):
+    """The components that are copied as whole files: the writer looks at all others."""
+    for name in base.components.keys() - written if base.folder else ():
+        for key, reference in base.tensors[name].items():
+            refuse_not_finite({key: reference.read()}, reference.path)
 
 
 def _check_room(matches, base, outputs, args):

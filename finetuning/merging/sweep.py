@@ -19,14 +19,13 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, UserError, as_dict, flag, flags_of, flags_without_effect
+from finetuning.cli import REQUIRED, UserError, as_dict, flag, flags_of, flags_without_effect, paths_read
 from finetuning.families import generation
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import SCHEDULERS
-from finetuning.files import atomic_file, sha256, write_json, write_text
+from finetuning.files import atomic_file, output_problems, sha256, write_image, write_json, write_text
 from finetuning.merging.methods import bound
 from finetuning.merging.model_flags import MixArgs
-from finetuning.merging.model_writer import overlap
 from finetuning.merging.ratios import parse_ratios
 from finetuning.merging.recipe import recipe_of
 from finetuning.rng import torch_generator
@@ -65,9 +64,11 @@ class SweepArgs(MixArgs):
     )  # fmt: skip
     fit_dataset: str | None = flag(
         None, "for loss: folder of what was trained; its validation split, or all of a folder without splits",
-        affects_result=False,
+        affects_result=False, reads=True,
     )  # fmt: skip
-    retain_dataset: str | None = flag(None, "for loss: the same of what should be kept", affects_result=False)
+    retain_dataset: str | None = flag(
+        None, "for loss: the same of what should be kept", affects_result=False, reads=True
+    )
     loss_rows: int = flag(256, "for loss: rows of each dataset at most", min=1, affects_result=False)
     grid_side: int = flag(160, "about how large an image of the grid is, in pixels", min=1, affects_result=False)
 
@@ -107,9 +108,7 @@ class SweepArgs(MixArgs):
         yield from generation.size_problems(self.size)
         if len(set(self.seed)) < len(self.seed):
             yield f"--seed {' '.join(map(str, self.seed))} names a seed twice"
-        read = [self.base, *self.tuned, self.origin, self.fit_dataset, self.retain_dataset]
-        if problem := overlap(self.output_dir, filter(None, read)):
-            yield problem
+        yield from output_problems(self.output_dir, paths_read(self), around=True)
         yield from self._metric_problems()
 
     def _metric_problems(self):
@@ -170,7 +169,7 @@ def sweep_on(args, device="cpu", dtype=torch.float32):
 
     lines = [warning for source in sources for warning in source.warnings] + merged.warnings
     if any(rows.values()):
-        _grid(args, rows, columns).save(folder / "grid.png")
+        write_image(folder / "grid.png", _grid(args, rows, columns))
         lines.append(
             f"{sum(map(len, rows.values()))} images at each of {len(args.ratio)} ratios: {folder / 'grid.png'}"
         )
@@ -205,8 +204,7 @@ def _generate(args, merged, ratio, folder, kind, rows, bar):
                 num_inference_steps=args.num_inference_steps,
             )  # fmt: skip
             for path, image in zip(places, made, strict=True):
-                with atomic_file(path) as temporary:
-                    image.save(temporary, format="PNG")
+                write_image(path, image)
         images += [Image.open(path).convert("RGB") for path in places]
         bar.update(len(batch))
     return images

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from finetuning.cli import UserError, as_dict, flag, flags_without_effect
-from finetuning.files import BrokenFolder, atomic_folder, check_manifest, remove_leftovers, write_json
+from finetuning.files import BrokenFolder, atomic_folder, check_manifest, remove_leftovers, write_json, writing
 from finetuning.training.optim import load_optimizer
 
 # 2: crops are drawn apart from the image, and the dropout of adapters once for each step (1: per image and row)
@@ -157,7 +157,8 @@ class Checkpointer:
             if self.ema.shadow is not None:
                 self.model.save_trained(folder, "_ema", self.ema.shadow)
             state = {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
-            torch.save(state, folder / "optimizer.pt")
+            with writing(folder / "optimizer.pt"):
+                torch.save(state, folder / "optimizer.pt")
             write_json(folder / "training_state.json", self._state(step))
 
     def resume(self, total_steps):

@@ -28,7 +28,7 @@ from finetuning.evaluation.retention import learned_and_kept, retention_measure
 from finetuning.evaluation.statistics import mean_of, paired_difference
 from finetuning.families.generation import generate
 from finetuning.families.model_args import ModelError
-from finetuning.files import write_json
+from finetuning.files import write_image, write_json
 from finetuning.rng import torch_generator
 
 
@@ -96,7 +96,7 @@ class RetentionArgs:
     )  # fmt: skip
     retain_dataset: str | None = flag(
         None, "for loss: folder with metadata.jsonl of what should not be forgotten", requires="evaluate_every",
-        affects_result=False,
+        affects_result=False, reads=True,
     )  # fmt: skip
     retain_split: str | None = flag(
         None, "its split (none: validation, or all of a folder without splits)", choices=tuple(SPLIT_NAMES),
@@ -313,10 +313,10 @@ class Evaluator:
         folder = self.folder / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         for name, image in zip(self._names(), images, strict=True):
-            image.save(folder / name)
+            write_image(folder / name, image)
         rows = [images[start : start + count] for start in range(0, len(images), count)]
         grid = labelled_grid(rows, prompts, [f"step {step}"] + [""] * (count - 1), scale_to=192)
-        grid.save(folder / "grid.png")
+        write_image(folder / "grid.png", grid)
         self.run.log_images("validation", images, step)
         self.run.log_images("validation grid", [grid], step)
 
@@ -328,7 +328,7 @@ class Evaluator:
         rows = [[Image.open(folder / name).convert("RGB") for folder in (base, tuned)] for name in self._names()]
         labels = [prompt for prompt in self.args.prompts for _ in range(self.args.num_validation_images)]
         path = Path(self.run.output_dir) / "comparison.png"
-        labelled_grid(rows, labels, ["base", f"fine-tuned, step {step}"], scale_to=192).save(path)
+        write_image(path, labelled_grid(rows, labels, ["base", f"fine-tuned, step {step}"], scale_to=192))
         return path
 
     def _names(self):

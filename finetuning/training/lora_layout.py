@@ -44,7 +44,9 @@ class LoraArgs:
         choices=("fp32", "fp16", "bf16", "int8", "nf4"),
     )  # fmt: skip
     init_lora: str | None = flag(
-        None, "LoRA to go on from: a file of diffusers, kohya or PEFT, or a run's folder; --rank may be larger than its"
+        None,
+        "LoRA to go on from: a file of diffusers, kohya or PEFT, or a run's folder; --rank may be larger than its",
+        reads=True,
     )
     save_kohya: bool = flag(False, f"also write {KOHYA_NAME}, for A1111 and ComfyUI", affects_result=False)
 

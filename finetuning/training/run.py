@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from finetuning.cli import UserError, as_dict, flag
-from finetuning.files import write_json, write_text
+from finetuning.cli import UserError, as_dict, flag, paths_read
+from finetuning.files import output_problems, write_json, write_text, writing
 from finetuning.training.checkpoint import seed_of_resumed_run
 
 TRACKERS = ("tensorboard", "wandb", "all", "none")
@@ -61,6 +61,7 @@ class RunArgs:
             yield f"--report_to {self.report_to}: it is not installed: pip install {self.report_to}"
         if Path(self.output_dir).is_file():
             yield f"--output_dir {self.output_dir} is a file"
+        yield from output_problems(self.output_dir, paths_read(self), around=True)
 
 
 class Run:
@@ -190,7 +191,8 @@ class Run:
         """Numbers of one step, to metrics.jsonl and the trackers."""
         self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
         if self.is_main:
-            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            path = self.output_dir / "metrics.jsonl"
+            with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
 
     def log_images(self, name, images, step):

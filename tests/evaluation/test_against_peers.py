@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from pytorch_fid import fid_score
 from pytorch_fid import inception as pytorch_fid_inception
+from safetensors.torch import save_file
 from torch_fidelity import feature_extractor_inceptionv3 as torch_fidelity_inception
 
 from finetuning.evaluation.generation import Row
@@ -34,7 +35,8 @@ def inception_file(tmp_path_factory):
     # torch-fidelity's kernels are float32: large features keep a KID of some size out of their rounding
     network.Conv2d_1a_3x3.conv.weight.data *= 4
     path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(network.state_dict(), path)
+    torch.save(network.state_dict(), path)  # for the peer
+    save_file(network.state_dict(), path.with_suffix(".safetensors"))
     return path
 
 
@@ -59,7 +61,9 @@ def figures(folders, inception_file):
     def of(protocol, drawn="drawn"):
         rows = [Row(number, f"image {number}", folders["truth"] / f"{number:05d}.png") for number in range(COUNT)]
         images = {"model": {row.number: folders[drawn] / row.image.name for row in rows}}
-        args = EvalNetworkArgs(metrics=["kid", "fid"], protocol=protocol, inception_weights=str(inception_file))
+        args = EvalNetworkArgs(
+            metrics=["kid", "fid"], protocol=protocol, inception_weights=str(inception_file.with_suffix(".safetensors"))
+        )
         summary = summarise(measure(rows, images, open_networks(args), args))["summary"]
         return {metric: by_side[str(SIDE)]["model"]["value"] for metric, by_side in summary.items()}
 

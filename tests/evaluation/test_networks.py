@@ -75,7 +75,7 @@ def inception_state():
 
 @pytest.fixture(scope="module")
 def inception_file(inception_state, tmp_path_factory):
-    return saved(inception_state, tmp_path_factory.mktemp("inception") / "random.pth")
+    return saved(inception_state, tmp_path_factory.mktemp("inception") / "random.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +135,9 @@ def empty_hub(tmp_path, monkeypatch):
 # -- Inception -------------------------------------------------------------------------------------------------------
 
 
-def test_features_are_torch_fidelitys(inception_network, inception_file):
+def test_features_are_torch_fidelitys(inception_network, inception_state, tmp_path):
     images = noise(64, 2)
-    peer = FeatureExtractorInceptionV3("peer", ["2048"], str(inception_file))
+    peer = FeatureExtractorInceptionV3("peer", ["2048"], str(saved(inception_state, tmp_path / "peer.pth")))
     with torch.no_grad():
         (wanted,) = peer(torch.from_numpy(images).permute(0, 3, 1, 2))
         found = inception_network[0](network_input(images, "tf"))
@@ -161,13 +161,12 @@ def test_the_network_stands_still(inception_network):
     assert {(p.dtype, p.requires_grad) for p in network.parameters()} == {(torch.float32, False)}
 
 
-def test_published_weights_are_known_by_their_digest(inception_file, empty_hub, monkeypatch):
+def test_published_weights_are_known_by_their_digest(inception_state, empty_hub, monkeypatch):
     empty_hub.mkdir(parents=True)
-    kept = empty_hub / Path(URL_INCEPTION_V3).name
-    kept.symlink_to(inception_file)
+    kept = saved(inception_state, empty_hub / Path(URL_INCEPTION_V3).name)
     with pytest.raises(EvaluationError, match=f"{kept} is not the published file.*--inception_weights"):
         inception(None, "clean", "cpu")
-    monkeypatch.setattr(networks, "INCEPTION_SHA256", digest(inception_file)[:8])
+    monkeypatch.setattr(networks, "INCEPTION_SHA256", digest(kept)[:8])
     weights = inception(None, "clean", "cpu")[1]
     assert (weights.origin, weights.published) == (URL_INCEPTION_V3, True)
 
@@ -183,6 +182,13 @@ OPENERS = {
     "--inception_weights": lambda path: inception(path, "clean", "cpu"),
     "--lpips_trunk": lambda path: lpips_network(path, "cpu"),
 }
+
+
+@pytest.fixture
+def any_is_published(monkeypatch):
+    """Every pickle counts as the published one."""
+    for name in ("INCEPTION_SHA256", "ALEXNET_SHA256", "CLIP_SHA256"):
+        monkeypatch.setattr(networks, name, "")
 
 
 @pytest.mark.parametrize("flag", OPENERS)
@@ -206,7 +212,7 @@ def test_offline_the_flag_for_local_weights_is_named(flag, empty_hub):
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value else "",
 )
-def test_a_file_that_is_no_set_of_weights_is_named(flag, name, content, told, tmp_path):
+def test_a_file_that_is_no_set_of_weights_is_named(flag, name, content, told, tmp_path, any_is_published):
     path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -217,7 +223,7 @@ def test_a_file_that_is_no_set_of_weights_is_named(flag, name, content, told, tm
     assert str(problem.value).startswith(f"{flag} {path}")
 
 
-def test_a_pickle_runs_nothing(tmp_path):
+def test_of_a_published_pickle_nothing_but_tensors_is_loaded(tmp_path, any_is_published):
     class Harm:
         def __reduce__(self):
             return Path.touch, (tmp_path / "harm",)
@@ -228,11 +234,20 @@ def test_a_pickle_runs_nothing(tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.parametrize("flag", [*OPENERS, "--clip_model"])
+def test_a_pickle_that_was_not_published_is_refused_with_the_command_that_converts_it(flag, pickled_clip):
+    folder = pickled_clip({"a": torch.zeros(1)})
+    openers = OPENERS | {"--clip_model": lambda path: clip(path.parent, "cpu")}
+    with pytest.raises(EvaluationError, match="weights_only=True") as problem:
+        openers[flag](folder / "pytorch_model.bin")
+    assert str(problem.value).startswith(f"{flag} {folder / 'pytorch_model.bin'} is a pickle")
+
+
 def test_keys_that_do_not_fit_are_listed(trunk_state, tmp_path):
     wrong = {**trunk_state, "extra.bias": torch.zeros(2), "features.8.bias": torch.zeros(3)}
     del wrong["features.3.weight"]
     with pytest.raises(EvaluationError) as problem:
-        lpips_network(saved(wrong, tmp_path / "wrong.pth"), "cpu")
+        lpips_network(saved(wrong, tmp_path / "wrong.safetensors"), "cpu")
     assert all(name in str(problem.value) for name in ("features.3.weight", "extra.bias", "features.8.bias"))
     assert "classifier" not in str(problem.value)
 
@@ -376,19 +391,19 @@ def pickled_clip(clip_folder, tmp_path):
     return write
 
 
-def test_a_pickle_of_tensors_is_the_same_clip(clip_folder, pickled_clip):
+def test_the_published_pickle_is_the_same_clip(clip_folder, pickled_clip, any_is_published):
     folder = pickled_clip(CLIPModel.from_pretrained(clip_folder).state_dict())
     scorer, weights = clip(folder, "cpu")
     assert weights.sha256 == digest(folder / "pytorch_model.bin")
     assert np.array_equal(scorer.texts(CAPTIONS), clip(clip_folder, "cpu")[0].texts(CAPTIONS))
 
 
-def test_a_pickle_of_more_than_tensors_is_no_clip(pickled_clip):
+def test_a_pickle_of_more_than_tensors_is_no_clip(pickled_clip, any_is_published):
     with pytest.raises(EvaluationError, match=r"--clip_model .* cannot be opened"):
         clip(pickled_clip({"a": Anything()}), "cpu")
 
 
-def test_a_clip_that_lacks_weights_is_refused(clip_folder, pickled_clip):
+def test_a_clip_that_lacks_weights_is_refused(clip_folder, pickled_clip, any_is_published):
     state = CLIPModel.from_pretrained(clip_folder).state_dict()
     del state["visual_projection.weight"]
     with pytest.raises(EvaluationError, match=r"lacks 1 weights of a CLIPModel \(visual_projection.weight"):

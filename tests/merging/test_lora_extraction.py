@@ -254,13 +254,14 @@ def test_equal_models_have_nothing_to_extract(tiny_model, tmp_path):
     [
         ({f"{TO_Q}.weight": lambda _: None}, rf"only .* has 1 of the tensors: {TO_Q}.weight"),
         ({f"{CONV_IN}.weight": lambda old: torch.cat([old, old], 1)}, r"other shapes .*\[8, 4, 3, 3\] and \[8, 8, 3"),
-        ({NORM: lambda old: old * torch.nan, f"{FC1}.weight": lambda old: old / 0}, rf"in 2 tensors .*{NORM}, {FC1}"),
     ],
-    ids=["missing", "other shape", "not finite"],
+    ids=["missing", "other shape"],
 )  # fmt: skip
 def test_models_that_do_not_fit_are_refused_by_name(tiny_model, changed, extracting, changes, told):
+    tuned = changed(changes) / "unet"
+    (tuned / "config.json").unlink()  # with it, it would not be what that says
     with pytest.raises(ModelError, match=told):
-        extracting(changed(changes), rank=2)
+        extracting(tuned / "diffusion_pytorch_model.safetensors", rank=2)
 
 
 def test_a_target_that_matches_nothing_is_named(tiny_model, changed, extracting):

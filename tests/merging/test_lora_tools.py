@@ -129,7 +129,7 @@ def test_a_bare_unet_has_no_text_encoder(tiny_model, parts):
 
 @pytest.mark.parametrize("name", ["tokenizer", "unet/config.json"])
 def test_a_base_without_configs_is_named(tiny_model, name):
-    with pytest.raises(ModelError, match=rf"^--base .*{name}"):
+    with pytest.raises(ModelError, match=name):
         skeletons(str(tiny_model / name))
 
 

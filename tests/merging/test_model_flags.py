@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -16,7 +17,12 @@ from finetuning.merging.model_flags import TunedArgs, open_all
 def asked(monkeypatch):
     """{name: options} of every model that is opened; nothing is."""
     found = {}
-    monkeypatch.setattr(model_flags, "open_source", lambda name, **options: found.setdefault(name, options) and name)
+
+    def opened(name, **options):
+        found[name] = options
+        return SimpleNamespace(given=name, components={})
+
+    monkeypatch.setattr(model_flags, "open_source", opened)
     return found
 
 
@@ -25,7 +31,7 @@ def test_each_model_is_opened_with_the_flags_that_are_its_own(asked):
         --weights raw --layout_from l --cache_dir d"""
     args, problems = read(TunedArgs, "", words.split())
     assert problems == []
-    assert args.open_models("origin") == ["a", "b", "c", "origin"]
+    assert [one.given for one in args.open_models("origin")] == ["a", "b", "c", "origin"]
     shared = {"base": "l", "cache_dir": "d", "relatives": True}
     assert asked["a"] == shared | {"revision": "r", "variant": "fp16"}
     tuned = shared | {"revision": "t", "variant": "non_ema", "weights": "raw"}
