@@ -346,7 +346,7 @@ def sound(tiny_model, tiny_git, tmp_path_factory):
     facts = {"base_model": "tiny"}
     write_diffusers(root / "lora" / DIFFUSERS_NAME, {TO_Q: Layer(torch.ones(2, 8), torch.ones(8, 2), 2.0)}, facts)
     for split in ("train", "validation"):
-        write_shapes(root / "data" / split, 3, "filled", ("circle", "square"), 0.5, split == "validation", seed=0)
+        write_shapes(root / "data" / split, 3, ["filled"], ("circle", "square"), 0.5, split == "validation", seed=0)
     return root
 
 

@@ -311,7 +311,7 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
     if start.non_ema_revision or start.non_ema_variant:
         main = source.open(family.denoiser)
         ema_start = {f"{family.denoiser}.{name}": value for name, value in main.state_dict().items()}
-    scheduler = source.scheduler("DDPMScheduler")
+    scheduler = source.scheduler(class_name="DDPMScheduler")
     if prediction_type:
         scheduler.register_to_config(prediction_type=prediction_type)
     trained = (family.denoiser, *(family.tokenizers if args.train_text_encoder else ()))
