@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make models/mini-x4 from nothing: an upscaler from 64 to 256 pixels for the shapes world. See its README.md.
+# Make an upscaler from 64 to 256 pixels for the shapes world in build/mini-x4/run. See experiments/seed_002/README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"

@@ -1,6 +1,6 @@
 """How well upscalers bring back what was made small: PSNR and SSIM against the truth, beside bicubic and Lanczos.
 
-    python -m models.measure_mini_x4 --data build/mini-x4/data --model models/mini-x4 --output_dir models/mini-x4
+    python -m models.measure_mini_x4 --data build/mini-x4/data --model build/mini-x4/run --output_dir build/mini-x4
 
 Reads the validation images of a dataset, 256 px; makes them four times smaller, and enlarges them again. Prints a table
 with 95 % intervals of the difference to Lanczos, row by row; --output_dir gets upscaling.json and samples.png. LPIPS
@@ -19,7 +19,7 @@ from finetuning.evaluation.generation import dataset_rows
 from finetuning.evaluation.grid import labelled_grid
 from finetuning.evaluation.networks import lpips_network, lpips_of
 from finetuning.evaluation.statistics import mean_of, paired_difference
-from finetuning.families.generation import UpscalerArgs, upscale
+from finetuning.families.generation import UpscalerArgs, back_projected, upscale
 from finetuning.families.pipelines import open_pipeline
 from finetuning.files import write_json
 from finetuning.rng import torch_generator
@@ -63,6 +63,7 @@ def main():
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--noise_level", type=int, default=0)
+    parser.add_argument("--back_projections", type=int, default=2)
     parser.add_argument("--lpips_trunk")
     parser.add_argument("--output_dir", type=Path)
     args = parser.parse_args()
@@ -77,6 +78,8 @@ def main():
     how = UpscalerArgs(upscaler_steps=args.steps, upscaler_noise_level=args.noise_level)
     for model in args.model:
         found[model] = enlarged(model, small, [row.caption for row in rows], how)
+        pairs = zip(found[model], small, strict=True)
+        found[f"{model}, corrected"] = [back_projected(*pair, args.back_projections) for pair in pairs]
     metrics = {"PSNR": psnr, "SSIM": ssim}
     values = {
         metric: {name: [measure(*pair) for pair in zip(images, truth, strict=True)] for name, images in found.items()}
@@ -85,7 +88,13 @@ def main():
     if args.lpips_trunk:
         network, _ = lpips_network(args.lpips_trunk, "cpu")
         values["LPIPS"] = {name: lpips_of(network, images, truth) for name, images in found.items()}
-    report = {"rows": len(rows), "steps": args.steps, "noise_level": args.noise_level, "metrics": {}}
+    report = {
+        "rows": len(rows),
+        "steps": args.steps,
+        "noise_level": args.noise_level,
+        "back_projections": args.back_projections,
+        "metrics": {},
+    }
     for metric, by_name in values.items():
         print(f"\n| {metric}, n = {len(rows)} | mean (95 % interval) | minus Lanczos |\n|---|---|---|")
         report["metrics"][metric] = {}
