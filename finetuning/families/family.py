@@ -212,13 +212,15 @@ class Tokenizers:
 
     def __init__(self, tokenizers, family):
         self.tokenizers, self.family = tokenizers, family  # {text encoder: tokenizer}
+        for tokenizer in tokenizers.values():
+            tokenizer.model_max_length = family.text_length or tokenizer.model_max_length
 
     def __call__(self, captions):
         captions = [self.family.clean(caption) for caption in captions]
         return {
             name: tokenizer(
                 captions,
-                max_length=self.family.text_length or tokenizer.model_max_length,
+                max_length=tokenizer.model_max_length,
                 padding="max_length",
                 truncation=True,
                 return_tensors="pt",
