@@ -24,7 +24,7 @@ from models.measure_mini_sd import held_out_scenes
 
 GUIDANCE = (0, 1, 2, 3, 6, 12)
 PARTS = ("background", "color", "shape")
-ROWS, STEPS, TIMESTEPS = 48, 20, 16  # images a model and scale, sampling steps, timesteps a row of the bound
+ROWS, STEPS, TIMESTEPS = 24, 12, 16  # images a model and scale, sampling steps, timesteps a row of the bound
 HERE = Path(__file__).parent
 
 
