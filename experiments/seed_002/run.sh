@@ -33,7 +33,7 @@ python evaluate_model.py --dataset "$OUT/data" --split validation --resolutions 
   --chain "original, enlarged=$BASE,$UPSCALER" --chain "tuned, enlarged=$OUT/base,$UPSCALER" \
   --chain "tuned, upscaler 20 epochs=$OUT/base,$OUT/upscaler/checkpoint-200" \
   --chain "tuned, upscaler 40 epochs=$OUT/base,$OUT/upscaler/checkpoint-400" \
-  --upscaler_steps 8 --upsample_temperature 0.997 --no-noise_floor --general_prompts datasets/left_out_of_chalk.txt \
+  --upscaler_steps 8 --upsample_temperature 0.997 --no-noise_floor --general_prompts none \
   --checker finetuning.shapes.checker ${INCEPTION:+--inception_weights "$INCEPTION"} --output_dir "$OUT/report"
 python -m models.measure_mini_x4 --data "$OUT/data" --rows "$ROWS" --steps 8 \
   --model "$UPSCALER" "$OUT/upscaler/checkpoint-200" "$OUT/upscaler/checkpoint-400"
