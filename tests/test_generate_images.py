@@ -103,6 +103,11 @@ def test_what_is_wrong_is_said_together(tmp_path, capsys):
         generate_images.main(["--model", "a", "b/a", "--size", "64by64"])
     message = capsys.readouterr().err
     assert "--prompt" in message and "--size 64by64" in message and "same name" in message
+    (tmp_path / "prompts.txt").write_text("größer", encoding="latin-1")
+    with pytest.raises(SystemExit):
+        generate_images.main(["--model", "a", "--size", "64by64", "--prompts_file", str(tmp_path / "prompts.txt")])
+    message = capsys.readouterr().err
+    assert "prompts.txt is not UTF-8" in message and "Traceback" not in message
 
 
 @pytest.mark.parametrize("below", ["", "images"])

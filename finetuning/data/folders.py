@@ -47,9 +47,20 @@ def existing_folder(path):
     if path.is_dir():
         return path
     if path.is_file():
-        advice = "unpack it and name the folder" if path.suffix.lower() in (".zip", ".rar", ".7z") else "name a folder"
-        raise DatasetError(f"{path} is a file: {advice}")
+        raise DatasetError(f"{path} is a file: {_advice(path)}")
     raise DatasetError(f"there is no folder {path}")
+
+
+def folder_problems(flag, path):
+    """Yield why what a flag names is no folder."""
+    if Path(path).is_file():
+        yield f"{flag} {path} is a file: {_advice(Path(path))}"
+    elif not Path(path).is_dir():
+        yield f"{flag} {path}: there is no such folder"
+
+
+def _advice(file):
+    return "unpack it and name the folder" if file.suffix.lower() in (".zip", ".rar", ".7z") else "name a folder"
 
 
 def walk(top, allow_outside_paths, findings, root=None):

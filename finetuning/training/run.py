@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from finetuning.cli import UserError, as_dict, flag, paths_read
+from finetuning.cli import SEEDS, UserError, as_dict, flag, paths_read
 from finetuning.files import output_problems, write_json, write_text, writing
 from finetuning.training.checkpoint import seed_of_resumed_run
 
@@ -35,7 +35,7 @@ class RunArgs:
     max_train_steps: int | None = flag(None, "optimizer steps in all, exactly, those before a resume included", min=1)
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", min=1)
     seed: int | None = flag(
-        None, "seed of everything random; none: chosen once, written to args.json and kept on resume"
+        None, "seed of everything random; none: chosen once, written to args.json and kept on resume", **SEEDS
     )
     mixed_precision: str | None = flag(
         None, "precision of activations; none: what `accelerate launch` or accelerate_config.yaml says",
@@ -128,7 +128,15 @@ class Run:
             self._forget_metrics_after(first_step)
         if self.args.report_to != "none":
             plain = {k: v for k, v in as_dict(self.args).items() if isinstance(v, int | float | str)}
-            self.accelerator.init_trackers(self.args.tracker_project_name, {**plain, "hub_token": ""})
+            try:
+                self.accelerator.init_trackers(self.args.tracker_project_name, {**plain, "hub_token": ""})
+            except OSError:  # of the disk
+                raise
+            except Exception as error:  # each service has its own: no key, no network, no right to the project
+                raise UserError(
+                    f"--report_to {self.args.report_to} cannot start: {error}. Log in to the service (`wandb login`), "
+                    "or choose another; metrics.jsonl is written anyway"
+                ) from error
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self.bar = tqdm(

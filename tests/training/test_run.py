@@ -163,6 +163,16 @@ def test_nothing_of_the_token_reaches_the_trackers(start):
     assert logs and not any(b"hf_secret" in path.read_bytes() for path in logs)
 
 
+def test_a_tracker_that_cannot_start_is_named(start, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no API key")  # wandb's errors are of its own class
+
+    run = start(report_to="tensorboard")
+    monkeypatch.setattr(run.accelerator, "init_trackers", refuse)
+    with pytest.raises(UserError, match="--report_to tensorboard cannot start: no API key"):
+        run.begin(0, 10)
+
+
 # -- signals ---------------------------------------------------------------------------------------------------------
 
 
