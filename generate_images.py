@@ -21,6 +21,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from finetuning.cli import REQUIRED, SEEDS, flag, paths_read, run_script
+from finetuning.data.findings import counted
 from finetuning.evaluation.grid import labelled_grid
 from finetuning.families.generation import (
     DTYPES,
@@ -175,7 +176,7 @@ def generate_all(args):
     labels = [prompt if len(args.seed) == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
     grid = labelled_grid(cells, labels, [c.heading(args) for c in columns], args.grid_scale)
     write_image(folder / "grid.png", grid)
-    print(f"{len(records)} images and grid.png in {folder}")
+    print(f"{counted(len(records), 'image')} and grid.png in {folder}")
 
 
 def product_of_loras(pipeline, source, loras, args, settings):

@@ -222,6 +222,11 @@ def first_few(items, most=5):
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def size_text(count):
+    """A number of bytes for a message: "26.5 MB", "1.2 GB"."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def flag_table(args_class, besides=None):
     """A Markdown table of the flags by group, for the docs; without those that are the same in `besides`."""
     known = {} if besides is None else flags_of(besides)

@@ -20,6 +20,7 @@ from finetuning.cli import (
     read,
     run_commands,
     run_script,
+    size_text,
 )
 from finetuning.files import write_json
 
@@ -497,6 +498,11 @@ def test_help_shows_groups_defaults_and_choices(capsys):
         "kept with the run (default: empty)", "--config FILE",
     ):  # fmt: skip
         assert text in words
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0.0 MB"), (26_540_000, "26.5 MB"), (1_250_000_000, "1.2 GB")])
+def test_a_size_is_never_nothing_of_a_unit_that_is_too_large(count, text):
+    assert size_text(count) == text
 
 
 def test_flag_table():

@@ -16,6 +16,7 @@ SPLIT_NAMES = {
 SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}  # "val" -> "validation"
 STATE_FILES = ("dataset_dict.json", "state.json")  # of `datasets`' save_to_disk
 TABLES = (".parquet", ".arrow")
+ARCHIVES = (".zip", ".rar", ".7z")
 
 
 def split_meant(name):
@@ -60,7 +61,7 @@ def folder_problems(flag, path):
 
 
 def _advice(file):
-    return "unpack it and name the folder" if file.suffix.lower() in (".zip", ".rar", ".7z") else "name a folder"
+    return "unpack it and name the folder" if file.suffix.lower() in ARCHIVES else "name a folder"
 
 
 def walk(top, allow_outside_paths, findings, root=None):

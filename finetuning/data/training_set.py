@@ -14,6 +14,7 @@ from finetuning.cli import flag
 from finetuning.data.batch_sampler import BatchSampler
 from finetuning.data.captions import chosen_caption, may_mirror, with_prefix
 from finetuning.data.checking import read_checked
+from finetuning.data.findings import counted
 from finetuning.data.folders import folder_problems
 from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.data.reading import DatasetError
@@ -242,7 +243,7 @@ class ImageDataset(CaptionedImages):
 
     def summary(self):
         """How much there is, for a message."""
-        return f"{len(self)} rows"
+        return counted(len(self), "row")
 
     def of_one_size(self, rows, count):
         """Yield the rows in lists of at most `count`, the images of a list all of one size."""
