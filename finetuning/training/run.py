@@ -21,6 +21,8 @@ from finetuning.training.checkpoint import seed_of_resumed_run
 TRACKERS = ("tensorboard", "wandb", "all", "none")
 
 # What accelerate would read besides the flags, and what would change the result without a word
+PRECISIONS = ("no", "fp16", "bf16")
+WAYS_NOT_TAKEN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 ENVIRONMENT_OF_OTHERS = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
 
 
@@ -39,7 +41,7 @@ class RunArgs:
     )
     mixed_precision: str | None = flag(
         None, "precision of activations; none: what `accelerate launch` or accelerate_config.yaml says",
-        choices=("no", "fp16", "bf16"),
+        choices=PRECISIONS,
     )  # fmt: skip
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere GPUs and later: faster, a little less exact")
     report_to: str = flag("tensorboard", "where logs go besides metrics.jsonl", choices=TRACKERS, affects_result=False)
@@ -75,6 +77,11 @@ class Run:
         # A shell starts what it puts in the background with Ctrl-C ignored: until `begin`, it ends the process.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        unknown = [f"{name}=true" for name in WAYS_NOT_TAKEN if parse_flag_from_env(name)]
+        unknown += [f"ACCELERATE_MIXED_PRECISION={wanted}"] if wanted not in PRECISIONS else []
+        if unknown:
+            raise UserError(f"accelerate asks for what is not done here: {', '.join(unknown)}. Set it up without, by "
+                            "`accelerate config`, or launch with this project's accelerate_config.yaml")  # fmt: skip
         # Asked here first, accelerate would keep the answer: it has to hear of --cpu and use_cpu now.
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
         _check_processes(state)
