@@ -29,6 +29,7 @@ from finetuning.captioning.interrogator import Interrogator, InterrogatorArgs
 from finetuning.captioning.kinds import GenerationArgs
 from finetuning.cli import REQUIRED, as_dict, flag, flags_without_effect, run_script
 from finetuning.data.findings import Findings, counted
+from finetuning.data.folders import folder_problems
 from finetuning.data.images import MAX_PIXELS_TO_SHRINK, UnreadableImage, open_rgb
 from finetuning.data.threads import in_order
 
@@ -42,8 +43,7 @@ class CaptionerArgs:
     model: str | None = flag(None, "folder or Hub name (none: a usual one of its kind, see finetuning/captioning/)")
 
     def problems(self):
-        if not Path(self.dir).is_dir():
-            yield f"DIR {self.dir}: there is no such folder"
+        yield from folder_problems("DIR", self.dir)
 
 
 @dataclass

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, UserError, flag, paths_read, run_script
+from finetuning.cli import REQUIRED, SEEDS, flag, paths_read, run_script
+from finetuning.data.findings import counted
 from finetuning.evaluation.grid import labelled_grid
 from finetuning.families.generation import (
     DTYPES,
@@ -51,7 +52,7 @@ class Args(UpscalerArgs):
         [1.0], "how strongly a LoRA acts; 0 is the model without it, to the last bit", requires="lora"
     )
     output_dir: str = flag("generated", "where the images, grid.png and images.json go")
-    seed: list[int] = flag([0], "seeds; each gives every prompt an image")
+    seed: list[int] = flag([0], "seeds; each gives every prompt an image", **SEEDS)
     guidance_scale: list[float] = flag([7.5], "classifier-free guidance scales; 1 is none")
     num_inference_steps: list[int] = flag([25], "sampling steps", min=1)
     scheduler: str | None = flag("dpm++", "sampler", choices=tuple(SCHEDULERS))
@@ -75,12 +76,8 @@ class Args(UpscalerArgs):
             yield 'say what to generate: --prompt "..." or --prompts_file FILE'
         if self.prompts_file and not Path(self.prompts_file).is_file():
             yield f"--prompts_file {self.prompts_file}: there is no such file"
-        else:
-            try:
-                if self.prompts_file and not self.all_prompts():
-                    yield f"--prompts_file {self.prompts_file} has no prompts in it"
-            except UserError as error:
-                yield f"--prompts_file {error}"
+        elif self.prompts_file and not self.all_prompts():
+            yield f"--prompts_file {self.prompts_file} has no prompts in it"
         yield from size_problems(self.size)
         inputs = [*paths_read(self), *(ModelSource.parse(text).path for text in [*self.model, *(self.lora or [])])]
         yield from output_problems(self.output_dir, inputs)
@@ -179,7 +176,7 @@ def generate_all(args):
     labels = [prompt if len(args.seed) == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
     grid = labelled_grid(cells, labels, [c.heading(args) for c in columns], args.grid_scale)
     write_image(folder / "grid.png", grid)
-    print(f"{len(records)} images and grid.png in {folder}")
+    print(f"{counted(len(records), 'image')} and grid.png in {folder}")
 
 
 def product_of_loras(pipeline, source, loras, args, settings):

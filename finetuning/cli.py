@@ -42,6 +42,7 @@ LIMITS = (
     ("min", "at least", operator.ge), ("above", "above", operator.gt),
     ("max", "at most", operator.le), ("below", "below", operator.lt),
 )  # fmt: skip
+SEEDS = {"min": 0, "max": 2**64 - 1}  # the range of a seed's flag: what torch takes; -1 is no drawn one, as elsewhere
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -219,6 +220,11 @@ def first_few(items, most=5):
     """The items for a message: "a, b, c and 4 more"."""
     items = [str(item) for item in items]
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def size_text(count):
+    """A number of bytes for a message: "26.5 MB", "1.2 GB"."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def flag_table(args_class, besides=None):
@@ -537,7 +543,11 @@ def _convert_one(raw, flag, kind, whole):
             raise wrong(number) from None
         if kind is int and isinstance(raw, float) and raw != value:
             raise wrong(number)
-        if not math.isfinite(value) and (math.isnan(value) or math.inf not in (flag.max, -(flag.min or 0))):
+        if (
+            kind is float
+            and not math.isfinite(value)
+            and (math.isnan(value) or math.inf not in (flag.max, -(flag.min or 0)))
+        ):
             raise wrong(f"must be a finite number{flag.range and ', '}{flag.range}", raw)
         if not flag.in_range(value):
             raise wrong(f"must be {flag.range}", raw)
@@ -558,8 +568,14 @@ def _related_problems(args, flags, suspect, with_groups=True):
     """What relates several flags, said only of those that could be read."""
     problems = list(_unmet(args, flags))
     for group in type(args).__mro__ if with_groups else ():
-        if "problems" in group.__dict__:
+        if "problems" not in group.__dict__:
+            continue
+        try:
             problems += group.__dict__["problems"](args)
+        except UserError as error:  # of a file that a flag names
+            problems.append(str(error))
+        except OSError as error:
+            problems.append(_os_message(error))
     return [text for text in problems if not _names_one_of(text, suspect, flags)]
 
 

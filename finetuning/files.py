@@ -239,15 +239,16 @@ def check_manifest(folder):
     folder = Path(folder)
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        sizes = {name: expected["bytes"] for name, expected in listed.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise BrokenFolder(f"{folder} has no readable {MANIFEST}: {error}") from error
     for name, expected in listed.items():
         path = folder / name
         if not path.is_file():
             raise BrokenFolder(f"{folder} is broken: {name} is missing")
         size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise BrokenFolder(f"{folder} is broken: {name} has {size} bytes, not {expected['bytes']}")
+        if size != sizes[name]:
+            raise BrokenFolder(f"{folder} is broken: {name} has {size} bytes, not {sizes[name]}")
         # sha256: of older versions, or taken while the file was written
         if xxh3(path) != expected["xxh3_128"] if "xxh3_128" in expected else sha256(path) != expected["sha256"]:
             raise BrokenFolder(f"{folder} is broken: the content of {name} has changed since it was written")

@@ -281,7 +281,7 @@ BROKEN |= {
     "an image is a web page": ("data", image(b"<html>404</html>"), "00000.png"),
     "an image is gone": (ROWS, both(gone("train/00000.png"), gone("validation/00000.png")), "00000.png"),
     "a link leads nowhere": (ROWS, linked_nowhere, "00000.png"),
-    "a zip as a folder": (DATA, zipped, "images.zip"),
+    "a zip as a folder": (DATA, zipped, "images.zip", "unpack"),
     "a folder of a zip": (DATA, only_a_zip, "data"),
     "an image as a folder": (DATA, is_file("train/00000.png"), "00000.png"),
     "no such folder": (DATA, is_file("nowhere"), "nowhere"),

@@ -8,6 +8,7 @@ import torch
 
 from finetuning.cli import (
     REQUIRED,
+    SEEDS,
     UserError,
     as_dict,
     flag,
@@ -19,6 +20,7 @@ from finetuning.cli import (
     read,
     run_commands,
     run_script,
+    size_text,
 )
 from finetuning.files import write_json
 
@@ -48,6 +50,7 @@ class OptimizerFlags:
     use_ema: bool = flag(False, "average the weights")
     shuffle: bool = flag(True, "in a new order every epoch")
     note: str = flag("", "kept with the run")
+    seed: int = flag(0, "of everything random", **SEEDS)
 
     def problems(self):
         if self.learning_rate <= 0:
@@ -91,6 +94,7 @@ def test_defaults():
     assert as_dict(good()) == {
         "folder": "data", "resolution": 512, "columns": None, "learning_rate": 1e-4, "snr_gamma": None,
         "precision": "fp32", "steps": [25, 50], "sides": ["left"], "use_ema": False, "shuffle": True, "note": "",
+        "seed": 0,
     }  # fmt: skip
     assert good().untouched == 3
 
@@ -174,6 +178,8 @@ def test_words_that_belong_to_no_flag_are_named():
         (["--resolution", "64.0"], "--resolution 64.0 must be a whole number"),
         (["--learning_rate", "fast"], "--learning_rate fast must be a number"),
         (["--sides", "left", "up"], "--sides up must be one of left, right"),
+        (["--seed", "-1"], f"--seed -1 must be at least 0 and at most {2**64 - 1}"),
+        (["--seed", "1" * 400], f"--seed {'1' * 400} must be at least 0 and at most {2**64 - 1}"),
     ],
 )
 def test_wrong_values_are_named(argv, problem):
@@ -460,7 +466,9 @@ def test_written_arguments_can_be_read_back(tmp_path):
     assert (args, problems) == (first, [])
 
 
-@pytest.mark.parametrize("content", ["- a\n- b\n", "just words\n", "a: [1\n", b"note: \xff\n", None], ids=repr)
+@pytest.mark.parametrize(
+    "content", ["- a\n- b\n", "just words\n", "a: [1\n", "note: a\nnote: b\n", b"note: \xff\n", None], ids=repr
+)
 def test_config_that_cannot_be_read_is_named(tmp_path, content):
     path = tmp_path / "run.yaml"
     if content is not None:
@@ -492,6 +500,11 @@ def test_help_shows_groups_defaults_and_choices(capsys):
         assert text in words
 
 
+@pytest.mark.parametrize(("count", "text"), [(0, "0.0 MB"), (26_540_000, "26.5 MB"), (1_250_000_000, "1.2 GB")])
+def test_a_size_is_never_nothing_of_a_unit_that_is_too_large(count, text):
+    assert size_text(count) == text
+
+
 def test_flag_table():
     assert (
         flag_table(Args)
@@ -516,5 +529,6 @@ def test_flag_table():
 | `--use_ema` | off | average the weights |
 | `--shuffle` | on | in a new order every epoch |
 | `--note` | empty | kept with the run |
+| `--seed` | 0 | of everything random; at least 0 and at most 18446744073709551615 |
 """
     )

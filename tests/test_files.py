@@ -159,7 +159,7 @@ def test_the_file_that_is_broken_is_named(damage, said, checkpoint):
         check_manifest(checkpoint)
 
 
-@pytest.mark.parametrize("manifest", [None, "", "{"])
+@pytest.mark.parametrize("manifest", [None, "", "{", "[]", '{"unet/weights": 11}'])
 def test_a_folder_without_a_readable_manifest_is_broken(manifest, checkpoint):
     (checkpoint / "manifest.json").unlink()
     if manifest is not None:

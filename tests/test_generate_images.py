@@ -94,6 +94,13 @@ def test_weights_that_are_not_finite_are_an_error_not_a_black_image(tiny_model, 
     assert not list((tmp_path / "out").glob("*.png"))
 
 
+def test_prompts_that_are_cut_are_named_once(tiny_model, tmp_path, capsys):
+    long = "a red circle " * 20
+    generate(tmp_path / "out", "--model", tiny_model, "--prompt", long, "a dog", "--seed", 0, 1, "--batch_size", 1)
+    message = capsys.readouterr().err
+    assert message.count(long.strip()) == 1 and "first 16 tokens are read (1)" in message
+
+
 def test_what_is_wrong_is_said_together(tmp_path, capsys):
     with pytest.raises(SystemExit):
         generate_images.main(["--model", "a", "b/a", "--size", "64by64", "--scheduler", "magic"])
@@ -103,6 +110,11 @@ def test_what_is_wrong_is_said_together(tmp_path, capsys):
         generate_images.main(["--model", "a", "b/a", "--size", "64by64"])
     message = capsys.readouterr().err
     assert "--prompt" in message and "--size 64by64" in message and "same name" in message
+    (tmp_path / "prompts.txt").write_text("größer", encoding="latin-1")
+    with pytest.raises(SystemExit):
+        generate_images.main(["--model", "a", "--size", "64by64", "--prompts_file", str(tmp_path / "prompts.txt")])
+    message = capsys.readouterr().err
+    assert "prompts.txt is not UTF-8" in message and "Traceback" not in message
 
 
 @pytest.mark.parametrize("below", ["", "images"])

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from finetuning.cli import flag
+from finetuning.cli import SEEDS, flag
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class GenerationArgs:
     )
     temperature: float = flag(1.0, "above 1 captions are more various, below 1 less", above=0, requires="top_p")
     seed: int = flag(
-        0, "another seed, another caption; an image's depends on this and its name alone", requires="top_p"
+        0, "another seed, another caption; an image's depends on this and its name alone", requires="top_p", **SEEDS
     )
     min_length: int = flag(5, "fewest tokens of a caption, without the prompt", min=0)
     max_length: int = flag(60, "most tokens of a caption, without the prompt; Stable Diffusion reads 75", min=1)

@@ -26,6 +26,7 @@ from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.checking import read_checked
 from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.folders import folder_problems
 from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.data.reading import read_folder
 from finetuning.data.threads import in_order
@@ -104,7 +105,7 @@ class AuditArgs(BucketArgs):
 
     def problems(self):
         if not Path(self.path).is_dir():
-            yield f"PATH {self.path}: there is no such folder"
+            yield from folder_problems("PATH", self.path)
             return
         yield from DataArgs.problems(self.training())
         if self.fix and overlap(self.fix, self.path):
@@ -198,7 +199,9 @@ def examine(args: AuditArgs):
         audit.refusal = str(problem)
         return audit
     if checked.images is not None:
-        raise DatasetError(f"{args.path} was written by `datasets`: convert it to an image folder first")
+        raise DatasetError(
+            f"{args.path} holds its images in tables: `prepare_dataset.py convert hub` makes an image folder of it"
+        )
     audit.findings = checked.findings
     test = _test_rows(training, audit.test_findings)
     for split, rows, findings in (

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from tqdm.auto import tqdm
 
-from finetuning.cli import as_dict, flag
+from finetuning.cli import SEEDS, as_dict, flag
 from finetuning.conversion import copying
 from finetuning.conversion.copying import CopyArgs
 from finetuning.conversion.writer import encoded, shortened
@@ -51,7 +51,7 @@ class AugmentArgs(MirrorArgs, CopyArgs):
     noise: float = flag(
         0.02, "add Gaussian noise of up to this deviation, and at least half of it (white is 1)", above=0, below=1
     )
-    seed: int = flag(0, "seed of the draws")
+    seed: int = flag(0, "seed of the draws", **SEEDS)
     workers: int | None = flag(
         None, "threads that decode and encode (none: one for each core)", min=1, affects_result=False
     )

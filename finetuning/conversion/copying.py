@@ -15,7 +15,7 @@ from finetuning.cli import REQUIRED, flag
 from finetuning.conversion.writer import take_over, write_lines
 from finetuning.data.captions import origin_column
 from finetuning.data.findings import DatasetError, Findings
-from finetuning.data.folders import SPLIT_NAMES, split_meant
+from finetuning.data.folders import SPLIT_NAMES, folder_problems, split_meant
 from finetuning.data.reading import metadata_files, read_folder, read_records
 from finetuning.files import overlap
 
@@ -33,8 +33,7 @@ class CopyArgs:
     link: bool = flag(True, "hard-link images that need no change; copy them where that cannot be or with --no-link")
 
     def problems(self):
-        if not Path(self.path).is_dir():
-            yield f"PATH {self.path}: there is no such folder"
+        yield from folder_problems("PATH", self.path)
         if not self.output:
             return
         output = Path(self.output)

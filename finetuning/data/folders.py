@@ -16,6 +16,7 @@ SPLIT_NAMES = {
 SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}  # "val" -> "validation"
 STATE_FILES = ("dataset_dict.json", "state.json")  # of `datasets`' save_to_disk
 TABLES = (".parquet", ".arrow")
+ARCHIVES = (".zip", ".rar", ".7z")
 
 
 def split_meant(name):
@@ -47,9 +48,20 @@ def existing_folder(path):
     if path.is_dir():
         return path
     if path.is_file():
-        advice = "unpack it and name the folder" if path.suffix.lower() in (".zip", ".rar", ".7z") else "name a folder"
-        raise DatasetError(f"{path} is a file: {advice}")
+        raise DatasetError(f"{path} is a file: {_advice(path)}")
     raise DatasetError(f"there is no folder {path}")
+
+
+def folder_problems(flag, path):
+    """Yield why what a flag names is no folder."""
+    if Path(path).is_file():
+        yield f"{flag} {path} is a file: {_advice(Path(path))}"
+    elif not Path(path).is_dir():
+        yield f"{flag} {path}: there is no such folder"
+
+
+def _advice(file):
+    return "unpack it and name the folder" if file.suffix.lower() in ARCHIVES else "name a folder"
 
 
 def walk(top, allow_outside_paths, findings, root=None):

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from finetuning.cli import first_few, flag
 from finetuning.data.findings import DatasetError
-from finetuning.data.folders import SPLIT_OF, is_image_name, walk
+from finetuning.data.folders import ARCHIVES, SPLIT_OF, existing_folder, is_image_name, walk
 from finetuning.data.samples import CaptionFileArgs, Member, Sample, caption_lines
 
 CAPTION_FIELDS = ("txt", "caption", "json")
@@ -42,6 +42,8 @@ def find_shards(path, args, findings):
     if Path(path).is_dir():
         files = walk(Path(path), args.allow_outside_paths, findings)
         shards = [folder / name for folder, names in files for name in names if name.endswith(SHARD_ENDINGS)]
+    elif Path(path).suffix.lower() in ARCHIVES:
+        existing_folder(path)
     elif Path(path).is_file():
         shards = [Path(path)]
     else:

@@ -14,6 +14,8 @@ from finetuning.cli import flag
 from finetuning.data.batch_sampler import BatchSampler
 from finetuning.data.captions import chosen_caption, may_mirror, with_prefix
 from finetuning.data.checking import read_checked
+from finetuning.data.findings import counted
+from finetuning.data.folders import folder_problems
 from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.data.reading import DatasetError
 from finetuning.data.tensor_store import digest
@@ -77,8 +79,8 @@ class DataArgs:
     def problems(self):
         if not (self.train_data_dir or self.dataset_name):
             yield "name a dataset: --train_data_dir FOLDER, or --dataset_name for one on the Hub"
-        if self.train_data_dir and not Path(self.train_data_dir).is_dir() and not getattr(self, "streaming", False):
-            yield f"--train_data_dir {self.train_data_dir}: there is no such folder"
+        if self.train_data_dir and not getattr(self, "streaming", False):
+            yield from folder_problems("--train_data_dir", self.train_data_dir)
         sides = self.resolution.lower().split("x")
         if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
             yield f"--resolution {self.resolution} must be one side in pixels or HEIGHTxWIDTH, as 512 or 512x768"
@@ -241,7 +243,7 @@ class ImageDataset(CaptionedImages):
 
     def summary(self):
         """How much there is, for a message."""
-        return f"{len(self)} rows"
+        return counted(len(self), "row")
 
     def of_one_size(self, rows, count):
         """Yield the rows in lists of at most `count`, the images of a list all of one size."""

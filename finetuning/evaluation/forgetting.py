@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from finetuning.cli import flag
+from finetuning.data.folders import folder_problems
 from finetuning.data.reading import SPLIT_NAMES, DatasetError
 from finetuning.evaluation import generation, measuring, statistics
 from finetuning.evaluation.denoising import load_rows, row_losses
@@ -57,8 +58,8 @@ class ForgettingArgs:
     def problems(self):
         if self.general_prompts not in ("shipped", "none") and not Path(self.general_prompts).is_file():
             yield f"--general_prompts {self.general_prompts}: there is no such file (or write shipped, or none)"
-        if self.retain_dataset and not Path(self.retain_dataset).is_dir():
-            yield f"--retain_dataset {self.retain_dataset}: there is no such folder"
+        if self.retain_dataset:
+            yield from folder_problems("--retain_dataset", self.retain_dataset)
 
 
 # -- the loss --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from finetuning.cli import first_few, flag
+from finetuning.cli import SEEDS, first_few, flag
 from finetuning.data.findings import counted
 from finetuning.data.images import EXTENSIONS, UnreadableImage, open_rgb
 from finetuning.data.reading import (
@@ -74,7 +74,9 @@ class GenerationArgs(UpscalerArgs):
     num_inference_steps: int = flag(25, "sampling steps", min=1)
     scheduler: str | None = flag("dpm++", "sampler", choices=tuple(SCHEDULERS))
     size: str | None = flag(None, "side in pixels, or HEIGHTxWIDTH (none: the model's own)")
-    seed: int = flag(0, "with the number of a row it gives the noise that its image starts from, for every model")
+    seed: int = flag(
+        0, "with the number of a row it gives the noise that its image starts from, for every model", **SEEDS
+    )
     batch_size: int = flag(4, "images generated together", min=1)
     negative_prompt: str | None = flag(None, "what to keep away from")
     lora_scale: float = flag(1.0, "how strongly a LoRA acts; 0 is the model without it, to the last bit")

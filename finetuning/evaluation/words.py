@@ -243,16 +243,19 @@ def _not_kept(report, forgetting, label):
 # -- notes ---------------------------------------------------------------------------------------------------------
 
 NOTHING_MEASURED = (
-    "No metric was measured. What helps: local weights (--clip_model, --lpips_trunk, --inception_weights), a judge of "
-    "your own (--checker), or --retain_dataset, whose denoising loss needs no network"
+    "No metric of the images was measured. What helps: local weights (--clip_model, --lpips_trunk, "
+    "--inception_weights), or a judge of your own (--checker)"
 )
+LOSS_NEEDS_NONE = ". --retain_dataset measures the denoising loss, which needs no network"
 
 
 def notes(report):
     """What a reader has to know before the numbers: the warnings, and what was not measured, as sentences."""
     lines = warning_sentences(all_notes(report, "warnings"))
     lines += [f"{_were_not_measured(report, metrics)}: {why}" for metrics, why in left_out(report)]
-    return lines if report["summary"] else [*lines, NOTHING_MEASURED]
+    if report["summary"]:
+        return lines
+    return [*lines, NOTHING_MEASURED + ("" if (report["forgetting"] or {}).get("kept") else LOSS_NEEDS_NONE)]
 
 
 def left_out(report, tell=short_reasons):

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from finetuning.cli import flag, flags_of
+from finetuning.cli import first_few, flag, flags_of, report
 from finetuning.families.model_args import ModelError
+from finetuning.families.quiet import errors_only
 from finetuning.families.table import family_of
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -90,15 +91,17 @@ def generate(pipeline, prompts: Sequence[str], generators, *, batch_size, size=N
     options |= family.call_options
     sides = dict(zip(("height", "width"), size or (), strict=False))
     negative = options.pop("negative_prompt", None)
+    _tell_of_cut_prompts(pipeline.tokenizer, family.text_length, prompts)
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
         if images is not None:
             options["image"] = images[start : start + batch_size]
         if negative:
             options["negative_prompt"] = [negative] * len(batch)
-        values = pipeline(
-            batch, generator=generators[start : start + len(batch)], output_type="np", **sides, **options
-        ).images  # [n, height, width, 3]
+        with errors_only():  # of what is cut, which stands above
+            values = pipeline(
+                batch, generator=generators[start : start + len(batch)], output_type="np", **sides, **options
+            ).images  # [n, height, width, 3]
         broken = [prompt for prompt, one in zip(batch, values, strict=True) if not np.isfinite(one).all()]
         if broken:
             dtype = str(pipeline.dtype).removeprefix("torch.")
@@ -109,6 +112,15 @@ def generate(pipeline, prompts: Sequence[str], generators, *, batch_size, size=N
             )
             raise ModelError(f"the model generates values that are not finite numbers for {broken[0]!r}: {fix}")
         yield from pipeline.numpy_to_pil(values)
+
+
+def _tell_of_cut_prompts(tokenizer, length, prompts):
+    """Say which prompts are longer than the text encoder reads: the libraries repeat it in each batch."""
+    length = length or tokenizer.model_max_length
+    with errors_only():
+        cut = [prompt for prompt in dict.fromkeys(prompts) if len(tokenizer(prompt).input_ids) > length]
+    if cut:
+        report(f"prompts of which only the first {length} tokens are read ({len(cut)}): {first_few(cut, 2)}")
 
 
 def inference_dtype(name, device):

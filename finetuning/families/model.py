@@ -20,7 +20,7 @@ from finetuning.families.folders import (
     write_scheduler,
 )
 from finetuning.families.model_args import ModelArgs, ModelError, StartArgs, UpscalingArgs
-from finetuning.families.opening import open_source, open_vae
+from finetuning.families.opening import misfits, open_source, open_vae
 from finetuning.families.quiet import errors_only
 from finetuning.families.table import family_of
 from finetuning.files import read_text, writing
@@ -219,13 +219,13 @@ class Model:
         for name, module in self.trained_modules.items():
             path = Path(folder) / name
             if not path.is_dir():
-                raise ModelError(f"{folder} holds no trained {name}: it was made without --train_text_encoder")
-            try:
-                tied = getattr(module, "_tied_weights_keys", None) or {}
-                weights = self._read_weights(name, path)
-                module.load_state_dict(weights | {key: weights[source] for key, source in tied.items()})
-            except RuntimeError as error:  # keys or shapes
-                raise ModelError(f"{path} holds the weights of another {name} than this run's: {error}") from error
+                how = "by train_lora.py" if name == self.family.denoiser else "without --train_text_encoder"
+                raise ModelError(f"{folder} holds no trained {name}: it was made {how}")
+            weights = self._read_weights(name, path)
+            if problems := misfits(module, weights):
+                raise ModelError(f"{path} holds the weights of another {name} than this run's. Tensors: {problems}")
+            tied = getattr(module, "_tied_weights_keys", None) or {}
+            module.load_state_dict(weights | {key: weights[source] for key, source in tied.items()})
         if not ema:
             return None
         return {

@@ -120,20 +120,10 @@ class Source:
         if found.config is None:
             raise ModelError(f"{self.given} has no configuration of its {name}: {self._why_missing()}")
         module = skeleton_of(self.family.by_name[name], found.config)
-        expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-        given = {key: one.shape for key, one in found.tensors.items()}
-        tied = getattr(module, "_tied_weights_keys", None) or ()  # transformers' other names of one tensor
-        missing = [key for key in expected if key not in given and key not in tied]
-        extra = [key for key in given if key not in expected and not KNOWN_EXTRAS.fullmatch(key)]
-        shapes = [f"{key} {list(given[key])} instead of {list(expected[key])}"
-                  for key in expected if key in given and given[key] != expected[key]]  # fmt: skip
-        problems = [f"{len(keys)} {what}: {first_few(keys, 3)}" for keys, what in (
-            (missing, "missing"), (extra, "unknown"), (shapes, "of another shape")) if keys]  # fmt: skip
-        if problems:
+        if problems := misfits(module, found.tensors):
             raise ModelError(
                 f"{self.given}: the weights of its {name} ({first_few(found.files, 1)}) are not those of a "
-                f"{type(module).__name__} as {found.config / 'config.json'} describes it. Tensors that are "
-                + "; ".join(problems)
+                f"{type(module).__name__} as {found.config / 'config.json'} describes it. Tensors that are " + problems
             )
         return module
 
@@ -433,6 +423,19 @@ def skeleton_of(component, folder):
         if component.is_text_encoder:
             return component.cls(component.cls.config_class.from_pretrained(folder))
         return component.cls.from_config(config)
+
+
+def misfits(module, tensors):
+    """Which of {key: tensor or TensorReference} are missing, unknown, or of another shape than a module's: in words."""
+    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    given = {key: tuple(one.shape) for key, one in tensors.items()}
+    tied = getattr(module, "_tied_weights_keys", None) or ()  # transformers' other names of one tensor
+    missing = [key for key in expected if key not in given and key not in tied]
+    extra = [key for key in given if key not in expected and not KNOWN_EXTRAS.fullmatch(key)]
+    shapes = [f"{key} {list(given[key])} instead of {list(expected[key])}"
+              for key in expected if key in given and given[key] != expected[key]]  # fmt: skip
+    return "; ".join(f"{len(keys)} {what}: {first_few(keys, 3)}" for keys, what in (
+        (missing, "missing"), (extra, "unknown"), (shapes, "of another shape")) if keys)  # fmt: skip
 
 
 def _filled(skeleton, tensors, dtype):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from finetuning.cli import flag
+from finetuning.cli import SEEDS, flag
 from finetuning.families.lora_files import Layer
 from finetuning.families.model_args import ModelError
 from finetuning.merging.lora_tools import (
@@ -43,7 +43,7 @@ class CombineArgs(LoraOutputArgs, ScaleArgs, LoraModelArgs):
         None, "share of the numbers that is left, e.g. 0.5", above=0, max=1,
         requires=tuple(f"method={name}" for name in PRUNING),
     )  # fmt: skip
-    seed: int = flag(0, "seed of what dare drops")
+    seed: int = flag(0, "seed of what dare drops", **SEEDS)
 
     def problems(self):
         if len(self.lora) < 2:

@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from finetuning.cli import flag
+from finetuning.cli import SEEDS, flag
 from finetuning.merging.ratios import CURVES
 from finetuning.rng import torch_generator
 
@@ -246,7 +246,7 @@ class MethodArgs:
         requires="method=dare",
     )  # fmt: skip
     curve: str = flag("linear", "bends ratios between 0 and 1, also those of blocks", choices=tuple(CURVES))
-    drop_seed: int = flag(0, "seed of what is dropped", requires="method=dare")
+    drop_seed: int = flag(0, "seed of what is dropped", requires="method=dare", **SEEDS)
 
     def problems(self):
         method = METHODS[self.method]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, flag
+from finetuning.cli import REQUIRED, flag, size_text
 from finetuning.families.folders import (
     components_of_index,
     copy_component,
@@ -281,6 +281,6 @@ def _check_room(matches, base, outputs, args):
     free = shutil.disk_usage(where).free
     if needed > free:
         raise ModelError(
-            f"the results take {needed / 1e9:.1f} GB and {where} has {free / 1e6:,.0f} MB left: free some, choose "
+            f"the results take {size_text(needed)} and {where} has {size_text(free)} left: free some, choose "
             "another --output_dir, fewer ratios, or --dtype fp16"
         )

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, UserError, as_dict, flag, flags_of, flags_without_effect, paths_read
+from finetuning.cli import REQUIRED, SEEDS, UserError, as_dict, flag, flags_of, flags_without_effect, paths_read
 from finetuning.families import generation
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import SCHEDULERS
@@ -47,7 +47,7 @@ class SweepArgs(MixArgs):
         "read)",
     )  # fmt: skip
     prompts_out: list[str] | None = flag(None, "prompts of what was not, which the base can generate; as --prompts_in")
-    seed: list[int] = flag([0], "seeds of the images; each gives every prompt one")
+    seed: list[int] = flag([0], "seeds of the images; each gives every prompt one", **SEEDS)
     guidance_scale: float = flag(7.5, "classifier-free guidance scale; 1 is none")
     num_inference_steps: int = flag(25, "sampling steps", min=1)
     scheduler: str | None = flag("dpm++", "sampler", choices=tuple(SCHEDULERS))

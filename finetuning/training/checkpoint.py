@@ -20,7 +20,15 @@ from pathlib import Path
 import torch
 
 from finetuning.cli import UserError, as_dict, flag, flags_without_effect
-from finetuning.files import BrokenFolder, atomic_folder, check_manifest, remove_leftovers, write_json, writing
+from finetuning.files import (
+    BrokenFolder,
+    atomic_folder,
+    check_manifest,
+    output_problems,
+    remove_leftovers,
+    write_json,
+    writing,
+)
 from finetuning.training.optim import load_optimizer
 
 # 2: crops are drawn apart from the image, and the dropout of adapters once for each step (1: per image and row)
@@ -46,6 +54,10 @@ class CheckpointArgs:
     resume_from_checkpoint: str | None = flag(
         None, '"latest" (the newest complete checkpoint of --output_dir), or a checkpoint folder', affects_result=False
     )
+
+    def problems(self):
+        if self.resume_from_checkpoint not in (None, "latest"):
+            yield from output_problems(self.output_dir, [self.resume_from_checkpoint])
 
 
 def checkpoints_in(folder):

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from finetuning.cli import flag
+from finetuning.data.folders import folder_problems
 from finetuning.data.images import open_rgb
 from finetuning.data.reading import SPLIT_NAMES
 from finetuning.evaluation.checkers import load_checker
@@ -126,8 +127,8 @@ class RetentionArgs:
         if self.evaluate_with == "loss":
             if not self.retain_dataset:
                 yield "--evaluate_with loss needs --retain_dataset, a folder of what should not be forgotten"
-            elif not Path(self.retain_dataset).is_dir():
-                yield f"--retain_dataset {self.retain_dataset}: there is no such folder"
+            else:
+                yield from folder_problems("--retain_dataset", self.retain_dataset)
             return
         if self.retain_dataset:
             yield "--retain_dataset only goes with --evaluate_with loss"

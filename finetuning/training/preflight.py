@@ -6,6 +6,7 @@ import shutil
 
 import torch
 
+from finetuning.cli import size_text
 from finetuning.data.cache import folder_of
 from finetuning.families.model_args import ModelError
 
@@ -48,8 +49,8 @@ def check_before_start(args, run, model, data, encoder):
     free = shutil.disk_usage(_existing(run.output_dir)).free
     if room > free:
         problems.append(
-            f"{(limit or 1) + 1} checkpoints of {needed / 1e9:.1f} GB and the finished result need about "
-            f"{room / 1e9:.1f} GB, and the disk of --output_dir {args.output_dir} has {free / 1e9:.1f} GB left: free "
+            f"{(limit or 1) + 1} checkpoints of {size_text(needed)} and the finished result need about "
+            f"{size_text(room)}, and the disk of --output_dir {args.output_dir} has {size_text(free)} left: free "
             "some, name another folder, or lower --checkpoints_total_limit"
         )
     if not problems:
@@ -64,7 +65,7 @@ def check_before_start(args, run, model, data, encoder):
         f"schedule: {total_steps} steps of {sampler.total_batch_size} rows ({args.train_batch_size} x "
         f"{args.gradient_accumulation_steps} accumulated x {sampler.processes} processes){epochs}\n"
         f"device: {run.device}, activations {run.accelerator.mixed_precision.replace('no', 'fp32')}; "
-        f"a checkpoint takes about {needed / 1e6:.1f} MB"
+        f"a checkpoint takes about {size_text(needed)}"
     )
     if args.aspect_buckets:
         run.say(
@@ -79,7 +80,7 @@ def check_before_start(args, run, model, data, encoder):
     kept = total_steps // args.checkpointing_steps if args.checkpointing_steps and limit is None else 0
     if kept * needed + exported > free:
         run.say(
-            f"{kept} checkpoints would fill the disk ({kept * needed / 1e9:.0f} GB of {free / 1e9:.0f} GB free): "
+            f"{kept} checkpoints would fill the disk ({size_text(kept * needed)} of {size_text(free)} free): "
             "--checkpoints_total_limit 3 keeps the newest three"
         )
 
@@ -108,7 +109,7 @@ def _make_room_for_cache(args, run, encoder, room):
     left = shutil.disk_usage(disk).free - room if os.access(disk, os.W_OK) else 0
     if not needed or not run.any(needed > left):
         return
-    problem = f"{needed / 1e9:.1f} GB are needed in {folder}, and {max(0, left) / 1e9:.1f} GB can be had there"
+    problem = f"{size_text(needed)} are needed in {folder}, and {size_text(max(0, left))} can be had there"
     if args.cache_latents == "on":
         yield f"--cache_latents: {problem}: free some, name another --cache_folder, or leave the flag out"
     else:

@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from finetuning.cli import UserError, as_dict, flag, paths_read
+from finetuning.cli import SEEDS, UserError, as_dict, flag, paths_read
 from finetuning.files import output_problems, write_json, write_text, writing
 from finetuning.training.checkpoint import seed_of_resumed_run
 
 TRACKERS = ("tensorboard", "wandb", "all", "none")
 
 # What accelerate would read besides the flags, and what would change the result without a word
+PRECISIONS = ("no", "fp16", "bf16")
+WAYS_NOT_TAKEN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 ENVIRONMENT_OF_OTHERS = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
 
 
@@ -35,11 +37,11 @@ class RunArgs:
     max_train_steps: int | None = flag(None, "optimizer steps in all, exactly, those before a resume included", min=1)
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", min=1)
     seed: int | None = flag(
-        None, "seed of everything random; none: chosen once, written to args.json and kept on resume"
+        None, "seed of everything random; none: chosen once, written to args.json and kept on resume", **SEEDS
     )
     mixed_precision: str | None = flag(
         None, "precision of activations; none: what `accelerate launch` or accelerate_config.yaml says",
-        choices=("no", "fp16", "bf16"),
+        choices=PRECISIONS,
     )  # fmt: skip
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere GPUs and later: faster, a little less exact")
     report_to: str = flag("tensorboard", "where logs go besides metrics.jsonl", choices=TRACKERS, affects_result=False)
@@ -75,6 +77,11 @@ class Run:
         # A shell starts what it puts in the background with Ctrl-C ignored: until `begin`, it ends the process.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        unknown = [f"{name}=true" for name in WAYS_NOT_TAKEN if parse_flag_from_env(name)]
+        unknown += [f"ACCELERATE_MIXED_PRECISION={wanted}"] if wanted not in PRECISIONS else []
+        if unknown:
+            raise UserError(f"accelerate asks for what is not done here: {', '.join(unknown)}. Set it up without, by "
+                            "`accelerate config`, or launch with this project's accelerate_config.yaml")  # fmt: skip
         # Asked here first, accelerate would keep the answer: it has to hear of --cpu and use_cpu now.
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
         _check_processes(state)
@@ -128,7 +135,15 @@ class Run:
             self._forget_metrics_after(first_step)
         if self.args.report_to != "none":
             plain = {k: v for k, v in as_dict(self.args).items() if isinstance(v, int | float | str)}
-            self.accelerator.init_trackers(self.args.tracker_project_name, {**plain, "hub_token": ""})
+            try:
+                self.accelerator.init_trackers(self.args.tracker_project_name, {**plain, "hub_token": ""})
+            except OSError:  # of the disk
+                raise
+            except Exception as error:  # each service has its own: no key, no network, no right to the project
+                raise UserError(
+                    f"--report_to {self.args.report_to} cannot start: {error}. Log in to the service (`wandb login`), "
+                    "or choose another; metrics.jsonl is written anyway"
+                ) from error
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self.bar = tqdm(

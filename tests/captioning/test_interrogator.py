@@ -88,11 +88,14 @@ def test_a_term_is_said_once_whatever_letters_it_is_of(clip_folder, tmp_path, im
     assert interrogator(images, [f"a dog, {term}"] * 4) == [f"a dog, {term}"] * 4
 
 
-def test_problems_are_named(tmp_path, tiny_captioner):
+def test_problems_are_named(tmp_path, tiny_captioner, problems_of):
     (problem,) = InterrogatorArgs(terms=str(tmp_path)).problems()
     assert "--terms" in problem
     with pytest.raises(ModelError, match="is a git model, not clip"):
         Interrogator(InterrogatorArgs(str(tiny_captioner("git"))), *CPU)
+    (tmp_path / "terms.txt").write_bytes(b"gr\xf6\xdfer")
+    (problem,) = problems_of(InterrogatorArgs, terms=tmp_path)
+    assert "terms.txt is not UTF-8" in problem
 
 
 @pytest.fixture

@@ -329,7 +329,7 @@ def test_an_image_is_decoded_once(tmp_path, monkeypatch):
 def test_a_dataset_that_datasets_wrote_has_to_be_converted(tmp_path):
     table = Dataset.from_dict({"image": [photo(0)], "text": ["a room"]})
     table.save_to_disk(tmp_path / "saved")
-    with pytest.raises(DatasetError, match="convert it to an image folder"):
+    with pytest.raises(DatasetError, match="convert hub"):
         examined(tmp_path / "saved")
 
 

@@ -46,6 +46,9 @@ def test_a_pattern_names_shards(tmp_path, shards, write_shards):
     assert captions(shards(tmp_path / "{00000..00002}.tar")) == [name for name in NAMES if name[0] != "3"]
     with pytest.raises(DatasetError, match=r"00004\.tar"):
         shards(tmp_path / "{00003..00004}.tar")
+    (tmp_path / "set.zip").write_bytes(b"PK")
+    with pytest.raises(DatasetError, match="unpack it"):
+        shards(tmp_path / "set.zip")
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])

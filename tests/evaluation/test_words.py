@@ -292,6 +292,9 @@ def test_where_nothing_was_measured_it_says_what_helps(report):
     (line,) = notes(report)
     for flag in ("--clip_model", "--checker", "--retain_dataset"):
         assert flag in line
+    report["forgetting"] = {"kept": {"tuned": around(0.35, 0.2)}}
+    (line,) = notes(report)
+    assert "--checker" in line and "--retain_dataset" not in line
 
 
 @pytest.mark.parametrize("code", [*WARNINGS, *REASONS])

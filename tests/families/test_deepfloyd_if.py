@@ -4,6 +4,7 @@ import copy
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 import evaluate_model
 import generate_images
 from finetuning.families.deepfloyd_if import downscaled
-from finetuning.families.generation import UpscalerArgs, generate, upscale
+from finetuning.families.generation import UpscalerArgs, back_projected, generate, upscale
 from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs, ModelError, UpscalingArgs
 from finetuning.families.pipelines import SCHEDULERS, open_pipeline
@@ -216,3 +217,17 @@ def test_a_chain_is_evaluated_beside_its_base_at_both_sizes(folders, shapes_fold
     assert report["models"][1]["source"] == f"{folders['base']}, enlarged by {folders['upscaler']}"
     sizes = {label: Image.open(tmp_path / "report" / path).size for label, path in report["rows"][0]["images"].items()}
     assert sizes == {"base": (16, 16), "chained": (32, 32)}
+
+
+def test_back_projection_brings_the_reduction_of_an_enlarged_image_nearer_to_the_small_one():
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8))
+    large = small.resize((64, 48), Image.Resampling.NEAREST)
+
+    def distance(image):
+        reduced = np.asarray(image.resize(small.size, Image.Resampling.BICUBIC), float)
+        return np.abs(reduced - np.asarray(small, float)).mean()
+
+    assert back_projected(large, small, 0) is large
+    none, one, many = (distance(back_projected(large, small, times)) for times in (0, 1, 5))
+    assert many < one < none
+    assert back_projected(large, small, 1).size == large.size

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
+from finetuning.cli import UserError
 from finetuning.families.model import Model, load_model
 from finetuning.families.model_args import ModelArgs, ModelError, StartArgs
 from finetuning.families.pipelines import open_pipeline
@@ -280,6 +281,12 @@ def test_flags_that_cannot_be_followed_are_named(flags, names, tiny_model):
     assert [name for name in names if name not in str(caught.value)] == []
 
 
+def test_a_configuration_that_is_not_utf_8_is_named(tiny_model, tmp_path):
+    (tmp_path / "unet.yaml").write_text("{layers_per_block: 1}  # größer", encoding="latin-1")
+    with pytest.raises(UserError, match=r"unet\.yaml is not UTF-8"):
+        load(tiny_model, from_scratch=True, unet_config=str(tmp_path / "unet.yaml"))
+
+
 class Bomb:
     """What runs where a pickle is opened."""
 
@@ -358,7 +365,13 @@ def test_a_checkpoint_without_the_text_encoder_is_named(tiny_model, output):
 
 def test_a_checkpoint_of_another_unet_is_named(tiny_model, output):
     load(tiny_model, from_scratch=True, unet_config="{layers_per_block: 2}").save_trained(output)
-    with pytest.raises(ModelError, match="unet"):
+    with pytest.raises(ModelError, match=r"unet.*unknown.*of another shape") as caught:
+        load(tiny_model).load_trained(output, ema=False)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_checkpoint_of_adapters_is_named(tiny_model, output):
+    with pytest.raises(ModelError, match="no trained unet: it was made by train_lora"):
         load(tiny_model).load_trained(output, ema=False)
 
 

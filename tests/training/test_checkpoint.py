@@ -229,6 +229,18 @@ def test_a_named_checkpoint_may_be_a_path_and_one_that_is_not_there_lists_those_
         start(resume_from_checkpoint="checkpoint-99").resume(100)
 
 
+@pytest.mark.parametrize(("resumed", "refused"), [("run/checkpoint-1", True), ("run", True), ("other", False)])
+def test_a_checkpoint_that_is_read_is_not_written_into(resumed, refused, tmp_path, problems_of):
+    output = tmp_path / "run/checkpoint-1/new"
+    (tmp_path / "other").mkdir()
+    output.mkdir(parents=True)
+    found = problems_of(Args, output_dir=output, resume_from_checkpoint=tmp_path / resumed)
+    assert [problem.startswith(f"--output_dir {output} lies in") for problem in found] == [True] * refused
+    (output / "checkpoint-2").mkdir()
+    assert problems_of(Args, output_dir=output, resume_from_checkpoint=output / "checkpoint-2") == []
+    assert problems_of(Args, output_dir=output, resume_from_checkpoint="latest") == []
+
+
 def test_an_older_one_sets_the_later_ones_aside(left, start):
     """Else latest would go back to the branch that was left, and the limit would delete the new checkpoints first."""
     folder = left(1, 2, 3).folder

@@ -111,6 +111,16 @@ def test_what_accelerate_reads_besides_the_flags_does_not_change_them(start, mon
     assert start().accelerator.gradient_accumulation_steps == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ACCELERATE_USE_DEEPSPEED", "true"), ("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_MIXED_PRECISION", "fp8")],
+)
+def test_what_accelerate_is_set_to_and_is_not_done_here_is_named(name, value, start, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"{name}.*accelerate config"):
+        start()
+
+
 def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--num_processes"):
@@ -161,6 +171,16 @@ def test_nothing_of_the_token_reaches_the_trackers(start):
     run.finish()
     logs = [path for path in (run.output_dir / "logs").rglob("*") if path.is_file()]
     assert logs and not any(b"hf_secret" in path.read_bytes() for path in logs)
+
+
+def test_a_tracker_that_cannot_start_is_named(start, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no API key")  # wandb's errors are of its own class
+
+    run = start(report_to="tensorboard")
+    monkeypatch.setattr(run.accelerator, "init_trackers", refuse)
+    with pytest.raises(UserError, match="--report_to tensorboard cannot start: no API key"):
+        run.begin(0, 10)
 
 
 # -- signals ---------------------------------------------------------------------------------------------------------
