@@ -23,16 +23,8 @@ from tqdm.auto import tqdm
 from finetuning.cli import REQUIRED, SEEDS, flag, paths_read, run_script
 from finetuning.data.findings import counted
 from finetuning.evaluation.grid import labelled_grid
-from finetuning.families.generation import (
-    DTYPES,
-    UpscalerArgs,
-    generate,
-    inference_dtype,
-    parse_size,
-    size_problems,
-    upscale,
-    upscaling_facts,
-)
+from finetuning.families import generation
+from finetuning.families.generation import DTYPES, UpscalerArgs, parse_size
 from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
 from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
 from finetuning.families.table import family_of
@@ -59,16 +51,11 @@ class Args(UpscalerArgs):
     size: str | None = flag(None, "side in pixels, or HEIGHTxWIDTH (none: the model's own)")
     negative_prompt: str | None = flag(None, "what to keep away from")
     weights: str = flag("ema", "which weights of a run or checkpoint", choices=("ema", "raw"))
-    base: str | None = flag(
-        None, "the rest of the model for checkpoint folders (none: what the run started from)", reads=True
-    )
+    base: str | None = flag(None, "the rest of the model for checkpoint folders (none: their run's base)", reads=True)
     vae: str | None = flag(None, "another autoencoder, e.g. stabilityai/sd-vae-ft-mse", reads=True)
     dtype: str | None = flag(None, "none: fp16 on a GPU, fp32 without", choices=tuple(DTYPES))
     batch_size: int = flag(4, "images generated together", min=1)
-    upscaler: str | None = flag(
-        None, "upscaler that every image goes through: a pipeline of DeepFloyd IF's kind, or a checkpoint-N of one",
-        reads=True,
-    )  # fmt: skip
+    upscaler: str | None = flag(None, "upscaler that every image goes through (docs/pixel_space.md)", reads=True)
     grid_scale: int = flag(160, "enlarge images in the grid to about this side, where they are smaller")
 
     def problems(self):
@@ -78,7 +65,7 @@ class Args(UpscalerArgs):
             yield f"--prompts_file {self.prompts_file}: there is no such file"
         elif self.prompts_file and not self.all_prompts():
             yield f"--prompts_file {self.prompts_file} has no prompts in it"
-        yield from size_problems(self.size)
+        yield from generation.size_problems(self.size)
         inputs = [*paths_read(self), *(ModelSource.parse(text).path for text in [*self.model, *(self.lora or [])])]
         yield from output_problems(self.output_dir, inputs)
         for name, paths in (("model", self.model), ("lora", self.lora or [])):
@@ -130,7 +117,7 @@ def generate_all(args):
     from accelerate import PartialState
 
     device, folder, prompts = PartialState().device, Path(args.output_dir), args.all_prompts()
-    dtype_name, dtype = inference_dtype(args.dtype, device)
+    dtype_name, dtype = generation.inference_dtype(args.dtype, device)
     folder.mkdir(parents=True, exist_ok=True)
     sources = [ModelSource.parse(text) for text in args.model]
     loras = [ModelSource.parse(text) for text in args.lora or []]
@@ -150,7 +137,7 @@ def generate_all(args):
             pipeline = open_pipeline(source.path, vae=args.vae, **opening)
             for (lora, scale), (guidance, steps) in product_of_loras(pipeline, source, loras, args, settings):
                 column = Column(source, lora, scale, guidance, steps)
-                made = generate(
+                made = generation.generate(
                     pipeline, [prompt for prompt, _ in rows], [torch_generator(seed, "picture") for _, seed in rows],
                     batch_size=args.batch_size, size=parse_size(args.size), negative_prompt=args.negative_prompt,
                     guidance_scale=guidance, num_inference_steps=steps,
@@ -158,14 +145,14 @@ def generate_all(args):
                 if upscaler:
                     seeds = [torch_generator(seed, "upscaled") for _, seed in rows]
                     texts = [prompt for prompt, _ in rows]
-                    made = upscale(upscaler, list(made), texts, seeds, args, args.batch_size)
+                    made = generation.upscale(upscaler, list(made), texts, seeds, args, args.batch_size)
                 for (prompt, seed), image in zip(rows, made, strict=True):
                     file = f"{prompts.index(prompt):03d}_{file_name(prompt, seed, column, *names)}"
                     write_image(folder / file, image)
                     images[prompt, seed, column] = image
                     record = {"prompt": prompt, "seed": seed, **column.facts(), "weights": args.weights}
                     record |= {"scheduler": args.scheduler, "vae": args.vae, "negative_prompt": args.negative_prompt}
-                    record |= upscaling_facts(args, args.upscaler)
+                    record |= generation.upscaling_facts(args, args.upscaler)
                     records.append(record | {"dtype": dtype_name, "size": list(image.size), "file": file})
                     bar.update()
             del pipeline  # before the next one opens

@@ -8,6 +8,7 @@ import pytest
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "experiments/**/*.md", "benchmarks/**/*.md", "datasets/README.md")
 # Of other programs, and of scripts whose flags docs/flags.md does not list
 OTHERS = {"--config", "--config_file", "--exclude", "--help", "--quiet", "--cpu", "--num_processes", "--logdir"}
+OTHERS |= {"--preset", "--unet", "--text"}  # of models/make_start.py
 
 
 def pages(root):

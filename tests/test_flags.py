@@ -30,8 +30,12 @@ def test_flags_name_each_other_as_they_are_called(all_flags):
         for flag in flags.values():
             for other in (*flag.requires, *flag.conflicts):
                 name, _, value = other.partition("=")
-                if name not in flags or (value and flags[name].allowed and value not in flags[name].allowed):
+                if name in flags and value and flags[name].allowed and value not in flags[name].allowed:
                     wrong.append((script, flag.name, other))
+            wrong += [(script, flag.name, other) for other in flag.conflicts if other not in flags]
+            # Of several of which one suffices, a script may lack some
+            if flag.requires and not any(other.partition("=")[0] in flags for other in flag.requires):
+                wrong.append((script, flag.name, flag.requires))
             wrong += [(script, flag.name, older) for older in flag.was if older in flags]
     assert not wrong
 

@@ -168,7 +168,7 @@ def test_other_shards_on_resume_are_named(script, training, arguments, samples, 
 @FULL
 def test_rows_that_break_a_step_are_named(script, training, arguments, samples, shards, tmp_path, capfd):
     tars(shards, samples)
-    assert training.run(script, arguments, tmp_path, "--learning_rate", "1e30", "--max_grad_norm", 0) == 1
+    assert training.run(script, arguments, tmp_path / "run", "--learning_rate", "1e30", "--max_grad_norm", 0) == 1
     said = capfd.readouterr().err
     assert said.split("error: ")[1].count(".tar/") == 4
 

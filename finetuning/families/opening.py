@@ -166,7 +166,7 @@ class Source:
         if self.warnings and self.kind == "checkpoint":
             return self.warnings[0]
         if self.kind == "pipeline":
-            return "it cannot be used as it is"
+            return f"a {self.class_name} cannot be used without it"
         return "name the pipeline that goes with it (--base; --layout_from of a merge)"
 
 

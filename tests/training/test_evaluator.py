@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers.image_processor import VaeImageProcessor
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from finetuning.data.buckets import BucketArgs
@@ -22,6 +22,7 @@ from finetuning.evaluation import denoising, networks
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs
+from finetuning.families.table import DEFAULT_FAMILY, FAMILIES
 from finetuning.rng import gaussian
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import single_scenes
@@ -385,10 +386,21 @@ def test_an_image_that_is_not_finite_is_told_and_the_training_goes_on(build, mod
     assert not list(tmp_path.rglob("*.png"))
 
 
+class Words:
+    """A tokenizer."""
+
+    model_max_length = 77
+
+    def __call__(self, text):
+        return SimpleNamespace(input_ids=text.split())
+
+
 class Painter:
     """A model whose pipeline shows what a caption asks for, in `style`; the last `wrong` images show a square."""
 
-    image_processor = VaeImageProcessor()
+    numpy_to_pil = staticmethod(DiffusionPipeline.numpy_to_pil)
+    loaded = nullcontext
+    tokenizer = Words()
 
     def __init__(self, scenes):
         self.scenes, self.style, self.wrong, self.calls = {scene.caption: scene for scene in scenes}, "filled", 0, []
@@ -410,7 +422,8 @@ CIRCLES = [scene for scene in single_scenes() if scene.things[0].shape == "circl
 
 
 @pytest.fixture
-def painter():
+def painter(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "Painter", DEFAULT_FAMILY)
     return Painter(CIRCLES)
 
 
