@@ -37,7 +37,7 @@ class CandidateArgs:
     dtype: str | None = flag(None, "none: fp16 on a GPU, fp32 without", choices=tuple(DTYPES))
 
     def problems(self):
-        if halves := [text for text in self.chain or [] if text.count(",") != 1]:
+        if halves := [text for text in self.chain or [] if ModelSource.parse(text).path.count(",") != 1]:
             yield f"--chain {halves[0]} must be label=MODEL,UPSCALER"
             return
         labels = [one.label for one in [*self.candidates, *self.ready]]

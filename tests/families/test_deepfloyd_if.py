@@ -205,18 +205,19 @@ def test_every_image_goes_through_the_upscaler(folders, tmp_path, capsys):
 def test_a_chain_is_evaluated_beside_its_base_at_both_sizes(folders, shapes_folder, tmp_path):
     words = f"""
         --dataset {shapes_folder} --split validation --max_rows 2 --model base={folders["base"]} --no-noise_floor
-        --chain chained={folders["base"]},{folders["upscaler"]} --checker finetuning.shapes.checker --upscaler_steps 2
+        --checker finetuning.shapes.checker --upscaler_steps 2
         --num_inference_steps 2 --general_prompts none --metrics shapes --resolutions 16 32
         --output_dir {tmp_path / "report"}
     """.split()
+    words += ["--chain", f"base, chained={folders['base']},{folders['upscaler']}"]
     assert evaluate_model.main(words) == 0
     report = json.loads((tmp_path / "report/report.json").read_text())
     assert {side: list(found) for side, found in report["summary"]["shapes"].items()} == {
-        "16": ["base", "chained"], "32": ["base", "chained"],
+        "16": ["base", "base, chained"], "32": ["base", "base, chained"],
     }  # fmt: skip
     assert report["models"][1]["source"] == f"{folders['base']}, enlarged by {folders['upscaler']}"
     sizes = {label: Image.open(tmp_path / "report" / path).size for label, path in report["rows"][0]["images"].items()}
-    assert sizes == {"base": (16, 16), "chained": (32, 32)}
+    assert sizes == {"base": (16, 16), "base, chained": (32, 32)}
 
 
 def test_back_projection_brings_the_reduction_of_an_enlarged_image_nearer_to_the_small_one():
