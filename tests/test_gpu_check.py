@@ -4,6 +4,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.run
+
 
 def test_a_case_is_run_and_written_down(root, tmp_path):
     command = [sys.executable, "benchmarks/gpu/run.py", "--small", "--only", "full-1", "--output", str(tmp_path)]

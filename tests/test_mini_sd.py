@@ -9,6 +9,8 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from finetuning.families.pipelines import open_pipeline
 from models.measure_mini_sd import generate, held_out_scenes, score, table
 
+pytestmark = pytest.mark.run
+
 
 @pytest.fixture(scope="module", params=["mini-sd", "mini-sdxl"])
 def folder(root, request):

@@ -11,6 +11,8 @@ from torchvision.transforms import InterpolationMode
 from finetuning.data.transforms import INTERPOLATIONS
 from finetuning.training.optim import SCHEDULES
 
+pytestmark = pytest.mark.run
+
 SLOW = (
     "accelerate", "bitsandbytes", "datasets", "diffusers", "huggingface_hub", "jinja2", "matplotlib", "peft", "pyarrow",
     "scipy", "sklearn", "sympy", "tensorboard", "torchvision", "transformers",

@@ -17,6 +17,8 @@ from torch_fidelity import feature_extractor_inceptionv3 as torch_fidelity_incep
 from finetuning.evaluation.generation import Row
 from finetuning.evaluation.measuring import EvalNetworkArgs, measure, open_networks, summarise
 
+pytestmark = pytest.mark.run
+
 COUNT, SIDE = 8, 64
 SAME = pytest.approx
 
