@@ -1,6 +1,7 @@
 """The noise schedule: how much signal and noise a timestep has, and what the denoiser has to answer there."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -47,6 +48,19 @@ class NoiseSchedule:
         if self.prediction_type == "v_prediction":
             return signal * noisy - sigma * answer
         return (noisy - sigma * answer) / signal
+
+    @cached_property
+    def steps_back(self):
+        """Of q(x_t-1 | x_t, x_0) at each timestep: log beta~ and log beta, between which its variance lies, and what
+        its mean takes of x_0 and of x_t (arXiv 2102.09672, eq. 10 and 11): fp32 [4, timesteps, 1, 1, 1]."""
+        now = self.alpha_bar.double()
+        before = torch.cat([torch.ones(1, dtype=now.dtype), now[:-1]])
+        beta = 1 - now / before
+        small = beta * (1 - before) / (1 - now)
+        small[0] = small[1]  # 0 at the first step, whose logarithm there is not
+        of_original = beta * before.sqrt() / (1 - now)
+        of_noisy = (now / before).sqrt() * (1 - before) / (1 - now)
+        return torch.stack([small.log(), beta.log(), of_original, of_noisy]).float().view(4, -1, 1, 1, 1)
 
     def signal_to_noise(self, timesteps):
         """alpha_bar / (1 - alpha_bar), [batch]."""

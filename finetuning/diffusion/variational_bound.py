@@ -16,7 +16,7 @@ def bound_term(schedule, original, noisy, answer, variance, timesteps):
 
     No gradient goes to `answer`: the bound teaches the variance alone (section 4).
     """
-    log_small, log_large, of_original, of_noisy = (one[timesteps] for one in _steps_back(schedule, timesteps.device))
+    log_small, log_large, of_original, of_noisy = schedule.steps_back.to(timesteps.device)[:, timesteps]
     log_variance = log_small + (variance + 1) / 2 * (log_large - log_small)
     mean = lambda found: of_original * found + of_noisy * noisy
     truth, predicted = mean(original), mean(schedule.original(noisy, answer.detach(), timesteps))
@@ -30,18 +30,6 @@ def bound_term(schedule, original, noisy, answer, variance, timesteps):
     first = -_log_likelihood(original, predicted, (0.5 * log_variance).exp())
     is_first = (timesteps == 0).view(-1, 1, 1, 1)
     return torch.where(is_first, first, divergence).flatten(1).mean(1) / math.log(2)
-
-
-def _steps_back(schedule, device):
-    """log beta~, log beta, and what the mean of q(x_t-1 | x_t, x_0) takes of x_0 and x_t: [timesteps, 1, 1, 1] each."""
-    now = schedule.alpha_bar.double()
-    before = torch.cat([torch.ones(1, dtype=now.dtype), now[:-1]])
-    beta = 1 - now / before
-    small = beta * (1 - before) / (1 - now)
-    small[0] = small[1]  # 0 at the first step, whose logarithm there is not
-    of_original = beta * before.sqrt() / (1 - now)
-    of_noisy = (now / before).sqrt() * (1 - before) / (1 - now)
-    return [one.float().view(-1, 1, 1, 1).to(device) for one in (small.log(), beta.log(), of_original, of_noisy)]
 
 
 def _log_likelihood(original, mean, deviation):

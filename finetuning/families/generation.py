@@ -47,7 +47,8 @@ def upscale(pipeline, images, prompts, generators, args: UpscalerArgs, batch_siz
     images, prompts, generators  lists as long as each other; the images of one size
     """
     width, height = images[0].size
-    factor = family_of(pipeline).side(family_of(pipeline).components_of(pipeline)) / max(width, height)
+    family = family_of(pipeline)
+    factor = family.side(family.components_of(pipeline)) / max(width, height)
     pipeline.scheduler.init_noise_sigma = args.upsample_temperature
     made = generate(
         pipeline, prompts, generators, images=images, batch_size=batch_size,

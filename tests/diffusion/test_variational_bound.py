@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 
 from finetuning.diffusion.objective import VLB_WEIGHT, NoiseArgs, NoiseDraws, diffusion_loss
 from finetuning.diffusion.schedule import NoiseSchedule
-from finetuning.diffusion.variational_bound import _steps_back, bound_term
+from finetuning.diffusion.variational_bound import bound_term
 
 SCHEDULERS = {
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
@@ -75,7 +75,7 @@ def test_the_term_is_the_papers(scheduler, images, t):
 
 
 def test_its_variances_are_those_of_the_sampler(scheduler):
-    log_small, log_large, *_ = (one.flatten() for one in _steps_back(NoiseSchedule.of(scheduler), "cpu"))
+    log_small, log_large, *_ = NoiseSchedule.of(scheduler).steps_back.flatten(1)
     for t in (2, 500, 998):
         for v, ours in ((-1.0, log_small[t]), (1.0, log_large[t])):
             theirs = scheduler._get_variance(t, predicted_variance=torch.tensor(v))  # a logarithm

@@ -156,6 +156,24 @@ def test_every_sampler_generates(folder, kind, scheduler):
     assert image.size == (32, 16)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"upsample_temperature": 0.5}, {"upscaler_noise_level": 400}, {"upscaler_guidance_scale": 9.0},
+        {"upscaler_steps": 4}, {"back_projections": 1},
+    ],
+)  # fmt: skip
+def test_every_flag_of_an_upscaler_changes_its_image(folders, changed):
+    pipeline, small = open_pipeline(folders["upscaler"]), [Image.new("RGB", (8, 8), "red")]
+
+    def image(**flags):
+        args, generators = UpscalerArgs(**{"upscaler_steps": 2} | flags), [torch.Generator().manual_seed(0)]
+        return next(upscale(pipeline, small, ["a red circle"], generators, args, 1)).tobytes()
+
+    assert image() == image() != image(**changed)
+    assert image() == image(upsample_temperature=1.0)  # nothing of the other settings stays in the pipeline
+
+
 def test_an_upscaler_alone_generates_nothing(folders, tmp_path, capsys):
     words = ["--model", str(folders["upscaler"]), "--prompt", "x", "--output_dir", str(tmp_path / "out")]
     assert generate_images.main(words) == 1
