@@ -108,7 +108,7 @@ def test_scripts_never_import_each_other_and_nothing_imports_the_toy_world(root)
 def test_the_maths_needs_torch_only(root):
     for path in sources(root, "finetuning/diffusion/*.py"):
         tops = {name.split(".")[0] for name in imports(path)}
-        assert tops <= {"dataclasses", "torch", "finetuning", "math"}, path
+        assert tops <= {"dataclasses", "functools", "torch", "finetuning", "math"}, path
 
 
 def test_accelerate_appears_only_where_a_run_is_set_up(root):
