@@ -210,10 +210,11 @@ command_line generate_images.py "${GENERATE[@]}" --guidance_scale "$GUIDANCE" --
 if [ -z "$DATASET_NAME" ]; then
   EVALUATE=(--model "original=$MODEL_NAME" "${TUNED[@]}" --dataset "$TRAIN_DIR")
   # One image has no interval: then the images that were trained on have to do
-  HELD_OUT=$({ find "$TRAIN_DIR/validation" -type f ! -name 'metadata.*' 2>/dev/null || :; } | wc -l)
-  if [ "$HELD_OUT" -ge 2 ]; then
+  held_out='validation\|valid\|val\|eval\|dev'
+  images_in() { { cd "$TRAIN_DIR" && find . -type f -iregex "\./\($1\)/.*" ! -name 'metadata.*'; } 2>/dev/null | wc -l; }
+  if [ "$(images_in "$held_out")" -ge 2 ]; then
     EVALUATE+=(--split validation)
-  elif [ -d "$TRAIN_DIR/train" ]; then EVALUATE+=(--split train); fi
+  elif [ "$(images_in "train\|training\|test\|testing\|$held_out")" -ge 1 ]; then EVALUATE+=(--split train); fi
   if [ "$TRAIN_DIR" = datasets/chalk ]; then
     EVALUATE+=(--general_prompts datasets/left_out_of_chalk.txt --checker finetuning.shapes.checker)
   fi

@@ -26,7 +26,7 @@ from finetuning.evaluation.grid import labelled_grid
 from finetuning.families import generation
 from finetuning.families.generation import DTYPES, UpscalerArgs, parse_size
 from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
-from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
+from finetuning.families.pipelines import SCHEDULERS, ModelSource, check_models, open_pipeline
 from finetuning.families.table import family_of
 from finetuning.files import file_names, output_problems, read_text, write_image, write_json
 from finetuning.rng import torch_generator
@@ -131,6 +131,7 @@ def generate_all(args):
     images, records = {}, []
     opening = {"weights": args.weights, "base": args.base, "scheduler": args.scheduler}
     opening |= {"device": device, "dtype": dtype}
+    check_models([one.path for one in sources], [one.path for one in loras], weights=args.weights, base=args.base)
     upscaler = open_pipeline(args.upscaler, **opening) if args.upscaler else None
     with tqdm(total=len(rows) * len(columns), unit="image") as bar:
         for source in sources:
@@ -144,8 +145,7 @@ def generate_all(args):
                 )  # fmt: skip
                 if upscaler:
                     seeds = [torch_generator(seed, "upscaled") for _, seed in rows]
-                    texts = [prompt for prompt, _ in rows]
-                    made = generation.upscale(upscaler, list(made), texts, seeds, args, args.batch_size)
+                    made = generation.upscale(upscaler, list(made), [p for p, _ in rows], seeds, args, args.batch_size)
                 for (prompt, seed), image in zip(rows, made, strict=True):
                     file = f"{prompts.index(prompt):03d}_{file_name(prompt, seed, column, *names)}"
                     write_image(folder / file, image)

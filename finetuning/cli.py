@@ -557,6 +557,8 @@ def _convert_one(raw, flag, kind, whole):
         raise wrong("must be text: put it in quotes")
     else:
         value = str(raw)
+        if not value and (flag.required or flag.reads or flag.default):  # of a shell's variable that is not set
+            raise wrong("must not be empty", '""')
     if flag.choices and value not in flag.allowed:
         near = difflib.get_close_matches(str(value), [str(choice) for choice in flag.allowed], n=1)
         hint = f"; did you mean {near[0]}?" if near and len(flag.allowed) > 5 else ""

@@ -458,6 +458,12 @@ def test_config_values_of_the_wrong_type_are_named(config, line, problem):
     assert wrong(*config(line + "\n")) == [problem]
 
 
+def test_a_path_that_is_required_is_not_empty():
+    """A shell's variable that is not set."""
+    assert read(Args, "", ["--folder", ""])[1] == ['--folder "" must not be empty']
+    assert good("--note", "").note == ""
+
+
 def test_written_arguments_can_be_read_back(tmp_path):
     first = good("--resolution", "64", "--note", "größer", "--no-shuffle", "--columns", "a", "b")
     write_json(tmp_path / "args.json", as_dict(first))

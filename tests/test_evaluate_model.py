@@ -423,14 +423,27 @@ def test_a_label_that_names_no_folder_is_refused(label, evaluate, tiny_model, tm
 
 def test_an_unreadable_image_and_a_missing_model_are_named(evaluate, shapes_folder, tmp_path, calls, capsys):
     assert evaluate(tmp_path / "out", "--model", f"none={tmp_path / 'none'}", "--metrics", "shapes") == 1
-    assert str(tmp_path / "none") in capsys.readouterr().err
+    assert str(tmp_path / "none") in capsys.readouterr().err and not calls
     dataset = tmp_path / "dataset"
     shutil.copytree(shapes_folder, dataset)
     broken = sorted((dataset / "validation").glob("*.png"))[1]
     broken.write_bytes(b"not an image")
-    calls.clear()
     assert evaluate(tmp_path / "out2", "--dataset", dataset) == 1
     assert broken.name in capsys.readouterr().err and not calls
+
+
+def test_one_row_is_too_few_for_a_loss_and_said_before_anything_is_generated(
+    evaluate, tiny_model, shapes_folder, tmp_path, calls, capsys
+):
+    retain = tmp_path / "retain"
+    shutil.copytree(shapes_folder, retain)
+    line, _ = (retain / "validation/metadata.jsonl").read_text().split("\n", 1)
+    (retain / "validation/metadata.jsonl").write_text(line + "\n")
+    for image in sorted((retain / "validation").glob("*.png")):
+        if image.name not in line:
+            image.unlink()
+    assert evaluate(tmp_path / "out", "--model", tiny_model, "--retain_dataset", retain) == 1
+    assert "has 1 row: an interval needs at least 2" in capsys.readouterr().err and not calls
 
 
 def test_a_user_types_it(run_script, tiny_model, tuned, shapes_folder, tmp_path):

@@ -245,9 +245,25 @@ def test_the_printed_commands_survive_spaces_and_quotes(root, tmp_path):
     assert evaluate[evaluate.index("--dataset") + 1] == str(images)
     assert evaluate[evaluate.index("--split") + 1] == "validation"
     assert merge[merge.index("--output_dir") + 1] == f"{output}-merged"
-    (images / "validation/two.png").unlink()  # one image has no interval
-    printed = finetune(root, PRESET="sd15-t4", TRAIN_DIR=images, OUTPUT_DIR=output, LAUNCH="true").stdout
-    assert "evaluate_model.py" in printed and "--split" not in printed
+
+
+@pytest.mark.parametrize(
+    ("images", "split"),
+    [
+        (["validation/1.png", "validation/2.png"], "--split validation"),
+        (["Val/1.png", "Val/below/2.png", "train/3.png"], "--split validation"),
+        (["val/1.png", "val/metadata.jsonl", "training/2.png"], "--split train"),  # one image has no interval
+        (["1.png", "dev/2.png"], "--split train"),
+        (["1.png", "my val/2.png", "my val/3.png"], ""),
+    ],
+)
+def test_the_printed_evaluation_names_a_split_that_is_there(root, tmp_path, images, split):
+    for name in images:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    printed = finetune(root, PRESET="sd15-t4", TRAIN_DIR=tmp_path, OUTPUT_DIR=tmp_path / "out", LAUNCH="true").stdout
+    (line,) = [line for line in printed.splitlines() if "evaluate_model.py" in line]
+    assert (split in line) if split else ("--split" not in line)
 
 
 def test_a_failure_ends_with_our_message_and_not_with_the_launchers(root, tiny_model, tmp_path):

@@ -7,11 +7,14 @@ Hugging Face `datasets` refuses some layouts that people really have (absolute f
 import csv
 import json
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
+from urllib.parse import unquote
 
+from finetuning.cli import first_few
 from finetuning.data.findings import DatasetError, Findings, counted
 from finetuning.data.folders import (
     METADATA_NAMES,
@@ -24,6 +27,8 @@ from finetuning.data.folders import (
 )
 from finetuning.data.images import EXTENSIONS, is_lfs_pointer
 from finetuning.data.rows import Row, Rows
+
+NEARLY_METADATA = re.compile(r"metadata\b.*\.(jsonl?|csv|txt|parquet)", re.IGNORECASE)
 
 
 def read_split(folder, split, usual, caption_column, findings):
@@ -266,15 +271,23 @@ class _Resolver:
     def hint(self, name, folder):
         """Words that follow a name that is not there: what is meant perhaps; "" where nothing is near it."""
         inside = os.path.relpath(folder, self.root)
-        plain = name.replace("\\", "/").removeprefix("./")
+        plain = name.replace("\\", "/").removeprefix("./").strip()
         doubled = [plain.removeprefix(f"{above}/") for above in {inside, self.base.name, self.root.resolve().name}]
-        near = {path for one in dict.fromkeys([plain, *doubled]) for path in self.by_plain_name.get(_plain(one), ())}
+        near = {
+            path
+            for one in dict.fromkeys([plain, unquote(plain), *doubled])
+            for path in self.by_plain_name.get(_plain(one), ())
+        }
         if len(near) != 1:
             return ""
         (path,) = near
         meant = os.path.relpath(path, folder)
         if "\\" in name:
             why = "write / in place of \\"
+        elif name.strip() != name:
+            why = "there are spaces around the name"
+        elif unquote(name) != name:
+            why = "write the name as it is, not as in an address"
         elif unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", meant):
             why = "the two are written in different Unicode forms"
         elif name.casefold() == meant.casefold():
@@ -338,6 +351,8 @@ def _refuse_nested_splits(base, tree):
 def _no_metadata_message(base, images):
     sidecars = sum(Path(path).with_suffix(suffix).is_file() for path in images for suffix in (".txt", ".caption"))
     message = f"{base} has {counted(len(images), 'image')} but no {' or '.join(METADATA_NAMES)}"
+    if near := [entry.name for entry in base.iterdir() if NEARLY_METADATA.match(entry.name)]:
+        message += f"; {first_few(near)} is there: rename it, if it is that"
     if sidecars:
         message += f"; {counted(sidecars, 'caption file')} beside them: `prepare_dataset.py convert sidecar` reads them"
     return message + (
@@ -357,13 +372,20 @@ def read_records(path, root, findings):
             return
         with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else "\n") as file:
             if path.suffix == ".csv":
-                for number, record in enumerate(csv.DictReader(file), 1):
+                reader = csv.DictReader(file)
+                if len(names := reader.fieldnames or ()) == 1 and set(names[0]) & set(";\t|"):
+                    raise DatasetError(f"{shown} has one column, {names[0]!r}: save it again, separated by commas")
+                for number, record in enumerate(reader, 1):
                     if None in record:
                         findings.error("too_many_fields", f"{shown} row {number}")
                     else:
                         yield f"{shown} row {number}", record
                 return
             for number, line in enumerate(file, 1):
+                if number == 1 and line.lstrip().startswith("["):
+                    raise DatasetError(
+                        f"{shown} is one JSON list: write one object on each line, without [ ] and commas"
+                    )
                 if line.strip() and (record := _json_record(line, f"{shown} line {number}", findings)) is not None:
                     yield f"{shown} line {number}", record
     except UnicodeDecodeError as error:

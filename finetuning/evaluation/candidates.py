@@ -7,11 +7,14 @@ from itertools import product
 from pathlib import Path
 
 from finetuning.cli import REQUIRED, flag
+from finetuning.data.findings import counted
+from finetuning.evaluation.denoising import loss_rows
 from finetuning.evaluation.forgetting import pipeline_losses
 from finetuning.evaluation.generation import generate_rows, with_lora
+from finetuning.evaluation.metrics import EvaluationError
 from finetuning.families.generation import DTYPES, parse_size
 from finetuning.families.lora_files import adaptable_components, read_lora
-from finetuning.families.pipelines import ModelSource, open_pipeline
+from finetuning.families.pipelines import ModelSource, check_models, open_pipeline
 from finetuning.files import file_names
 
 
@@ -121,33 +124,42 @@ def generate_all(args, rows, general, device, dtype):
     """
     made, images = Generated(), Path(args.output_dir) / "images"
     folders = file_names([one.label for one in args.candidates])
+    how = {"weights": args.weights, "base": args.base}
+    check_models([args.candidates[0].path], [one.lora for one in args.candidates if one.lora], **how)
+    check_models([path for one in args.candidates[1:] for path in (one.path, one.upscaler) if path], **how)
+    sets = loss_sets(args)
+    for one in sets.values():
+        _, chosen = loss_rows(**one, say=lambda _: None)
+        if len(chosen) < 2:
+            raise EvaluationError(f"{one['folder']} has {counted(len(chosen), 'row')}: an interval needs at least 2")
     for one in args.candidates:
-        options = {"weights": args.weights, "base": args.base, "scheduler": args.scheduler}
-        options |= {"device": device, "dtype": dtype}
+        options = how | {"scheduler": args.scheduler, "device": device, "dtype": dtype}
         pipeline = open_pipeline(one.path, vae=args.vae, **options)
         upscaler = open_pipeline(one.upscaler, **options) if one.upscaler else None
         settings = replace(args, seed=args.seed + one.is_noise_floor)
-        how = {"name": one.path, "lora": one.lora, "weights": args.weights, "upscaler": upscaler}
+        of_one = {"name": one.path, "lora": one.lora, "weights": args.weights, "upscaler": upscaler}
         folder = images / folders[one.label]
-        made.dataset[one.label] = generate_rows(pipeline, rows, folder / "dataset", settings, **how)
+        made.dataset[one.label] = generate_rows(pipeline, rows, folder / "dataset", settings, **of_one)
         if general:
-            made.general[one.label] = generate_rows(pipeline, general, folder / "general", settings, **how)
-        if args.retain_dataset and not (one.is_noise_floor or upscaler):
+            made.general[one.label] = generate_rows(pipeline, general, folder / "general", settings, **of_one)
+        if sets and not (one.is_noise_floor or upscaler):
             adapter = read_lora(one.lora, adaptable_components(pipeline), args.weights) if one.lora else None
             with with_lora(pipeline, adapter, args.lora_scale):
-                for kind, losses in _losses(pipeline, args).items():
+                for kind, which in sets.items():
+                    losses = pipeline_losses(pipeline, **which, batch_size=args.batch_size, size=parse_size(args.size))
                     made.losses[kind][one.label] = losses
         del pipeline, upscaler  # or the next is opened beside it
     return made
 
 
-def _losses(pipeline, args):
-    """{"fit": [rows], "retain": [rows]}: denoising losses on the dataset and on what should be kept."""
-    how = {"max_rows": args.loss_rows, "seed": args.seed, "batch_size": args.batch_size, "size": parse_size(args.size)}
-    how["caption_column"] = args.caption_column
+def loss_sets(args):
+    """{"fit": {...}, "retain": {...}}: the rows that losses are taken of, as denoising.loss_rows is asked for them."""
+    if not args.retain_dataset:
+        return {}
+    common = {"max_rows": args.loss_rows, "seed": args.seed, "caption_column": args.caption_column}
     return {
-        "fit": pipeline_losses(pipeline, args.dataset, split=args.fit_split or args.split, **how),
-        "retain": pipeline_losses(pipeline, args.retain_dataset, split=args.retain_split, **how),
+        "fit": {"folder": args.dataset, "split": args.fit_split or args.split, **common},
+        "retain": {"folder": args.retain_dataset, "split": args.retain_split, **common},
     }
 
 

@@ -80,14 +80,27 @@ def row_losses(
     return torch.tensor([losses[row] for row in only], dtype=torch.float64)
 
 
-def load_rows(folder, tokenize, size, *, split=None, max_rows=256, seed=0, caption_column="text", say=print):
-    """(ImageDataset, the numbers of at most `max_rows` of its rows) of a folder with metadata.jsonl.
+def load_rows(folder, tokenize, size, **which):
+    """(ImageDataset, the numbers of some of its rows) of a folder with metadata.jsonl; `which` is for loss_rows.
 
     size   (height, width) in pixels; images are resized until they cover it, and the centre is taken
+
+    The rows, captions and crops are those of training's validation loss with the same seed.
+    """
+    rows, chosen = loss_rows(folder, **which)
+    height, width = size
+    flags = _DataFlags(train_data_dir=str(folder), resolution=f"{height}x{width}", center_crop=True)
+    seed = which.get("seed", 0)
+    transform = Transform.of(flags, seed)
+    return ImageDataset(rows, None, [tuple(size)] * len(rows), transform, tokenize, flags, seed), chosen
+
+
+def loss_rows(folder, *, split=None, max_rows=256, seed=0, caption_column="text", say=print):
+    """(Rows of a folder, the numbers of at most `max_rows` of them), whose images all open.
+
     split  "train", "validation" or "test"; none: validation, or the folder itself where it has no splits
 
-    The rows, captions and crops are those of training's validation loss with the same seed. Raises DatasetError with
-    all that is wrong with the rows.
+    Raises DatasetError with all that is wrong with the rows.
     """
     findings = Findings()
     rows = read_split(folder, split, "validation", caption_column, findings)
@@ -106,7 +119,4 @@ def load_rows(folder, tokenize, size, *, split=None, max_rows=256, seed=0, capti
         say(f"{folder}:\n{findings.report()}")
     if not rows:
         raise DatasetError(f"{folder} has no rows")
-    height, width = size
-    flags = _DataFlags(train_data_dir=str(folder), resolution=f"{height}x{width}", center_crop=True)
-    transform = Transform.of(flags, seed)
-    return ImageDataset(rows, None, [tuple(size)] * len(rows), transform, tokenize, flags, seed), chosen
+    return rows, chosen

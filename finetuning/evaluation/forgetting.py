@@ -11,10 +11,10 @@ import torch
 
 from finetuning.cli import flag
 from finetuning.data.folders import folder_problems
-from finetuning.data.reading import SPLIT_NAMES, DatasetError
+from finetuning.data.reading import SPLIT_NAMES
 from finetuning.evaluation import generation, measuring, statistics
 from finetuning.evaluation.denoising import load_rows, row_losses
-from finetuning.evaluation.metrics import EvaluationError, table
+from finetuning.evaluation.metrics import table
 from finetuning.evaluation.notes import note
 from finetuning.evaluation.retention import (
     RETENTION_MEASURES,
@@ -65,26 +65,18 @@ class ForgettingArgs:
 # -- the loss --------------------------------------------------------------------------------------------------------
 
 
-def pipeline_losses(
-    pipeline, folder, *, split=None, max_rows=256, seed=0, batch_size=4, size=None, caption_column="text", say=print
-):  # fmt: skip
+def pipeline_losses(pipeline, folder, *, seed=0, batch_size=4, size=None, **which):
     """The denoising loss of a pipeline on rows of a folder, float64 [rows] (see denoising.row_losses).
 
-    size  (height, width) in pixels; none: the model's own
+    size   (height, width) in pixels; none: the model's own
+    which  rows: see denoising.loss_rows
 
-    The same rows, timesteps and noise for every model that is asked with the same seed. Raises EvaluationError.
+    The same rows, timesteps and noise for every model that is asked with the same seed. Raises DatasetError.
     """
     model = Model.of_pipeline(pipeline)
     own = model.family.side(model.components)
-    try:
-        images, rows = load_rows(
-            folder, model.tokenize, size or (own, own), split=split, max_rows=max_rows, seed=seed,
-            caption_column=caption_column, say=say,
-        )  # fmt: skip
-    except DatasetError as problem:
-        raise EvaluationError(str(problem)) from problem
-    if len(rows) < 2:
-        raise EvaluationError(f"{folder} has {len(rows)} row(s): the loss needs at least 2 for an interval")
+    size = size or (own, own)
+    images, rows = load_rows(folder, model.tokenize, size, seed=seed, **which)
     device, dtype = pipeline.device, model.denoiser.denoiser.dtype
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     return row_losses(

@@ -138,7 +138,7 @@ def parse_size(text):
         raise ValueError("must be one side in pixels or HEIGHTxWIDTH")
     sides = [int(side) for side in text.split("x")]
     if any(side % 8 or not side for side in sides):
-        raise ValueError("must be a multiple of 8")
+        raise ValueError("must be a multiple of 8, and above 0")
     return sides[0], sides[-1]
 
 

@@ -97,12 +97,7 @@ class Source:
 
     def open(self, name, dtype=torch.float32):
         """A component's module in `dtype`, on the CPU, in evaluation mode. Raises ModelError."""
-        found = self.components.get(name)
-        if found is None:
-            if self.base is None:
-                raise ModelError(f"{self.given} has no {name}: {self._why_missing()}")
-            return self.base.open(name, dtype)
-        module = self.check(name)
+        module, found = self.check(name), self._holder(name).components[name]
         tensors = {key: found.tensors[key].read() for key in module.state_dict() if key in found.tensors}
         for key, tensor in tensors.items():
             refuse_not_finite({key: tensor}, found.tensors[key].path)
@@ -116,6 +111,8 @@ class Source:
         Returns the module without weights, on the meta device. Raises ModelError naming what is missing, what nothing
         knows, and what has another shape.
         """
+        if name not in self.components:
+            return self._holder(name).check(name)
         found = self.components[name]
         if found.config is None:
             raise ModelError(f"{self.given} has no configuration of its {name}: {self._why_missing()}")
@@ -126,6 +123,14 @@ class Source:
                 f"{type(module).__name__} as {found.config / 'config.json'} describes it. Tensors that are " + problems
             )
         return module
+
+    def _holder(self, name):
+        """The Source that has a component: this one, or what it borrows from. Raises ModelError."""
+        if name in self.components:
+            return self
+        if self.base is None:
+            raise ModelError(f"{self.given} has no {name}: {self._why_missing()}")
+        return self.base._holder(name)
 
     def tokenizer(self, name="tokenizer"):
         """The tokenizer in a folder of the pipeline. Raises ModelError."""
@@ -518,6 +523,8 @@ def _one_line(path):
 
 
 def _refuse_what_is_no_model(name, path):
+    if not str(name):
+        raise ModelError("the name of a model is empty: give a folder, a file or a name on the Hub")
     if path.suffix in PICKLES and not path.is_dir():
         raise pickled(path)
     if is_lora_path(path):

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from finetuning.families.folders import STATE
-from finetuning.families.lora_files import DIFFUSERS_NAME, RAW_NAME
+from finetuning.families.lora_files import DIFFUSERS_NAME, RAW_NAME, read_lora
 from finetuning.families.model_args import ModelError
-from finetuning.families.opening import open_source, open_vae
+from finetuning.families.opening import Source, open_source, open_vae
 from finetuning.families.quiet import errors_only
 from finetuning.families.table import FAMILIES
 
@@ -53,6 +53,27 @@ def open_pipeline(
     vae        folder or Hub name of another autoencoder
     scheduler  a key of SCHEDULERS; none keeps the pipeline's own
     """
+    take = lambda source, component: source.open(component, dtype)
+    family, parts = _parts(name, take, weights, variant, base, vae, scheduler)
+    with errors_only():
+        return family.assemble(*parts).to(device)
+
+
+def check_models(names, loras=(), *, weights="ema", base=None, vae=None):
+    """Refuse, before any image is generated, what open_pipeline and read_lora would refuse; no weights are read.
+
+    loras   what read_lora takes, each for all of `names`
+
+    Raises ModelError.
+    """
+    for name in dict.fromkeys(names):
+        family, (modules, *_) = _parts(name, Source.check, weights, base=base, vae=vae)
+        for lora in loras:
+            read_lora(lora, {component.name: modules[component.name] for component in family.adaptable}, weights)
+
+
+def _parts(name, take, weights, variant=None, base=None, vae=None, scheduler=None):
+    """(family, [components, tokenizers, schedulers, settings]) of a pipeline; take(source, name) gives a component."""
     import diffusers
 
     if (Path(name) / STATE).is_file():
@@ -61,7 +82,7 @@ def open_pipeline(
     source = open_source(name, weights=weights, variant=variant, base=base, only=wanted)
     family = source.family
     others = {"vae": open_vae(vae, family)} if vae else {}
-    components = {name: others.get(name, source).open(name, dtype) for name in family.by_name}
+    components = {component: take(others.get(component, source), component) for component in family.by_name}
     if problems := list(family.problems(components)):
         raise ModelError(f"{name}: " + "; ".join(problems))
     tokenizers = {encoder: source.tokenizer(folder) for encoder, folder in family.tokenizers.items()}
@@ -72,5 +93,4 @@ def open_pipeline(
             own = schedulers["scheduler"].config
             schedulers["scheduler"] = getattr(diffusers, SCHEDULERS[scheduler]).from_config(own, **options)
         family.check_scheduler(schedulers["scheduler"])
-        pipeline = family.assemble(components, tokenizers, schedulers, source.settings())
-    return pipeline.to(device)
+    return family, [components, tokenizers, schedulers, source.settings()]

@@ -312,6 +312,8 @@ def test_links_reach_outside_without_captions_only_when_permitted(tmp_path, targ
     [
         ("images/x.png", "images\\x.png", "images/x.png is there; write / in place of \\"),
         ("caf\u00e9.png", "cafe\u0301.png", "caf\u00e9.png is there; the two are written in different Unicode forms"),
+        ("my cat.png", "my%20cat.png", "my cat.png is there; write the name as it is"),
+        ("x.png", " x.png ", "x.png is there; there are spaces around the name"),
         ("X.JPG", "x.jpg", "X.JPG is there; small and capital letters differ"),
         ("x.png", "set/x.png", "x.png is there; names count from the folder of the metadata"),
         ("train/x.png", "train/train/x.png", "train/x.png is there; names count from the folder of the metadata"),
@@ -356,6 +358,34 @@ def test_other_columns_can_be_named(two):
 def test_image_file_name_is_taken_as_the_image(two):
     jsonl(two / "metadata.jsonl", *({"image_file_name": name, "text": text[0]} for name, text in TWO.items()))
     assert clean(two) == TWO
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "Metadata.jsonl", "metadata.jsonl.txt", "metadata (1).csv"])
+def test_a_metadata_file_under_another_name_is_named(two, name):
+    (two / name).write_text("")
+    with pytest.raises(DatasetError, match=rf"no metadata\.jsonl .*; {re.escape(name)} is there: rename it"):
+        read(two)
+
+
+def test_images_in_the_validation_folder_alone_are_explained(two):
+    (two / "Val").mkdir()
+    for name in TWO:
+        (two / name).rename(two / "Val" / name)
+    with pytest.raises(DatasetError, match=r"no images in .*it has Val/ alone"):
+        read(two)
+
+
+def test_a_list_in_place_of_lines_is_explained(two):
+    (two / "metadata.jsonl").write_text(json.dumps([{"file_name": "a.png", "text": "a cat"}], indent=1))
+    with pytest.raises(DatasetError, match=r"metadata\.jsonl is one JSON list"):
+        read(two)
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_csv_with_other_separators_is_explained(two, separator):
+    (two / "metadata.csv").write_text(f"file_name{separator}text\na.png{separator}a cat, asleep\n")
+    with pytest.raises(DatasetError, match=r"metadata\.csv has one column, .*separated by commas"):
+        read(two)
 
 
 def test_csv_without_a_header_is_explained_even_with_rows_of_other_lengths(two):

@@ -113,12 +113,6 @@ def test_a_pipeline_has_the_loss_of_its_model(tiny_model, shapes_folder):
     assert not np.isclose(other, found).any()
 
 
-@pytest.mark.parametrize(("how", "said"), [({"split": "test"}, "no split test"), ({"max_rows": 1}, "at least 2")])
-def test_a_loss_that_cannot_be_taken_is_said(how, said, tiny_model, shapes_folder):
-    with pytest.raises(EvaluationError, match=said):
-        pipeline_losses(open_pipeline(tiny_model), shapes_folder, **how)
-
-
 # -- the report's part -----------------------------------------------------------------------------------------------
 
 
