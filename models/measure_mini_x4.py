@@ -56,6 +56,17 @@ def enlarged(model, small, captions, args):
     return found
 
 
+def table(report):
+    """The figures of upscaling.json as Markdown."""
+    lines = []
+    for metric, by_name in report["metrics"].items():
+        lines += ["", f"| {metric}, n = {report['rows']} | mean (95 % interval) | minus Lanczos |", "|---|---|---|"]
+        for name, figures in by_name.items():
+            cells = [f"{one['value']:.3f} ({one['low']:.3f} to {one['high']:.3f})" for one in figures.values()]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines).strip()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
@@ -88,21 +99,14 @@ def main():
     if args.lpips_trunk:
         network, _ = lpips_network(args.lpips_trunk, "cpu")
         values["LPIPS"] = {name: lpips_of(network, images, truth) for name, images in found.items()}
-    report = {
-        "rows": len(rows),
-        "steps": args.steps,
-        "noise_level": args.noise_level,
-        "back_projections": args.back_projections,
-        "metrics": {},
-    }
+    report = {"rows": len(rows), "steps": args.steps, "noise_level": args.noise_level}
+    report |= {"back_projections": args.back_projections, "metrics": {}}
     for metric, by_name in values.items():
-        print(f"\n| {metric}, n = {len(rows)} | mean (95 % interval) | minus Lanczos |\n|---|---|---|")
-        report["metrics"][metric] = {}
-        for name, own in by_name.items():
-            mean, difference = mean_of(own), paired_difference(own, by_name["lanczos"])
-            report["metrics"][metric][name] = {"mean": asdict(mean), "minus lanczos": asdict(difference)}
-            cells = [f"{one.value:.3f} ({one.low:.3f} to {one.high:.3f})" for one in (mean, difference)]
-            print(f"| {name} | {' | '.join(cells)} |")
+        report["metrics"][metric] = {
+            name: {"mean": asdict(mean_of(own)), "minus lanczos": asdict(paired_difference(own, by_name["lanczos"]))}
+            for name, own in by_name.items()
+        }
+    print(table(report))
     if args.output_dir:
         write_json(args.output_dir / "upscaling.json", report)
         columns = {
