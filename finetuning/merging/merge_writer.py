@@ -1,7 +1,7 @@
 """Merged tensors into safetensors files: a thread reads the next chunk while this one computes and writes.
 
 A chunk of every input comes in, and one of every output goes out, so memory does not depend on the model. Two more
-threads hash the inputs meanwhile, and the outputs while these go to the disk.
+threads hash the inputs meanwhile.
 """
 
 import json
@@ -58,15 +58,6 @@ class MergeTask:
     fallback: int | None = None
 
 
-@dataclass(frozen=True)
-class Report:
-    """sha256 of the inputs that were to be hashed, and of the outputs; names of the tasks that took their fallback."""
-
-    hashes: dict[Path, str]
-    written: dict[Path, str]
-    replaced: tuple[str, ...]
-
-
 class NotFinite(ModelError):
     """Tensors with NaN or infinity, or too large for the output's dtype; the message names all of them."""
 
@@ -77,17 +68,17 @@ class NotFinite(ModelError):
 
 
 def write_files(tasks, metadata, hashed=(), advance=lambda count: None):
-    """Make the files of all outputs in one pass over the inputs; returns a Report.
+    """Make the files of all outputs in one pass over the inputs.
 
     metadata  hashes {path: sha256} -> {output path: {key: text}}; asked twice, first with hashes of zeros to know the
               size of the headers: with the true ones its texts must be as long
     hashed    input files whose sha256 is wanted
     advance   called with the number of bytes that were written
 
-    Arithmetic is fp32 and is rounded once; a copy in the input's dtype is its bytes. Integers are only copied. Outputs
-    must not be there yet and are synced at the end; after an exception the caller removes what there is of them. Raises
-    NotFinite, OSError with the path (a full disk: before the work starts), ModelError for an input that has become
-    shorter.
+    Returns ({path: sha256} of `hashed`, [names of the tasks that took their fallback]). Arithmetic is fp32 and is
+    rounded once; a copy in the input's dtype is its bytes. Integers are only copied. Outputs must not be there yet;
+    after an exception the caller removes what there is of them. Raises NotFinite, OSError with the path (a full disk:
+    before the work starts), ModelError for an input that has become shorter.
     """
     layouts, hashed = _layouts(tasks), tuple(dict.fromkeys(hashed))
     texts = metadata(dict.fromkeys(hashed, UNKNOWN))
@@ -110,11 +101,11 @@ def write_files(tasks, metadata, hashed=(), advance=lambda count: None):
         bad = _write_tensors(tasks, reader, write)
         again = [_fallback(task, bad[task.name]) for task in tasks if task.name in bad and task.fallback is not None]
         worse = _write_tensors(again, reader, write)
-        replaced = tuple(task.name for task in again)
+        replaced = [task.name for task in again]
         if refused := {name: bad[name] for name in bad if name not in replaced or name in worse}:
             raise NotFinite({name: set().union(*why.values(), *worse[name].values()) for name, why in refused.items()})
 
-        # The headers, and all of it to the disk
+        # The headers
         hashes = {path: one.result() for path, one in hashing.items()}
         texts = metadata(hashes)
         for path, layout in layouts.items():
@@ -122,11 +113,7 @@ def write_files(tasks, metadata, hashed=(), advance=lambda count: None):
             if len(header) != len(headers[path]):
                 raise ValueError(f"the metadata of {path} changed its length with the hashes")
             _write(files[path], 0, header)
-        hashing = {path: hashers.submit(sha256, path) for path in files}
-        for path, file in files.items():
-            with _naming(path):
-                os.fsync(file.fileno())
-        return Report(hashes, {path: one.result() for path, one in hashing.items()}, replaced)
+        return hashes, replaced
 
 
 # -- tensors -------------------------------------------------------------------------------------------------------

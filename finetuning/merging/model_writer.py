@@ -80,9 +80,8 @@ def write_models(command, outputs, sources, matches, args: OutputArgs, *, whole=
     names = _names(matches, base, args.single_file)
     inputs = tuple(dict.fromkeys(path for source in sources for path in source.files))
     _check_finite(base, {one.component for one in matches})
-    hashes_written = {}
     with ExitStack() as stack:
-        folders = [stack.enter_context(atomic_folder(output.target.resolve(), hashes_written)) for output in outputs]
+        folders = [stack.enter_context(atomic_folder(output.target.resolve())) for output in outputs]
         tasks = [
             _task(one, *names[one.name], folders, outputs, args.dtype, whole, fallback)
             for one in matches if one.name in names  # a single file has no place for position ids
@@ -101,15 +100,14 @@ def write_models(command, outputs, sources, matches, args: OutputArgs, *, whole=
 
         total = sum(output.dtype.itemsize * task.inputs[0].numel for task in tasks for output in task.outputs)
         with tqdm(total=total, unit="B", unit_scale=True, desc="merging", leave=False) as bar:
-            report = write_files(tasks, metadata, inputs, bar.update)
-        hashes_written |= report.written
+            hashes, replaced = write_files(tasks, metadata, inputs, bar.update)
         for folder, output in zip(folders, outputs, strict=True):
-            recipe = recipe_of(command, output.flags, sources, report.hashes)
-            recipe["run"]["taken_over"] = list(report.replaced)
+            recipe = recipe_of(command, output.flags, sources, hashes)
+            recipe["run"]["taken_over"] = replaced
             write_json(folder / RECIPE, recipe)
     lines = [f"{output.target / (SINGLE_FILE if args.single_file else '')}" for output in outputs]
-    if report.replaced:
-        lines.append(f"not finite, so taken over unmerged: {', '.join(report.replaced)}")
+    if replaced:
+        lines.append(f"not finite, so taken over unmerged: {', '.join(replaced)}")
     return lines
 
 
