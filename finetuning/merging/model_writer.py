@@ -19,6 +19,7 @@ from finetuning.families.folders import (
     weights_name,
     write_scheduler,
 )
+from finetuning.families.generation import DTYPES
 from finetuning.families.model_args import ModelError
 from finetuning.families.original import Place, original_names, place
 from finetuning.families.tensors import refuse_not_finite
@@ -26,7 +27,6 @@ from finetuning.files import MANIFEST, atomic_folder, output_problems, remove_le
 from finetuning.merging.merge_writer import MergeTask, OutputTensor, write_files
 from finetuning.merging.recipe import RECIPE, metadata_of, recipe_of
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SINGLE_FILE = "merged.safetensors"
 SPARE_BYTES = 64 * 2**20  # for configurations, tokenizer, recipe, and what the disk needs itself
 

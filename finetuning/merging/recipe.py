@@ -19,8 +19,9 @@ METADATA_KEY = "merge"
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def recipe_of(command, flags, sources, hashes):
-    """{flag: value, ..., "run": {...}}; `hashes` {path: sha256} of the sources' files. Ready for JSON."""
+def recipe_of(command, flags, sources, hashes=None):
+    """{flag: value, ..., "run": {...}}, ready for JSON; `hashes` {path: sha256} of the sources' files, if known."""
+    hashes = hashes or {path: sha256(path) for source in sources for path in source.files}
     inputs = [
         {"given": source.given, "files": {_below(source, path): hashes[path] for path in source.files}}
         for source in sources

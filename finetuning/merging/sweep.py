@@ -23,7 +23,7 @@ from finetuning.cli import REQUIRED, SEEDS, UserError, as_dict, flag, flags_of, 
 from finetuning.families import generation
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import SCHEDULERS
-from finetuning.files import atomic_file, output_problems, sha256, write_image, write_json, write_text
+from finetuning.files import atomic_file, output_problems, write_image, write_json, write_text
 from finetuning.merging.methods import bound
 from finetuning.merging.model_flags import MixArgs
 from finetuning.merging.ratios import parse_ratios
@@ -145,8 +145,7 @@ def sweep_on(args, device="cpu", dtype=torch.float32):
 
     sources, folder = args.open_models(args.origin), Path(args.output_dir)
     prompts = {"in": _prompts(args.prompts_in), "out": _prompts(args.prompts_out)}
-    hashes = {path: sha256(path) for source in sources for path in source.files}
-    recipe = recipe_of("sweep", as_dict(args), sources, hashes)
+    recipe = recipe_of("sweep", as_dict(args), sources)
     recipe["run"] |= {f"prompts_{kind}": own for kind, own in prompts.items()} | {"dtype": str(dtype)}
     merged = MergedPipeline(args, sources, args.scheduler, device, dtype)
     metric = METRICS[args.measured_by](args, merged, *prompts.values()) if args.measured_by != "none" else None
