@@ -4,16 +4,13 @@ The general prompts have no true images: there the original's own images are wha
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-
-import torch
 
 from finetuning.cli import flag
 from finetuning.data.folders import folder_problems
-from finetuning.data.reading import SPLIT_NAMES, DatasetError
+from finetuning.data.reading import SPLIT_NAMES
 from finetuning.evaluation import generation, measuring, statistics
-from finetuning.evaluation.denoising import load_rows, row_losses
+from finetuning.evaluation.denoising import PipelineLoss
 from finetuning.evaluation.metrics import EvaluationError, table
 from finetuning.evaluation.notes import note
 from finetuning.evaluation.retention import (
@@ -22,7 +19,6 @@ from finetuning.evaluation.retention import (
     learned_and_kept,
     retention_measure,
 )
-from finetuning.families.model import Model
 
 DRIFTS = {metric.drift_of: name for name, metric in table().items() if metric.drift_of}
 UNKNOWN = "not known: too little was measured"
@@ -65,31 +61,12 @@ class ForgettingArgs:
 # -- the loss --------------------------------------------------------------------------------------------------------
 
 
-def pipeline_losses(
-    pipeline, folder, *, split=None, max_rows=256, seed=0, batch_size=4, size=None, caption_column="text", say=print
-):  # fmt: skip
-    """The denoising loss of a pipeline on rows of a folder, float64 [rows] (see denoising.row_losses).
-
-    size  (height, width) in pixels; none: the model's own
-
-    The same rows, timesteps and noise for every model that is asked with the same seed. Raises EvaluationError.
-    """
-    model = Model.of_pipeline(pipeline)
-    own = model.family.side(model.components)
-    try:
-        images, rows = load_rows(
-            folder, model.tokenize, size or (own, own), split=split, max_rows=max_rows, seed=seed,
-            caption_column=caption_column, say=say,
-        )  # fmt: skip
-    except DatasetError as problem:
-        raise EvaluationError(str(problem)) from problem
-    if len(rows) < 2:
-        raise EvaluationError(f"{folder} has {len(rows)} row(s): the loss needs at least 2 for an interval")
-    device, dtype = pipeline.device, model.denoiser.denoiser.dtype
-    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    return row_losses(
-        model, images, rows, model.schedule, seed=seed, batch_size=batch_size, device=device, autocast=autocast
-    ).numpy()
+def pipeline_losses(pipeline, folder, batch_size=4, **how):
+    """denoising.PipelineLoss of at least 2 rows, float64 [rows]. Raises EvaluationError, DatasetError."""
+    loss = PipelineLoss(pipeline, folder, **how)
+    if len(loss.rows) < 2:
+        raise EvaluationError(f"{folder} has {len(loss.rows)} row(s): the loss needs at least 2 for an interval")
+    return loss(batch_size).numpy()
 
 
 # -- the report's part -----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetuning.cli import read
+from finetuning.cli import UserError, read
 from finetuning.evaluation import networks
 from finetuning.evaluation.checkers import load_checker
 from finetuning.evaluation.denoising import load_rows, row_losses
@@ -115,7 +115,7 @@ def test_a_pipeline_has_the_loss_of_its_model(tiny_model, shapes_folder):
 
 @pytest.mark.parametrize(("how", "said"), [({"split": "test"}, "no split test"), ({"max_rows": 1}, "at least 2")])
 def test_a_loss_that_cannot_be_taken_is_said(how, said, tiny_model, shapes_folder):
-    with pytest.raises(EvaluationError, match=said):
+    with pytest.raises(UserError, match=said):
         pipeline_losses(open_pipeline(tiny_model), shapes_folder, **how)
 
 
