@@ -10,12 +10,13 @@ import os
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from finetuning.data.threads import in_order
 from finetuning.families.model_args import ModelError
 from finetuning.families.tensors import DTYPES, TensorReference
 from finetuning.files import sha256
@@ -85,7 +86,7 @@ def write_files(tasks, metadata, hashed=(), advance=lambda count: None):
     headers = {path: _header(layout, texts.get(path)) for path, layout in layouts.items()}
     with ExitStack() as stack:
         stack.enter_context(_one_torch_thread())
-        reader, hashers = (stack.enter_context(ThreadPoolExecutor(threads)) for threads in (1, 2))
+        hashers = stack.enter_context(ThreadPoolExecutor(2))
         hashing = {path: hashers.submit(sha256, path) for path in hashed}
         files = {path: stack.enter_context(open(path, "xb", buffering=0)) for path in layouts}
         for path, layout in layouts.items():
@@ -98,9 +99,12 @@ def write_files(tasks, metadata, hashed=(), advance=lambda count: None):
             advance(len(content))
 
         # The tensors; those that are not finite are written again from their fallback
-        bad = _write_tensors(tasks, reader, write)
-        again = [_fallback(task, bad[task.name]) for task in tasks if task.name in bad and task.fallback is not None]
-        worse = _write_tensors(again, reader, write)
+        bad, again = _write_tensors(tasks, write), []
+        for task in tasks:
+            if task.name in bad and task.fallback is not None:
+                outputs = (replace(task.outputs[number], compute=task.fallback) for number in sorted(bad[task.name]))
+                again.append(replace(task, outputs=tuple(outputs), fallback=None))
+        worse = _write_tensors(again, write)
         replaced = [task.name for task in again]
         if refused := {name: bad[name] for name in bad if name not in replaced or name in worse}:
             raise NotFinite({name: set().union(*why.values(), *worse[name].values()) for name, why in refused.items()})
@@ -119,38 +123,28 @@ def write_files(tasks, metadata, hashed=(), advance=lambda count: None):
 # -- tensors -------------------------------------------------------------------------------------------------------
 
 
-def _write_tensors(tasks, reader, write):
+def _write_tensors(tasks, write):
     """Compute and write all outputs; {name of a task: {index of an output: {why it is not finite}}}."""
     bad = defaultdict(lambda: defaultdict(set))
-    for (task, first, _), inputs in _read_ahead(tasks, reader):
-        values = {number: one.float() for number, one in inputs.items() if one.is_floating_point()}
-        for number, output in enumerate(task.outputs):
-            if callable(output.compute):
-                result, made_of = _computed(task, output.compute, list(values.values())), values
-            else:
-                result = inputs[output.compute]
-                made_of = {i: one for i, one in values.items() if i == output.compute}
-            if made_of and not _fits(result, output.dtype):
-                bad[task.name][number].add(_reason(task, made_of, result, output.dtype))
-            if output.transposed:
-                result = result.view(output.shape[::-1]).T.reshape(-1)
-            write(output, first, memoryview(result.to(output.dtype).view(torch.uint8).numpy()))
+    with closing(in_order(_read, _jobs(tasks), threads=1, window=2)) as jobs:  # the next one is read meanwhile
+        for (task, first, _), inputs in jobs:
+            values = {number: one.float() for number, one in inputs.items() if one.is_floating_point()}
+            for number, output in enumerate(task.outputs):
+                if callable(output.compute):
+                    result, made_of = _computed(task, output.compute, list(values.values())), values
+                else:
+                    result = inputs[output.compute]
+                    made_of = {i: one for i, one in values.items() if i == output.compute}
+                if made_of and not _fits(result, output.dtype):
+                    bad[task.name][number].add(_reason(task, made_of, result, output.dtype))
+                if output.transposed:
+                    result = result.view(output.shape[::-1]).T.reshape(-1)
+                write(output, first, memoryview(result.to(output.dtype).view(torch.uint8).numpy()))
     return bad
 
 
-def _read_ahead(tasks, reader):
-    """((task, first element, end), {index of an input: those of its elements}), the next one being read meanwhile."""
-    before = None
-    for job in _jobs(tasks):
-        reading = reader.submit(_read, *job)
-        if before:
-            yield before[0], before[1].result()
-        before = job, reading
-    if before:
-        yield before[0], before[1].result()
-
-
 def _jobs(tasks):
+    """(task, first element, end) of each chunk."""
     for task in tasks:
         numel = task.inputs[0].numel
         step = max(numel, 1) if task.whole else CHUNK
@@ -158,7 +152,9 @@ def _jobs(tasks):
             yield task, first, min(first + step, numel)
 
 
-def _read(task, first, last):
+def _read(job):
+    """{index of an input: its elements} that a chunk needs."""
+    task, first, last = job
     needed = {output.compute for output in task.outputs}
     if any(map(callable, needed)):
         needed = range(len(task.inputs))
@@ -187,12 +183,6 @@ def _reason(task, made_of, result, dtype):
     if _fits(result, result.dtype):
         return f"too large for {NAMES[dtype]}: write it with --dtype bf16 or fp32"
     return "the method makes NaN or infinity of finite numbers"
-
-
-def _fallback(task, bad):
-    """The task that copies its fallback into those outputs that are bad."""
-    copies = tuple(replace(task.outputs[number], compute=task.fallback) for number in sorted(bad))
-    return replace(task, outputs=copies, fallback=None)
 
 
 @contextmanager

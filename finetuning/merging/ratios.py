@@ -120,7 +120,8 @@ def block_rules(words: list[str] | None):
     for word in words or []:
         pattern, equals, numbers = word.rpartition("=")
         try:
-            given = [_number(text) for text in ([numbers] if equals else numbers.split(",")) if equals or text.strip()]
+            texts = [numbers] if equals else [text for text in numbers.split(",") if text.strip()]
+            given = [float(_decimal(text)) for text in texts]
         except ValueError:
             problems.append(f"{word}: must be numbers, or pattern=ratio as in 'unet.mid_block.*=0.3'")
             continue
@@ -145,10 +146,3 @@ def _one_for_each(order, given):
             f"({order[0]} to {order[-1]}): give a number for each, or pattern=ratio{base}"
         )
     return dict(zip(order, given, strict=True))
-
-
-def _number(text):
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(text)
-    return number

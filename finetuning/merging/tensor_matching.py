@@ -91,22 +91,16 @@ def differences(component, own, other, base_name, other_name):
             yield f"{what} {len(keys)} tensor(s) of the {component}: {first_few(keys)}"
 
 
-def _fits(reference, partner):
-    return partner is not None and partner.shape == reference.shape and partner.dtype.is_floating_point
-
-
 def _matched(component, own, of_others, on_mismatch):
     for key, reference in own.items():
         partners = [other.get(key) for other in of_others]
-        from_one_file = all(partner == reference for partner in partners)
-        if is_copied(key, reference) or from_one_file:
+        if is_copied(key, reference) or all(partner == reference for partner in partners):  # of one file
             yield Match(component, key, (reference,), is_copy=True)
-        elif all(_fits(reference, partner) for partner in partners):
+        elif all(one and one.shape == reference.shape and one.dtype.is_floating_point for one in partners):
             yield Match(component, key, (reference, *partners))
         else:
-            taken = partners[0] if on_mismatch == "tuned" and partners[0] is not None else reference
+            taken = (on_mismatch == "tuned" and partners[0]) or reference
             yield Match(component, key, (taken,), is_copy=True)
-    if on_mismatch == "tuned":
-        tuned = of_others[0]
-        extra = (key for key, reference in tuned.items() if key not in own and not is_copied(key, reference))
-        yield from (Match(component, key, (tuned[key],), is_copy=True) for key in extra)
+    for key, reference in of_others[0].items() if on_mismatch == "tuned" else ():
+        if key not in own and not is_copied(key, reference):
+            yield Match(component, key, (reference,), is_copy=True)
