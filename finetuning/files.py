@@ -129,9 +129,9 @@ def read_text(path):
 
 
 def write_text(path, text):
-    """Write UTF-8 text to a file that is whole or as it was before."""
+    """Write UTF-8 text to a file that is whole or as it was before; what UTF-8 does not take is written as \\udc80."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def file_names(texts, most=80):
@@ -161,11 +161,15 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-@contextmanager
-def atomic_folder(target, known=None):
-    """Yield a folder beside `target` to write into; on leaving it is hashed, synced and renamed to `target`.
+def write_json_lines(path, rows):
+    """Write an iterable as JSON lines, all or none of them."""
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-    `known` is a dict that may be filled meanwhile, {path: sha256} of files that need not be read for it again.
+
+@contextmanager
+def atomic_folder(target):
+    """Yield a folder beside `target` to write into; on leaving it is hashed, synced and renamed to `target`.
 
     An exception or a kill leaves `target` as it was. An older `target` is replaced only once the new one is whole.
     """
@@ -176,7 +180,7 @@ def atomic_folder(target, known=None):
     temporary.mkdir()
     try:
         yield temporary
-        write_manifest(temporary, known)
+        write_manifest(temporary)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
@@ -211,21 +215,15 @@ def atomic_result(target, write, key="model_index.json"):
         _sync(target)
 
 
-def write_manifest(folder, known=None):
-    """Give every file the mode that the umask asks for, sync it, and list its size and hash in manifest.json.
-
-    `known` {path: sha256} are hashes that are taken as they are.
-    """
-    folder, known = Path(folder), known or {}
+def write_manifest(folder):
+    """Give every file the mode that the umask asks for, sync it, and list its size and hash in manifest.json."""
+    folder = Path(folder)
     mode = 0o666 & ~_umask()
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     listed = {}
     for path in files:
         os.chmod(path, mode)  # safetensors writes 0600, which the next user of a shared machine cannot read
-        listed[str(path.relative_to(folder))] = {
-            "bytes": path.stat().st_size,
-            **({"sha256": known[path]} if path in known else {"xxh3_128": xxh3(path)}),
-        }
+        listed[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3_128": xxh3(path)}
         _sync(path)
     write_json(folder / MANIFEST, listed)
     _sync(folder / MANIFEST)
@@ -249,7 +247,7 @@ def check_manifest(folder):
         size = path.stat().st_size
         if size != sizes[name]:
             raise BrokenFolder(f"{folder} is broken: {name} has {size} bytes, not {sizes[name]}")
-        # sha256: of older versions, or taken while the file was written
+        # sha256: of older versions
         if xxh3(path) != expected["xxh3_128"] if "xxh3_128" in expected else sha256(path) != expected["sha256"]:
             raise BrokenFolder(f"{folder} is broken: the content of {name} has changed since it was written")
 

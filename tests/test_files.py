@@ -195,16 +195,6 @@ def test_files_get_the_mode_that_the_umask_asks_for(mask, mode, tmp_path):
     assert (tmp_path / "manifest.json").stat().st_mode & 0o777 == mode
 
 
-def test_hashes_that_are_known_are_taken(tmp_path):
-    known = {}
-    with atomic_folder(tmp_path / "made", known) as folder:
-        (folder / "weights").write_text("a")
-        (folder / "config").write_text("b")
-        known[folder / "weights"] = "0" * 64
-    listed = json.loads((tmp_path / "made/manifest.json").read_text())
-    assert listed["weights"]["sha256"] == "0" * 64 and listed["config"]["xxh3_128"] == xxhash.xxh3_128_hexdigest(b"b")
-
-
 # -- atomic_file -----------------------------------------------------------------------------------------------------
 
 

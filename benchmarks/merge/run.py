@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from finetuning.families.tensors import tensor_references
+from finetuning.files import xxh3
 from finetuning.merging.merge_writer import MergeTask, OutputTensor, write_files
 from finetuning.merging.methods import weighted_sum
 
@@ -103,6 +104,10 @@ def merge(inputs, outputs, hashed):
         for key, one in base.items()
     ]
     write_files(tasks, lambda hashes: {path: {"inputs": json.dumps(list(hashes.values()))} for path in outputs}, hashed)
+    for path in outputs:  # as their manifest is made
+        xxh3(path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def check(inputs, output, ratio):

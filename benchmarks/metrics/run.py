@@ -98,7 +98,7 @@ def prepare_sets(folder, workers, protocol):
     """A function that computes FID and KID as evaluate_model.py does, and returns the FID."""
     from finetuning.evaluation.features import features_of
     from finetuning.evaluation.networks import inception
-    from finetuning.evaluation.statistics import frechet, kernel_distance
+    from finetuning.evaluation.statistics import frechet, kernel_influence
 
     def figures():
         network, weights = inception(folder / "inception.safetensors", protocol, "cpu")
@@ -107,7 +107,7 @@ def prepare_sets(folder, workers, protocol):
             paths = sorted((folder / name).iterdir())
             side = Image.open(paths[0]).width
             sets.append(features_of(paths, side, network, protocol, weights, None, 16, workers, "cpu"))
-        kernel_distance(*sets)
+        kernel_influence(*sets)
         return frechet(*sets)
 
     return figures

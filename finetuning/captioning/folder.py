@@ -14,7 +14,7 @@ from finetuning.data.captions import origin_column
 from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.folders import METADATA_NAMES, SPLIT_NAMES, split_folders
 from finetuning.data.reading import named_image, read_folder, read_records
-from finetuning.files import atomic_file
+from finetuning.files import write_json_lines
 
 GIVEN = "given"
 JOURNAL = ".captions.jsonl"
@@ -109,9 +109,7 @@ class CaptionedFolder:
             records = [record for record in records if record]
             if path.is_file() and [record for _, record in read_records(path, self.root, Findings())] == records:
                 continue
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            with atomic_file(path) as temporary:  # half a character is written as JSON escapes it
-                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+            write_json_lines(path, records)
 
     def _set(self, record, captions):
         texts, origins = map(list, zip(*captions, strict=True))

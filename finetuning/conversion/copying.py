@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.cli import REQUIRED, flag
-from finetuning.conversion.writer import take_over, write_lines
+from finetuning.conversion.writer import take_over
 from finetuning.data.captions import origin_column
 from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.folders import SPLIT_NAMES, folder_problems, split_meant
 from finetuning.data.reading import metadata_files, read_folder, read_records
-from finetuning.files import overlap
+from finetuning.files import overlap, write_json_lines
 
 
 @dataclass
@@ -119,7 +119,7 @@ def write_metadata(folder, entries, args: CopyArgs):
     for split, pairs in entries.items():
         if pairs:
             records = ({"file_name": name} | said_of(row) for name, row in sorted(pairs, key=lambda pair: pair[0]))
-            write_lines(folder / split / "metadata.jsonl", records)
+            write_json_lines(folder / split / "metadata.jsonl", records)
 
 
 def _said_of(row, others, several, column):

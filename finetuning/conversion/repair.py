@@ -14,9 +14,10 @@ from finetuning.conversion.audit import CONCERNS, AuditArgs, examine, is_tiny
 from finetuning.conversion.audit_page import write_page
 from finetuning.conversion.audit_report import report
 from finetuning.conversion.caption_text import tidy
-from finetuning.conversion.writer import ENDINGS, SPLITS, WritingArgs, write_dataset, write_lines
+from finetuning.conversion.writer import ENDINGS, SPLITS, WritingArgs, write_dataset
 from finetuning.data.findings import PROBLEMS, DatasetError, Findings
 from finetuning.data.images import has_other_colours, orientation
+from finetuning.files import write_json_lines
 
 
 def audit(args: AuditArgs, say=print):
@@ -46,7 +47,7 @@ def repair(found, say=print):
         raise DatasetError(f"--fix {folder}: nothing of {found.path} is left")
     how = WritingArgs(str(folder), on_bad_rows="skip", workers=found.args.workers)
     counts = write_dataset(samples, how, total=len(samples), say=say)
-    write_lines(folder / "fixes.jsonl", fixes)
+    write_json_lines(folder / "fixes.jsonl", fixes)
     kinds = Counter(fix["change"] for fix in fixes)
     changes = ", ".join(f"{count} {change}" for change, count in kinds.items()) or "nothing had to be changed"
     say(f"{folder / 'fixes.jsonl'}: {changes}")

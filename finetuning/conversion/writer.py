@@ -32,7 +32,7 @@ from finetuning.data.folders import is_image_name
 from finetuning.data.images import MAX_PIXELS, MAX_PIXELS_TO_SHRINK, UnreadableImage, has_other_colours, orientation
 from finetuning.data.samples import Sample
 from finetuning.data.threads import in_order
-from finetuning.files import atomic_file, overlap, write_json
+from finetuning.files import atomic_file, overlap, write_json, write_json_lines
 
 SPLITS = ("train", "validation", "test")
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -398,7 +398,7 @@ def _finish(folder, args, journal, failed, say):
             _remove_empty(folder / split)
             continue
         rows = journal.execute("SELECT file_name, captions FROM done WHERE split = ? ORDER BY file_name", [split])
-        write_lines(folder / split / "metadata.jsonl", _metadata(rows, several))
+        write_json_lines(folder / split / "metadata.jsonl", _metadata(rows, several))
     leaks = _leaks(journal)
     write_json(folder / "conversion.json", {
         "settings": as_dict(args),
@@ -425,13 +425,6 @@ def _metadata(rows, several):
     for name, captions in rows:
         captions = json.loads(captions)
         yield {"file_name": name, "text": captions if several else captions[0]}
-
-
-def write_lines(path, rows):
-    """JSON lines, all or none of them."""
-    # JSON itself writes half a character as \ud83d
-    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _leaks(journal):

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from finetuning.cli import REQUIRED, flag
 from finetuning.data.findings import counted
-from finetuning.evaluation.denoising import loss_rows
-from finetuning.evaluation.forgetting import pipeline_losses
+from finetuning.evaluation.denoising import PipelineLoss, read_rows
 from finetuning.evaluation.generation import generate_rows, with_lora
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.families.generation import DTYPES, parse_size
@@ -129,7 +128,7 @@ def generate_all(args, rows, general, device, dtype):
     check_models([path for one in args.candidates[1:] for path in (one.path, one.upscaler) if path], **how)
     sets = loss_sets(args)
     for one in sets.values():
-        _, chosen = loss_rows(**one, say=lambda _: None)
+        _, chosen = read_rows(**one, usual="validation", say=lambda _: None)
         if len(chosen) < 2:
             raise EvaluationError(f"{one['folder']} has {counted(len(chosen), 'row')}: an interval needs at least 2")
     for one in args.candidates:
@@ -146,14 +145,14 @@ def generate_all(args, rows, general, device, dtype):
             adapter = read_lora(one.lora, adaptable_components(pipeline), args.weights) if one.lora else None
             with with_lora(pipeline, adapter, args.lora_scale):
                 for kind, which in sets.items():
-                    losses = pipeline_losses(pipeline, **which, batch_size=args.batch_size, size=parse_size(args.size))
-                    made.losses[kind][one.label] = losses
+                    loss = PipelineLoss(pipeline, **which, size=parse_size(args.size))
+                    made.losses[kind][one.label] = loss(args.batch_size).numpy()
         del pipeline, upscaler  # or the next is opened beside it
     return made
 
 
 def loss_sets(args):
-    """{"fit": {...}, "retain": {...}}: the rows that losses are taken of, as denoising.loss_rows is asked for them."""
+    """{"fit": {...}, "retain": {...}}: the rows that losses are taken of, as denoising.read_rows is asked for them."""
     if not args.retain_dataset:
         return {}
     common = {"max_rows": args.loss_rows, "seed": args.seed, "caption_column": args.caption_column}

@@ -1,7 +1,6 @@
 """The loss of a model on captioned images: the same rows, timesteps and noise every time, and a value for each row.
 
-    images, rows = load_rows("datasets/shapes", model.tokenize, (64, 64))
-    losses = row_losses(model, images, rows, NoiseSchedule.of(model.scheduler))
+    losses = PipelineLoss(pipeline, "datasets/shapes")()
 
 Two models measured on the same rows are compared row by row, which is far sharper than two means: most of the spread
 of a diffusion loss comes from the timestep and the noise, and those are equal.
@@ -20,10 +19,14 @@ from finetuning.data.captions import CaptionArgs
 from finetuning.data.findings import counted
 from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.data.reading import DatasetError, Findings, read_split
+from finetuning.data.threads import in_order
 from finetuning.data.training_set import DataArgs, ImageDataset
 from finetuning.data.transforms import Transform
 from finetuning.diffusion.objective import NoiseArgs, NoiseDraws, diffusion_loss
+from finetuning.families.model import Model
 from finetuning.rng import gaussian, python_random
+
+SHOWN = 20  # errors of a kind that are listed
 
 
 @dataclass
@@ -80,43 +83,70 @@ def row_losses(
     return torch.tensor([losses[row] for row in only], dtype=torch.float64)
 
 
-def load_rows(folder, tokenize, size, **which):
-    """(ImageDataset, the numbers of some of its rows) of a folder with metadata.jsonl; `which` is for loss_rows.
+def load_rows(folder, tokenize, size, *, split=None, max_rows=256, seed=0, caption_column="text", say=print):
+    """(ImageDataset, the numbers of at most `max_rows` of its rows) of a folder with metadata.jsonl.
 
     size   (height, width) in pixels; images are resized until they cover it, and the centre is taken
+    split  "train", "validation" or "test"; none: validation, or the folder itself where it has no splits
 
-    The rows, captions and crops are those of training's validation loss with the same seed.
+    The rows, captions and crops are those of training's validation loss with the same seed. Raises DatasetError.
     """
-    rows, chosen = loss_rows(folder, **which)
+    rows, chosen = read_rows(folder, split, "validation", caption_column, max_rows, seed, say)
     height, width = size
     flags = _DataFlags(train_data_dir=str(folder), resolution=f"{height}x{width}", center_crop=True)
-    seed = which.get("seed", 0)
     transform = Transform.of(flags, seed)
     return ImageDataset(rows, None, [tuple(size)] * len(rows), transform, tokenize, flags, seed), chosen
 
 
-def loss_rows(folder, *, split=None, max_rows=256, seed=0, caption_column="text", say=print):
-    """(Rows of a folder, the numbers of at most `max_rows` of them), whose images all open.
+def read_rows(folder, split, usual, caption_column, max_rows, seed, say, one_caption=False):
+    """(the rows of a split, the numbers of at most `max_rows` of them, none: all), as data.reading.read_split has them.
 
-    split  "train", "validation" or "test"; none: validation, or the folder itself where it has no splits
-
-    Raises DatasetError with all that is wrong with the rows.
+    Every chosen image is opened. `one_caption`: say where a row has more. Raises DatasetError with all that is wrong.
     """
     findings = Findings()
-    rows = read_split(folder, split, "validation", caption_column, findings)
-    chosen = chosen_rows(len(rows), max_rows, seed)
-    for row in (rows[number] for number in chosen):
-        try:
-            open_rgb(row.image)
-        except UnreadableImage as error:
-            findings.error("unreadable_image", row.origin, error)
+    rows = read_split(folder, split, usual, caption_column, findings)
+    chosen = chosen_rows(len(rows), len(rows) if max_rows is None else max_rows, seed)
+    open_all([(rows[number].origin, rows[number].image) for number in chosen], findings)
     if findings.errors:
         raise DatasetError(
             f"{folder} has {counted(findings.count(), 'error')}: repair them, or leave those rows out of its metadata\n"
-            f"{findings.report()}"
+            f"{findings.report(SHOWN)}"
         )
-    if findings.warnings:
-        say(f"{folder}:\n{findings.report()}")
     if not rows:
         raise DatasetError(f"{folder} has no rows")
+    for row in (rows[number] for number in chosen if one_caption):
+        if len(row.captions) > 1:
+            findings.warn("first_caption_used", row.origin)
+    if findings.warnings:
+        say(f"{folder}:\n{findings.report()}")
     return rows, chosen
+
+
+def open_all(places, findings):
+    """Open images [(what to call it, path)] on all cores; those that cannot be read become errors."""
+    for (where, _), result in in_order(lambda place: open_rgb(place[1]), places, errors=UnreadableImage):
+        if isinstance(result, UnreadableImage):
+            findings.error("unreadable_image", where, result)
+
+
+class PipelineLoss:
+    """The denoising loss of a pipeline on rows of a folder, with the weights that it has when it is asked.
+
+    size  (height, width) in pixels; none: the model's own. The other arguments are those of load_rows: the rows,
+          timesteps and noise are the same for every pipeline with the same seed. Raises DatasetError.
+    """
+
+    def __init__(self, pipeline, folder, *, size=None, seed=0, **how):
+        self.pipeline, self.seed, self.model = pipeline, seed, Model.of_pipeline(pipeline)
+        side = self.model.family.side(self.model.components)
+        self.size = size or (side, side)
+        self.images, self.rows = load_rows(folder, self.model.tokenize, self.size, seed=seed, **how)
+
+    def __call__(self, batch_size=4):
+        """float64 [rows], on the CPU."""
+        device, dtype = self.pipeline.device, self.model.denoiser.denoiser.dtype
+        autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+        return row_losses(
+            self.model, self.images, self.rows, self.model.schedule, seed=self.seed, batch_size=batch_size,
+            device=device, autocast=autocast,
+        )  # fmt: skip

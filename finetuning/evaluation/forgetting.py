@@ -4,16 +4,12 @@ The general prompts have no true images: there the original's own images are wha
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-
-import torch
 
 from finetuning.cli import flag
 from finetuning.data.folders import folder_problems
 from finetuning.data.reading import SPLIT_NAMES
 from finetuning.evaluation import generation, measuring, statistics
-from finetuning.evaluation.denoising import load_rows, row_losses
 from finetuning.evaluation.metrics import table
 from finetuning.evaluation.notes import note
 from finetuning.evaluation.retention import (
@@ -22,7 +18,6 @@ from finetuning.evaluation.retention import (
     learned_and_kept,
     retention_measure,
 )
-from finetuning.families.model import Model
 
 DRIFTS = {metric.drift_of: name for name, metric in table().items() if metric.drift_of}
 UNKNOWN = "not known: too little was measured"
@@ -60,28 +55,6 @@ class ForgettingArgs:
             yield f"--general_prompts {self.general_prompts}: there is no such file (or write shipped, or none)"
         if self.retain_dataset:
             yield from folder_problems("--retain_dataset", self.retain_dataset)
-
-
-# -- the loss --------------------------------------------------------------------------------------------------------
-
-
-def pipeline_losses(pipeline, folder, *, seed=0, batch_size=4, size=None, **which):
-    """The denoising loss of a pipeline on rows of a folder, float64 [rows] (see denoising.row_losses).
-
-    size   (height, width) in pixels; none: the model's own
-    which  rows: see denoising.loss_rows
-
-    The same rows, timesteps and noise for every model that is asked with the same seed. Raises DatasetError.
-    """
-    model = Model.of_pipeline(pipeline)
-    own = model.family.side(model.components)
-    size = size or (own, own)
-    images, rows = load_rows(folder, model.tokenize, size, seed=seed, **which)
-    device, dtype = pipeline.device, model.denoiser.denoiser.dtype
-    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    return row_losses(
-        model, images, rows, model.schedule, seed=seed, batch_size=batch_size, device=device, autocast=autocast
-    ).numpy()
 
 
 # -- the report's part -----------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import json
 import os
 import re
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +22,15 @@ from tqdm.auto import tqdm
 
 from finetuning.cli import SEEDS, first_few, flag
 from finetuning.data.findings import counted
-from finetuning.data.images import EXTENSIONS, UnreadableImage, open_rgb
+from finetuning.data.images import EXTENSIONS
 from finetuning.data.reading import (
     METADATA_NAMES,
-    DatasetError,
     Findings,
     as_captions,
     named_image,
     read_records,
-    read_split,
 )
-from finetuning.evaluation.denoising import chosen_rows
+from finetuning.evaluation.denoising import SHOWN, open_all, read_rows
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.families.generation import (
     UpscalerArgs,
@@ -53,7 +50,6 @@ GENERAL_PROMPTS = Path(__file__).parent / "general_prompts.json"
 SETTINGS = "settings.json"
 NAMES = ("model", "lora")  # of settings.json: where the weights lie; what they are is in their hashes
 PNG_END = b"IEND\xaeB`\x82"
-SHOWN = 20  # errors of a kind that are listed
 
 
 @dataclass(frozen=True)
@@ -95,30 +91,11 @@ def dataset_rows(dataset, split=None, caption_column="text", max_rows=None, seed
     split  "train", "validation" or "test"; none: test, or the folder itself where it has no splits
     max_rows  how many rows at most, chosen with the seed; they keep the numbers that they have among all
 
-    Of several captions of an image the first is taken. Every image is opened. Raises EvaluationError with all that
-    is wrong.
+    Of several captions of an image the first is taken. Every image is opened. Raises DatasetError with all that is
+    wrong.
     """
-    findings = Findings()
-    try:
-        every = read_split(dataset, split, "test", caption_column, findings)
-    except DatasetError as problem:
-        raise EvaluationError(str(problem)) from problem
-    chosen = range(len(every)) if max_rows is None else chosen_rows(len(every), max_rows, seed)
-    taken = [(number, every[number]) for number in chosen]
-    _open_all([(row.origin, row.image) for _, row in taken], findings)
-    if findings.errors:
-        raise EvaluationError(
-            f"{dataset} has {counted(findings.count(), 'error')}: repair them, or leave those rows out of its "
-            f"metadata\n{findings.report(SHOWN)}"
-        )
-    if not taken:
-        raise EvaluationError(f"{dataset} has no rows")
-    for _, row in taken:
-        if len(row.captions) > 1:
-            findings.warn("first_caption_used", row.origin)
-    if findings.warnings:
-        say(f"{dataset}:\n{findings.report()}")
-    return [Row(number, row.captions[0], row.image) for number, row in taken]
+    every, chosen = read_rows(dataset, split, "test", caption_column, max_rows, seed, say, one_caption=True)
+    return [Row(number, every[number].captions[0], every[number].image) for number in chosen]
 
 
 def general_rows(path=None):
@@ -158,20 +135,6 @@ def _check_prompts(path, listed):
             wrong.append(f"the category of entry {number} must be text")
     if wrong:
         raise EvaluationError(f"--general_prompts {path}: {'; '.join(wrong)}")
-
-
-def _open_all(places, findings):
-    """Open images [(what to call it, path)] on all cores; those that cannot be read become errors."""
-
-    def error_of(place):
-        try:
-            open_rgb(place[1])
-        except UnreadableImage as error:
-            return place[0], error
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for where, error in filter(None, pool.map(error_of, places)):
-            findings.error("unreadable_image", where, error)
 
 
 # -- generating ----------------------------------------------------------------------------------------------------
@@ -358,7 +321,8 @@ def images_in(folder, rows, *, by_order=False, caption_column="text"):
 
     by_order  pair the names in their order with the rows in theirs, whatever the names are
 
-    Raises EvaluationError that names every image and every row that stays alone, and what cannot be read.
+    Raises EvaluationError that names every image and every row that stays alone, and what cannot be read; DatasetError
+    for metadata that cannot be.
     """
     folder, findings = Path(folder), Findings()
     if not folder.is_dir():
@@ -379,7 +343,7 @@ def images_in(folder, rows, *, by_order=False, caption_column="text"):
             if any(way[number] != path for way in full):
                 findings.error("fits_two_rows", path.relative_to(folder))
     _note_unpaired(folder, images, rows, pairs, captions_of, findings)
-    _open_all([(path.relative_to(folder), path) for path in images], findings)
+    open_all([(path.relative_to(folder), path) for path in images], findings)
     if findings.errors:
         raise EvaluationError(
             f"{folder} does not fit the rows, {counted(findings.count(), 'error')}: name its images by the numbers of "
@@ -424,17 +388,14 @@ def _paired(images, rows, key_of_image, key_of_row):
 def _captions_in(folder, images, caption_column, findings):
     """{path: captions} as the folder's metadata, or the settings.json of generate_rows, has them."""
     captions_of, there = {}, {*images}
-    try:
-        for path in (folder / name for name in METADATA_NAMES if (folder / name).is_file()):
-            for where, record in read_records(path, folder, findings):
-                name = named_image(record, "image")
-                image = folder / os.path.normpath(name) if name else None
-                if image not in there:
-                    findings.error("image_missing", where, name)
-                elif captions := as_captions(record.get(caption_column), where, caption_column):
-                    captions_of[image] = captions
-    except DatasetError as problem:
-        raise EvaluationError(str(problem)) from problem
+    for path in (folder / name for name in METADATA_NAMES if (folder / name).is_file()):
+        for where, record in read_records(path, folder, findings):
+            name = named_image(record, "image")
+            image = folder / os.path.normpath(name) if name else None
+            if image not in there:
+                findings.error("image_missing", where, name)
+            elif captions := as_captions(record.get(caption_column), where, caption_column):
+                captions_of[image] = captions
     if not captions_of and (folder / SETTINGS).is_file():
         captions_of = {folder / f"{stem}.png": (caption,) for stem, caption in _read_settings(folder)[1].items()}
     return captions_of

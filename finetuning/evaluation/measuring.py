@@ -413,11 +413,10 @@ def _estimators(measured, metric, side):
             lambda a, b: statistics.paired_difference(values[a], values[b]),
         )
     own, truth = measured.features[side], measured.truth[side]
-    estimate, difference = {
-        "kid": (statistics.kernel_estimate, statistics.kernel_difference),
-        "fid": (statistics.frechet_estimate, statistics.frechet_difference),
-    }[metric]
-    return lambda label: estimate(own[label], truth), lambda a, b: difference(own[a], own[b], truth)
+    return (
+        lambda label: statistics.set_estimate(metric, own[label], truth),
+        lambda a, b: statistics.set_difference(metric, own[a], own[b], truth),
+    )
 
 
 def _with_verdict(estimate):

@@ -31,10 +31,8 @@ def write_report(folder, report):
     report = json.loads(text)  # sides become text, as they are in the file
     folder = Path(folder)
     texts = {"report.json": text, "report.csv": as_csv(report), "report.md": as_markdown(report)}
-    texts["report.html"] = page(report, folder)
-    for name, text in texts.items():
-        # Names of files may be bytes that are no text
-        write_text(folder / name, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    for name, text in (texts | {"report.html": page(report, folder)}).items():
+        write_text(folder / name, text)
     return folder / "report.html"
 
 

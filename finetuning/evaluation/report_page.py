@@ -8,15 +8,14 @@ as report_page.html, .css and .js.
 import base64
 import hashlib
 import io
-import os
 import re
 import shlex
-from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
 
 from finetuning.cli import first_few
 from finetuning.data.images import UnreadableImage, open_rgb
+from finetuning.data.threads import in_order
 from finetuning.evaluation import notes, words
 from finetuning.evaluation.statistics import mean_of
 from finetuning.evaluation.words import estimate_at, number, row_metrics, value_at, width_of, written
@@ -40,36 +39,30 @@ def page(report, folder):
         warnings.append(f"{len(unreadable)} image{many} cannot be shown: {first_few(unreadable, 8)}")
     style, script = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
     reference, tuned = report["reference"], [model["label"] for model in words.tuned_models(report)]
-    text = (
-        environment(autoescape=True)
-        .get_template("report_page.html")
-        .render(
-            report=report,
-            models=report["models"],
-            title=f"{notes.listed(tuned)} against {reference}" if tuned else f"Evaluation of {reference}",
-            style=Markup(style),
-            script=Markup(script),
-            digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
-            warnings=warnings,
-            total=len(rows) + len(prompts),
-            embedded=len(embedded),
-            thumbnails={path: Markup(attributes) for path, attributes in thumbnails.items()},
-            extremes=words.best_and_worst(report, SHOWN),
-            rows_view=RowTable(report, rows),
-            prompts_view=RowTable(report, prompts),
-            model_facts=[
-                (one["label"], one["source"] + ", the noise floor" * one["noise_floor"]) for one in report["models"]
-            ],
-            measured_with=_measured_with(report),
-            left_out_in_full=[
-                (words.titles_of(report, metrics), why) for metrics, why in words.left_out(report, notes.reasons)
-            ],
-            by_category=_by_category,
-            chart=lambda curve: Markup(chart(curve)),
-            forest=lambda *which: Markup(forest(*which)),
-        )
+    facts = [(one["label"], one["source"] + ", the noise floor" * one["noise_floor"]) for one in report["models"]]
+    left_out = words.left_out(report, notes.reasons)
+    template = environment(autoescape=True).get_template("report_page.html")
+    return template.render(
+        report=report,
+        models=report["models"],
+        title=f"{notes.listed(tuned)} against {reference}" if tuned else f"Evaluation of {reference}",
+        style=Markup(style),
+        script=Markup(script),
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+        warnings=warnings,
+        total=len(rows) + len(prompts),
+        embedded=len(embedded),
+        thumbnails={path: Markup(attributes) for path, attributes in thumbnails.items()},
+        extremes=words.best_and_worst(report, SHOWN),
+        rows_view=RowTable(report, rows),
+        prompts_view=RowTable(report, prompts),
+        model_facts=facts,
+        measured_with=_measured_with(report),
+        left_out_in_full=[(words.titles_of(report, metrics), why) for metrics, why in left_out],
+        by_category=_by_category,
+        chart=lambda curve: Markup(chart(curve)),
+        forest=lambda *which: Markup(forest(*which)),
     )
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # names of files may be bytes that are no text
 
 
 def environment(**options):
@@ -190,9 +183,7 @@ def _images_of(row):
 
 def _thumbnails(folder, paths):
     """({path: the attributes of its <img>}, what cannot be read)."""
-    paths = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        made = dict(zip(paths, pool.map(lambda path: _thumbnail(folder, path), paths), strict=True))
+    made = dict(in_order(lambda path: _thumbnail(folder, path), dict.fromkeys(paths)))
     unreadable = [f"{path} ({one})" for path, one in made.items() if isinstance(one, UnreadableImage)]
     return {path: one for path, one in made.items() if isinstance(one, str)}, unreadable
 

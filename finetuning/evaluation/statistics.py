@@ -1,7 +1,7 @@
 """The statistics on top of the features, in float64: FID, KID and means, each with its rows and a 95 % interval.
 
-    kernel_estimate(features, truth).as_dict()          # {"value": ..., "low": ..., "high": ..., "n": 500}
-    frechet_difference(tuned, original, truth)          # paired: row i of all three is of the same caption
+    set_estimate("kid", features, truth).as_dict()      # {"value": ..., "low": ..., "high": ..., "n": 500}
+    set_difference("fid", tuned, original, truth)       # paired: row i of all three is of the same caption
     frechet_bias(features, truth)                       # how much of this FID comes from the number of images alone
 
 An interval says how far the value would move with other captions and images, as many as these.
@@ -57,13 +57,13 @@ def mean_of(values, *, seed=0):
 
     Raises EvaluationError for NaN, infinity, or fewer than 2 rows.
     """
-    (values,) = _checked_rows(values=values)
+    (values,) = _checked("rows", values=values)
     return _estimate(values.mean(), values, seed=seed)
 
 
 def paired_difference(a, b, *, seed=0):
     """The mean of a - b as an Estimate; row i of `a` and of `b` [rows] is of the same caption. Errors: see mean_of."""
-    a, b = _checked_rows(a=a, b=b)
+    a, b = _checked("rows", a=a, b=b)
     return mean_of(a - b, seed=seed)
 
 
@@ -82,7 +82,12 @@ def frechet(a, b):
 
     Raises EvaluationError for NaN, infinity, sets of fewer than 2 images or of different width.
     """
-    return _frechet(*_checked(a=a, b=b))
+    a, b = _checked("images", a=a, b=b)
+    corners = []
+    for one in (a, b):
+        centred = one - one.mean(0)
+        corners.append(np.linalg.qr(centred, mode="r") if len(one) > one.shape[1] else centred)
+    return _frechet_of(a, b, np.linalg.svd(corners[0] @ corners[1].T, compute_uv=False))
 
 
 def frechet_influence(a, b):
@@ -91,7 +96,7 @@ def frechet_influence(a, b):
     With the singular value decomposition A B^T = U S V^T, the share of image i of `a` in the nuclear norm is
     (U S U^T)_ii; the derivative by the weight of the image holds half of it.
     """
-    a, b = _checked(a=a, b=b)
+    a, b = _checked("images", a=a, b=b)
     shift = a.mean(0) - b.mean(0)
     centred = a - a.mean(0), b - b.mean(0)
     bases, corners = zip(*map(np.linalg.qr, centred), strict=True)  # [n, r], [r, d]: r is the smaller of n and d
@@ -106,23 +111,6 @@ def frechet_influence(a, b):
     return _frechet_of(a, b, shared), *influences
 
 
-def frechet_estimate(a, truth, *, seed=0):
-    """FID as an Estimate: the interval is for the FID at this number of images, with its bias (see frechet_bias).
-
-    Sets of equal length are resampled together: row i of both is of the same caption. Errors: see frechet.
-    """
-    value, *influences = frechet_influence(a, truth)
-    return _estimate(value, *_joined(influences), seed=seed, least=0)
-
-
-def frechet_difference(a, b, truth, *, seed=0):
-    """FID of `a` minus FID of `b`, both against `truth`, as an Estimate.
-
-    Paired: row i of a and b is of the same caption, and of truth where it has as many rows. Errors: see frechet.
-    """
-    return _difference(frechet_influence, a, b, truth, seed)
-
-
 def frechet_bias(a, b, *, splits=5, seed=0):
     """(expected bias of frechet(a, b), the FID of infinitely many images), in units of FID.
 
@@ -133,25 +121,17 @@ def frechet_bias(a, b, *, splits=5, seed=0):
 
     Raises EvaluationError as frechet does, and for fewer than 4 images.
     """
-    a, b = _checked(a=a, b=b)
+    a, b = _checked("images", a=a, b=b)
     if min(len(a), len(b)) < 4:
         raise EvaluationError("the bias of FID is measured on halves: it takes 4 images at least")
-    whole, of_halves = _frechet(a, b), []
+    whole, of_halves = frechet(a, b), []
     for split in range(splits):
         draw = _generator(seed, "halves", split)
         halves = np.array_split(draw.permutation(len(a)), 2)
         others = halves if len(a) == len(b) else np.array_split(draw.permutation(len(b)), 2)
-        of_halves += [_frechet(a[one], b[other]) for one, other in zip(halves, others, strict=True)]
+        of_halves += [frechet(a[one], b[other]) for one, other in zip(halves, others, strict=True)]
     bias = float(np.mean(of_halves) - whole)
     return bias, whole - bias
-
-
-def _frechet(a, b):
-    corners = []
-    for one in (a, b):
-        centred = one - one.mean(0)
-        corners.append(np.linalg.qr(centred, mode="r") if len(one) > one.shape[1] else centred)
-    return _frechet_of(a, b, np.linalg.svd(corners[0] @ corners[1].T, compute_uv=False))
 
 
 def _frechet_of(a, b, shared):
@@ -168,34 +148,19 @@ def _degrees(a, b):
 # -- KID -------------------------------------------------------------------------------------------------------------
 
 
-def kernel_distance(a, b):
-    """KID of features a [n, d] and b [m, d]: the squared maximum mean discrepancy (Bińkowski et al. 2018).
-
-    The kernel is (x.y / d + 1)^3. The estimate is the unbiased one over the full sets, no image beside itself: for
-    equal distributions it is 0 on average, so it may be below 0. Errors: see frechet.
-    """
-    return kernel_influence(a, b)[0]
-
-
 def kernel_influence(a, b):
-    """What each image adds to kernel_distance(a, b): (value, of a [n], of b [m]), each of mean 0."""
-    a, b = _checked(a=a, b=b)
+    """KID of features a [n, d] and b [m, d], and what each image adds to it: (value, of a [n], of b [m]), of mean 0.
+
+    KID is the squared maximum mean discrepancy (Bińkowski et al. 2018) with the kernel (x.y / d + 1)^3. The estimate is
+    the unbiased one over the full sets, no image beside itself: for equal distributions it is 0 on average, so it may
+    be below 0. Errors: see frechet.
+    """
+    a, b = _checked("images", a=a, b=b)
     among = _kernel_means(a, a, among=True), _kernel_means(b, b, among=True)
     across = _kernel_means(a, b), _kernel_means(b, a)
     value = among[0].mean() + among[1].mean() - across[0].mean() - across[1].mean()
     influences = [2 * (own - other) for own, other in zip(among, across, strict=True)]
     return float(value), *(influence - influence.mean() for influence in influences)
-
-
-def kernel_estimate(a, truth, *, seed=0):
-    """KID as an Estimate. Sets of equal length are resampled together, as in frechet_estimate."""
-    value, *influences = kernel_influence(a, truth)
-    return _estimate(value, *_joined(influences), seed=seed)
-
-
-def kernel_difference(a, b, truth, *, seed=0):
-    """KID of `a` minus KID of `b`, both against `truth`, as an Estimate; paired as in frechet_difference."""
-    return _difference(kernel_influence, a, b, truth, seed)
 
 
 def _kernel_means(x, y, among=False):
@@ -211,6 +176,30 @@ def _kernel_means(x, y, among=False):
 
 
 # -- intervals -------------------------------------------------------------------------------------------------------
+
+INFLUENCES = {"fid": frechet_influence, "kid": kernel_influence}
+
+
+def set_estimate(metric, a, truth, *, seed=0):
+    """FID or KID ("fid", "kid") of features a [n, d] against truth [m, d] as an Estimate.
+
+    The interval is for the FID at this number of images, with its bias (see frechet_bias). Sets of equal length are
+    resampled together: row i of both is of the same caption. Errors: see frechet.
+    """
+    value, *influences = INFLUENCES[metric](a, truth)
+    return _estimate(value, *_joined(influences), seed=seed, least=0 if metric == "fid" else -np.inf)
+
+
+def set_difference(metric, a, b, truth, *, seed=0):
+    """FID or KID of `a` minus that of `b`, both against `truth`, as an Estimate.
+
+    Paired: row i of a and b is of the same caption, and of truth where it has as many rows. Errors: see frechet.
+    """
+    a, b, truth = _checked("images", a=a, b=b, truth=truth)
+    if len(a) != len(b):
+        raise EvaluationError(f"a has {len(a)} images and b {len(b)}: a difference is paired, caption by caption")
+    (value_a, own_a, truth_a), (value_b, own_b, truth_b) = (INFLUENCES[metric](one, truth) for one in (a, b))
+    return _estimate(value_a - value_b, *_joined([own_a - own_b, truth_a - truth_b]), seed=seed)
 
 
 def _estimate(value, *sides, seed, least=-np.inf):
@@ -252,48 +241,28 @@ def _joined(sides):
     return [sum(sides)] if len({len(side) for side in sides}) == 1 else sides
 
 
-def _difference(influence, a, b, truth, seed):
-    a, b, truth = _checked(a=a, b=b, truth=truth)
-    if len(a) != len(b):
-        raise EvaluationError(f"a has {len(a)} images and b {len(b)}: a difference is paired, caption by caption")
-    (value_a, own_a, truth_a), (value_b, own_b, truth_b) = influence(a, truth), influence(b, truth)
-    return _estimate(value_a - value_b, *_joined([own_a - own_b, truth_a - truth_b]), seed=seed)
-
-
-# -- input -----------------------------------------------------------------------------------------------------------
-
-
-def _checked(**sets):
-    """The sets of features as float64 arrays. Raises EvaluationError with all that is wrong with them."""
+def _checked(what, **sets):
+    """Sets of "images" [images, features], or columns of "rows" [rows], as float64 arrays. Raises EvaluationError."""
     sets = {name: np.asarray(one, dtype=np.float64) for name, one in sets.items()}
+    shape = "[images, features]" if what == "images" else "[rows]"
+    dimensions = 2 if what == "images" else 1
     problems = [
-        f"{name} must be [images, features], not {list(one.shape)}" for name, one in sets.items() if one.ndim != 2
+        f"{name} must be {shape}, not {list(one.shape)}" for name, one in sets.items() if one.ndim != dimensions
     ]
-    if not problems and len({one.shape[1] for one in sets.values()}) > 1:
-        widths = ", ".join(f"{name} {one.shape[1]}" for name, one in sets.items())
-        problems = [f"the sets must have features of one width, not {widths}: take one network for all"]
-    _raise(problems + [problem for name, one in sets.items() for problem in _row_problems(name, one, "images")])
-    return sets.values()
-
-
-def _checked_rows(**columns):
-    """The values as float64 arrays [rows] of equal length. Raises EvaluationError as _checked does."""
-    columns = {name: np.asarray(one, dtype=np.float64) for name, one in columns.items()}
-    problems = [f"{name} must be [rows], not {list(one.shape)}" for name, one in columns.items() if one.ndim != 1]
-    if not problems and len({len(one) for one in columns.values()}) > 1:
-        problems = [f"{' and '.join(f'{name} has {len(one)} rows' for name, one in columns.items())}: they must pair"]
-    _raise(problems + [problem for name, one in columns.items() for problem in _row_problems(name, one, "rows")])
-    return columns.values()
-
-
-def _row_problems(name, rows, what):
-    if rows.ndim and len(rows) < 2:
-        yield f"{name} has {len(rows)} {what}: an interval takes 2 at least"
-    bad = np.flatnonzero(~np.isfinite(rows.reshape(len(rows), -1)).all(1)) if rows.size and rows.ndim else []
-    if len(bad):
-        yield f"{name} has values that are not finite numbers in rows {first_few(bad, 10)}"
-
-
-def _raise(problems):
+    if not problems:
+        if what == "images" and len({one.shape[1] for one in sets.values()}) > 1:
+            widths = ", ".join(f"{name} {one.shape[1]}" for name, one in sets.items())
+            problems.append(f"the sets must have features of one width, not {widths}: take one network for all")
+        if what == "rows" and len({len(one) for one in sets.values()}) > 1:
+            problems.append(
+                f"{' and '.join(f'{name} has {len(one)} rows' for name, one in sets.items())}: they must pair"
+            )
+        for name, one in sets.items():
+            if len(one) < 2:
+                problems.append(f"{name} has {len(one)} {what}: an interval takes 2 at least")
+            bad = np.flatnonzero(~np.isfinite(one).all(axis=tuple(range(1, dimensions))))
+            if len(bad):
+                problems.append(f"{name} has values that are not finite numbers in rows {first_few(bad, 10)}")
     if problems:
         raise EvaluationError("\n".join(problems))
+    return sets.values()

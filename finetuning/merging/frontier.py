@@ -30,15 +30,21 @@ class Knee:
     sentence: str
 
 
-class NoTrade(ValueError):
-    """There is no frontier between base and tuned model: nothing was learned, or nothing forgotten."""
-
-
 def normalised(ratios, learned, retained):
-    """Means [ratios] of both in shares of the way from base to tuned: the base is at (0, 1), the tuned model at (1, 0).
+    """Means [..., ratios] of both in shares of the way from base (0, 1) to tuned (1, 0).
 
-    Raises NoTrade.
+    NaN where there is no frontier between them: nothing was learned, or nothing forgotten.
     """
+    base, tuned = _ends(ratios)
+    new, old = (np.moveaxis(np.asarray(one, np.float64), -1, 0) for one in (learned, retained))
+    rise, fall = new[tuned] - new[base], old[base] - old[tuned]
+    is_trade = (rise > 0) & (fall > 0)
+    rise, fall = (np.where(is_trade, one, np.nan) for one in (rise, fall))
+    return np.moveaxis((new - new[base]) / rise, 0, -1), np.moveaxis((old - old[tuned]) / fall, 0, -1)
+
+
+def knee(ratios, learned, retained):
+    """The Knee of means [ratios]: the point farthest above the straight line from the base's to the tuned model's."""
     base, tuned = _ends(ratios)
     reasons = []
     if learned[tuned] <= learned[base]:
@@ -46,19 +52,8 @@ def normalised(ratios, learned, retained):
     if retained[tuned] >= retained[base]:
         reasons.append("the tuned model has forgotten nothing: it retains as much as the base")
     if reasons:
-        raise NoTrade("; ".join(reasons))
-    return (
-        (learned - learned[base]) / (learned[tuned] - learned[base]),
-        (retained - retained[tuned]) / (retained[base] - retained[tuned]),
-    )
-
-
-def knee(ratios, learned, retained):
-    """The Knee of means [ratios]: the point farthest above the straight line from the base's to the tuned model's."""
-    try:
-        new, old = normalised(ratios, learned, retained)
-    except NoTrade as reason:
-        return Knee(None, 0.0, str(reason))
+        return Knee(None, 0.0, "; ".join(reasons))
+    new, old = normalised(ratios, learned, retained)
     gains = new + old - 1
     best = int(gains.argmax())
     if gains[best] <= NOTHING:
@@ -88,7 +83,7 @@ def summary(ratios, learned, retained, *, seed=0):
     means = learned.mean(1), retained.mean(1)
     # Each resample draws its rows once for all ratios, and those of learned and retained apart
     resampled = [resampled_means(rows, seed, "frontier", number).T for number, rows in enumerate((learned, retained))]
-    gains = np.stack([_gains(ratios, *pair) for pair in zip(*resampled, strict=True)])  # [resamples, ratios]
+    gains = np.nan_to_num(sum(normalised(ratios, *resampled)) - 1)  # [resamples, ratios] above the chord
     won = np.where(gains.max(1) > NOTHING, gains.argmax(1), -1)
     found, not_beaten = knee(ratios, *means), pareto(ratios, *means)
     points = [
@@ -182,14 +177,6 @@ def _ends(ratios):
         given = ", ".join(f"{ratio:g}" for ratio in ratios)
         raise ValueError(f"the ratios must have 0 (the base) and 1 (the tuned model) among them, not only {given}")
     return ratios.index(0), ratios.index(1)
-
-
-def _gains(ratios, learned, retained):
-    """How far each ratio lies above the chord [ratios]; 0 where there is no frontier."""
-    try:
-        return sum(normalised(ratios, learned, retained)) - 1
-    except NoTrade:
-        return np.zeros(len(ratios))
 
 
 def _checked(ratios, **results):

@@ -19,6 +19,7 @@ from finetuning.merging.lora_tools import (
     LoraOutputArgs,
     ScaleArgs,
     about_the_base,
+    empty_layer,
     refuse_dora,
     relative_distance,
     write_result,
@@ -103,7 +104,7 @@ def combined(layers, scales, method="cat", rank=None, density=None, key=(0, ""))
         rank = sum(layer.rank for layer in known)
     else:
         rank = min(rank or max(layer.rank for layer in known), weight[0], weight[1:].numel())
-    model = torch.nn.ModuleDict({"layer": _empty(weight), "absent": _empty((1, 1))})
+    model = torch.nn.ModuleDict({"layer": empty_layer(weight), "absent": empty_layer((1, 1))}).to_empty(device="cpu")
     names = [f"lora_{number}" for number in range(len(layers))]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(torch_generator(key[0], f"combination of {key[1]}").initial_seed())
@@ -122,10 +123,3 @@ def combined(layers, scales, method="cat", rank=None, density=None, key=(0, ""))
         down, up = adapted.lora_A["sum"].weight, adapted.lora_B["sum"].weight
         # with cat, PEFT leaves room for the LoRAs that lack the layer
         return Layer(down[:rank].clone(), up[:, :rank].clone(), float(rank))
-
-
-def _empty(weight):
-    """A layer of this weight's shape, whose numbers nobody reads."""
-    out, inside, *kernel = weight
-    kind = torch.nn.Conv2d if kernel else torch.nn.Linear
-    return torch.nn.utils.skip_init(kind, inside, out, *([kernel] if kernel else []), bias=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, first_few, flag
+from finetuning.cli import REQUIRED, flag
 from finetuning.families.lora_files import Layer, adaptable
 from finetuning.families.model_args import ModelError
 from finetuning.families.tensors import refuse_not_finite
@@ -24,6 +24,7 @@ from finetuning.merging.lora_tools import (
     write_result,
 )
 from finetuning.merging.model_flags import BaseArgs, component_problems, open_all, separated
+from finetuning.merging.tensor_matching import differences, is_copied
 
 KEEP_ENERGY = "the smallest rank for each layer that keeps this share of its energy, at most --rank; e.g. 0.95"
 
@@ -147,7 +148,9 @@ def extract(args: ExtractArgs):
 def extracted(args: ExtractArgs, base, tuned, models):
     """({layer name: Layer}, report) of two Sources; `models` are the base's layers (lora_tools.stand_ins)."""
     compared = [name for name in separated(args.components) if name in base.tensors and name in tuned.tensors]
-    problems = [*_differing_keys(base, tuned, compared), *([] if compared else ["--components: none is in both"])]
+    problems = [] if compared else ["--components: none is in both"]
+    for name in compared:
+        problems += differences(name, base.tensors[name], tuned.tensors[name], base.given, tuned.given)
     if problems:
         raise ModelError("\n".join(problems))
     targets, known = _targets(args, base.family, {name: models[name] for name in compared}), adaptable(models)
@@ -158,8 +161,8 @@ def extracted(args: ExtractArgs, base, tuned, models):
     for component in compared:
         for key, reference in sorted(base.tensors[component].items()):
             name, layer = f"{component}.{key}", f"{component}.{key}".rpartition(".")[0]
-            pair = (reference, tuned.tensors[component][key])
-            difference = _difference(*pair)
+            pair = (reference, tuned.tensors[component].get(key))
+            difference = _difference(key, *pair)
             wanted = layer in targets and key.endswith(".weight")
             if difference is None:
                 unchanged += [layer] if wanted else []
@@ -205,34 +208,13 @@ def _targets(args, family, models):
     return {f"{component}.{module}" for component, own in layout.ranks.items() for module in own}
 
 
-def _difference(base, tuned):
-    """tuned - base in float64; None where they are the same at the coarser precision of the two, or whole numbers."""
-    dtypes = (base.dtype, tuned.dtype)
-    if not all(dtype.is_floating_point for dtype in dtypes):
+def _difference(key, base, tuned):
+    """tuned - base in float64; None where they are the same at the coarser precision of the two, or no weights."""
+    if is_copied(key, base):
         return None
-    coarser = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    coarser = max((base.dtype, tuned.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     before, after = base.read(), tuned.read()
     return None if torch.equal(before.to(coarser), after.to(coarser)) else after.double() - before.double()
-
-
-def _differing_keys(base, tuned, components):
-    """Tensors that only one of the two has, or in another shape, as text."""
-    for name in components:
-        ours, theirs = base.tensors[name], tuned.tensors[name]
-        for source, own, others in ((base, ours, theirs), (tuned, theirs, ours)):
-            lone = sorted(f"{name}.{key}" for key in own.keys() - others.keys() if own[key].dtype.is_floating_point)
-            if lone:
-                yield f"only {source.given} has {len(lone)} of the tensors: {first_few(lone)}"
-        shapes = [
-            f"{name}.{key} {list(ours[key].shape)} and {list(theirs[key].shape)}"
-            for key in sorted(ours.keys() & theirs.keys())
-            if ours[key].shape != theirs[key].shape
-        ]
-        if shapes:
-            yield (
-                f"{len(shapes)} tensors have other shapes in {base.given} than in {tuned.given}, another kind of "
-                f"model: {shapes[0]}"
-            )
 
 
 def _group(name, reference, known):

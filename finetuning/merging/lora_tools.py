@@ -20,6 +20,7 @@ import torch
 
 from finetuning.cli import REQUIRED, as_dict, flag, paths_read
 from finetuning.families.folders import components_of_index, pipeline_index
+from finetuning.families.generation import DTYPES
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
     KOHYA_NAME,
@@ -32,7 +33,7 @@ from finetuning.families.lora_files import (
 from finetuning.families.model_args import ModelError
 from finetuning.families.opening import open_source, skeleton_of
 from finetuning.families.table import FAMILIES, family_of_components
-from finetuning.files import atomic_folder, output_problems, sha256, write_json
+from finetuning.files import atomic_folder, output_problems, write_json
 from finetuning.merging.model_flags import BaseArgs, open_all
 from finetuning.merging.model_writer import MergeOutput, OutputArgs, write_models
 from finetuning.merging.recipe import RECIPE, metadata_of, recipe_of
@@ -40,7 +41,6 @@ from finetuning.merging.tensor_matching import Match
 
 # The components that LoRAs are made for
 ADAPTED = tuple(dict.fromkeys(one.name for family in FAMILIES.values() for one in family.adaptable))
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # How far a written layer may be from what was meant, by the norm of what it adds. Rounding both factors to fp16 moves
 # it by some 4e-4; numbers that are too small for fp16, or too large, move it much further.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3}
@@ -77,7 +77,7 @@ class LoraFileArgs:
     """Output"""
 
     output_dir: str = flag(REQUIRED, "new folder for the LoRA's file", affects_result=False)
-    dtype: str = flag("fp32", "precision of the file", choices=tuple(DTYPES))
+    dtype: str = flag("fp32", "precision of the file", choices=("fp32", "fp16"))
 
     def problems(self):
         if Path(self.output_dir).exists():
@@ -163,19 +163,22 @@ def stand_ins(components):
         for key, reference in components[component].items():
             name, _, kind = key.rpartition(".")
             if kind == "weight" and len(reference.shape) in (2, 4) and not name.endswith("_embedding"):
-                _put(model, name, reference.shape)
+                *above, last = name.split(".")
+                place = model
+                for word in above:
+                    if word not in place._modules:
+                        place.add_module(word, torch.nn.Module())
+                    place = place._modules[word]
+                place.add_module(last, empty_layer(reference.shape))
     return models
 
 
-def _put(model, name, shape):
-    *above, last = name.split(".")
-    for word in above:
-        if word not in model._modules:
-            model.add_module(word, torch.nn.Module())
-        model = model._modules[word]
+def empty_layer(shape):
+    """A linear layer or a convolution whose weight has this shape, without numbers, on the meta device."""
     out, inside, *kernel = shape
-    kind, kernel = (torch.nn.Conv2d, (kernel,)) if kernel else (torch.nn.Linear, ())
-    model.add_module(last, kind(inside, out, *kernel, device="meta"))
+    if kernel:
+        return torch.nn.Conv2d(inside, out, kernel, bias=False, device="meta")
+    return torch.nn.Linear(inside, out, bias=False, device="meta")
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -305,8 +308,7 @@ def write_result(command, args, sources, layers, components, facts, report, name
         raise ModelError(problem)
     names = names or ((DIFFUSERS_NAME, KOHYA_NAME) if args.save_kohya else (DIFFUSERS_NAME,))
     rounded = {name: _rounded(layer, DTYPES[args.dtype]) for name, layer in layers.items()}
-    hashes = {path: sha256(path) for source in sources for path in source.files}
-    recipe = recipe_of(command, as_dict(args), sources, hashes)
+    recipe = recipe_of(command, as_dict(args), sources)
     facts = facts | metadata_of(recipe) | _size_facts(layers)
     held, notice = for_kohya(layers)
     family = family_of_components(components)

@@ -1,7 +1,7 @@
 """Merged tensors into safetensors files: a thread reads the next chunk while this one computes and writes.
 
 A chunk of every input comes in, and one of every output goes out, so memory does not depend on the model. Two more
-threads hash the inputs meanwhile, and the outputs while these go to the disk.
+threads hash the inputs meanwhile.
 """
 
 import json
@@ -10,12 +10,13 @@ import os
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from finetuning.data.threads import in_order
 from finetuning.families.model_args import ModelError
 from finetuning.families.tensors import DTYPES, TensorReference
 from finetuning.files import sha256
@@ -58,15 +59,6 @@ class MergeTask:
     fallback: int | None = None
 
 
-@dataclass(frozen=True)
-class Report:
-    """sha256 of the inputs that were to be hashed, and of the outputs; names of the tasks that took their fallback."""
-
-    hashes: dict[Path, str]
-    written: dict[Path, str]
-    replaced: tuple[str, ...]
-
-
 class NotFinite(ModelError):
     """Tensors with NaN or infinity, or too large for the output's dtype; the message names all of them."""
 
@@ -77,24 +69,24 @@ class NotFinite(ModelError):
 
 
 def write_files(tasks, metadata, hashed=(), advance=lambda count: None):
-    """Make the files of all outputs in one pass over the inputs; returns a Report.
+    """Make the files of all outputs in one pass over the inputs.
 
     metadata  hashes {path: sha256} -> {output path: {key: text}}; asked twice, first with hashes of zeros to know the
               size of the headers: with the true ones its texts must be as long
     hashed    input files whose sha256 is wanted
     advance   called with the number of bytes that were written
 
-    Arithmetic is fp32 and is rounded once; a copy in the input's dtype is its bytes. Integers are only copied. Outputs
-    must not be there yet and are synced at the end; after an exception the caller removes what there is of them. Raises
-    NotFinite, OSError with the path (a full disk: before the work starts), ModelError for an input that has become
-    shorter.
+    Returns ({path: sha256} of `hashed`, [names of the tasks that took their fallback]). Arithmetic is fp32 and is
+    rounded once; a copy in the input's dtype is its bytes. Integers are only copied. Outputs must not be there yet;
+    after an exception the caller removes what there is of them. Raises NotFinite, OSError with the path (a full disk:
+    before the work starts), ModelError for an input that has become shorter.
     """
     layouts, hashed = _layouts(tasks), tuple(dict.fromkeys(hashed))
     texts = metadata(dict.fromkeys(hashed, UNKNOWN))
     headers = {path: _header(layout, texts.get(path)) for path, layout in layouts.items()}
     with ExitStack() as stack:
         stack.enter_context(_one_torch_thread())
-        reader, hashers = (stack.enter_context(ThreadPoolExecutor(threads)) for threads in (1, 2))
+        hashers = stack.enter_context(ThreadPoolExecutor(2))
         hashing = {path: hashers.submit(sha256, path) for path in hashed}
         files = {path: stack.enter_context(open(path, "xb", buffering=0)) for path in layouts}
         for path, layout in layouts.items():
@@ -107,14 +99,17 @@ def write_files(tasks, metadata, hashed=(), advance=lambda count: None):
             advance(len(content))
 
         # The tensors; those that are not finite are written again from their fallback
-        bad = _write_tensors(tasks, reader, write)
-        again = [_fallback(task, bad[task.name]) for task in tasks if task.name in bad and task.fallback is not None]
-        worse = _write_tensors(again, reader, write)
-        replaced = tuple(task.name for task in again)
+        bad, again = _write_tensors(tasks, write), []
+        for task in tasks:
+            if task.name in bad and task.fallback is not None:
+                outputs = (replace(task.outputs[number], compute=task.fallback) for number in sorted(bad[task.name]))
+                again.append(replace(task, outputs=tuple(outputs), fallback=None))
+        worse = _write_tensors(again, write)
+        replaced = [task.name for task in again]
         if refused := {name: bad[name] for name in bad if name not in replaced or name in worse}:
             raise NotFinite({name: set().union(*why.values(), *worse[name].values()) for name, why in refused.items()})
 
-        # The headers, and all of it to the disk
+        # The headers
         hashes = {path: one.result() for path, one in hashing.items()}
         texts = metadata(hashes)
         for path, layout in layouts.items():
@@ -122,48 +117,34 @@ def write_files(tasks, metadata, hashed=(), advance=lambda count: None):
             if len(header) != len(headers[path]):
                 raise ValueError(f"the metadata of {path} changed its length with the hashes")
             _write(files[path], 0, header)
-        hashing = {path: hashers.submit(sha256, path) for path in files}
-        for path, file in files.items():
-            with _naming(path):
-                os.fsync(file.fileno())
-        return Report(hashes, {path: one.result() for path, one in hashing.items()}, replaced)
+        return hashes, replaced
 
 
 # -- tensors -------------------------------------------------------------------------------------------------------
 
 
-def _write_tensors(tasks, reader, write):
+def _write_tensors(tasks, write):
     """Compute and write all outputs; {name of a task: {index of an output: {why it is not finite}}}."""
     bad = defaultdict(lambda: defaultdict(set))
-    for (task, first, _), inputs in _read_ahead(tasks, reader):
-        values = {number: one.float() for number, one in inputs.items() if one.is_floating_point()}
-        for number, output in enumerate(task.outputs):
-            if callable(output.compute):
-                result, made_of = _computed(task, output.compute, list(values.values())), values
-            else:
-                result = inputs[output.compute]
-                made_of = {i: one for i, one in values.items() if i == output.compute}
-            if made_of and not _fits(result, output.dtype):
-                bad[task.name][number].add(_reason(task, made_of, result, output.dtype))
-            if output.transposed:
-                result = result.view(output.shape[::-1]).T.reshape(-1)
-            write(output, first, memoryview(result.to(output.dtype).view(torch.uint8).numpy()))
+    with closing(in_order(_read, _jobs(tasks), threads=1, window=2)) as jobs:  # the next one is read meanwhile
+        for (task, first, _), inputs in jobs:
+            values = {number: one.float() for number, one in inputs.items() if one.is_floating_point()}
+            for number, output in enumerate(task.outputs):
+                if callable(output.compute):
+                    result, made_of = _computed(task, output.compute, list(values.values())), values
+                else:
+                    result = inputs[output.compute]
+                    made_of = {i: one for i, one in values.items() if i == output.compute}
+                if made_of and not _fits(result, output.dtype):
+                    bad[task.name][number].add(_reason(task, made_of, result, output.dtype))
+                if output.transposed:
+                    result = result.view(output.shape[::-1]).T.reshape(-1)
+                write(output, first, memoryview(result.to(output.dtype).view(torch.uint8).numpy()))
     return bad
 
 
-def _read_ahead(tasks, reader):
-    """((task, first element, end), {index of an input: those of its elements}), the next one being read meanwhile."""
-    before = None
-    for job in _jobs(tasks):
-        reading = reader.submit(_read, *job)
-        if before:
-            yield before[0], before[1].result()
-        before = job, reading
-    if before:
-        yield before[0], before[1].result()
-
-
 def _jobs(tasks):
+    """(task, first element, end) of each chunk."""
     for task in tasks:
         numel = task.inputs[0].numel
         step = max(numel, 1) if task.whole else CHUNK
@@ -171,7 +152,9 @@ def _jobs(tasks):
             yield task, first, min(first + step, numel)
 
 
-def _read(task, first, last):
+def _read(job):
+    """{index of an input: its elements} that a chunk needs."""
+    task, first, last = job
     needed = {output.compute for output in task.outputs}
     if any(map(callable, needed)):
         needed = range(len(task.inputs))
@@ -200,12 +183,6 @@ def _reason(task, made_of, result, dtype):
     if _fits(result, result.dtype):
         return f"too large for {NAMES[dtype]}: write it with --dtype bf16 or fp32"
     return "the method makes NaN or infinity of finite numbers"
-
-
-def _fallback(task, bad):
-    """The task that copies its fallback into those outputs that are bad."""
-    copies = tuple(replace(task.outputs[number], compute=task.fallback) for number in sorted(bad))
-    return replace(task, outputs=copies, fallback=None)
 
 
 @contextmanager

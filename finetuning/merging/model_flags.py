@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuning.cli import REQUIRED, flag
+from finetuning.cli import REQUIRED, UserError, flag
 from finetuning.families.folders import STATE
 from finetuning.families.model_args import ModelError
 from finetuning.families.opening import open_source
@@ -126,12 +126,12 @@ def component_problems(words, known):
 
 
 def open_all(openers):
-    """What each of the functions returns; their ModelErrors come together as one."""
+    """What each of the functions returns; their UserErrors come together as one ModelError."""
     found, problems = [], []
     for opener in openers:
         try:
             found.append(opener())
-        except ModelError as problem:
+        except UserError as problem:
             problems.append(str(problem))
     if problems:
         raise ModelError("\n".join(problems))

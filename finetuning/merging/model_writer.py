@@ -19,6 +19,7 @@ from finetuning.families.folders import (
     weights_name,
     write_scheduler,
 )
+from finetuning.families.generation import DTYPES
 from finetuning.families.model_args import ModelError
 from finetuning.families.original import Place, original_names, place
 from finetuning.families.tensors import refuse_not_finite
@@ -26,7 +27,6 @@ from finetuning.files import MANIFEST, atomic_folder, output_problems, remove_le
 from finetuning.merging.merge_writer import MergeTask, OutputTensor, write_files
 from finetuning.merging.recipe import RECIPE, metadata_of, recipe_of
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SINGLE_FILE = "merged.safetensors"
 SPARE_BYTES = 64 * 2**20  # for configurations, tokenizer, recipe, and what the disk needs itself
 
@@ -73,16 +73,18 @@ def write_models(command, outputs, sources, matches, args: OutputArgs, *, whole=
     _check_layout(base, matches, args)
     for target in (output.target.resolve() for output in outputs):
         remove_leftovers(target.parent, target.name)  # of a merge that was killed
-    _check_targets(outputs, [*read_paths(sources), *also_read])
+    read = [path for source in sources for path in (Path(source.given), source.folder, *source.files) if path]
+    _check_targets(outputs, [*read, *also_read])
     _check_room(matches, base, outputs, args)
     configs = {} if args.single_file else _config_folders(sources, matches)
     class_name = None if args.single_file or base.folder is None else _class_name(sources, matches)
     names = _names(matches, base, args.single_file)
     inputs = tuple(dict.fromkeys(path for source in sources for path in source.files))
-    _check_finite(base, {one.component for one in matches})
-    hashes_written = {}
+    for name in base.components.keys() - {one.component for one in matches} if base.folder else ():
+        for key, reference in base.tensors[name].items():  # copied as whole files: the writer looks at all others
+            refuse_not_finite({key: reference.read()}, reference.path)
     with ExitStack() as stack:
-        folders = [stack.enter_context(atomic_folder(output.target.resolve(), hashes_written)) for output in outputs]
+        folders = [stack.enter_context(atomic_folder(output.target.resolve())) for output in outputs]
         tasks = [
             _task(one, *names[one.name], folders, outputs, args.dtype, whole, fallback)
             for one in matches if one.name in names  # a single file has no place for position ids
@@ -101,15 +103,14 @@ def write_models(command, outputs, sources, matches, args: OutputArgs, *, whole=
 
         total = sum(output.dtype.itemsize * task.inputs[0].numel for task in tasks for output in task.outputs)
         with tqdm(total=total, unit="B", unit_scale=True, desc="merging", leave=False) as bar:
-            report = write_files(tasks, metadata, inputs, bar.update)
-        hashes_written |= report.written
+            hashes, replaced = write_files(tasks, metadata, inputs, bar.update)
         for folder, output in zip(folders, outputs, strict=True):
-            recipe = recipe_of(command, output.flags, sources, report.hashes)
-            recipe["run"]["taken_over"] = list(report.replaced)
+            recipe = recipe_of(command, output.flags, sources, hashes)
+            recipe["run"]["taken_over"] = replaced
             write_json(folder / RECIPE, recipe)
     lines = [f"{output.target / (SINGLE_FILE if args.single_file else '')}" for output in outputs]
-    if report.replaced:
-        lines.append(f"not finite, so taken over unmerged: {', '.join(report.replaced)}")
+    if replaced:
+        lines.append(f"not finite, so taken over unmerged: {', '.join(replaced)}")
     return lines
 
 
@@ -178,9 +179,11 @@ def _copy_rest(sources, matches, configs, class_name, folder):
 def _config_folders(sources, matches):
     """{component: folder with the config.json that describes it} of what is written. Raises ModelError."""
     base, *others = sources
+    shapes = {component: {key: one.shape for key, one in own.items()} for component, own in base.tensors.items()}
+    foreign = {one.component for one in matches if shapes[one.component].get(one.key) != one.inputs[0].shape}
     found, lacking = {}, []
     for component in dict.fromkeys(one.component for one in matches):
-        source = others[0] if _has_foreign(matches, component, base) else base
+        source = others[0] if component in foreign else base  # whose configuration describes what was taken
         files = source.components[component]
         found[component] = files.config or files.files[0].parent  # a UNet's file may have its configuration beside it
         if not (found[component] / "config.json").is_file():
@@ -188,15 +191,6 @@ def _config_folders(sources, matches):
     if lacking:
         raise ModelError("\n".join(lacking) + "\n--layout_from names a pipeline whose configurations are taken")
     return found
-
-
-def _has_foreign(matches, component, base):
-    """Whether --on_mismatch took tensors that the base's configuration does not describe."""
-    own = base.tensors[component]
-    return any(
-        one.component == component and (one.key not in own or one.inputs[0].shape != own[one.key].shape)
-        for one in matches
-    )
 
 
 def _class_name(sources, matches):
@@ -231,11 +225,6 @@ def _check_layout(base, matches, args):
         )
 
 
-def read_paths(sources):
-    """Files and folders that were read, and as they were named."""
-    return [path for source in sources for path in (Path(source.given), source.folder, *source.files) if path]
-
-
 def _check_targets(outputs, paths):
     """No output may stand where an input does, or where something else would be replaced."""
     wrong = []
@@ -262,13 +251,6 @@ def _foreign(target):
     except ValueError:
         return found
     return [name for name in found if name not in own]
-
-
-def _check_finite(base, written):
-    """The components that are copied as whole files: the writer looks at all others."""
-    for name in base.components.keys() - written if base.folder else ():
-        for key, reference in base.tensors[name].items():
-            refuse_not_finite({key: reference.read()}, reference.path)
 
 
 def _check_room(matches, base, outputs, args):

@@ -5,7 +5,6 @@ SD 1.x and 2.x. What belongs to none of them (time embedding, last convolution, 
 """
 
 import math
-from collections import defaultdict
 from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
 
@@ -90,15 +89,22 @@ CURVES = {"linear": linear, "smoothstep": smoothstep, "inverse_smoothstep": inve
 
 
 def block_ratios(words, matches):
-    """{name: ratio} of the tensors among `matches` that are merged at another ratio than --ratio.
+    """{name: ratio} of the tensors among `matches` that --block_ratios gives one; later words win.
 
-    Raises ModelError where a word fits none of them.
+    Raises ModelError where a pattern fits none of them, or there are not as many numbers as blocks in the UNet.
     """
-    components = defaultdict(list)
-    for one in matches:
-        if not one.is_copy:
-            components[one.component].append(one.key)
-    ratios, unused = resolved(block_rules(words), components)
+    merged = [one for one in matches if not one.is_copy]
+    blocks = unet_blocks([one.key for one in merged if one.component == "unet"])
+    order = sorted(set(blocks.values()) - {"BASE"})  # IN.., M00, OUT..: as the alphabet has them
+    ratios, unused = {}, []
+    for pattern, given in block_rules(words):
+        if pattern is None:
+            by_block = _one_for_each(order, given)
+            found = {f"unet.{key}": by_block[block] for key, block in blocks.items() if block in by_block}
+        else:
+            found = dict.fromkeys((one.name for one in merged if fnmatchcase(one.name, pattern)), given[0])
+            unused += [] if found else [pattern]
+        ratios |= found
     if unused:
         raise ModelError(f"--block_ratios: {', '.join(unused)} matches none of the tensors that are merged")
     return ratios
@@ -108,14 +114,14 @@ def block_rules(words: list[str] | None):
     """[(pattern, [ratio]), or (None, [ratio of each block]), ...] of the words of --block_ratios.
 
     The words are numbers, one for each block of the UNet (25 for SD 1.x and 2.x, 19 for SDXL, apart or in one word with
-    commas), and
-    pattern=ratio on full names, as in "unet.mid_block.*=0.3". Raises ValueError, which names every word that is wrong.
+    commas), and pattern=ratio on full names, "unet.mid_block.*=0.3". Raises ValueError, naming each that is wrong.
     """
     rules, problems = [], []
     for word in words or []:
         pattern, equals, numbers = word.rpartition("=")
         try:
-            given = [_number(text) for text in ([numbers] if equals else numbers.split(",")) if equals or text.strip()]
+            texts = [numbers] if equals else [text for text in numbers.split(",") if text.strip()]
+            given = [float(_decimal(text)) for text in texts]
         except ValueError:
             problems.append(f"{word}: must be numbers, or pattern=ratio as in 'unet.mid_block.*=0.3'")
             continue
@@ -130,26 +136,6 @@ def block_rules(words: list[str] | None):
     return rules
 
 
-def resolved(rules, components):
-    """({name: ratio}, patterns that match none) for {component: canonical names of its tensors}; later rules win.
-
-    Raises ModelError where the number of ratios is not the number of the UNet's blocks.
-    """
-    blocks = unet_blocks(components.get("unet", ()))
-    order = sorted(set(blocks.values()) - {"BASE"})  # IN.., M00, OUT..: as the alphabet has them
-    names = [f"{component}.{key}" for component, keys in components.items() for key in keys]
-    ratios, unused = {}, []
-    for pattern, given in rules:
-        if pattern is None:
-            by_block = _one_for_each(order, given)
-            found = {f"unet.{key}": by_block[block] for key, block in blocks.items() if block in by_block}
-        else:
-            found = dict.fromkeys((name for name in names if fnmatchcase(name, pattern)), given[0])
-            unused += [] if found else [pattern]
-        ratios |= found
-    return ratios, unused
-
-
 def _one_for_each(order, given):
     if not order:
         raise ModelError("--block_ratios: numbers are for the UNet's blocks, and no UNet is merged: see --components")
@@ -160,10 +146,3 @@ def _one_for_each(order, given):
             f"({order[0]} to {order[-1]}): give a number for each, or pattern=ratio{base}"
         )
     return dict(zip(order, given, strict=True))
-
-
-def _number(text):
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(text)
-    return number

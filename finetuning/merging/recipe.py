@@ -19,8 +19,9 @@ METADATA_KEY = "merge"
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def recipe_of(command, flags, sources, hashes):
-    """{flag: value, ..., "run": {...}}; `hashes` {path: sha256} of the sources' files. Ready for JSON."""
+def recipe_of(command, flags, sources, hashes=None):
+    """{flag: value, ..., "run": {...}}, ready for JSON; `hashes` {path: sha256} of the sources' files, if known."""
+    hashes = hashes or {path: sha256(path) for source in sources for path in source.files}
     inputs = [
         {"given": source.given, "files": {_below(source, path): hashes[path] for path in source.files}}
         for source in sources
@@ -59,9 +60,12 @@ def described(recipe):
     for source in run["inputs"]:
         lines.append(f"from     {source['given']}")
         lines += [f"           {digest}  {name}" for name, digest in source["files"].items()]
-    flags = {name: value for name, value in recipe.items() if name != "run" and _is_set(value)}
-    words = [f"--{name}" if value is True else f"--{name} {_words(value)}" for name, value in flags.items()]
-    lines += ["flags    " + "  ".join(words)]
+    words = []
+    for name, value in recipe.items():
+        if name != "run" and not (value is None or value is False or value == []):
+            given = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            words.append(f"--{name}" if value is True else f"--{name} {given}")
+    lines.append("flags    " + "  ".join(words))
     if run.get("taken_over"):
         lines.append(f"taken over unmerged, for they are not finite: {', '.join(run['taken_over'])}")
     return lines
@@ -96,11 +100,3 @@ def _below(source, path):
         if top is not None and top in path.parents:
             return str(path.relative_to(top))
     return path.name
-
-
-def _is_set(value):
-    return value is not None and value is not False and value != []
-
-
-def _words(value):
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

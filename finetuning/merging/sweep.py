@@ -23,7 +23,7 @@ from finetuning.cli import REQUIRED, SEEDS, UserError, as_dict, flag, flags_of, 
 from finetuning.families import generation
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import SCHEDULERS
-from finetuning.files import atomic_file, output_problems, sha256, write_image, write_json, write_text
+from finetuning.files import atomic_file, output_problems, write_image, write_json, write_text
 from finetuning.merging.methods import bound
 from finetuning.merging.model_flags import MixArgs
 from finetuning.merging.ratios import parse_ratios
@@ -145,12 +145,13 @@ def sweep_on(args, device="cpu", dtype=torch.float32):
 
     sources, folder = args.open_models(args.origin), Path(args.output_dir)
     prompts = {"in": _prompts(args.prompts_in), "out": _prompts(args.prompts_out)}
-    hashes = {path: sha256(path) for source in sources for path in source.files}
-    recipe = recipe_of("sweep", as_dict(args), sources, hashes)
+    recipe = recipe_of("sweep", as_dict(args), sources)
     recipe["run"] |= {f"prompts_{kind}": own for kind, own in prompts.items()} | {"dtype": str(dtype)}
     merged = MergedPipeline(args, sources, args.scheduler, device, dtype)
     metric = METRICS[args.measured_by](args, merged, *prompts.values()) if args.measured_by != "none" else None
-    _claim(folder, _settings(recipe))
+    harmless = {*flags_without_effect(SweepArgs), "run"}  # all that the images depend on, ready for JSON
+    settings = {name: value for name, value in recipe.items() if name not in harmless}
+    _claim(folder, settings | {name: recipe["run"][name] for name in ("prompts_in", "prompts_out", "dtype", "inputs")})
     measured = folder / f"measured-{args.measured_by}.json"
     known = _known(measured, {"metric": args.measured_by, **metric.facts} if metric else {})
 
@@ -160,7 +161,9 @@ def sweep_on(args, device="cpu", dtype=torch.float32):
         for ratio in args.ratio:
             place = folder / f"ratio-{ratio:g}"
             images = [_generate(args, merged, ratio, place, kind, own, bar) for kind, own in rows.items()]
-            columns.append([_reduced(image, args.grid_side) for own in images for image in own])
+            columns.append([image.copy() for own in images for image in own])
+            for image in columns[-1]:
+                image.thumbnail((args.grid_side, args.grid_side), Image.Resampling.LANCZOS)
             if metric and f"{ratio:g}" not in known["ratios"]:
                 learned, retained = metric.measure(ratio, *images)
                 known["ratios"][f"{ratio:g}"] = {"learned": learned.tolist(), "retained": retained.tolist()}
@@ -225,16 +228,9 @@ def _grid(args, rows, columns):
 
 def _headings(args):
     """The ratios, and the names of base and tuned model where the result is one of them as it is."""
-    results = {ratio: None if args.block_ratios else bound(args, "", ratio) for ratio in args.ratio}
-    names = {ratio: ("base", "tuned")[result] for ratio, result in results.items() if isinstance(result, int)}
-    return [f"{ratio:g} {names.get(ratio, '')}".strip() for ratio in args.ratio]
-
-
-def _reduced(image, side):
-    """The image, at most `side` pixels high and wide."""
-    small = image.copy()
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return small
+    results = [None if args.block_ratios else bound(args, "", ratio) for ratio in args.ratio]
+    names = [f" {('base', 'tuned')[one]}" if isinstance(one, int) else "" for one in results]
+    return [f"{ratio:g}{name}" for ratio, name in zip(args.ratio, names, strict=True)]
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------
@@ -307,13 +303,6 @@ def _merge_command(args, ratio):
 
 
 # -- what was done before ----------------------------------------------------------------------------------------
-
-
-def _settings(recipe):
-    """All that the images depend on, ready for JSON."""
-    harmless = {*flags_without_effect(SweepArgs), "run"}
-    flags = {name: value for name, value in recipe.items() if name not in harmless}
-    return flags | {name: recipe["run"][name] for name in ("prompts_in", "prompts_out", "dtype", "inputs")}
 
 
 def _claim(folder, settings):

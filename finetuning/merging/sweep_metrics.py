@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 
 from finetuning.evaluation.checkers import load_checker
 from finetuning.families.generation import parse_size
-from finetuning.families.model_args import ModelError
 from finetuning.files import sha256
+from finetuning.merging.model_flags import open_all
 
 
 @dataclass(frozen=True)
@@ -51,29 +51,18 @@ def checker_metric(args, merged, prompts_in, prompts_out):
 
 def loss_metric(args, merged, prompts_in, prompts_out):
     """Minus the denoising loss of each row of --fit_dataset (learned) and of --retain_dataset (retained)."""
-    from finetuning.data.reading import DatasetError
-    from finetuning.evaluation.denoising import load_rows, row_losses
-    from finetuning.families.model import Model
+    from finetuning.evaluation.denoising import PipelineLoss
 
-    model, datasets, problems = Model.of_pipeline(merged.pipeline), [], []
-    denoiser, device = model.denoiser.denoiser, merged.pipeline.device
-    own = denoiser.config.sample_size * model.codec.factor
-    size, seed = parse_size(args.size) or (own, own), args.seed[0]
-    for folder in (args.fit_dataset, args.retain_dataset):
-        try:
-            datasets.append(load_rows(folder, model.tokenize, size, max_rows=args.loss_rows, seed=seed, say=tqdm.write))
-        except DatasetError as problem:
-            problems.append(str(problem))
-    if problems:
-        raise ModelError("\n".join(problems))
-    autocast = partial(torch.autocast, device.type, dtype=denoiser.dtype, enabled=denoiser.dtype != torch.float32)
+    how = {"size": parse_size(args.size), "max_rows": args.loss_rows, "seed": args.seed[0], "say": tqdm.write}
+    losses = open_all(
+        [partial(PipelineLoss, merged.pipeline, folder, **how) for folder in (args.fit_dataset, args.retain_dataset)]
+    )
 
     def measure(ratio, images_in, images_out):
         merged.set(ratio)
-        how = {"seed": seed, "batch_size": args.batch_size, "device": device, "autocast": autocast}
-        return [-row_losses(model, images, rows, model.schedule, **how) for images, rows in datasets]
+        return [-loss(args.batch_size) for loss in losses]
 
-    facts = {"size": list(size), "datasets": [_content(*one) for one in datasets]}
+    facts = {"size": list(losses[0].size), "datasets": [_content(one.images, one.rows) for one in losses]}
     words = (f"{what}: minus the loss on --{flag}_dataset" for what, flag in zip(AXES, ("fit", "retain"), strict=True))
     return SweepMetric(measure, facts, *words)
 

@@ -6,6 +6,8 @@ from finetuning.cli import first_few
 from finetuning.families.model_args import ModelError
 from finetuning.families.tensors import TensorReference
 
+MISFIT = "the models do not fit together:"
+
 
 @dataclass(frozen=True)
 class Match:
@@ -33,33 +35,27 @@ def match(sources, components=None, on_mismatch=None):
     of them is none. They are never a mismatch.
     """
     base, *others = sources
-    kinds = {source.prediction_type for source in sources} - {None}
-    found, hopeless = [], len(kinds) > 1
-    if hopeless:
-        found.append(
-            "they predict different things ("
-            + ", ".join(f"{source.given}: {source.prediction_type}" for source in sources if source.prediction_type)
-            + "): between such weights nothing is meaningful"
-        )
+    hopeless = []
+    if len({source.prediction_type for source in sources} - {None}) > 1:
+        kinds = ", ".join(f"{source.given}: {source.prediction_type}" for source in sources if source.prediction_type)
+        hopeless.append(f"they predict different things ({kinds}): between such weights nothing is meaningful")
     if any(source.family is not base.family for source in others):
-        hopeless = True
-        found.append(
-            "they are of different kinds (" + ", ".join(f"{one.given}: {one.class_name}" for one in sources) + ")"
-        )
+        kinds = ", ".join(f"{source.given}: {source.class_name}" for source in sources)
+        hopeless.append(f"they are of different kinds ({kinds})")
     if hopeless:
-        raise ModelError("the models do not fit together:\n  " + "\n  ".join(found))
-    merged, matches = _merged_components(sources, components), []
+        raise ModelError("\n  ".join([MISFIT, *hopeless]))
+    merged, matches, found = _merged_components(sources, components), [], []
     for component, own in base.tensors.items():
         if component not in merged:
             matches += [Match(component, key, (reference,), is_copy=True) for key, reference in own.items()]
             continue
         of_others = [source.tensors[component] for source in others]
         found += [text for source, other in zip(others, of_others, strict=True)
-                  for text in _differences(component, own, other, base.given, source.given)]  # fmt: skip
+                  for text in differences(component, own, other, base.given, source.given)]  # fmt: skip
         matches += _matched(component, own, of_others, on_mismatch)
     if found and on_mismatch is None:
-        way_out = "\n--on_mismatch base or tuned says whose tensors to take there"
-        raise ModelError("the models do not fit together:\n  " + "\n  ".join(found) + way_out)
+        way_out = "--on_mismatch base or tuned says whose tensors to take there"
+        raise ModelError("\n  ".join([MISFIT, *found]) + f"\n{way_out}")
     return matches, [f"--on_mismatch {on_mismatch}: {text}" for text in found]
 
 
@@ -80,45 +76,31 @@ def is_copied(key, reference):
     return not reference.dtype.is_floating_point or key.endswith("position_ids")
 
 
-def _differences(component, own, other, base_name, other_name):
-    """Sentences on what one model has and the other has not."""
-    missing = [key for key, reference in own.items() if key not in other and not is_copied(key, reference)]
-    extra = [key for key, reference in other.items() if key not in own and not is_copied(key, reference)]
-    shapes = [
-        f"{key} {list(own[key].shape)} and {list(other[key].shape)}"
-        for key in own
-        if key in other and own[key].shape != other[key].shape and not is_copied(key, own[key])
-    ]
-    integers = [
-        key for key in own
-        if key in other and not other[key].dtype.is_floating_point and not is_copied(key, own[key])
-    ]  # fmt: skip
+def differences(component, own, other, base_name, other_name):
+    """Yield sentences on what one model's {key: TensorReference} has and the other's has not."""
+    ours, theirs = ({key for key, one in some.items() if not is_copied(key, one)} for some in (own, other))
+    both = [key for key in own if key in ours and key in other]
+    pairs = ((key, list(own[key].shape), list(other[key].shape)) for key in both)
     for keys, what in (
-        (missing, f"{other_name} lacks"),
-        (extra, f"unlike {other_name}, {base_name} lacks"),
-        (shapes, f"shapes differ in {other_name},"),
-        (integers, f"{other_name} has only integers for"),
+        ([key for key in own if key in ours - other.keys()], f"{other_name} lacks"),
+        ([key for key in other if key in theirs - own.keys()], f"unlike {other_name}, {base_name} lacks"),
+        ([f"{key} {one} and {two}" for key, one, two in pairs if one != two], f"shapes differ in {other_name},"),
+        ([key for key in both if not other[key].dtype.is_floating_point], f"{other_name} has only integers for"),
     ):
         if keys:
             yield f"{what} {len(keys)} tensor(s) of the {component}: {first_few(keys)}"
 
 
-def _fits(reference, partner):
-    return partner is not None and partner.shape == reference.shape and partner.dtype.is_floating_point
-
-
 def _matched(component, own, of_others, on_mismatch):
     for key, reference in own.items():
         partners = [other.get(key) for other in of_others]
-        from_one_file = all(partner == reference for partner in partners)
-        if is_copied(key, reference) or from_one_file:
+        if is_copied(key, reference) or all(partner == reference for partner in partners):  # of one file
             yield Match(component, key, (reference,), is_copy=True)
-        elif all(_fits(reference, partner) for partner in partners):
+        elif all(one and one.shape == reference.shape and one.dtype.is_floating_point for one in partners):
             yield Match(component, key, (reference, *partners))
         else:
-            taken = partners[0] if on_mismatch == "tuned" and partners[0] is not None else reference
+            taken = (on_mismatch == "tuned" and partners[0]) or reference
             yield Match(component, key, (taken,), is_copy=True)
-    if on_mismatch == "tuned":
-        tuned = of_others[0]
-        extra = (key for key, reference in tuned.items() if key not in own and not is_copied(key, reference))
-        yield from (Match(component, key, (tuned[key],), is_copy=True) for key in extra)
+    for key, reference in of_others[0].items() if on_mismatch == "tuned" else ():
+        if key not in own and not is_copied(key, reference):
+            yield Match(component, key, (reference,), is_copy=True)

@@ -11,11 +11,10 @@ from PIL import Image
 from finetuning.cli import read
 from finetuning.evaluation import networks
 from finetuning.evaluation.checkers import load_checker
-from finetuning.evaluation.denoising import load_rows, row_losses
+from finetuning.evaluation.denoising import PipelineLoss, load_rows, row_losses
 from finetuning.evaluation.forgetting import (
     ForgettingArgs,
     forgetting,
-    pipeline_losses,
 )
 from finetuning.evaluation.generation import Row, general_rows
 from finetuning.evaluation.measuring import EvalNetworkArgs, Networks
@@ -103,13 +102,13 @@ def test_a_pipeline_has_the_loss_of_its_model(tiny_model, shapes_folder):
     for split, count in ((None, 4), ("train", 11)):
         images, rows = load_rows(shapes_folder, model.tokenize, (32, 32), split=split)
         expected = row_losses(model, images, rows, model.schedule).numpy()
-        found = pipeline_losses(pipeline, shapes_folder, split=split)
+        found = PipelineLoss(pipeline, shapes_folder, split=split)().numpy()
         assert found.dtype == np.float64 and len(found) == count
         np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert len(pipeline_losses(pipeline, shapes_folder, max_rows=3)) == 3
+    assert len(PipelineLoss(pipeline, shapes_folder, max_rows=3)().numpy()) == 3
     learned, kept = learned_and_kept("loss", (found, expected), (expected, found))
     assert learned.value == pytest.approx(0, abs=1e-5) and kept.value == pytest.approx(1, abs=1e-5)
-    other = pipeline_losses(pipeline, shapes_folder, split="train", seed=1)
+    other = PipelineLoss(pipeline, shapes_folder, split="train", seed=1)().numpy()
     assert not np.isclose(other, found).any()
 
 

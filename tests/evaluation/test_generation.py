@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from finetuning.cli import read
+from finetuning.data.findings import DatasetError
 from finetuning.evaluation.denoising import chosen_rows
 from finetuning.evaluation.generation import GenerationArgs, Row, dataset_rows, general_rows, generate_rows, images_in
 from finetuning.evaluation.metrics import EvaluationError
@@ -114,7 +115,7 @@ def test_rows_are_those_of_the_split_with_their_numbers(shapes_folder):
 
 def test_without_a_split_it_is_the_test_split_or_the_whole_folder(shapes_folder, tmp_path):
     assert len(dataset_rows(shapes_folder / "validation")) == 4
-    with pytest.raises(EvaluationError, match="has no split test, only train, validation"):
+    with pytest.raises(DatasetError, match="has no split test, only train, validation"):
         dataset_rows(shapes_folder)
     copied = shutil.copytree(shapes_folder, tmp_path / "copied")
     (copied / "validation").rename(copied / "test")
@@ -132,7 +133,7 @@ def test_all_that_is_wrong_with_the_rows_is_one_message(dataset):
     describe(dataset, a="first", b="second", gone="nobody", c="")
     save(dataset / "stray.png")
     cut(dataset / "b.png")
-    with pytest.raises(EvaluationError) as problem:
+    with pytest.raises(DatasetError) as problem:
         dataset_rows(dataset)
     for said in ("has 4 errors", "line 3 (gone.png)", "line 4 (c.png)", "stray.png", "metadata.jsonl line 2 ("):
         assert said in str(problem.value)
@@ -141,7 +142,7 @@ def test_all_that_is_wrong_with_the_rows_is_one_message(dataset):
 @pytest.mark.parametrize(("remove", "said"), [("metadata.jsonl", "no metadata.jsonl"), (".", "there is no folder")])
 def test_a_dataset_that_is_not_there_is_named(remove, said, dataset):
     shutil.rmtree(dataset) if remove == "." else (dataset / remove).unlink()
-    with pytest.raises(EvaluationError, match=said):
+    with pytest.raises(DatasetError, match=said):
         dataset_rows(dataset)
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,19 +16,23 @@ from finetuning.evaluation.statistics import (
     Estimate,
     frechet,
     frechet_bias,
-    frechet_difference,
-    frechet_estimate,
     frechet_influence,
-    kernel_difference,
-    kernel_distance,
-    kernel_estimate,
     kernel_influence,
     mean_of,
     paired_difference,
     resampled_means,
+    set_difference,
+    set_estimate,
 )
 
+frechet_estimate, kernel_estimate = (partial(set_estimate, metric) for metric in ("fid", "kid"))
+frechet_difference, kernel_difference = (partial(set_difference, metric) for metric in ("fid", "kid"))
+
 SIZES = [(40, 40, 6), (60, 25, 8), (5, 9, 12), (30, 7, 12)]  # n, m, d: more images than features, fewer, mixed
+
+
+def kernel_distance(a, b):
+    return kernel_influence(a, b)[0]
 
 
 def normal(*shape, seed=0):

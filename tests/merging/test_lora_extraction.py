@@ -252,8 +252,8 @@ def test_equal_models_have_nothing_to_extract(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({f"{TO_Q}.weight": lambda _: None}, rf"only .* has 1 of the tensors: {TO_Q}.weight"),
-        ({f"{CONV_IN}.weight": lambda old: torch.cat([old, old], 1)}, r"other shapes .*\[8, 4, 3, 3\] and \[8, 8, 3"),
+        ({f"{TO_Q}.weight": lambda _: None}, rf"lacks 1 tensor\(s\) of the unet: {TO_Q.removeprefix('unet.')}.weight"),
+        ({f"{CONV_IN}.weight": lambda old: torch.cat([old, old], 1)}, r"shapes differ .*\[8, 4, 3, 3\] and \[8, 8, 3"),
     ],
     ids=["missing", "other shape"],
 )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from finetuning.families.generation import DTYPES
 from finetuning.families.lora_files import (
     DIFFUSERS_NAME,
     KOHYA_NAME,
@@ -265,7 +266,7 @@ def test_to_kohya_and_back_nothing_changes(parts, made, written, converted, dtyp
     back = converted(kohya, "diffusers", dtype=dtype)
     for path in (kohya, back):
         stored = {value.dtype for key, value in load_file(path).items() if not key.endswith(".alpha")}
-        assert stored == {commands.DTYPES[dtype]}
+        assert stored == {DTYPES[dtype]}
         assert_same_layers(read_lora(path, parts).layers, made(), tolerance)
     for key, value in FACTS.items():
         assert metadata_of(kohya)[key] == metadata_of(back)[key] == value

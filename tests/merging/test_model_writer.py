@@ -223,7 +223,7 @@ def test_room_is_asked_for_what_is_written_and_copied_and_no_more(
 def test_result_whose_folder_cannot_be_finished_is_not_there(unet, write, tmp_path, monkeypatch):
     sources = [unet("base"), unet("tuned")]
     before = names(tmp_path)
-    monkeypatch.setattr(files, "write_manifest", lambda folder, known: 1 / 0)
+    monkeypatch.setattr(files, "write_manifest", lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write(sources, output(tmp_path / "one"), output(tmp_path / "two"))
     assert names(tmp_path) == before and not list(tmp_path.glob(".*"))

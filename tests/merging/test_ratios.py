@@ -9,7 +9,8 @@ from diffusers import UNet2DConditionModel
 
 from finetuning.families.model_args import ModelError
 from finetuning.families.original import unet_blocks
-from finetuning.merging.ratios import CURVES, block_rules, parse_ratios, resolved
+from finetuning.merging.ratios import CURVES, block_ratios, block_rules, parse_ratios
+from finetuning.merging.tensor_matching import Match
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +20,11 @@ def names():
         unet = UNet2DConditionModel()
     text = ["embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"]
     return {"unet": list(unet.state_dict()), "text_encoder": text}
+
+
+@pytest.fixture(scope="module")
+def matches(names):
+    return [Match(component, key, ()) for component, keys in names.items() for key in keys]
 
 
 # -- lists of ratios -------------------------------------------------------------------------------------------------
@@ -136,10 +142,9 @@ COMMUNITY = [i / 100 for i in range(25)]  # IN00 0, ..., IN11 0.11, M00 0.12, OU
 
 
 @pytest.mark.parametrize("words", [[str(one) for one in COMMUNITY], [",".join(map(str, COMMUNITY))]])
-def test_numbers_are_for_the_blocks_in_the_order_of_the_community(names, words):
-    rules = block_rules(words)
-    ratios, unused = resolved(rules, names)
-    assert [ratio for _, given in rules for ratio in given] == COMMUNITY
+def test_numbers_are_for_the_blocks_in_the_order_of_the_community(names, matches, words):
+    ratios = block_ratios(words, matches)
+    assert [ratio for _, given in block_rules(words) for ratio in given] == COMMUNITY
     wanted = {
         "conv_in.weight": 0.0,
         "down_blocks.3.resnets.1.conv2.bias": 0.11,
@@ -151,16 +156,20 @@ def test_numbers_are_for_the_blocks_in_the_order_of_the_community(names, words):
     }
     assert {key: ratios.get(f"unet.{key}", 0.9) for key in wanted} == wanted
     assert ratios.get(f"text_encoder.{names['text_encoder'][0]}", 0.9) == 0.9
-    assert unused == []
 
 
-def test_numbers_of_other_parts_are_not_those_of_the_unet(names):
-    rules = block_rules([",".join(["0.1"] * 25)])
-    ratios, _ = resolved(rules, {**names, "vae": ["conv_in.weight", "mid_block.x"]})
+def test_numbers_of_other_parts_are_not_those_of_the_unet(matches):
+    vae = [Match("vae", key, ()) for key in ("conv_in.weight", "mid_block.x")]
+    ratios = block_ratios([",".join(["0.1"] * 25)], [*matches, *vae])
     assert ratios.get("vae.conv_in.weight", 0.9) == 0.9 and ratios.get("unet.conv_in.weight", 0.9) == 0.1
 
 
-def test_later_words_win(names):
+def test_a_tensor_that_is_copied_has_no_ratio(matches):
+    copied = Match("unet", "conv_in.extra", (), is_copy=True)
+    assert "unet.conv_in.extra" not in block_ratios(["unet.conv_in.*=0.2"], [*matches, copied])
+
+
+def test_later_words_win(matches):
     numbers = ",".join(["0.1"] * 25)
     key = "mid_block.attentions.0.norm.weight"
     for words, ratio in (
@@ -169,39 +178,34 @@ def test_later_words_win(names):
         (["unet.*=0.2", "unet.mid_block.*=0.3"], 0.3),
         (["unet.mid_block.*=0.3", "*.weight=0.4", "unet.conv_in.*=0"], 0.4),
     ):
-        ratios, unused = resolved(block_rules(words), names)
-        assert ratios.get(f"unet.{key}", 0.9) == ratio
-        assert unused == []
+        assert block_ratios(words, matches).get(f"unet.{key}", 0.9) == ratio
 
 
-def test_patterns_are_for_full_names_in_every_part(names):
-    words = ["text_encoder.*=1.5", "unet.*.attentions.?.norm.*=0", "UNET.*=0.1", "mid_block.*=0.1"]
-    ratios, unused = resolved(block_rules(words), names)
+def test_patterns_are_for_full_names_in_every_part(matches):
+    words = ["text_encoder.*=1.5", "unet.*.attentions.?.norm.*=0"]
+    ratios = block_ratios(words, matches)
     assert ratios.get("text_encoder.encoder.layers.0.mlp.fc1.weight", 0.9) == 1.5
     assert ratios.get("unet.mid_block.attentions.0.norm.weight", 0.9) == 0
     assert ratios.get("unet.mid_block.resnets.0.norm1.weight", 0.9) == 0.9
-    assert unused == ["UNET.*", "mid_block.*"]
+    with pytest.raises(ModelError, match=r"UNET\.\*, mid_block\.\* matches none"):
+        block_ratios([*words, "UNET.*=0.1", "mid_block.*=0.1"], matches)
 
 
 @pytest.mark.parametrize("words", [None, []])
-def test_no_words_change_nothing(names, words):
-    rules = block_rules(words)
-    ratios, unused = resolved(rules, names)
-    assert ratios.get("unet.conv_in.weight", 0.3) == 0.3
-    assert rules == [] and unused == []
+def test_no_words_change_nothing(matches, words):
+    assert block_ratios(words, matches) == {}
 
 
 @pytest.mark.parametrize(("count", "told"), [(24, "24 numbers"), (26, "BASE"), (1, "1 number")])
-def test_another_number_of_blocks_is_refused_and_the_right_one_told(names, count, told):
-    rules = block_rules(["0.5"] * count)
+def test_another_number_of_blocks_is_refused_and_the_right_one_told(matches, count, told):
     with pytest.raises(ModelError, match=r"25 blocks \(IN00 to OUT11\)") as problem:
-        resolved(rules, names)
+        block_ratios(["0.5"] * count, matches)
     assert told in str(problem.value)
 
 
-def test_numbers_without_a_unet_are_refused(names):
+def test_numbers_without_a_unet_are_refused(matches):
     with pytest.raises(ModelError, match="--components"):
-        resolved(block_rules(["0.5"] * 25), {"text_encoder": names["text_encoder"]})
+        block_ratios(["0.5"] * 25, [one for one in matches if one.component == "text_encoder"])
 
 
 def test_all_wrong_words_are_named_together():
