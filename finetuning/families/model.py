@@ -162,6 +162,8 @@ class Model:
 
         An autoencoder that overflows in fp16 stays fp32, where the family's pipeline asks for that (force_upcast).
         """
+        self.schedule = self.schedule.to(device)
+        self.schedules = {name: schedule.to(device) for name, schedule in self.schedules.items()}
         for name, module in self.components.items():
             module.to(device)
             if name in self.family.upcast and frozen_dtype == torch.float16 and module.config.force_upcast:

@@ -38,7 +38,9 @@ class Scaler(SimpleNamespace):
     """The fp16 loss scaler of a GPU, as far as it is asked here."""
 
     def __init__(self, scale):
-        super().__init__(get_scale=lambda: scale, state_dict=lambda: {"scale": scale}, load_state_dict=lambda _: None)
+        super().__init__(
+            scale=lambda tensor: scale * tensor, state_dict=lambda: {"scale": scale}, load_state_dict=lambda _: None
+        )
 
 
 @pytest.fixture
@@ -54,6 +56,13 @@ def norms(monkeypatch):
     return install
 
 
+@pytest.fixture(params=[0, 1], ids=["at once", "a step later"])
+def lag(request, monkeypatch):
+    """When loss and norm are looked at: at once as on a CPU, or a step later as on a GPU."""
+    monkeypatch.setattr(Run, "lag", request.param)
+
+
+@pytest.mark.usefixtures("lag")
 def test_a_step_that_overflows_is_logged_as_skipped_and_the_log_stays_json(training, arguments, tmp_path, norms):
     norms(1.0, float("inf"), float("nan"), scaler=Scaler(65536.0))
     assert training.run("train_lora", arguments, tmp_path, "--max_train_steps", 4) == 0
@@ -74,6 +83,7 @@ def test_a_gradient_that_is_no_number_ends_the_run(training, arguments, tmp_path
     assert "gradient" in capfd.readouterr().err and len(training.steps(tmp_path)) == 1
 
 
+@pytest.mark.usefixtures("lag")
 def test_a_loss_that_is_no_number_names_the_rows_and_reaches_no_checkpoint(
     script, training, arguments, tmp_path, capfd, tensors
 ):
@@ -86,11 +96,27 @@ def test_a_loss_that_is_no_number_names_the_rows_and_reaches_no_checkpoint(
     assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "model_index.json").exists()
 
 
-def test_with_a_checkpoint_the_message_says_which_one_to_go_on_from(training, arguments, tmp_path, norms, capfd):
-    norms(1.0, 1.0, float("nan"))
-    assert training.run("train_lora", arguments, tmp_path) == 1
-    message = capfd.readouterr().err
-    assert "checkpoint-2" in message and "--resume_from_checkpoint latest" in message
+def test_a_step_looked_at_later_is_named_by_its_own_rows_and_what_came_of_it_is_not_saved(
+    training, arguments, tmp_path, norms, capfd, monkeypatch
+):
+    messages = []
+    for lag in (0, 1):
+        norms(1.0, 1.0, float("nan"))  # and every second step saves
+        monkeypatch.setattr(Run, "lag", lag)
+        assert training.run("train_lora", arguments, tmp_path / "run") == 1
+        messages.append(capfd.readouterr().err.split("error: ")[1].split("goes on")[0])
+        assert [step for step, _ in checkpoints_in(tmp_path / "run")] == [2] and len(
+            training.steps(tmp_path / "run")
+        ) == 2
+        (tmp_path / "run").rename(tmp_path / str(lag))
+    assert messages[0] == messages[1] and messages[0].count("metadata.jsonl line") == 3  # of the epoch's last step
+    assert "checkpoint-2 is complete: --resume_from_checkpoint latest" in messages[0]
+
+
+def test_looking_later_changes_nothing(script, training, arguments, whole_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "lag", 1)
+    assert training.run(script, arguments, tmp_path) == 0
+    training.assert_same(training.state(tmp_path), training.state(whole_run(script)))
 
 
 def test_dropout_is_a_function_of_seed_step_and_process(training, arguments, tmp_path, monkeypatch):
