@@ -96,20 +96,19 @@ def test_a_loss_that_is_no_number_names_the_rows_and_reaches_no_checkpoint(
     assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "model_index.json").exists()
 
 
+@pytest.mark.parametrize(("broken", "rows"), [(3, 3), (4, 4)], ids=["before a save", "of a save"])
 def test_a_step_looked_at_later_is_named_by_its_own_rows_and_what_came_of_it_is_not_saved(
-    training, arguments, tmp_path, norms, capfd, monkeypatch
+    broken, rows, training, arguments, tmp_path, norms, capfd, monkeypatch
 ):
-    messages = []
+    messages, folder = [], tmp_path / "run"
     for lag in (0, 1):
-        norms(1.0, 1.0, float("nan"))  # and every second step saves
+        norms(*[1.0] * (broken - 1), float("nan"))  # and every second step saves
         monkeypatch.setattr(Run, "lag", lag)
-        assert training.run("train_lora", arguments, tmp_path / "run") == 1
+        assert training.run("train_lora", arguments, folder) == 1
         messages.append(capfd.readouterr().err.split("error: ")[1].split("goes on")[0])
-        assert [step for step, _ in checkpoints_in(tmp_path / "run")] == [2] and len(
-            training.steps(tmp_path / "run")
-        ) == 2
-        (tmp_path / "run").rename(tmp_path / str(lag))
-    assert messages[0] == messages[1] and messages[0].count("metadata.jsonl line") == 3  # of the epoch's last step
+        assert [step for step, _ in checkpoints_in(folder)] == [2] and len(training.steps(folder)) == broken - 1
+        folder.rename(tmp_path / str(lag))
+    assert messages[0] == messages[1] and messages[0].count("metadata.jsonl line") == rows
     assert "checkpoint-2 is complete: --resume_from_checkpoint latest" in messages[0]
 
 
