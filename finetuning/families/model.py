@@ -198,9 +198,9 @@ class Model:
         return f"trained: {counted(self.trained)}; frozen: {frozen}"
 
     def copied_bytes(self):
-        """Size of the base's components, most of which the finished pipeline takes over."""
-        index = pipeline_index(self.folder)
-        files = (path for name in components_of_index(index) for path in (self.folder / name).rglob("*"))
+        """Size of the base's components that the finished pipeline takes over."""
+        names = set(components_of_index(pipeline_index(self.folder))) - set(self.trained)
+        files = (path for name in names for path in (self.folder / name).rglob("*"))
         return sum(path.stat().st_size for path in files if path.is_file())
 
     # -- checkpoints -----------------------------------------------------------------------------------------------

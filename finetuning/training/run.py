@@ -181,12 +181,12 @@ class Run:
     @property
     def lag(self):
         """How many steps are queued before one is looked at: a GPU is not waited for within a step."""
-        return 1 if self.device.type == "cuda" else 0
+        return 0 if self.device.type == "cpu" else 1
 
     def floats(self, *scalars):
         """A call that gives the values of these tensors; on a GPU it waits for what was queued up to here."""
         values = torch.stack(scalars).to("cpu", non_blocking=True)  # from a GPU into pinned memory
-        arrived = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+        arrived = torch.accelerator.current_stream().record_event() if self.device.type != "cpu" else None
 
         def read():
             if arrived:
@@ -247,7 +247,8 @@ class Run:
 
     def finish(self):
         """Close the bar, the trackers and the processes' group."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
         self.accelerator.end_training()
 
     def _on_signal(self, number, _frame):

@@ -6,6 +6,7 @@ evaluates, and stops on a signal or where too much is forgotten.
 
 import math
 from collections import deque
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +16,7 @@ from finetuning.training.checkpoint import Checkpointer, NonFinite
 from finetuning.training.evaluator import Evaluator
 from finetuning.training.hub import build_upload
 from finetuning.training.optim import build_schedule
+from finetuning.training.preflight import clock, forecast, largest_step, limit_memory, undoing
 
 
 class Session:
@@ -39,13 +41,26 @@ class Session:
         encoder.build()
         self.evaluator = Evaluator(args, run, model, ema, data, self.first_step)
         self.prepared = (*run.prepare(model.denoiser, optimizer), self.lr_scheduler)
-        self.upload = build_upload(run, model.hub_tags)
         self.stopping = self.forgets = False
         self.unread = deque()  # steps whose loss and norm nobody has looked at yet: on a GPU the newest
 
+    @property
+    def rehearses(self):
+        """Whether the largest step is tried out before the first: it takes too long to do so on a CPU unasked."""
+        return self.args.preflight or self.run.device.type != "cpu"
+
     def steps(self):
-        """Yield a Step for each optimizer step that is left; fewer on a signal, or where too much is forgotten."""
+        """Yield a Step for each optimizer step that is left; fewer on a signal, or where too much is forgotten.
+
+        Two more come first on a GPU, and with --preflight nothing but these: a rehearsal, of which nothing remains.
+        """
         run, last_step = self.run, self.total_steps
+        if self.rehearses:
+            yield from self._rehearse()
+        if self.args.preflight:
+            return
+        self.upload = build_upload(run, self.model.hub_tags)
+        self.checkpoints.load()
         run.begin(self.first_step, last_step)
         self.forgets = self.evaluator.evaluate(self.first_step)
         if self.forgets:
@@ -58,8 +73,31 @@ class Session:
         while self.step < last_step and not (self.stopping or self.forgets):
             yield Step(self, batches)
 
+    def _rehearse(self):
+        """Yield two steps of the run's largest batches, undo what they did, and say what a step takes.
+
+        The second finds the optimizer's state in memory, so the peak is its own; so is the time, without warming up.
+        """
+        run, sampler, images = self.run, self.data.batch_sampler, self.data.training
+        limit_memory(self.args, run.device)
+        step = largest_step(sampler, images)
+        batches = list(images.loader(sampler, step, step + 1, workers=0))
+        # A loss of 0 costs the same and cannot overflow, in which case the loss scaler would pass over the optimizer
+        batches = [replace(batch, weights=0 * batch.weights) for batch in batches]
+        owners = [self.optimizer, self.lr_scheduler, *([run.scaler] if run.scaler else [])]
+        undo = undoing(self.model.trained_parameters(), self.ema, owners)
+        for _ in range(2):
+            started = clock(run.device)
+            yield Step(self, iter(batches), is_rehearsal=True)
+        seconds = clock(run.device) - started
+        undo()
+        rows = run.processes * sum(len(batch.rows) for batch in batches)
+        run.say(forecast(run.device, rows, seconds, self.total_steps - self.first_step))
+
     def after(self, step):
         """What belongs after an optimizer step: save, evaluate. Raises NonFinite."""
+        if step.is_rehearsal:
+            return
         self.step += 1
         self.stopping = self.run.any(self.run.stop_signal is not None)
         is_last = self.step == self.total_steps
@@ -86,6 +124,9 @@ class Session:
         loads  what loads it, for the message
         """
         run = self.run
+        if self.args.preflight:
+            run.finish()
+            return 0
         if self.stopping:
             run.finish()
             run.say(f"stopped after step {self.step} of {self.total_steps}: --resume_from_checkpoint latest goes on")
@@ -115,8 +156,8 @@ class Session:
 class Step:
     """One optimizer step, of one or several micro-batches."""
 
-    def __init__(self, session, batches):
-        self.session, self.run, self.batches = session, session.run, batches
+    def __init__(self, session, batches, is_rehearsal=False):
+        self.session, self.run, self.batches, self.is_rehearsal = session, session.run, batches, is_rehearsal
         self.number, self.loss, self.rows = session.step + 1, 0.0, []
 
     def micro_batches(self):
@@ -141,6 +182,8 @@ class Step:
         """
         run = self.run
         loss, norm = run.total(self.loss), run.clip(parameters)
+        if self.is_rehearsal:
+            return
         scale = run.scaler.scale(torch.ones_like(loss)) if run.scaler else torch.zeros_like(loss)
         self.learning_rate, self.floats = self.session.optimizer.param_groups[0]["lr"], run.floats(loss, norm, scale)
         self.session.unread.append(self)
