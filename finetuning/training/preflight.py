@@ -9,6 +9,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
@@ -168,7 +169,8 @@ def _listed(memory):
 
 def _advise_on_precision(args, run):
     """Say what the card could do and was not asked for."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability(run.device) < (8, 0):
+    on_gpu = run.device.type != "cpu" and torch.cuda.is_available()
+    if not on_gpu or torch.cuda.get_device_capability(run.device) < (8, 0):
         return
     unused = {
         "--mixed_precision bf16 (as fast as fp16, nothing overflows)": run.weights_dtype != torch.bfloat16,
@@ -273,14 +275,16 @@ def forecast(device, rows, seconds, steps):
 
 
 def set_up_kernels(args, run, model):
-    """Switch xformers on where it was asked for and works; say so where it cannot. Also torch.compile."""
+    """Switch xformers on where it was asked for, works and is faster than PyTorch's attention, and say which is used.
+    Also channels_last and torch.compile. Raises ModelError where xformers does not work."""
     denoiser = model.denoiser.denoiser
     if args.enable_xformers_memory_efficient_attention:
         if run.device.type == "cpu":
             run.say("--enable_xformers_memory_efficient_attention: xformers needs a GPU, PyTorch's attention is used")
         else:
             _probe_xformers(run, denoiser)
-            denoiser.enable_xformers_memory_efficient_attention()
+            if run.any(_xformers_is_faster(args, run, model)):
+                denoiser.enable_xformers_memory_efficient_attention()
     if args.channels_last and run.device.type != "cpu":
         denoiser.to(memory_format=torch.channels_last)
     if args.compile:
@@ -311,22 +315,56 @@ def _probe_xformers(run, denoiser):
             raise ModelError(f"{case} differs from PyTorch's by {worst:.1%} on this GPU; {advice}")
 
 
+def _xformers_is_faster(args, run, model):
+    """Whether its attention takes less time than PyTorch's where the run's images have the most tokens."""
+    from torch.utils.benchmark import Timer  # waits for a GPU
+    from xformers.ops import memory_efficient_attention
+
+    shape = _largest_attention(args, model)
+    tensors = [torch.randn(shape, device=run.device, dtype=run.weights_dtype) for _ in range(3)]
+    xformers, pytorch = (
+        Timer("run()", globals={"run": partial(_forward_and_backward, function, tensors)}).timeit(20).mean * 1000
+        for function in (memory_efficient_attention, _pytorch_attention)
+    )
+    run.say(
+        f"attention: xformers takes {xformers:.3g} ms and PyTorch {pytorch:.3g}, forward and backward, for a batch of "
+        f"{shape[0]} with {shape[1]} tokens in {shape[2]} heads of {shape[3]}: the faster one is used"
+    )
+    return xformers < pytorch
+
+
+def _largest_attention(args, model):
+    """(batch, tokens, heads, width of a head) of the denoiser's attention that has the most tokens in this run."""
+    from diffusers.models.attention_processor import Attention
+
+    sides, found = [min(side, args.patch_size or side) // model.codec.factor for side in args.size], []
+    for name, module in model.denoiser.denoiser.named_modules():
+        if isinstance(module, Attention):
+            block = re.match(r"down_blocks\.(\d+)", name)  # each halves the sides; the others repeat these, or less
+            tokens = math.prod(side >> int(block[1]) for side in sides) if block else 1
+            found.append((tokens, module.heads, module.inner_dim // module.heads))
+    return args.train_batch_size, *max(found)
+
+
+def _forward_and_backward(attention, tensors):
+    """The output [batch, tokens, heads, width] and the three gradients."""
+    inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+    output = attention(*inputs)
+    return [output.detach(), *torch.autograd.grad(output.float().square().sum(), inputs)]
+
+
+def _pytorch_attention(query, key, value):
+    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
 def _disagreement(attention, head_size, keys, device, dtype):
     """The largest relative difference from PyTorch's attention, of the output and of the three gradients."""
     generator = torch.Generator().manual_seed(0)
     lengths = (64, keys, keys)
     tensors = [torch.randn(2, n, 4, head_size, generator=generator).to(device, dtype) for n in lengths]
-
-    def result(function):
-        inputs = [tensor.clone().requires_grad_() for tensor in tensors]
-        output = function(*inputs)
-        return [output.detach(), *torch.autograd.grad(output.float().square().sum(), inputs)]
-
-    def pytorch(query, key, value):
-        heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
-
-    pairs = zip(result(attention), result(pytorch), strict=True)
+    results = (_forward_and_backward(function, tensors) for function in (attention, _pytorch_attention))
+    pairs = zip(*results, strict=True)
     # torch's max keeps a nan, Python's drops it unless it comes first
     return torch.stack([(a - b).float().norm() / b.float().norm() for a, b in pairs]).max().item()
 

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from finetuning.training.preflight import (
     PreflightArgs,
     _advise_on_precision,
     _probe_xformers,
+    _xformers_is_faster,
     check_before_start,
     forecast,
     largest_step,
@@ -327,6 +329,36 @@ def test_xformers_without_a_gpu_is_one_line_and_pytorchs_attention(model, monkey
 def test_nothing_is_switched_on_that_was_not_asked_for(model, monkeypatch):
     assert switched_on(FakeRun(), model, monkeypatch) == []
     assert switched_on(FakeRun(), model, monkeypatch, compile=True, channels_last=True) == ["compile"]
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_xformers_is_switched_on_where_it_is_faster(faster, model, monkeypatch):
+    monkeypatch.setattr(preflight, "_probe_xformers", lambda run, denoiser: None)
+    monkeypatch.setattr(preflight, "_xformers_is_faster", lambda args, run, model: faster)
+    flags = {"enable_xformers_memory_efficient_attention": True}
+    assert switched_on(FakeRun(device="meta"), model, monkeypatch, **flags) == ["xformers"] * faster
+
+
+@pytest.mark.parametrize("slow", ["xformers", "pytorch"])
+def test_attention_is_timed_where_it_has_the_most_tokens(slow, model, monkeypatch):
+    shapes, run = set(), FakeRun()
+
+    def as_slow_as(name):
+        def function(query, key, value):
+            shapes.add(tuple(query.shape))
+            time.sleep(0.01 * (name == slow))
+            return attention(query, key, value)
+
+        return function
+
+    monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "xformers.ops", SimpleNamespace(memory_efficient_attention=as_slow_as("xformers")))
+    monkeypatch.setattr(preflight, "_pytorch_attention", as_slow_as("pytorch"))
+    args = Args(resolution="64x32", train_batch_size=3)
+    assert _xformers_is_faster(args, run, model) is (slow == "pytorch")
+    assert (
+        shapes == {(3, 8 * 4, 2, 4)} and len(run.said) == 1
+    )  # the first block, 2 heads of 8 channels; 8 pixels a latent
 
 
 def attention(query, key, value, scale=None):
