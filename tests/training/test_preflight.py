@@ -356,9 +356,7 @@ def test_attention_is_timed_where_it_has_the_most_tokens(slow, model, monkeypatc
     monkeypatch.setattr(preflight, "_pytorch_attention", as_slow_as("pytorch"))
     args = Args(resolution="64x32", train_batch_size=3)
     assert _xformers_is_faster(args, run, model) is (slow == "pytorch")
-    assert (
-        shapes == {(3, 8 * 4, 2, 4)} and len(run.said) == 1
-    )  # the first block, 2 heads of 8 channels; 8 pixels a latent
+    assert shapes == {(3, 8 * 4, 2, 4)} and len(run.said) == 1  # the first block's: 8 pixels a latent, 2 heads of 4
 
 
 def attention(query, key, value, scale=None):
