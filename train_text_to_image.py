@@ -31,14 +31,14 @@ from finetuning.training.checkpoint import CheckpointArgs
 from finetuning.training.ema import EMAArgs, build_ema
 from finetuning.training.evaluator import RetentionArgs, ValidationArgs
 from finetuning.training.optim import OptimArgs, build_optimizer
-from finetuning.training.preflight import check_before_start, set_up_kernels
+from finetuning.training.preflight import PreflightArgs, check_before_start, set_up_kernels
 from finetuning.training.run import Run, RunArgs
 from finetuning.training.session import Session
 
 
 @dataclass
 class Args(
-    RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, CacheArgs,
+    RunArgs, PreflightArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, CacheArgs,
     BucketArgs, CaptionArgs, StreamArgs, DataArgs, UpscalingArgs, StartArgs, ModelArgs,
 ):  # fmt: skip
     """Every flag, group by group."""

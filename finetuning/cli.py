@@ -293,7 +293,8 @@ def _run(function, args):
         if torch is None or not isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).partition("\n")[0]
-        report(f"error: the GPU has too little memory: {reason}".rstrip(": "), from_any_process=True)
+        advice = getattr(args, "memory_advice", str)()
+        report(f"error: the GPU has too little memory: {reason}\n{advice}".rstrip(": \n"), from_any_process=True)
         return 1
 
 

@@ -37,3 +37,9 @@ def gaussian(seed: int, purpose: str, step: int, rows, shape):
 def uniform(seed: int, purpose: str, step: int, rows):
     """Uniform numbers [len(rows)] in [0, 1), float64 on the CPU: one independent draw for each row of the batch."""
     return torch.tensor([python_random(seed, purpose, step, row).random() for row in rows], dtype=torch.float64)
+
+
+def sent(tensor, device):
+    """The tensor of the CPU on `device`. To a GPU out of pinned memory: from any other, the copy would wait until the
+    GPU has done all that is queued."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type != "cpu" else tensor.to(device)

@@ -1,11 +1,12 @@
 """Every draw is a function of its position alone."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from finetuning.rng import gaussian, python_random, torch_generator, uniform
+from finetuning.rng import gaussian, python_random, sent, torch_generator, uniform
 
 POSITIONS = [
     (0, "noise", 1, 23),
@@ -90,3 +91,15 @@ def test_numbers_stay_the_same_from_version_to_version():
     """Checkpoints of an earlier version go on with the same draws only as long as these hold."""
     assert python_random(0, "order", 1).random() == 0.7689023377892621
     assert torch.randperm(8, generator=torch_generator(0, "order", 1)).tolist() == [6, 2, 3, 4, 7, 0, 1, 5]
+
+
+def test_what_is_sent_to_a_gpu_comes_out_of_pinned_memory_and_is_not_waited_for():
+    class Tensor:
+        def pin_memory(self):
+            return SimpleNamespace(to=lambda device, non_blocking: ("pinned", device.type, non_blocking))
+
+        def to(self, device):
+            return ("as it is", device.type)
+
+    assert sent(Tensor(), torch.device("cuda")) == ("pinned", "cuda", True)
+    assert sent(Tensor(), torch.device("cpu")) == ("as it is", "cpu")

@@ -25,7 +25,7 @@ from finetuning.cli import UserError, flag
 from finetuning.data.captions import possible_captions
 from finetuning.data.tensor_store import KEY, TensorStore, as_bytes, digest, written_in_shards
 from finetuning.data.threads import in_order
-from finetuning.rng import gaussian
+from finetuning.rng import gaussian, sent
 
 
 @dataclass
@@ -100,7 +100,7 @@ def _not_worth_it(args, data, fixed):
 
 def sampled(model, mean, std, seed, batch):
     """A sample of each row's posterior, drawn from (seed, step, row), scaled to unit variance."""
-    noise = gaussian(seed, "posterior", batch.step, batch.rows, mean.shape[1:]).to(mean.device)
+    noise = sent(gaussian(seed, "posterior", batch.step, batch.rows, mean.shape[1:]), mean.device)
     return model.codec.scale(mean + std * noise)
 
 
@@ -298,7 +298,7 @@ class CachedLatents(Cached):
         images, device = self.images, batch.weights.device
         flips = [int(images.is_mirrored(row, batch.epoch)) for row in batch.rows]
         found = self.store.read(self.keys[images.transform.crop_of(batch.epoch), flips, batch.rows])
-        found = {name: one.to(device, non_blocking=True) for name, one in found.items()}
+        found = {name: sent(one, device) for name, one in found.items()}
         batch.sizes = found["sizes"]
         return sampled(self.model, found["mean"].float(), found["std"].float(), self.seed, batch)
 
@@ -347,4 +347,4 @@ class CachedText(Cached):
     def __call__(self, batch):
         texts = np.array([digest(text) for text in batch.captions], KEY)
         found = self.store.read(self.keys[np.searchsorted(self.texts, texts)])
-        return {name: one.to(batch.weights.device, non_blocking=True) for name, one in found.items()}
+        return {name: sent(one, batch.weights.device) for name, one in found.items()}

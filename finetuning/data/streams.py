@@ -147,7 +147,7 @@ class StreamedImages(CaptionedImages):
     def __init__(self, shards, transform, tokenize, args, seed):
         super().__init__(transform, tokenize, args, seed)
         self.shards = shards
-        self.origins = {}  # {row: where it stands} of the step that is being trained on
+        self.origins = {}  # {step: {row: where it stands}} of the step that is being trained on, and of the one before
 
     def __getstate__(self):
         """For the loader's workers: they get their samples with the indices, and what reads shards does not pickle."""
@@ -187,10 +187,10 @@ class StreamedImages(CaptionedImages):
         """The words that are put before every caption. Whether all begin with the same ones is not known."""
         return self.args.caption_prefix
 
-    def describe(self, numbers):
-        """Where the rows of the current step stand; those that another process has read by their numbers."""
-        elsewhere = "read by another process, as its number {} of the epoch"
-        return "\n".join(f"  {self.origins.get(number, elsewhere.format(number))}" for number in numbers)
+    def describe(self, numbers, step):
+        """Where the rows of this step, or of the one before, stand; those that another process has read by numbers."""
+        known, elsewhere = self.origins.get(step, {}), "read by another process, as its number {} of the epoch"
+        return "\n".join(f"  {known.get(number, elsewhere.format(number))}" for number in numbers)
 
     def summary(self):
         """How much there is, for a message."""
@@ -198,7 +198,6 @@ class StreamedImages(CaptionedImages):
 
     def loader(self, sampler, first_step, last_step, workers, pin_memory=False):
         """Micro-batches of the steps first_step <= step < last_step. Raises DatasetError where the stream breaks."""
-        step = None
         try:
             for batch, origins, reasons in super().loader(sampler, first_step, last_step, workers, pin_memory):
                 if reasons:
@@ -206,8 +205,8 @@ class StreamedImages(CaptionedImages):
                     for reason in reasons:
                         findings.error("unreadable_image", reason)
                     self.shards.tell(findings)
-                self.origins = self.origins | origins if step == batch.step else origins
-                step = batch.step
+                before = {step: rows for step, rows in self.origins.items() if step >= batch.step - 1}
+                self.origins = before | {batch.step: before.get(batch.step, {}) | origins}
                 yield batch
         except DatasetError as error:
             if sampler.process:  # the script prints the main process's

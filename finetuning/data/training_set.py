@@ -236,8 +236,8 @@ class ImageDataset(CaptionedImages):
                 break
         return with_prefix(" ".join(shared or []), self.args.caption_prefix)
 
-    def describe(self, numbers):
-        """The named rows for a message: where they stand and their first caption."""
+    def describe(self, numbers, step=None):
+        """The rows of these numbers for a message: where they stand and their first caption."""
         rows = (self.rows[number] for number in numbers)
         return "\n".join(f"  {row.origin}: {row.image} {row.captions[0]!r}" for row in rows)
 

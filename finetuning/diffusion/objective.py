@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from finetuning.cli import flag
 from finetuning.diffusion.variational_bound import bound_term
-from finetuning.rng import gaussian, uniform
+from finetuning.rng import gaussian, sent, uniform
 
 VLB_WEIGHT = 0.001  # lambda of the hybrid loss (arXiv 2102.09672, section 4)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -75,10 +75,10 @@ def draw_noise(seed, step, rows, latents, schedule, args: NoiseArgs):
     """NoiseDraws for these rows at this step, on the latents' device."""
     shape, device = latents.shape[1:], latents.device
     share = uniform(seed, "timestep", step, rows)
-    draw = lambda purpose, size: gaussian(seed, purpose, step, rows, size).to(device)
+    draw = lambda purpose, size: sent(gaussian(seed, purpose, step, rows, size), device)
     return NoiseDraws(
         noise=draw("noise", shape),
-        timesteps=biased_timesteps(share, len(schedule), args).to(device),
+        timesteps=sent(biased_timesteps(share, len(schedule), args), device),
         offset=draw("noise offset", (shape[0], 1, 1)) if args.noise_offset else torch.zeros(1, device=device),
         perturbation=draw("perturbation", shape) if args.input_perturbation else torch.zeros(1, device=device),
     )

@@ -1,6 +1,6 @@
 """The noise schedule: how much signal and noise a timestep has, and what the denoiser has to answer there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -20,6 +20,10 @@ class NoiseSchedule:
 
     def __len__(self):
         return len(self.alpha_bar)
+
+    def to(self, device):
+        """The same on the device, where a step then waits for no copy of it."""
+        return replace(self, alpha_bar=self.alpha_bar.to(device))
 
     def signal_and_noise(self, timesteps):
         """(sqrt(alpha_bar), sqrt(1 - alpha_bar)), each [batch, 1, 1, 1]."""
@@ -54,7 +58,7 @@ class NoiseSchedule:
         """Of q(x_t-1 | x_t, x_0) at each timestep: log beta~ and log beta, between which its variance lies, and what
         its mean takes of x_0 and of x_t (arXiv 2102.09672, eq. 10 and 11): fp32 [4, timesteps, 1, 1, 1]."""
         now = self.alpha_bar.double()
-        before = torch.cat([torch.ones(1, dtype=now.dtype), now[:-1]])
+        before = torch.cat([now.new_ones(1), now[:-1]])
         beta = 1 - now / before
         small = beta * (1 - before) / (1 - now)
         small[0] = small[1]  # 0 at the first step, whose logarithm there is not

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from finetuning.families.family import Component, Family, Pixels
 from finetuning.families.model_args import ModelError
-from finetuning.rng import gaussian, uniform
+from finetuning.rng import gaussian, sent, uniform
 
 
 class DeepFloydIF(Family):
@@ -83,8 +83,8 @@ class DeepFloydIFSuperResolution(DeepFloydIF):
         if args.patch_size:
             latents, enlarged = _patches(latents, enlarged, seed, batch, args.patch_size)
         share = uniform(seed, "noise level", batch.step, batch.rows)
-        level = (share * (args.max_noise_level + 1)).long().to(latents.device)
-        noise = gaussian(seed, "low-resolution noise", batch.step, batch.rows, latents.shape[1:]).to(latents.device)
+        level = sent((share * (args.max_noise_level + 1)).long(), latents.device)
+        noise = sent(gaussian(seed, "low-resolution noise", batch.step, batch.rows, latents.shape[1:]), latents.device)
         return latents, {"low_resolution": noising.add_noise(enlarged, noise, level), "noise_level": level}
 
     def denoise(self, denoiser, noisy, timesteps, text, extras):

@@ -162,6 +162,8 @@ class Model:
 
         An autoencoder that overflows in fp16 stays fp32, where the family's pipeline asks for that (force_upcast).
         """
+        self.schedule = self.schedule.to(device)
+        self.schedules = {name: schedule.to(device) for name, schedule in self.schedules.items()}
         for name, module in self.components.items():
             module.to(device)
             if name in self.family.upcast and frozen_dtype == torch.float16 and module.config.force_upcast:
@@ -196,9 +198,9 @@ class Model:
         return f"trained: {counted(self.trained)}; frozen: {frozen}"
 
     def copied_bytes(self):
-        """Size of the base's components, most of which the finished pipeline takes over."""
-        index = pipeline_index(self.folder)
-        files = (path for name in components_of_index(index) for path in (self.folder / name).rglob("*"))
+        """Size of the base's components that the finished pipeline takes over."""
+        names = set(components_of_index(pipeline_index(self.folder))) - set(self.trained)
+        files = (path for name in names for path in (self.folder / name).rglob("*"))
         return sum(path.stat().st_size for path in files if path.is_file())
 
     # -- checkpoints -----------------------------------------------------------------------------------------------

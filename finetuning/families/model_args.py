@@ -21,8 +21,9 @@ class ModelArgs:
     train_text_encoder: bool = flag(False, "train the text encoders as well (see --text_encoder_lr)")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: slower, far less memory")
     enable_xformers_memory_efficient_attention: bool = flag(
-        False, "attention by xformers, tested against PyTorch's at the start; without a GPU PyTorch's is used"
-    )
+        False, "attention by xformers, where at the start it computes what PyTorch's does and is faster; otherwise, "
+        "and without a GPU, PyTorch's",
+    )  # fmt: skip
     compile: bool = flag(False, "torch.compile the UNet: a slow first step, then faster ones")
     channels_last: bool = flag(False, "the UNet's weights and activations in channels_last memory format; GPU only")
     cache_dir: str | None = flag(None, "where models and datasets of the Hub are kept", affects_result=False)

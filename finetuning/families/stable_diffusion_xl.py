@@ -5,6 +5,7 @@ from types import MappingProxyType
 import torch
 
 from finetuning.families.family import Component, Family
+from finetuning.rng import sent
 
 
 class StableDiffusionXL(Family):
@@ -51,8 +52,7 @@ class StableDiffusionXL(Family):
         unless force_zeros_for_empty_prompt is off."""
         zeros = settings.get("force_zeros_for_empty_prompt", True)
         kept = [0.0 if zeros and caption == "" else 1.0 for caption in batch.captions]
-        kept = torch.tensor(kept, device=batch.sizes.device)
-        return {"time_ids": batch.sizes, "kept": kept}
+        return {"time_ids": batch.sizes, "kept": sent(torch.tensor(kept), batch.sizes.device)}
 
     def denoise(self, denoiser, noisy, timesteps, text, extras):
         embeds, kept = text["prompt_embeds"], extras["kept"].to(text["prompt_embeds"].dtype)

@@ -79,11 +79,12 @@ def harmless_flags():
     from finetuning.training.evaluator import RetentionArgs, ValidationArgs
     from finetuning.training.lora_layout import LoraArgs
     from finetuning.training.optim import OptimArgs
+    from finetuning.training.preflight import PreflightArgs
     from finetuning.training.run import RunArgs
 
     groups = (
         RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, CacheArgs, BucketArgs,
-        CaptionArgs, StreamArgs, DataArgs, LoraArgs, StartArgs, ModelArgs,
+        CaptionArgs, StreamArgs, DataArgs, LoraArgs, StartArgs, ModelArgs, PreflightArgs,
     )  # fmt: skip
     return frozenset().union(*map(flags_without_effect, groups))
 
@@ -111,7 +112,8 @@ class NonFinite(UserError):
 
 
 class Checkpointer:
-    """Writes and reads the state of one run. `due` is asked after each step, `save` writes, `resume` goes back."""
+    """Writes and reads the state of one run. `due` is asked after each step, `save` writes;
+    `resume` finds what to go back to, `load` does."""
 
     def __init__(self, args: CheckpointArgs, model, ema, optimizer, run, data):
         self.args, self.model, self.ema, self.optimizer = args, model, ema, optimizer
@@ -120,8 +122,8 @@ class Checkpointer:
         self.folder = Path(args.output_dir)
         self.written_at = time.monotonic()
         self.last_saved = None
+        self.found = None  # folder and state of the checkpoint to resume from
         if run.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
         run.wait_for_everyone()
 
@@ -174,7 +176,7 @@ class Checkpointer:
             write_json(folder / "training_state.json", self._state(step))
 
     def resume(self, total_steps):
-        """Load what --resume_from_checkpoint asks for; the number of optimizer steps that are done.
+        """Find what --resume_from_checkpoint asks for; the number of optimizer steps that are done.
 
         Raises CheckpointError where it cannot be used, or where the run is already longer than it should become.
         """
@@ -193,6 +195,14 @@ class Checkpointer:
                 "--max_train_steps, or name an older checkpoint"
             )
         self._compare_flags(state, folder)
+        self.found = folder, state
+        return state["step"]
+
+    def load(self):
+        """Take over what `resume` has found. Raises ModelError or CheckpointError where it does not fit."""
+        if self.found is None:
+            return
+        folder, state = self.found
         ema_shadow = self.model.load_trained(folder, ema=self.ema.shadow is not None)
         if ema_shadow is not None:
             self.ema.load(ema_shadow, state["ema_updates"])
@@ -203,7 +213,6 @@ class Checkpointer:
         self._set_aside_after(state["step"])
         self.last_saved = state["step"] if folder.parent == self.folder else None
         self.say(f"resumed from {folder}: {state['step']} steps are done")
-        return state["step"]
 
     def _state(self, step):
         return {

@@ -170,7 +170,8 @@ class Evaluator:
 
     # -- when ------------------------------------------------------------------------------------------------------
 
-    def _due(self, step, last):
+    def due(self, step, last=False):
+        """What is to be measured after `step` and has not been yet; `last`: the run ends here."""
         args = self.args
         every = args.validation_steps or args.validation_epochs * (self.data.batch_sampler.steps_per_epoch or 0)
         kinds = {"images", "loss"} if step == 0 or last or (every and step % every == 0) else set()
@@ -184,7 +185,7 @@ class Evaluator:
 
         Raises EvaluationError where the base has nothing that could be forgotten.
         """
-        kinds = self._due(step, last)
+        kinds = self.due(step, last)
         if not kinds:
             return False
         self.done = step, kinds | (self.done[1] if self.done[0] == step else set())

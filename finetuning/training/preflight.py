@@ -1,17 +1,86 @@
 """What is checked and said between loading the model and the first step."""
 
+import copy
 import itertools
+import math
 import os
+import re
 import shutil
+import time
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
 
 import torch
+from tqdm.auto import tqdm
 
-from finetuning.cli import size_text
+from finetuning.cli import flag, size_text
 from finetuning.data.cache import folder_of
 from finetuning.families.model_args import ModelError
 
-# Bytes of optimizer state for each trained parameter, which has four itself.
-STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 2, "prodigy": 16}
+# Bytes of optimizer state of a parameter
+STATE_BYTES = {
+    "adamw": lambda p: 8 * p.numel(),
+    "adamw8bit": lambda p: 2 * p.numel() if p.numel() >= 4096 else 8 * p.numel(),  # bitsandbytes' min_8bit_size
+    "adafactor": lambda p: 4 * sum(p.numel() // side for side in p.shape[-2:]) if p.dim() > 1 else 4 * p.numel(),
+    "prodigy": lambda p: 16 * p.numel(),
+}
+
+
+@dataclass
+class PreflightArgs:
+    """Preflight"""
+
+    preflight: bool = flag(
+        False, "only try whether the run fits, how fast it is and when it would be done, by two steps of its largest "
+        "batch; fills the cache, trains and writes nothing", affects_result=False,
+    )  # fmt: skip
+    assume_memory: str | None = flag(
+        None, "try it as on a GPU of this much memory, e.g. 16GB for a T4", requires="preflight", affects_result=False
+    )
+
+    def problems(self):
+        if self.assume_memory and not re.fullmatch(r"\d+(\.\d+)? ?(GB)?", self.assume_memory, re.IGNORECASE):
+            yield f"--assume_memory {self.assume_memory} must be a number of gigabytes, as 16GB"
+
+    @property
+    def assumed_bytes(self):
+        """--assume_memory, or None."""
+        return self.assume_memory and 1e9 * float(self.assume_memory.upper().removesuffix("GB"))
+
+    def memory_advice(self):
+        """What makes a step smaller and is not set yet, cheapest first, as lines of a message."""
+        batch, lora = self.train_batch_size, hasattr(self, "rank")
+        divisor = next(number for number in range(2, batch + 2) if batch % number == 0 or number > batch)
+        fixed = bool(self.cached_crops) or self.center_crop
+        cached = self.cache_latents == "on" or (self.cache_latents == "auto" and fixed)
+        ways = {
+            "--mixed_precision fp16, or bf16 on an A6000 or newer": (
+                (self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) == "no"
+            ),
+            "--cache_latents" + " --center_crop" * (not fixed): not cached and not self.streaming,
+            "--use_8bit_adam": self.optimizer == "adamw" and not self.use_8bit_adam,
+            "--offload_ema": self.use_ema and not self.offload_ema,
+            f"--train_batch_size {batch // divisor} --gradient_accumulation_steps "
+            f"{self.gradient_accumulation_steps * divisor}, with the same result": batch > 1,
+            "--gradient_checkpointing": not self.gradient_checkpointing,
+            "--base_precision int8, or nf4": lora and self.base_precision not in ("int8", "nf4"),
+            "train_lora.py in place of train_text_to_image.py": not lora,
+            "a smaller --resolution": True,
+        }  # fmt: skip
+        return "\n".join(["What makes a step smaller, cheapest first:", *(f"  {way}" for way in ways if ways[way])])
+
+
+def memory_of(args, model):
+    """{what: bytes} that training keeps in memory besides activations and what encodes images and text."""
+    trained = list(model.trained_parameters().values())
+    optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
+    return {
+        "weights": sum(parameter.nbytes for parameter in model.denoiser.parameters()),
+        "gradients": sum(parameter.nbytes for parameter in trained),
+        "optimizer": sum(map(STATE_BYTES[optimizer], trained)),
+        "average": 4 * args.use_ema * sum(parameter.numel() for parameter in trained),
+    }
 
 
 def check_before_start(args, run, model, data, encoder):
@@ -39,10 +108,10 @@ def check_before_start(args, run, model, data, encoder):
     if args.vlb_weight and not model.learns_variance:
         problems.append(f"--vlb_weight {args.vlb_weight} does nothing: this model does not learn its variance")
     problems += _upscaler_problems(args, model)
-    trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
-    optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
-    needed = trained * (4 + STATE_BYTES[optimizer] + 4 * args.use_ema)
-    exported = trained * 4 * (1 + args.use_ema) + model.copied_bytes()
+    memory = memory_of(args, model)
+    trained = memory["gradients"]  # the weights that have one
+    needed = trained + memory["optimizer"] + memory["average"]
+    exported = trained + memory["average"] + model.copied_bytes()
     limit = args.checkpoints_total_limit
     # A new checkpoint stands before an old one goes. Without a limit, two are the least that a run comes to.
     room = needed * ((limit or 1) + 1) + exported
@@ -52,6 +121,12 @@ def check_before_start(args, run, model, data, encoder):
             f"{(limit or 1) + 1} checkpoints of {size_text(needed)} and the finished result need about "
             f"{size_text(room)}, and the disk of --output_dir {args.output_dir} has {size_text(free)} left: free "
             "some, name another folder, or lower --checkpoints_total_limit"
+        )
+    at_least = sum(memory.values()) - memory["average"] * args.offload_ema
+    if args.assumed_bytes and at_least > args.assumed_bytes:
+        problems.append(
+            f"--assume_memory {args.assume_memory}: {_listed(memory)} take {size_text(at_least)} already.\n"
+            f"{args.memory_advice()}"
         )
     if not problems:
         problems += _make_room_for_cache(args, run, encoder, room)
@@ -64,9 +139,12 @@ def check_before_start(args, run, model, data, encoder):
         f"dataset: {data.summary()}\n"
         f"schedule: {total_steps} steps of {sampler.total_batch_size} rows ({args.train_batch_size} x "
         f"{args.gradient_accumulation_steps} accumulated x {sampler.processes} processes){epochs}\n"
-        f"device: {run.device}, activations {run.accelerator.mixed_precision.replace('no', 'fp32')}; "
-        f"a checkpoint takes about {size_text(needed)}"
+        f"device: {run.device}, activations {run.accelerator.mixed_precision.replace('no', 'fp32')}; in memory besides "
+        f"these: {_listed(memory)}\n"
+        f"disk: a checkpoint takes about {size_text(needed)}, {(limit or 1) + 1} of them and the result "
+        f"{size_text(room)}; {size_text(free)} are free"
     )
+    _advise_on_precision(args, run)
     if args.aspect_buckets:
         run.say(
             f"buckets: {len(sampler.rows_in_bucket)}, and every step is of one: {sampler.short_steps} of the "
@@ -83,6 +161,24 @@ def check_before_start(args, run, model, data, encoder):
             f"{kept} checkpoints would fill the disk ({size_text(kept * needed)} of {size_text(free)} free): "
             "--checkpoints_total_limit 3 keeps the newest three"
         )
+
+
+def _listed(memory):
+    return ", ".join(f"{what} {size_text(size)}" for what, size in memory.items() if size)
+
+
+def _advise_on_precision(args, run):
+    """Say what the card could do and was not asked for."""
+    on_gpu = run.device.type != "cpu" and torch.cuda.is_available()
+    if not on_gpu or torch.cuda.get_device_capability(run.device) < (8, 0):
+        return
+    unused = {
+        "--mixed_precision bf16 (as fast as fp16, nothing overflows)": run.weights_dtype != torch.bfloat16,
+        "--allow_tf32 (faster where fp32 is left)": not args.allow_tf32,
+    }
+    if any(unused.values()):
+        name = torch.cuda.get_device_name(run.device)
+        run.say(f"{name} also has {' and '.join(way for way, is_unused in unused.items() if is_unused)}")
 
 
 def _upscaler_problems(args, model):
@@ -117,15 +213,78 @@ def _make_room_for_cache(args, run, encoder, room):
         encoder.turn_off()
 
 
+# -- the rehearsal -----------------------------------------------------------------------------------------------------
+
+
+def largest_step(sampler, images):
+    """The number of a step whose micro-batches have the most pixels of all; of a stream, where all are alike, 0."""
+    if sampler.rows is None:
+        return 0
+    most = sampler.micro_batch * sampler.processes
+    pixels = [math.prod(images.sizes[rows[0]]) * min(len(rows), most) for rows in sampler.groups(epoch=0)]
+    return pixels.index(max(pixels))
+
+
+def undoing(parameters, ema, owners):
+    """A call that puts weights {name: parameter}, their average and all that has a state_dict back as they are now."""
+    tensors = [*parameters.values(), *(ema.shadow or {}).values()]
+    kept = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+    states, updates = [copy.deepcopy(owner.state_dict()) for owner in owners], ema.updates
+
+    @torch.no_grad()
+    def undo():
+        for tensor, before in zip(tensors, kept, strict=True):
+            tensor.copy_(before)
+        for owner, state in zip(owners, states, strict=True):
+            owner.load_state_dict(state)
+        ema.updates = updates
+
+    return undo
+
+
+def limit_memory(args, device):
+    """Let PyTorch have no more of a GPU than --assume_memory leaves beside what else lies there, the CUDA context
+    above all. More than that is an OutOfMemoryError, as it would be on that GPU."""
+    if args.assumed_bytes and device.type != "cpu":
+        free, total = torch.accelerator.get_memory_info(device)
+        others = total - free - torch.accelerator.memory_reserved(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, args.assumed_bytes - others) / total), device)
+
+
+def clock(device):
+    """Seconds, once the device has done all that is queued."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def forecast(device, rows, seconds, steps):
+    """What a step of so many rows, that took so long, says of a run of so many steps, in words."""
+    took = f"a step of {rows} rows takes {seconds:.2f} s"
+    if device.type != "cpu":
+        peak, whole = torch.accelerator.max_memory_reserved(device), torch.accelerator.get_memory_info(device)[1]
+        took += f" and {size_text(peak)} of the GPU's {size_text(whole)} at its peak: it fits"
+    done = datetime.now() + timedelta(seconds=seconds * steps)
+    return (
+        f"rehearsal: {took}; {rows / seconds:.3g} images a second. {steps} steps take "
+        f"{tqdm.format_interval(seconds * steps)}, until {done:%Y-%m-%d %H:%M}, validation and checkpoints not counted"
+    )
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
 def set_up_kernels(args, run, model):
-    """Switch xformers on where it was asked for and works; say so where it cannot. Also torch.compile."""
+    """Switch xformers on where it was asked for, works and is faster than PyTorch's attention, and say which is used.
+    Also channels_last and torch.compile. Raises ModelError where xformers does not work."""
     denoiser = model.denoiser.denoiser
     if args.enable_xformers_memory_efficient_attention:
         if run.device.type == "cpu":
             run.say("--enable_xformers_memory_efficient_attention: xformers needs a GPU, PyTorch's attention is used")
         else:
             _probe_xformers(run, denoiser)
-            denoiser.enable_xformers_memory_efficient_attention()
+            if run.any(_xformers_is_faster(args, run, model)):
+                denoiser.enable_xformers_memory_efficient_attention()
     if args.channels_last and run.device.type != "cpu":
         denoiser.to(memory_format=torch.channels_last)
     if args.compile:
@@ -156,22 +315,56 @@ def _probe_xformers(run, denoiser):
             raise ModelError(f"{case} differs from PyTorch's by {worst:.1%} on this GPU; {advice}")
 
 
+def _xformers_is_faster(args, run, model):
+    """Whether its attention takes less time than PyTorch's where the run's images have the most tokens."""
+    from torch.utils.benchmark import Timer  # waits for a GPU
+    from xformers.ops import memory_efficient_attention
+
+    shape = _largest_attention(args, model)
+    tensors = [torch.randn(shape, device=run.device, dtype=run.weights_dtype) for _ in range(3)]
+    xformers, pytorch = (
+        Timer("run()", globals={"run": partial(_forward_and_backward, function, tensors)}).timeit(20).mean * 1000
+        for function in (memory_efficient_attention, _pytorch_attention)
+    )
+    run.say(
+        f"attention: xformers takes {xformers:.3g} ms and PyTorch {pytorch:.3g}, forward and backward, for a batch of "
+        f"{shape[0]} with {shape[1]} tokens in {shape[2]} heads of {shape[3]}: the faster one is used"
+    )
+    return xformers < pytorch
+
+
+def _largest_attention(args, model):
+    """(batch, tokens, heads, width of a head) of the denoiser's attention that has the most tokens in this run."""
+    from diffusers.models.attention_processor import Attention
+
+    sides, found = [min(side, args.patch_size or side) // model.codec.factor for side in args.size], []
+    for name, module in model.denoiser.denoiser.named_modules():
+        if isinstance(module, Attention):
+            block = re.match(r"down_blocks\.(\d+)", name)  # each halves the sides; the others repeat these, or less
+            tokens = math.prod(side >> int(block[1]) for side in sides) if block else 1
+            found.append((tokens, module.heads, module.inner_dim // module.heads))
+    return args.train_batch_size, *max(found)
+
+
+def _forward_and_backward(attention, tensors):
+    """The output [batch, tokens, heads, width] and the three gradients."""
+    inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+    output = attention(*inputs)
+    return [output.detach(), *torch.autograd.grad(output.float().square().sum(), inputs)]
+
+
+def _pytorch_attention(query, key, value):
+    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
 def _disagreement(attention, head_size, keys, device, dtype):
     """The largest relative difference from PyTorch's attention, of the output and of the three gradients."""
     generator = torch.Generator().manual_seed(0)
     lengths = (64, keys, keys)
     tensors = [torch.randn(2, n, 4, head_size, generator=generator).to(device, dtype) for n in lengths]
-
-    def result(function):
-        inputs = [tensor.clone().requires_grad_() for tensor in tensors]
-        output = function(*inputs)
-        return [output.detach(), *torch.autograd.grad(output.float().square().sum(), inputs)]
-
-    def pytorch(query, key, value):
-        heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
-
-    pairs = zip(result(attention), result(pytorch), strict=True)
+    results = (_forward_and_backward(function, tensors) for function in (attention, _pytorch_attention))
+    pairs = zip(*results, strict=True)
     # torch's max keeps a nan, Python's drops it unless it comes first
     return torch.stack([(a - b).float().norm() / b.float().norm() for a, b in pairs]).max().item()
 

@@ -175,8 +175,25 @@ class Run:
         return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm or float("inf"))
 
     def total(self, value):
-        """Sum of a scalar tensor over the processes, as a float."""
-        return self.accelerator.reduce(value, reduction="sum").item()
+        """Sum of a scalar tensor over the processes."""
+        return self.accelerator.reduce(value, reduction="sum")
+
+    @property
+    def lag(self):
+        """How many steps are queued before one is looked at: a GPU is not waited for within a step."""
+        return 0 if self.device.type == "cpu" else 1
+
+    def floats(self, *scalars):
+        """A call that gives the values of these tensors; on a GPU it waits for what was queued up to here."""
+        values = torch.stack(scalars).to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        arrived = torch.accelerator.current_stream().record_event() if self.device.type != "cpu" else None
+
+        def read():
+            if arrived:
+                arrived.synchronize()
+            return values.tolist()
+
+        return read
 
     def wait_for_everyone(self):
         """Until all processes are here."""
@@ -186,7 +203,7 @@ class Run:
         """Whether the flag is set on any process: all have to stop, save or go on together."""
         if self.accelerator.num_processes == 1:
             return bool(flag)
-        return self.total(torch.tensor(float(bool(flag)), device=self.device)) > 0
+        return self.total(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
 
     def gathered(self, items):
         """The lists of all processes, one after another."""
@@ -230,7 +247,8 @@ class Run:
 
     def finish(self):
         """Close the bar, the trackers and the processes' group."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
         self.accelerator.end_training()
 
     def _on_signal(self, number, _frame):

@@ -182,10 +182,13 @@ def test_the_rows_of_the_step_can_be_named(folder, stream, sampler):
     training, source = stream(folder), sampler(folder, gradient_accumulation_steps=2)
     loader = training.loader(source, 0, 3, 0)
     known = [row for batch in list(itertools.islice(loader, 4))[2:] for row in batch.rows]  # those of step 1
-    lines = training.describe([*known, 99]).splitlines()
+    lines = training.describe([*known, 99], 1).splitlines()
     origins = [place.sample.origin for batch in source.micro_batches(1, 2) for place in batch]
     assert lines[:-1] == [f"  {origin}" for origin in origins]
     assert "another process" in lines[-1] and "99" in lines[-1]
+    before = [place.sample.origin for batch in source.micro_batches(0, 1) for place in batch]
+    rows = [place.row for batch in source.micro_batches(0, 1) for place in batch]
+    assert training.describe(rows, 0).splitlines() == [f"  {origin}" for origin in before]  # looked at a step later
 
 
 @pytest.fixture

@@ -280,3 +280,10 @@ def test_flags_that_cannot_work_are_named(flags, problems_of):
     (problem,) = problems_of(NoiseArgs, **flags)
     assert problem.startswith(f"--{next(iter(flags))}")
     assert not problems_of(NoiseArgs, snr_gamma=5.0, dream_training=True, prediction_type="epsilon")
+
+
+def test_a_schedule_that_was_sent_to_a_device_stays_there():
+    there = NoiseSchedule.of(ddpm()).to("meta")  # where nothing of the CPU can be mixed in
+    timesteps = torch.zeros(4, dtype=torch.int64, device="meta")
+    found = (*there.signal_and_noise(timesteps), there.min_snr_weight(timesteps, 5.0), there.steps_back[:, timesteps])
+    assert {tensor.device.type for tensor in found} == {"meta"}

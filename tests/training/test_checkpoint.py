@@ -102,6 +102,7 @@ def names(one):
 def resume(one, total_steps=100):
     """(step, weight, what was said)."""
     step = one.resume(total_steps)
+    one.load()
     return step, one.model.weight[0].item(), "\n".join(one.run.said)
 
 
@@ -258,6 +259,7 @@ def test_a_checkpoint_that_was_just_loaded_is_not_written_again(left, start, mon
     left(4)
     one = start(resume_from_checkpoint="latest")
     one.resume(4)
+    one.load()
     monkeypatch.setattr(one, "_write", lambda step: pytest.fail("written"))
     one.save(4)
 

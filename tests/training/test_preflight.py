@@ -1,6 +1,9 @@
 """What is checked and said before the first step."""
 
+import copy
 import sys
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -11,16 +14,29 @@ from finetuning.data.batch_sampler import BatchSampler
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.cache import CacheArgs
 from finetuning.data.captions import CaptionArgs
+from finetuning.data.streams import StreamArgs
 from finetuning.data.training_set import DataArgs
 from finetuning.diffusion.objective import NoiseArgs
 from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs, ModelError, UpscalingArgs
 from finetuning.training import preflight
-from finetuning.training.checkpoint import CheckpointArgs
+from finetuning.training.checkpoint import CheckpointArgs, Checkpointer
 from finetuning.training.ema import EMAArgs, build_ema
 from finetuning.training.evaluator import RetentionArgs, ValidationArgs
-from finetuning.training.optim import OptimArgs, build_optimizer
-from finetuning.training.preflight import _probe_xformers, check_before_start, set_up_kernels
+from finetuning.training.optim import OptimArgs, build_optimizer, build_schedule
+from finetuning.training.preflight import (
+    PreflightArgs,
+    _advise_on_precision,
+    _probe_xformers,
+    _xformers_is_faster,
+    check_before_start,
+    forecast,
+    largest_step,
+    limit_memory,
+    memory_of,
+    set_up_kernels,
+    undoing,
+)
 from finetuning.training.run import RunArgs
 
 FLAG = "--enable_xformers_memory_efficient_attention"
@@ -28,8 +44,8 @@ FLAG = "--enable_xformers_memory_efficient_attention"
 
 @dataclass
 class Args(
-    RunArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, CacheArgs, BucketArgs,
-    CaptionArgs, DataArgs, UpscalingArgs, ModelArgs,
+    RunArgs, PreflightArgs, RetentionArgs, ValidationArgs, CheckpointArgs, EMAArgs, OptimArgs, NoiseArgs, CacheArgs,
+    BucketArgs, CaptionArgs, StreamArgs, DataArgs, UpscalingArgs, ModelArgs,
 ):  # fmt: skip
     """The flags of a training script, as far as they are looked at here."""
 
@@ -159,29 +175,136 @@ def test_steps_that_buckets_leave_short_are_said(check):
     assert "buckets" not in check(resolution="32")
 
 
-@pytest.mark.parametrize("use_ema", [False, True])
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "prodigy"])
-def test_the_size_that_is_said_is_the_size_of_a_checkpoint(optimizer, use_ema, tiny_model, tmp_path, monkeypatch):
-    args = Args(optimizer=optimizer, use_ema=use_ema, output_dir=str(tmp_path), resolution="32", learning_rate=1.0)
-    model = load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)))
-    average = build_ema(args, model.trained_parameters(), None)
-    steps = build_optimizer(args, model, 4)
-    for parameter in model.trained_parameters().values():
-        parameter.grad = torch.ones_like(parameter)
-    steps.step()
-    kept = [*model.trained_parameters().values(), *(average.shadow or {}).values()]
-    kept += [value for state in steps.state.values() for value in state.values() if torch.is_tensor(value)]
-    actual = sum(value.numel() * value.element_size() for value in kept)
+@pytest.fixture(scope="module")
+def mini_sd(root):
+    """The embedded model, large enough that names and headers do not count beside its weights."""
+    return load_model(ModelArgs(pretrained_model_name_or_path=str(root / "models/mini-sd")))
 
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor", "prodigy"])
+def test_the_sizes_that_are_said_are_those_in_memory_and_on_disk(optimizer, mini_sd, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    args = Args(optimizer=optimizer, use_ema=True, output_dir=str(output), resolution="64", learning_rate=1.0)
+    parameters = mini_sd.trained_parameters()
+    average, steps = build_ema(args, parameters, None), build_optimizer(args, mini_sd, 4)
+    for parameter in parameters.values():
+        parameter.grad = torch.full_like(parameter, 1e-9)
+    steps.step()
+    held = lambda values: sum(value.nbytes for value in values if torch.is_tensor(value))
+    measured = {
+        "weights": held(parameters.values()), "gradients": held(one.grad for one in parameters.values()),
+        "optimizer": sum(held(state.values()) for state in steps.state.values()),
+        "average": held(average.shadow.values()),
+    }  # fmt: skip
+    steps.zero_grad()
+    assert memory_of(args, mini_sd) == pytest.approx(measured, rel=0.1)
+
+    run = FakeRun(output)
+    run.is_main, run.scaler, run.accelerator.num_processes, run.wait_for_everyone = True, None, 1, lambda: None
     data = data_of(6)
-    # Without a limit two checkpoints are the least that a run comes to; then the pipeline: trained parts and files.
-    exported = 4 * (1 + use_ema) * sum(p.numel() for p in model.trained_parameters().values())
-    exported += sum(path.stat().st_size for path in tiny_model.rglob("*") if path.is_file())
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1.8 * actual + exported))
-    with pytest.raises(ModelError, match="checkpoints of"):
-        check_before_start(args, FakeRun(tmp_path), model, data, NOTHING_CACHED)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2.25 * actual + exported))
-    check_before_start(args, FakeRun(tmp_path), model, data, NOTHING_CACHED)
+    data.training = SimpleNamespace(fingerprint=lambda: "rows")
+    Checkpointer(args, mini_sd, average, steps, run, data).save(1)
+    files = lambda folder: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    checkpoint = files(output / "checkpoint-1")
+    mini_sd.save_pipeline(tmp_path, average.shadow)
+    needed = 2 * checkpoint + files(tmp_path) - files(output)
+    for free, enough in ((0.9 * needed, False), (1.1 * needed, True)):
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        with nullcontext() if enough else pytest.raises(ModelError, match="2 checkpoints of"):
+            check_before_start(args, run, mini_sd, data, NOTHING_CACHED)
+
+
+@pytest.mark.parametrize(
+    ("capability", "flags", "said"),
+    [
+        ((7, 5), {}, ""),
+        ((9, 0), {}, "--mixed_precision bf16 (as fast as fp16, nothing overflows) and --allow_tf32"),
+        ((8, 0), {"allow_tf32": True}, "has --mixed_precision bf16"),
+        ((8, 0), {"allow_tf32": True, "dtype": torch.bfloat16}, ""),
+    ],
+)
+def test_what_the_card_could_do_and_was_not_asked_for_is_said(capability, flags, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A6000")
+    run = FakeRun(device="cuda", dtype=flags.pop("dtype", torch.float16))
+    _advise_on_precision(Args(**flags), run)
+    assert len(run.said) == bool(said) and said in "".join(run.said).replace("also has", "has")
+
+
+# -- the rehearsal ---------------------------------------------------------------------------------------------------
+
+
+def test_the_step_that_is_tried_is_the_one_with_most_pixels():
+    # Landscape is smallest; of the two others portrait has a full micro-batch, and the square one has more pixels a row
+    sizes = [(32, 48)] * 4 + [(48, 40)] * 4 + [(48, 48)]
+    sampler = BatchSampler(rows=9, micro_batch=2, accumulation=2, processes=1, process=0, seed=0, buckets=sizes)
+    step = largest_step(sampler, SimpleNamespace(sizes=sizes))
+    assert {sizes[row] for row in sampler.groups(0)[step]} == {(48, 40)}
+    assert largest_step(SimpleNamespace(rows=None), None) == 0  # of a stream
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "prodigy"])
+def test_what_a_step_changes_is_undone_to_the_last_bit(name):
+    weight = torch.nn.Parameter(torch.tensor([[-0.0, 0.1], [2.0, 3.0]]).repeat(64, 64))
+    model = SimpleNamespace(parameter_groups=lambda *rates: [{"params": [weight], "lr": rates[0]}])
+    args = Args(optimizer=name, learning_rate=1.0, lr_scheduler="cosine", lr_warmup_steps=0, use_ema=True)
+    optimizer, average = build_optimizer(args, model, 4), build_ema(args, {"weight": weight}, None)
+    owners = [optimizer, build_schedule(args, optimizer, 10), torch.amp.GradScaler("cpu", init_scale=4.0)]
+
+    def state():
+        bits = lambda tensor: tensor.detach().clone().view(torch.int32).tolist()
+        known = [{key: value for key, value in one.state_dict().items() if key != "param_groups"} for one in owners]
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        return copy.deepcopy([bits(weight), bits(average.shadow["weight"]), average.updates, known, groups])
+
+    before = state()
+    undo = undoing({"weight": weight}, average, owners)
+    owners[2].scale((weight**2).sum()).backward()
+    for call in (lambda: owners[2].step(optimizer), owners[2].update, owners[1].step, average.update):
+        call()
+    assert all(one != other for one, other in zip(state()[:3], before[:3], strict=True))
+    undo()
+    assert state() == before
+
+
+def test_a_gpu_is_limited_to_what_another_would_leave_and_its_peak_is_said(monkeypatch):
+    limits, gpu = [], torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (70e9, 80e9))
+    monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: 9e9)
+    monkeypatch.setattr(torch.accelerator, "max_memory_reserved", lambda device: 12e9)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append(share))
+    for memory in (None, "17GB", "17.0 gb", "500"):
+        limit_memory(PreflightArgs(assume_memory=memory), gpu)
+    assert limits == [0.2, 0.2, 1.0]  # 1 GB lies there besides
+    said = forecast(gpu, rows=8, seconds=0.5, steps=7200)
+    assert "12.0 GB of the GPU's 80.0 GB" in said and "16 images a second" in said and "1:00:00" in said
+    assert "GPU" not in forecast(torch.device("cpu"), rows=8, seconds=0.5, steps=7200)
+
+
+def test_on_a_cpu_what_is_known_of_the_memory_is_compared(check):
+    assert check(resolution="32", preflight=True, assume_memory="1GB")
+    with pytest.raises(ModelError, match=r"(?s)^--assume_memory 0.0001GB: weights .*--use_8bit_adam\n"):
+        check(resolution="32", preflight=True, assume_memory="0.0001GB")
+
+
+@pytest.mark.parametrize(
+    ("flags", "gone"),
+    [
+        ({"mixed_precision": "bf16"}, "--mixed_precision"),
+        ({"cached_crops": 4}, "--cache_latents"),
+        ({"optimizer": "adafactor"}, "--use_8bit_adam"),
+        ({"use_ema": True, "offload_ema": True}, "--offload_ema"),
+        ({"train_batch_size": 1}, "--train_batch_size"),
+        ({"gradient_checkpointing": True}, "--gradient_checkpointing"),
+    ],
+)
+def test_advice_names_only_what_is_not_set_yet(flags, gone, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    plain = {"train_batch_size": 9, "use_ema": True}
+    before, after = Args(**plain).memory_advice(), Args(**plain | flags).memory_advice()
+    assert gone in before and gone not in after
+    assert "--train_batch_size 3 --gradient_accumulation_steps 3" in before  # the same rows in a step
 
 
 # -- attention -------------------------------------------------------------------------------------------------------
@@ -206,6 +329,34 @@ def test_xformers_without_a_gpu_is_one_line_and_pytorchs_attention(model, monkey
 def test_nothing_is_switched_on_that_was_not_asked_for(model, monkeypatch):
     assert switched_on(FakeRun(), model, monkeypatch) == []
     assert switched_on(FakeRun(), model, monkeypatch, compile=True, channels_last=True) == ["compile"]
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_xformers_is_switched_on_where_it_is_faster(faster, model, monkeypatch):
+    monkeypatch.setattr(preflight, "_probe_xformers", lambda run, denoiser: None)
+    monkeypatch.setattr(preflight, "_xformers_is_faster", lambda args, run, model: faster)
+    flags = {"enable_xformers_memory_efficient_attention": True}
+    assert switched_on(FakeRun(device="meta"), model, monkeypatch, **flags) == ["xformers"] * faster
+
+
+@pytest.mark.parametrize("slow", ["xformers", "pytorch"])
+def test_attention_is_timed_where_it_has_the_most_tokens(slow, model, monkeypatch):
+    shapes, run = set(), FakeRun()
+
+    def as_slow_as(name):
+        def function(query, key, value):
+            shapes.add(tuple(query.shape))
+            time.sleep(0.01 * (name == slow))
+            return attention(query, key, value)
+
+        return function
+
+    monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "xformers.ops", SimpleNamespace(memory_efficient_attention=as_slow_as("xformers")))
+    monkeypatch.setattr(preflight, "_pytorch_attention", as_slow_as("pytorch"))
+    args = Args(resolution="64x32", train_batch_size=3)
+    assert _xformers_is_faster(args, run, model) is (slow == "pytorch")
+    assert shapes == {(3, 8 * 4, 2, 4)} and len(run.said) == 1  # the first block's: 8 pixels a latent, 2 heads of 4
 
 
 def attention(query, key, value, scale=None):
