@@ -9,8 +9,10 @@ import torch
 from finetuning.cli import size_text
 from finetuning.data.cache import folder_of
 from finetuning.families.model_args import ModelError
+from finetuning.training.optim import update_problems
 
-# Bytes of optimizer state for each trained parameter, which has four itself.
+# Bytes of each trained parameter itself, and of its optimizer's state.
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 2, "prodigy": 16}
 
 
@@ -38,11 +40,12 @@ def check_before_start(args, run, model, data, encoder):
         problems.append("--dream_training knows nothing of a variance, which this model learns: leave the flag out")
     if args.vlb_weight and not model.learns_variance:
         problems.append(f"--vlb_weight {args.vlb_weight} does nothing: this model does not learn its variance")
-    problems += _upscaler_problems(args, model)
+    problems += [*_upscaler_problems(args, model), *update_problems(args, run)]
     trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
     optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
-    needed = trained * (4 + STATE_BYTES[optimizer] + 4 * args.use_ema)
-    exported = trained * 4 * (1 + args.use_ema) + model.copied_bytes()
+    weights = trained * (WEIGHT_BYTES[args.weights_precision] + 4 * args.use_ema)
+    needed = weights + trained * STATE_BYTES[optimizer]
+    exported = weights + model.copied_bytes()
     limit = args.checkpoints_total_limit
     # A new checkpoint stands before an old one goes. Without a limit, two are the least that a run comes to.
     room = needed * ((limit or 1) + 1) + exported

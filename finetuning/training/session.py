@@ -137,9 +137,10 @@ class Step:
 
         Under fp16 an overflowing gradient is ordinary: the loss scaler passes over that step and lowers its scale.
         """
-        run = self.run
-        self.loss, norm = run.total(self.loss), run.clip(parameters)
-        self.grad_norm, self.learning_rate = norm.item(), self.session.optimizer.param_groups[0]["lr"]
+        run, optimizer = self.run, self.session.optimizer
+        fused = self.session.args.fused_backward_pass  # then no gradient is left
+        self.loss, norm = run.total(self.loss), optimizer.take_gradient_norm() if fused else run.clip(parameters)
+        self.grad_norm, self.learning_rate = norm.item(), optimizer.param_groups[0]["lr"]
         if math.isfinite(self.loss) and math.isfinite(self.grad_norm):
             return
         self.overflowed = math.isfinite(self.loss) and run.scaler is not None and run.scaler.get_scale() >= 1
