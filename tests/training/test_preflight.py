@@ -160,9 +160,16 @@ def test_steps_that_buckets_leave_short_are_said(check):
 
 
 @pytest.mark.parametrize("use_ema", [False, True])
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "prodigy"])
-def test_the_size_that_is_said_is_the_size_of_a_checkpoint(optimizer, use_ema, tiny_model, tmp_path, monkeypatch):
-    args = Args(optimizer=optimizer, use_ema=use_ema, output_dir=str(tmp_path), resolution="32", learning_rate=1.0)
+@pytest.mark.parametrize(
+    ("optimizer", "precision"), [("adamw", "fp32"), ("adamw", "bf16"), ("adafactor", "fp32"), ("prodigy", "fp32")]
+)
+def test_the_size_that_is_said_is_the_size_of_a_checkpoint(
+    optimizer, precision, use_ema, tiny_model, tmp_path, monkeypatch
+):
+    args = Args(
+        optimizer=optimizer, weights_precision=precision, use_ema=use_ema, output_dir=str(tmp_path), resolution="32",
+        learning_rate=1.0, seed=0,
+    )  # fmt: skip
     model = load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)))
     average = build_ema(args, model.trained_parameters(), None)
     steps = build_optimizer(args, model, 4)
@@ -173,15 +180,16 @@ def test_the_size_that_is_said_is_the_size_of_a_checkpoint(optimizer, use_ema, t
     kept += [value for state in steps.state.values() for value in state.values() if torch.is_tensor(value)]
     actual = sum(value.numel() * value.element_size() for value in kept)
 
-    data = data_of(6)
+    data, run = data_of(6), FakeRun(tmp_path)
+    run.accelerator.mixed_precision = "bf16"
     # Without a limit two checkpoints are the least that a run comes to; then the pipeline: trained parts and files.
-    exported = 4 * (1 + use_ema) * sum(p.numel() for p in model.trained_parameters().values())
+    exported = sum(p.numel() * (p.element_size() + 4 * use_ema) for p in model.trained_parameters().values())
     exported += sum(path.stat().st_size for path in tiny_model.rglob("*") if path.is_file())
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1.8 * actual + exported))
     with pytest.raises(ModelError, match="checkpoints of"):
-        check_before_start(args, FakeRun(tmp_path), model, data, NOTHING_CACHED)
+        check_before_start(args, run, model, data, NOTHING_CACHED)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2.25 * actual + exported))
-    check_before_start(args, FakeRun(tmp_path), model, data, NOTHING_CACHED)
+    check_before_start(args, run, model, data, NOTHING_CACHED)
 
 
 # -- attention -------------------------------------------------------------------------------------------------------
