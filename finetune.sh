@@ -30,7 +30,8 @@ cd "$(dirname "$0")"
 : "${RESUME:=}"        # latest, with the OUTPUT_DIR of the run to resume
 
 # --- The presets --------------------------------------------------------------------------------------------------
-PRESETS="mini-sd sd15-t4 sd15-lora-t4 sd15-locon-t4 sd14-a6000 unsplash-lite sdxl-lora-16gb sdxl-lora-24gb sdxl-48gb"
+PRESETS="mini-sd sd15-t4 sd15-lora-t4 sd15-locon-t4 sd14-a6000 unsplash-lite sdxl-lora-16gb sdxl-lora-24gb \
+sdxl-24gb sdxl-48gb"
 fail() { printf 'finetune.sh: %s\n' "$@" >&2; exit 2; }
 
 if [ -z "$PRESET" ] && [ -z "$MODEL_NAME" ]; then
@@ -45,8 +46,8 @@ SD15=stable-diffusion-v1-5/stable-diffusion-v1-5  # runwayml/... has left the Hu
 : "${XFORMERS=--enable_xformers_memory_efficient_attention}"  # set but empty: PyTorch's own attention
 SDXL=stabilityai/stable-diffusion-xl-base-1.0
 SD_USUAL="--center_crop --random_flip --max_grad_norm 1 --lr_scheduler constant --lr_warmup_steps 0 $XFORMERS"
-SDXL_USUAL="--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --aspect_buckets --proportion_empty_prompts 0.1 \
---max_grad_norm 1 --lr_scheduler constant --lr_warmup_steps 0 $XFORMERS"
+SDXL_USUAL="--aspect_buckets --proportion_empty_prompts 0.1 --lr_scheduler constant --lr_warmup_steps 0 $XFORMERS"
+SDXL_FP16="--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --max_grad_norm 1 $SDXL_USUAL"
 
 case "$PRESET" in
   mini-sd)        # The embedded miniature, minutes on a CPU
@@ -98,7 +99,7 @@ a small orange cross on a gray background|a small yellow diamond above a large b
     : "${METHOD:=lora}" "${MODEL_NAME:=$SDXL}" "${STEPS:=3000}" "${LR:=1e-4}" "${RESOLUTION:=1024}"
     : "${RANK:=16}" "${TARGETS:=attention}"
     : "${BATCH:=1}" "${ACCUMULATION:=4}"
-    : "${EXTRA:=--gradient_checkpointing --use_8bit_adam --save_kohya $SDXL_USUAL}"
+    : "${EXTRA:=--gradient_checkpointing --use_8bit_adam --save_kohya $SDXL_FP16}"
     : "${PROMPTS:=A modern living room with a brown couch|Yoda}"
     ;;
   sdxl-lora-24gb)  # Stable Diffusion XL, LoRA on every linear layer and on both text encoders, on a card of 24 GB
@@ -106,13 +107,20 @@ a small orange cross on a gray background|a small yellow diamond above a large b
     : "${RANK:=32}" "${TARGETS:=all-linear}"
     : "${BATCH:=2}" "${ACCUMULATION:=2}"
     : "${EXTRA:=--train_text_encoder --text_encoder_rank 8 --text_encoder_lr 5e-5 1e-5 --gradient_checkpointing \
---use_8bit_adam --save_kohya $SDXL_USUAL}"
+--use_8bit_adam --save_kohya $SDXL_FP16}"
+    : "${PROMPTS:=A modern living room with a brown couch|Yoda}"
+    ;;
+  sdxl-24gb)       # Stable Diffusion XL, every weight of the UNet, kept in bf16, on a card of 24 GB that knows bf16
+    : "${MODEL_NAME:=$SDXL}" "${STEPS:=4000}" "${LR:=1e-5}" "${USE_EMA:=no}" "${RESOLUTION:=1024}"
+    : "${BATCH:=1}" "${ACCUMULATION:=1}"
+    : "${EXTRA:=--mixed_precision bf16 --weights_precision bf16 --optimizer adafactor --fused_backward_pass \
+--gradient_checkpointing --cached_crops 4 --max_grad_norm 0 $SDXL_USUAL}"
     : "${PROMPTS:=A modern living room with a brown couch|Yoda}"
     ;;
   sdxl-48gb)       # Stable Diffusion XL, every weight of the UNet, on a card of 48 GB
     : "${MODEL_NAME:=$SDXL}" "${STEPS:=4000}" "${LR:=1e-5}" "${USE_EMA:=no}" "${RESOLUTION:=1024}"
     : "${BATCH:=2}" "${ACCUMULATION:=4}"
-    : "${EXTRA:=--gradient_checkpointing --use_8bit_adam $SDXL_USUAL}"
+    : "${EXTRA:=--gradient_checkpointing --use_8bit_adam $SDXL_FP16}"
     : "${PROMPTS:=A modern living room with a brown couch|Yoda}"
     ;;
   *) fail "PRESET=$PRESET does not exist; known: $PRESETS" ;;

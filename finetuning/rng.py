@@ -21,12 +21,13 @@ def python_random(seed: int, purpose: str, *position: int):
     return random.Random(key(seed, purpose, *position))
 
 
-def torch_generator(seed: int, purpose: str, *position: int):
-    """A CPU `torch.Generator` of its own for (seed, purpose, position).
+def torch_generator(seed: int, purpose: str, *position: int, device="cpu"):
+    """A `torch.Generator` of its own for (seed, purpose, position).
 
-    Always on the CPU: the noise of a sample is then the same on every device and for every batch size.
+    On the CPU the noise of a sample is the same on every device and for every batch size. Another `device` is for draws
+    as many as the weights.
     """
-    return torch.Generator().manual_seed(key(seed, purpose, *position))
+    return torch.Generator(device).manual_seed(key(seed, purpose, *position))
 
 
 def gaussian(seed: int, purpose: str, step: int, rows, shape):

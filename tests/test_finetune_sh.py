@@ -121,7 +121,7 @@ def test_models_that_have_left_the_hub_are_not_used(root):
 
 
 PRESETS = {"mini-sd", "sd15-t4", "sd15-lora-t4", "sd15-locon-t4", "sd14-a6000", "unsplash-lite",
-           "sdxl-lora-16gb", "sdxl-lora-24gb", "sdxl-48gb"}  # fmt: skip
+           "sdxl-lora-16gb", "sdxl-lora-24gb", "sdxl-24gb", "sdxl-48gb"}  # fmt: skip
 
 
 def finetune(root, **settings):

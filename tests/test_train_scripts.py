@@ -67,7 +67,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(script, training, arguments, 
 
 @pytest.mark.parametrize(
     "flags",
-    ["--use_8bit_adam", "--center_crop --cache_latents", "buckets", "buckets --center_crop --cache_latents"],
+    [
+        "--use_8bit_adam",
+        "--center_crop --cache_latents",
+        "buckets",
+        "buckets --center_crop --cache_latents",
+        "--fused_backward_pass --optimizer adafactor --max_grad_norm 0 --gradient_accumulation_steps 1",
+    ],
 )
 def test_other_ways_resume_exactly(script, training, arguments, bucketed, tmp_path, flags):
     words = [*arguments, "--max_train_steps", 5, *flags.replace("buckets", shlex.join(map(str, bucketed))).split()]
@@ -229,6 +235,20 @@ def test_the_pipeline_loads_holds_both_weights_and_leaves_the_rest_untouched(tra
         assert files.sha256(finished) == files.sha256(
             tmp_path / f"checkpoint-2/{kept}/diffusion_pytorch_model.safetensors"
         )
+
+
+def test_weights_in_bf16_resume_exactly_beside_an_average_in_fp32(training, arguments, tmp_path, tensors):
+    words = [*arguments, "--mixed_precision", "bf16", "--weights_precision", "bf16", "--max_train_steps", 4]
+    assert training.run(FULL, words, tmp_path / "straight") == 0
+    resumed = started_from(tmp_path / "straight/checkpoint-2", tmp_path / "resumed")
+    assert training.run(FULL, words, resumed, "--resume_from_checkpoint", "latest") == 0
+    training.assert_same(training.state(resumed, 4), training.state(tmp_path / "straight", 4))
+    dtypes = {path: {value.dtype for value in one.values()} for path, one in tensors(resumed).items()}
+    assert dtypes["unet/diffusion_pytorch_model.non_ema.safetensors"] == {torch.bfloat16}
+    assert dtypes["checkpoint-4/unet/diffusion_pytorch_model.safetensors"] == {torch.bfloat16}
+    assert dtypes["unet/diffusion_pytorch_model.safetensors"] == {torch.float32}
+    pipeline = StableDiffusionPipeline.from_pretrained(resumed, variant="non_ema")
+    assert pipeline.unet.dtype == torch.float32  # from_pretrained's default, whatever the file has
 
 
 def test_weights_loaded_apart_keep_their_share_in_the_average(training, arguments, tiny_model, tmp_path, tensors):

@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from finetuning.cli import flag
+from finetuning.rng import torch_generator
 
 SCHEDULES = (  # diffusers' SchedulerType
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant",
@@ -35,8 +37,24 @@ class OptimArgs:
     adam_weight_decay: float = flag(1e-2, "decoupled weight decay", min=0)
     adam_epsilon: float = flag(1e-8, "epsilon of Adam", min=0)
     max_grad_norm: float = flag(1.0, "clip the norm of the whole gradient at this; 0 only measures it", min=0)
+    weights_precision: str = flag(
+        "fp32", "precision of the trained weights; bf16 halves them, rounds each update at random so that small ones "
+        "are not lost, and needs --mixed_precision bf16", choices=("fp32", "bf16"),
+    )  # fmt: skip
+    fused_backward_pass: bool = flag(
+        False, "update each weight within the backward pass and let go of its gradient; needs --max_grad_norm 0, for "
+        "the whole gradient never exists", conflicts="gradient_accumulation_steps", affects_result=False,
+    )  # fmt: skip
 
     def problems(self):
+        if self.optimizer == "prodigy" and (self.fused_backward_pass or self.weights_precision != "fp32"):
+            flags = "--fused_backward_pass" if self.fused_backward_pass else "--weights_precision bf16"
+            yield f"{flags} updates one weight after the other, and --optimizer prodigy looks at all: take adafactor"
+        if self.fused_backward_pass and self.max_grad_norm:
+            yield (
+                f"--fused_backward_pass and --max_grad_norm {self.max_grad_norm}: weights are updated before the norm "
+                "of the whole gradient is known, so it cannot be clipped: set --max_grad_norm 0"
+            )
         if self.optimizer == "prodigy" and self.learning_rate < 0.1:
             yield f"--optimizer prodigy finds the learning rate itself: set --learning_rate 1, not {self.learning_rate}"
         if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
@@ -52,6 +70,21 @@ class OptimArgs:
 def build_optimizer(args: OptimArgs, model, total_batch_size):
     """The optimizer of a model's trained parameters; `total_batch_size` rows make one optimizer step."""
     groups = model.parameter_groups(*learning_rates(args, total_batch_size))
+    if args.weights_precision == "fp32" and not args.fused_backward_pass:
+        return _optimizer(args, groups)
+    weights = [weight for group in groups for weight in group["params"]]
+    if args.weights_precision == "bf16":
+        for weight in weights:
+            weight.data = weight.data.bfloat16()
+        fp32_copy = lambda weight: torch.nn.Parameter(torch.empty(0, device=weight.device))
+        groups = [{**group, "params": list(map(fp32_copy, group["params"]))} for group in groups]
+    optimizer = OneByOne(_optimizer(args, groups), weights, args.seed)
+    if args.fused_backward_pass:
+        optimizer.update_in_backward()
+    return optimizer
+
+
+def _optimizer(args, groups):
     common = {"lr": groups[0]["lr"], "weight_decay": args.adam_weight_decay}
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, **common}
     kind = "adamw8bit" if args.use_8bit_adam else args.optimizer
@@ -67,6 +100,95 @@ def build_optimizer(args: OptimArgs, model, total_batch_size):
         return Prodigy(groups, **adam, safeguard_warmup=True, use_bias_correction=True)
     # One kernel for all weights on a GPU; on a CPU the plain one, whose last bits older checkpoints were trained with.
     return torch.optim.AdamW(groups, **adam, fused=groups[0]["params"][0].is_cuda or None)
+
+
+class OneByOne(torch.optim.Optimizer):
+    """An optimizer that updates one weight after another, and lets go of its gradient: nothing lies beside them all.
+
+    optimizer  any that treats each parameter apart, of the weights themselves, or, where those are bf16, of one
+               parameter for each, which holds its fp32 copy for the time of the update. Its state is fp32, and the
+               checkpoint's
+    weights    the trained parameters, in the order of the optimizer's
+    seed       of the rounding to bf16, together with the step and the weight's number
+    """
+
+    def __init__(self, optimizer, weights, seed):
+        self.optimizer, self.weights, self.seed = optimizer, weights, seed
+        self.copies = [(n, one) for n, group in enumerate(optimizer.param_groups) for one in group["params"]]
+        self.steps_done, self.norms = 0, {}
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state)
+        self.steps_done = max((int(one["step"]) for one in self.state.values()), default=0)
+
+    def update_in_backward(self):
+        """From here on, update each weight as soon as the backward pass has its gradient."""
+        for number, weight in enumerate(self.weights):
+            weight.register_post_accumulate_grad_hook(partial(self._update_in_backward, number))
+
+    def _update_in_backward(self, number, weight):
+        self.norms[number] = torch.linalg.vector_norm(weight.grad, dtype=torch.float32)
+        self._update(number)
+
+    def take_gradient_norm(self):
+        """The norm of the whole gradient of the last backward pass, a scalar tensor."""
+        norms, self.norms = self.norms, {}
+        return torch.linalg.vector_norm(torch.stack([norms[number] for number in sorted(norms)]))
+
+    def step(self, closure=None):
+        """Update what the backward pass has not."""
+        for number, weight in enumerate(self.weights):
+            if weight.grad is not None:
+                self._update(number)
+        self.steps_done += 1
+
+    def zero_grad(self, set_to_none=True):
+        """Nothing: every gradient has gone with its update."""
+
+    @torch.no_grad()
+    def _update(self, number):
+        weight, (group, copy), groups = self.weights[number], self.copies[number], self.optimizer.param_groups
+        if copy is not weight:
+            copy.data = weight.float()
+            copy.grad, weight.grad = weight.grad.float(), None
+        self.optimizer.param_groups = [{**groups[group], "params": [copy]}]
+        self.optimizer.step()
+        self.optimizer.param_groups = groups
+        copy.grad = None
+        if copy is not weight:
+            generator = torch_generator(self.seed, "rounding", self.steps_done, number, device=weight.device)
+            weight.copy_(rounded_at_random(copy.data, generator))
+            copy.data = copy.data.new_empty(0)
+
+
+def rounded_at_random(values, generator):
+    """fp32 values to one of their two neighbours in bf16, the nearer the likelier: their mean is the value."""
+    draws = torch.randint(1 << 16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
+    bits = (values.view(torch.int32) + draws) & -(1 << 16)  # bf16 is the upper half of fp32
+    return torch.where(values.isfinite(), bits.view(torch.float32), values).bfloat16()
+
+
+def update_problems(args: OptimArgs, run):
+    """Yield why this run's devices and precision do not go with the way that its weights are updated, as text."""
+    precision = run.accelerator.mixed_precision
+    if args.weights_precision == "bf16" and precision != "bf16":
+        yield "--weights_precision bf16 goes with activations of the same precision: add --mixed_precision bf16"
+    if args.fused_backward_pass and precision == "fp16":
+        yield (
+            "--fused_backward_pass updates weights before the loss scaler of fp16 could pass over a step: take "
+            "--mixed_precision bf16"
+        )
+    if args.fused_backward_pass and run.processes > 1:
+        yield (
+            "--fused_backward_pass updates weights before the gradients of "
+            f"{run.processes} processes are averaged: start one process, or leave it out"
+        )
 
 
 def learning_rates(args: OptimArgs, total_batch_size):

@@ -17,7 +17,9 @@ from tqdm.auto import tqdm
 from finetuning.cli import flag, size_text
 from finetuning.data.cache import folder_of
 from finetuning.families.model_args import ModelError
+from finetuning.training.optim import update_problems
 
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2}  # of each trained weight
 # Bytes of optimizer state of a parameter
 STATE_BYTES = {
     "adamw": lambda p: 8 * p.numel(),
@@ -75,9 +77,11 @@ def memory_of(args, model):
     """{what: bytes} that training keeps in memory besides activations and what encodes images and text."""
     trained = list(model.trained_parameters().values())
     optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer
+    sizes = [WEIGHT_BYTES[args.weights_precision] * parameter.numel() for parameter in trained]
+    frozen = sum(parameter.nbytes for parameter in model.denoiser.parameters()) - sum(one.nbytes for one in trained)
     return {
-        "weights": sum(parameter.nbytes for parameter in model.denoiser.parameters()),
-        "gradients": sum(parameter.nbytes for parameter in trained),
+        "weights": frozen + sum(sizes),
+        "gradients": max(sizes) if args.fused_backward_pass else sum(sizes),
         "optimizer": sum(map(STATE_BYTES[optimizer], trained)),
         "average": 4 * args.use_ema * sum(parameter.numel() for parameter in trained),
     }
@@ -107,9 +111,10 @@ def check_before_start(args, run, model, data, encoder):
         problems.append("--dream_training knows nothing of a variance, which this model learns: leave the flag out")
     if args.vlb_weight and not model.learns_variance:
         problems.append(f"--vlb_weight {args.vlb_weight} does nothing: this model does not learn its variance")
-    problems += _upscaler_problems(args, model)
+    problems += [*_upscaler_problems(args, model), *update_problems(args, run)]
     memory = memory_of(args, model)
-    trained = memory["gradients"]  # the weights that have one
+    count = sum(parameter.numel() for parameter in model.trained_parameters().values())
+    trained = count * WEIGHT_BYTES[args.weights_precision]
     needed = trained + memory["optimizer"] + memory["average"]
     exported = trained + memory["average"] + model.copied_bytes()
     limit = args.checkpoints_total_limit

@@ -180,12 +180,13 @@ class Step:
         """Clip the whole gradient, and look at loss and norm: those of this step, on a GPU those of the step before,
         which are there already. All are looked at before anything is saved or measured. Raises NonFinite.
         """
-        run = self.run
-        loss, norm = run.total(self.loss), run.clip(parameters)
+        run, optimizer = self.run, self.session.optimizer
+        fused = self.session.args.fused_backward_pass  # then no gradient is left
+        loss, norm = run.total(self.loss), optimizer.take_gradient_norm() if fused else run.clip(parameters)
         if self.is_rehearsal:
             return
         scale = run.scaler.scale(torch.ones_like(loss)) if run.scaler else torch.zeros_like(loss)
-        self.learning_rate, self.floats = self.session.optimizer.param_groups[0]["lr"], run.floats(loss, norm, scale)
+        self.learning_rate, self.floats = optimizer.param_groups[0]["lr"], run.floats(loss, norm, scale)
         self.session.unread.append(self)
         self.session.settle(all_but=run.lag)
 

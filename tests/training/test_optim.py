@@ -2,16 +2,37 @@
 
 import io
 import math
+import re
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers.optimization import SchedulerType
 
-from finetuning.training.optim import OptimArgs, build_optimizer, build_schedule, learning_rates, load_optimizer
+from finetuning.rng import torch_generator
+from finetuning.training.optim import (
+    OneByOne,
+    OptimArgs,
+    build_optimizer,
+    build_schedule,
+    learning_rates,
+    load_optimizer,
+    rounded_at_random,
+    update_problems,
+)
 
 OPTIMIZERS = {"adamw": 1e-2, "adamw8bit": 1e-2, "adafactor": 1e-2, "prodigy": 1.0}  # a learning rate that suits each
 TARGET = 0.5
+FUSED, BF16 = {"fused_backward_pass": True}, {"weights_precision": "bf16"}
+ONE_BY_ONE = [(kind, flags) for kind in ("adamw", "adamw8bit", "adafactor") for flags in (FUSED, BF16, FUSED | BF16)]
+
+
+@dataclass
+class Args(OptimArgs):
+    """The flags that an optimizer reads."""
+
+    seed: int = 0
 
 
 def weights():
@@ -22,7 +43,7 @@ def weights():
 
 def optimizer_for(kind, *groups, total_batch_size=1, **flags):
     """The optimizer of a model whose denoiser, and whose text encoder if there are two groups, has these weights."""
-    args = OptimArgs(optimizer=kind, **({"learning_rate": OPTIMIZERS[kind]} | flags))
+    args = Args(optimizer=kind, **({"learning_rate": OPTIMIZERS[kind]} | flags))
     of = lambda rate, of_text: [{"params": own, "lr": one} for own, one in zip(groups, [rate, *of_text], strict=False)]
     return build_optimizer(args, SimpleNamespace(parameter_groups=of), total_batch_size)
 
@@ -83,6 +104,94 @@ def test_adams_flags_arrive(kind):
     flags = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_weight_decay": 0.3, "adam_epsilon": 1e-5}
     (group,) = optimizer_for(kind, weights(), **flags).param_groups
     assert (tuple(group["betas"]), group["weight_decay"], group["eps"]) == ((0.8, 0.95), 0.3, 1e-5)
+
+
+# -- one weight after another ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "adafactor"])
+def test_updates_in_the_backward_pass_are_those_after_it_to_the_last_bit(kind):
+    first, second = weights(), weights()
+    plain, fused = optimizer_for(kind, *zip(first)), optimizer_for(kind, *zip(second), **FUSED)
+    for _ in range(4):
+        for parameters in (first, second):
+            distance(parameters).backward()
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in first])
+        assert torch.equal(fused.take_gradient_norm(), norm)
+        for optimizer in (plain, fused):
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("flags", [FUSED, FUSED | BF16])
+def test_no_two_gradients_are_there_at_once(flags, monkeypatch):
+    parameters, alive = [*weights(), *weights()], []
+    update = OneByOne._update
+    count = lambda: sum(parameter.grad is not None for parameter in parameters)
+    monkeypatch.setattr(
+        OneByOne, "_update", lambda *args: (alive.append(count()), update(*args), alive.append(count()))
+    )
+    optimizer = optimizer_for("adamw", parameters, **flags)
+    distance(parameters).backward()
+    assert alive == [1, 0] * 4
+    optimizer.step()
+    assert len(alive) == 8
+
+
+def test_rounding_takes_a_neighbour_and_the_mean_is_the_value():
+    values = torch.tensor([1 + 2**-9, -(1 + 2**-10), 3e-41, 1e38, 0.1]).repeat(20_000, 1)
+    rounded = rounded_at_random(values, torch_generator(0, "rounding", 1)).float()
+    bits = values.view(torch.int32) & -(1 << 16)
+    below, above = bits.view(torch.float32), (bits + (1 << 16)).view(torch.float32)  # towards zero, and away from it
+    assert ((rounded == below) | (rounded == above)).all()
+    share = (rounded == above).double().mean(0)
+    expected = ((values.double() - below) / (above.double() - below))[0]
+    torch.testing.assert_close(share, expected, rtol=0, atol=4 * math.sqrt(0.25 / 20_000))
+    exact = torch.tensor([0.0, -0.0, 1.5, -3.0, 2.0**-130, math.inf, -math.inf, math.nan])
+    exact[-1:].view(torch.int32).fill_(0x7FFFFFFF)  # as a GPU writes nan: one more would be -0.0
+    twice = rounded_at_random(exact, torch_generator(0, "rounding", 2)).float()
+    torch.testing.assert_close(twice, exact, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "adafactor"])
+def test_updates_too_small_for_bf16_arrive_on_average(kind):
+    weight = torch.nn.Parameter(torch.ones(64, 64))
+    rate = 1e-4  # the next number below 1 is 1 - 2^-8
+    optimizer = optimizer_for(kind, [weight], learning_rate=rate, adam_weight_decay=0.0, **BF16)
+    assert weight.dtype == torch.bfloat16 and (weight - rate).equal(weight)
+    for _ in range(20):
+        weight.sum().backward()
+        optimizer.step()
+    assert (1 - weight.float()).mean().item() == pytest.approx(20 * rate, rel=0.2)
+    assert all(value.dtype != torch.bfloat16 for value in optimizer.state_dict()["state"][0].values()
+               if isinstance(value, torch.Tensor))  # fmt: skip
+
+
+def test_rounding_is_a_function_of_seed_step_and_weight():
+    def after(steps, seed):
+        parameters = [torch.nn.Parameter(torch.ones(256)) for _ in range(2)]
+        optimizer = optimizer_for("adamw", parameters, learning_rate=1e-3, seed=seed, **BF16)
+        take_steps(optimizer, parameters, steps)
+        return [parameter.detach() for parameter in parameters]
+
+    (one, other), (again, _), (of_another_seed, _) = after(1, 0), after(1, 0), after(1, 1)
+    assert one.equal(again) and not one.equal(other) and not one.equal(of_another_seed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision", "processes", "named"),
+    [
+        (BF16, "no", 1, "--weights_precision bf16 .* add --mixed_precision bf16"),
+        (FUSED, "fp16", 1, "--fused_backward_pass .* --mixed_precision bf16"),
+        (FUSED, "no", 2, "--fused_backward_pass .* 2 processes"),
+        (FUSED | BF16, "bf16", 1, None),
+    ],
+)
+def test_devices_and_precisions_that_do_not_go_with_it_are_named(flags, precision, processes, named):
+    run = SimpleNamespace(accelerator=SimpleNamespace(mixed_precision=precision), processes=processes)
+    problems = list(update_problems(OptimArgs(**flags), run))
+    assert len(problems) == bool(named) and all(re.match(named, problem) for problem in problems)
 
 
 # -- learning rates --------------------------------------------------------------------------------------------------
@@ -168,14 +277,14 @@ def test_a_warm_up_as_long_as_the_run_ends_like_any_other(kind):
 # -- going on from a checkpoint --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_resumed_optimizer_makes_the_steps_of_an_uninterrupted_one(kind):
+@pytest.mark.parametrize(("kind", "flags"), [*((kind, {}) for kind in OPTIMIZERS), *ONE_BY_ONE])
+def test_a_resumed_optimizer_makes_the_steps_of_an_uninterrupted_one(kind, flags):
     straight = weights()
-    optimizer = optimizer_for(kind, straight)
+    optimizer = optimizer_for(kind, straight, **flags)
     take_steps(optimizer, straight, 4)
     state = through_a_file(optimizer.state_dict())
     resumed = [torch.nn.Parameter(weight.detach().clone()) for weight in straight]
-    successor = optimizer_for(kind, resumed)
+    successor = optimizer_for(kind, resumed, **flags)
     load_optimizer(successor, state)
     take_steps(optimizer, straight, 4)
     take_steps(successor, resumed, 4)
@@ -224,6 +333,8 @@ def test_a_changed_learning_rate_is_used_by_the_schedule_after_a_resume():
         ({"learning_rate": math.nan}, "--learning_rate"),
         ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler"),
         ({"lr_step_rules": "1:10,0.1"}, "--lr_scheduler"),
+        ({"fused_backward_pass": True}, "--fused_backward_pass and --max_grad_norm 1.0: "),
+        ({"weights_precision": "bf16", "optimizer": "prodigy", "learning_rate": 1}, "--weights_precision bf16 updates"),
     ],
 )
 def test_flags_that_cannot_work_are_named(flags, named, problems_of):

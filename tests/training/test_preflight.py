@@ -181,18 +181,23 @@ def mini_sd(root):
     return load_model(ModelArgs(pretrained_model_name_or_path=str(root / "models/mini-sd")))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor", "prodigy"])
-def test_the_sizes_that_are_said_are_those_in_memory_and_on_disk(optimizer, mini_sd, tmp_path, monkeypatch):
-    output = tmp_path / "run"
-    args = Args(optimizer=optimizer, use_ema=True, output_dir=str(output), resolution="64", learning_rate=1.0)
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [("adamw", "fp32"), ("adamw8bit", "fp32"), ("adafactor", "fp32"), ("prodigy", "fp32"), ("adafactor", "bf16")],
+)
+def test_the_sizes_that_are_said_are_those_in_memory_and_on_disk(optimizer, precision, mini_sd, tmp_path, monkeypatch):
+    output, mini_sd = tmp_path / "run", copy.deepcopy(mini_sd)
+    flags = {"optimizer": optimizer, "weights_precision": precision, "use_ema": True, "learning_rate": 1.0, "seed": 0}
+    args = Args(**flags, output_dir=str(output), resolution="64")
     parameters = mini_sd.trained_parameters()
     average, steps = build_ema(args, parameters, None), build_optimizer(args, mini_sd, 4)
     for parameter in parameters.values():
         parameter.grad = torch.full_like(parameter, 1e-9)
+    gradients = [one.grad for one in parameters.values()]
     steps.step()
     held = lambda values: sum(value.nbytes for value in values if torch.is_tensor(value))
     measured = {
-        "weights": held(parameters.values()), "gradients": held(one.grad for one in parameters.values()),
+        "weights": held(parameters.values()), "gradients": held(gradients),
         "optimizer": sum(held(state.values()) for state in steps.state.values()),
         "average": held(average.shadow.values()),
     }  # fmt: skip
@@ -201,6 +206,7 @@ def test_the_sizes_that_are_said_are_those_in_memory_and_on_disk(optimizer, mini
 
     run = FakeRun(output)
     run.is_main, run.scaler, run.accelerator.num_processes, run.wait_for_everyone = True, None, 1, lambda: None
+    run.accelerator.mixed_precision = precision.replace("fp32", "no")
     data = data_of(6)
     data.training = SimpleNamespace(fingerprint=lambda: "rows")
     Checkpointer(args, mini_sd, average, steps, run, data).save(1)

@@ -87,10 +87,13 @@ def test_a_gradient_that_is_no_number_ends_the_run(training, arguments, tmp_path
 
 
 @pytest.mark.usefixtures("lag")
+@pytest.mark.parametrize(
+    "more", [(), ("--fused_backward_pass", "--gradient_accumulation_steps", 1, "--train_batch_size", 4)]
+)
 def test_a_loss_that_is_no_number_names_the_rows_and_reaches_no_checkpoint(
-    script, training, arguments, tmp_path, capfd, tensors
+    script, more, training, arguments, tmp_path, capfd
 ):
-    assert training.run(script, arguments, tmp_path, *LOUD, "--checkpointing_steps", 100) == 1
+    assert training.run(script, arguments, tmp_path, *LOUD, "--checkpointing_steps", 100, *more) == 1
     message = capfd.readouterr().err.split("error: ")[1]
     assert message.count("metadata.jsonl line") in (3, 4)  # the rows of one step, and of no other
     assert "loss is" in message or "not finite" in message or "norm is" in message
