@@ -69,6 +69,8 @@ def merge(args):
     """The mixtures of base and tuned, one for each ratio."""
     sources = args.open_sources()
     matches, warnings = args.match(sources)
+    if len({source.files for source in sources}) == 1:
+        warnings.append(f"{args.base} is merged with itself: the result is a copy")
     blocks = block_ratios(args.block_ratios, matches)
 
     def output(ratio):

@@ -152,10 +152,11 @@ def test_ratio_0_is_base_and_ratio_1_is_tuned_to_the_last_bit(tiny_model, tuned,
         assert same(result, expected[file]), file
 
 
-def test_equal_models_come_out_as_they_were_also_minus_zero(tiny_model, copy, merged, tensors):
+def test_equal_models_come_out_as_they_were_also_minus_zero(tiny_model, copy, merged, tensors, capsys):
     model = copy(tiny_model, "model")
     edit(model, UNET, with_value("conv_in.bias", 0.0, -0.0, 1e-42, -1e-42))
     out = merged("--base", model, "--tuned", model, "--ratio", 0.3)
+    assert f"{model} is merged with itself: the result is a copy" in capsys.readouterr().out
     assert tensors(out)[UNET]["conv_in.bias"][:2].signbit().tolist() == [False, True]
     for file, result in tensors(out).items():
         assert same(result, tensors(model)[file])
