@@ -308,8 +308,8 @@ def write_result(command, args, sources, layers, components, facts, report, name
     hashes = {path: sha256(path) for source in sources for path in source.files}
     recipe = recipe_of(command, as_dict(args), sources, hashes)
     facts = facts | metadata_of(recipe) | _size_facts(layers)
-    held, notice = for_kohya(layers)
     family = family_of_components(components)
+    held, notice = for_kohya(layers, family, components)
     if KOHYA_NAME in names and not held:
         raise ModelError(f"{notice}; there is no other layer")
     with atomic_folder(args.output_dir) as folder:
