@@ -43,6 +43,9 @@ LORA_KEY = re.compile(r"[._]lora(_\w+)?[._]|^lora_(unet|te)")
 
 # Layers of which sd-scripts reads nothing and older versions of diffusers garble the names.
 NOT_FOR_KOHYA = re.compile(r"unet\.(time_embedding|add_embedding|class_embedding)\.")
+# The original name of an upsampler without attention before it, which real SDXLs do not have: diffusers reads the 1 as
+# an attention.
+TAKEN_FOR_ATTENTION = re.compile(r"output_blocks\.\d+\.1\.conv")
 
 
 @dataclass(frozen=True)
@@ -407,15 +410,17 @@ def write_diffusers_for_all(path, layers, facts, family=DEFAULT_FAMILY):
     write_diffusers(path, {name: layer.with_alpha(layer.rank) for name, layer in layers.items()}, facts, family)
 
 
-def for_kohya(layers):
-    """(the layers that a kohya file can hold, a notice of those it cannot, or None)."""
-    held = {name: layer for name, layer in layers.items() if not NOT_FOR_KOHYA.match(name)}
+def for_kohya(layers, family=DEFAULT_FAMILY, components=None):
+    """(the layers that a kohya file can hold, a notice of those it cannot, or None); arguments as of `write_kohya`."""
+    originals = original_modules(components or {}, family) if family.by_name[family.denoiser].kohya_original else {}
+    cannot = lambda name: NOT_FOR_KOHYA.match(name) or TAKEN_FOR_ATTENTION.fullmatch(originals.get(name, ""))
+    held = {name: layer for name, layer in layers.items() if not cannot(name)}
     left_out = [name for name in layers if name not in held]
     if not left_out:
         return held, None
     return held, (
-        f"{KOHYA_NAME} leaves out {len(left_out)} layers ({first_few(left_out, 2)}): sd-scripts does not read them and "
-        f"older versions of diffusers garble them. {DIFFUSERS_NAME} has them"
+        f"{KOHYA_NAME} leaves out {len(left_out)} layers ({first_few(left_out, 2)}): sd-scripts does not read them or "
+        f"diffusers garbles them. {DIFFUSERS_NAME} has them"
     )
 
 
@@ -427,7 +432,7 @@ def write_kohya(path, layers, facts, family=DEFAULT_FAMILY, components=None):
     Every layer has the same alpha, the most common one: diffusers' reader of this layout loses alphas that differ.
     Without the layers that `for_kohya` leaves out.
     """
-    layers, _ = for_kohya(layers)
+    layers, _ = for_kohya(layers, family, components)
     alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0] if layers else 0
     tensors, originals = {}, original_modules(components or {}, family)
     for name, layer in layers.items():

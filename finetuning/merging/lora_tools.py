@@ -310,8 +310,8 @@ def write_result(command, args, sources, layers, components, facts, report, name
     rounded = {name: _rounded(layer, DTYPES[args.dtype]) for name, layer in layers.items()}
     recipe = recipe_of(command, as_dict(args), sources)
     facts = facts | metadata_of(recipe) | _size_facts(layers)
-    held, notice = for_kohya(layers)
     family = family_of_components(components)
+    held, notice = for_kohya(layers, family, components)
     if KOHYA_NAME in names and not held:
         raise ModelError(f"{notice}; there is no other layer")
     with atomic_folder(args.output_dir) as folder:

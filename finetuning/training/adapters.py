@@ -66,7 +66,7 @@ def add_adapters(args: LoraArgs, model, run):
     adapted = AdaptedModel.on(model, args, layout, base)
     if start:
         adapted.start_from(start)
-    if args.save_kohya and (notice := for_kohya(adapted.adapters)[1]):
+    if args.save_kohya and (notice := for_kohya(adapted.adapters, model.family, adapted.components)[1]):
         run.say(notice)
     adapted.to_device(run.device, run.weights_dtype)
     return adapted
@@ -207,7 +207,7 @@ class AdaptedModel(Model):
             written[RAW_NAME] = self.layers()
             write_diffusers_for_all(folder / RAW_NAME, written[RAW_NAME], facts, self.family)
         if self.args.save_kohya:
-            written[KOHYA_NAME], _ = for_kohya(exported)
+            written[KOHYA_NAME], _ = for_kohya(exported, self.family, fresh.components)
             facts |= kohya_facts(self.args, self.layout, facts, self.scheduler.config.prediction_type)
             write_kohya(folder / KOHYA_NAME, written[KOHYA_NAME], facts, self.family, fresh.components)
         check_files(folder, written, fresh)

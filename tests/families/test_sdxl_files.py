@@ -118,6 +118,13 @@ def test_kohya_names_are_those_of_sd_scripts(components, layers, tmp_path):
                for stem in stems)  # fmt: skip
 
 
+def test_what_diffusers_would_take_for_an_attention_is_left_out_of_kohyas_files(root, components):
+    mini, name = skeletons(str(root / "models/mini-sdxl")), "unet.up_blocks.0.upsamplers.0.conv"
+    held, notice = for_kohya({name: None}, SDXL, mini)  # no attention in this block
+    assert not held and name in notice
+    assert for_kohya({name: None}, SDXL, components) == ({name: None}, None)
+
+
 SPELLINGS = {
     "kohya's, diffusers' names": lambda own, original: f"lora_unet_{own.replace('.', '_')}",
     "kohya's, original names": lambda own, original: f"lora_unet_{original.replace('.', '_')}",
