@@ -17,13 +17,14 @@ test: $(VENV)/.ready
 test-fast: $(VENV)/.ready
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n $(JOBS) -m "not run"
 
-# Speed and memory, each beside a limit measured in the same run; an hour.
+# Speed and memory, each beside a limit measured in the same run; two hours.
 bench: $(VENV)/.ready
 	$(PYTHON) benchmarks/startup/run.py
 	PYTHONPATH=. $(PYTHON) benchmarks/convert/run.py
 	PYTHONPATH=. $(PYTHON) benchmarks/million_rows/run.py
 	PYTHONPATH=. $(PYTHON) benchmarks/merge/run.py
 	PYTHONPATH=. $(PYTHON) benchmarks/metrics/run.py
+	PYTHONPATH=. $(PYTHON) benchmarks/train/run.py
 
 # Everything on your GPU: the same losses as on the CPU? images a second? do the presets fit? Half an hour at most.
 gpu-check: $(VENV)/.ready

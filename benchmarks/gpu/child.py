@@ -2,10 +2,11 @@
 
     GPU_CHECK_REPORT=report.json python benchmarks/gpu/child.py train_text_to_image.py --train_data_dir ...
 
-Reads from the environment, beside the name of the report:
+On a GPU the training scripts' first two steps are their rehearsal. Reads from the environment, beside the report:
     GPU_CHECK_STOP_AFTER=25     end the process after this many optimizer steps, before anything is saved
     GPU_CHECK_KILL_AT=25        end it at this step as `kill -9` does
     GPU_CHECK_MEMORY_GB=14.5    let PyTorch allocate no more than this on the GPU
+    GPU_CHECK_WAITS=1           once warm, have PyTorch warn of each place where the CPU waits for the GPU
     GPU_CHECK_PROFILE=FILE      profile five steps, from the tenth, and write the most expensive operations
     GPU_CHECK_LOCK=FILE         run one script at a time: only the imports overlap with another's loading and warm-up
 """
@@ -61,6 +62,8 @@ class Watch:
         self.times.append(time.time())
         if done == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if setting("WAITS") and torch.cuda.is_available() and done == WARM_UP:
+            torch.cuda.set_sync_debug_mode("warn")
         if setting("PROFILE"):
             self.profile(done, torch)
         if done == self.stop_after:

@@ -327,9 +327,13 @@ def right(check):
 
         return compared
 
+    waits = lambda result: {"places_that_wait": len(re.findall("synchronizing CUDA operation", result["text"]))}
+    command = [*CHILD, *full, "--cache_latents", "--output_dir", folder("waits"), "--mixed_precision", "fp16"]
+    cases.append(Case("waits", [command], waits, {"GPU_CHECK_WAITS": "1", "GPU_CHECK_STOP_AFTER": str(steps)}))
+
     every = ["--checkpointing_steps", "1" if small else "10"]
     resumed = [*CHILD, *full, *every, "--output_dir", folder("resumed"), "--mixed_precision", "fp16"]
-    killed = (resumed, {"GPU_CHECK_KILL_AT": "2" if small else "25"}, -signal.SIGKILL)
+    killed = (resumed, {"GPU_CHECK_KILL_AT": "2" if small else "27"}, -signal.SIGKILL)
     goes_on = [*resumed, "--resume_from_checkpoint", "latest"]
     cases.append(Case("resumed", [killed, goes_on], equal("fp16", "resumed"), against=("fp16",)))
     cases.append(Case("twice", [["true"]], equal("fp16", "fp16-again"), needs=("fp16", "fp16-again")))
@@ -495,7 +499,7 @@ def fits(check):
             "OUTPUT_DIR": check.scratch / name, "CHECKPOINTS_KEPT": "1", "CHECKPOINTING_STEPS": "100000",
             "VALIDATION_STEPS": "4", "NON_EMA_REVISION": "", "ACCELERATE_MIXED_PRECISION": "fp16",
             "REPORT_TO": "none", "LAUNCH": " ".join(CHILD),
-            "GPU_CHECK_MEMORY_GB": str(gigabytes), "GPU_CHECK_STOP_AFTER": "6",
+            "GPU_CHECK_MEMORY_GB": str(gigabytes), "GPU_CHECK_STOP_AFTER": "8",
         }  # fmt: skip
         if attention:
             env["XFORMERS"] = ""

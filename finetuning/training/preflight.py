@@ -66,6 +66,12 @@ class PreflightArgs:
             f"--train_batch_size {batch // divisor} --gradient_accumulation_steps "
             f"{self.gradient_accumulation_steps * divisor}, with the same result": batch > 1,
             "--gradient_checkpointing": not self.gradient_checkpointing,
+            "--optimizer adafactor --fused_backward_pass --max_grad_norm 0, without accumulation": (
+                not lora and not self.fused_backward_pass
+            ),
+            "--weights_precision bf16, with activations in bf16 too": (
+                not lora and self.weights_precision == "fp32"
+            ),
             "--base_precision int8, or nf4": lora and self.base_precision not in ("int8", "nf4"),
             "train_lora.py in place of train_text_to_image.py": not lora,
             "a smaller --resolution": True,

@@ -303,6 +303,8 @@ def test_on_a_cpu_what_is_known_of_the_memory_is_compared(check):
         ({"use_ema": True, "offload_ema": True}, "--offload_ema"),
         ({"train_batch_size": 1}, "--train_batch_size"),
         ({"gradient_checkpointing": True}, "--gradient_checkpointing"),
+        ({"fused_backward_pass": True}, "--fused_backward_pass"),
+        ({"weights_precision": "bf16"}, "--weights_precision"),
     ],
 )
 def test_advice_names_only_what_is_not_set_yet(flags, gone, monkeypatch):

@@ -118,16 +118,15 @@ def test_a_step_looked_at_later_is_named_by_its_own_rows_and_what_came_of_it_is_
     assert "checkpoint-2 is complete: --resume_from_checkpoint latest" in messages[0]
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """Let a run look at its steps later, and rehearse."""
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_a_gpu_does_besides_changes_nothing(
+    script, resumed, training, arguments, whole_run, tmp_path, capfd, monkeypatch
+):
+    """It looks at its steps later, and rehearses."""
+    whole_run(script)
+    capfd.readouterr()
     monkeypatch.setattr(Run, "lag", 1)
     monkeypatch.setattr(Session, "rehearses", True)
-
-
-@pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("resumed", [False, True])
-def test_what_a_gpu_does_besides_changes_nothing(script, resumed, training, arguments, whole_run, tmp_path, capfd):
     resuming = ("--resume_from_checkpoint", "checkpoint-4") if resumed else ()
     if resumed:
         shutil.copytree(whole_run(script), tmp_path, dirs_exist_ok=True)
