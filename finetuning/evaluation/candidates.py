@@ -135,20 +135,16 @@ def generate_all(args, rows, general, device, dtype):
         if args.retain_dataset and not (one.is_noise_floor or upscaler):
             adapter = read_lora(one.lora, adaptable_components(pipeline), args.weights) if one.lora else None
             with with_lora(pipeline, adapter, args.lora_scale):
-                for kind, losses in _losses(pipeline, args).items():
-                    made.losses[kind][one.label] = losses
+                for kind, folder, split in (
+                    ("fit", args.dataset, args.fit_split or args.split),
+                    ("retain", args.retain_dataset, args.retain_split),
+                ):
+                    made.losses[kind][one.label] = pipeline_losses(
+                        pipeline, folder, args.batch_size, split=split, max_rows=args.loss_rows, seed=args.seed,
+                        size=parse_size(args.size), caption_column=args.caption_column,
+                    )  # fmt: skip
         del pipeline, upscaler  # or the next is opened beside it
     return made
-
-
-def _losses(pipeline, args):
-    """{"fit": [rows], "retain": [rows]}: denoising losses on the dataset and on what should be kept."""
-    how = {"max_rows": args.loss_rows, "seed": args.seed, "batch_size": args.batch_size, "size": parse_size(args.size)}
-    how["caption_column"] = args.caption_column
-    return {
-        "fit": pipeline_losses(pipeline, args.dataset, split=args.fit_split or args.split, **how),
-        "retain": pipeline_losses(pipeline, args.retain_dataset, split=args.retain_split, **how),
-    }
 
 
 def curves(known, candidates):
