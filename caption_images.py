@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -105,10 +104,10 @@ def open_captioner(args, findings):
     from accelerate import PartialState
 
     from finetuning.captioning.captioner import Captioner
+    from finetuning.families.generation import inference_dtype
 
     device = PartialState().device
-    dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
-    precision = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    _, precision = inference_dtype(args.dtype, device)
     if args.from_captions:
         first = lambda images, entries: [entry.captions[0][0] for entry in entries]
     else:

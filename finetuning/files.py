@@ -167,6 +167,15 @@ def write_json_lines(path, rows):
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def read_json_lines(path):
+    """The rows of a file that is appended to; lines that are not JSON are left out: a killed run was writing them."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n") if Path(path).is_file() else ():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 @contextmanager
 def atomic_folder(target):
     """Yield a folder beside `target` to write into; on leaving it is hashed, synced and renamed to `target`.

@@ -33,16 +33,12 @@ class Captioner:
             tokens = self.model.generate(**inputs.to(self.device, self.dtype), **self._settings(names))
         tokens = tokens[:, before:]
         texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for name in self._cut_short(tokens, names):
-            self.findings.warn("perhaps_cut", name)
+        if tokens.shape[1] >= self.args.max_length:  # some models force an end token onto the last place
+            last = self.processor.tokenizer.batch_decode(tokens[:, -2:], skip_special_tokens=True)
+            for name, text in zip(names, last, strict=True):
+                if text.strip():  # the caption has no end of its own
+                    self.findings.warn("perhaps_cut", name)
         return [without_prompt(" ".join(text.split()), self.prompt) for text in texts]
-
-    def _cut_short(self, tokens, names):
-        """Names of the captions that have no end of their own; some models force an end token onto the last place."""
-        if tokens.shape[1] < self.args.max_length:
-            return []
-        last = self.processor.tokenizer.batch_decode(tokens[:, -2:], skip_special_tokens=True)
-        return [name for name, text in zip(names, last, strict=True) if text.strip()]
 
     def _settings(self, names):
         args = self.args

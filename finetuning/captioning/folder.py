@@ -14,7 +14,7 @@ from finetuning.data.captions import origin_column
 from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.folders import METADATA_NAMES, SPLIT_NAMES, split_folders
 from finetuning.data.reading import named_image, read_folder, read_records
-from finetuning.files import write_json_lines
+from finetuning.files import read_json_lines, write_json_lines
 
 GIVEN = "given"
 JOURNAL = ".captions.jsonl"
@@ -177,8 +177,7 @@ class Journal:
     def __init__(self, root, settings):
         """Raises DatasetError where the folder holds an interrupted captioning with other settings."""
         self.path, self.settings, self.file = Path(root) / JOURNAL, settings, None
-        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
-        started, *lines = [found for line in text.split("\n") if (found := _parsed(line))] or [settings]
+        started, *lines = read_json_lines(self.path) or [settings]
         self.done = {line["name"]: line["text"] for line in lines}
         changed = [key for key, value in settings.items() if started.get(key) != value]
         if self.done and changed:
@@ -201,11 +200,3 @@ class Journal:
         if self.file:
             self.file.close()
         self.path.unlink(missing_ok=True)
-
-
-def _parsed(line):
-    """What a line says; None of the one that a killed run was writing."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None

@@ -60,8 +60,10 @@ class Interrogator:
         best = self.embed_texts([text])[0] @ image
         likely = (self.embedded @ image).topk(min(self.shortlist, len(self.terms))).indices.tolist()
         for _ in range(self.max_terms):
-            tried = [f"{text}, {self.terms[i]}" for i in likely if not _says(text, self.terms[i])]
-            tried = [longer for longer in tried if self._length(longer) <= self.longest]
+            says = lambda term, text=text: re.search(rf"(?<!\w){re.escape(term)}(?!\w)", text, re.IGNORECASE)
+            tried = [f"{text}, {self.terms[i]}" for i in likely if not says(self.terms[i])]
+            lengths = map(len, self.processor.tokenizer(tried, verbose=False).input_ids) if tried else ()
+            tried = [longer for longer, length in zip(tried, lengths, strict=True) if length <= self.longest]
             if not tried:
                 break
             likeness = self.embed_texts(tried) @ image
@@ -86,10 +88,3 @@ class Interrogator:
         """Unit vectors [images, width], fp32."""
         inputs = self.processor.image_processor(images=images, return_tensors="pt").to(self.device, self.dtype)
         return torch.nn.functional.normalize(self.model.get_image_features(**inputs).pooler_output.float(), dim=-1)
-
-    def _length(self, text):
-        return len(self.processor.tokenizer(text, verbose=False).input_ids)
-
-
-def _says(text, term):
-    return re.search(rf"(?<!\w){re.escape(term)}(?!\w)", text, re.IGNORECASE) is not None

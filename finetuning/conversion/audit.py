@@ -203,7 +203,12 @@ def examine(args: AuditArgs):
             f"{args.path} holds its images in tables: `prepare_dataset.py convert hub` makes an image folder of it"
         )
     audit.findings = checked.findings
-    test = _test_rows(training, audit.test_findings)
+    columns = (args.image_column, args.caption_column, args.allow_outside_paths, audit.test_findings)
+    try:
+        test = read_folder(args.path, "test", *columns)  # which no training run reads
+    except DatasetError as problem:
+        audit.test_findings.error("unreadable_split", problem)
+        test = []
     for split, rows, findings in (
         ("train", checked.rows, audit.findings),
         ("validation", checked.held_out, audit.findings),
@@ -253,16 +258,6 @@ class _Words:
 
     def __call__(self, texts, verbose=False):
         return SimpleNamespace(input_ids=[text.split() for text in texts])
-
-
-def _test_rows(training, findings):
-    """The rows of the test split, which no training run reads."""
-    columns = (training.image_column, training.caption_column, training.allow_outside_paths, findings)
-    try:
-        return read_folder(training.train_data_dir, "test", *columns)
-    except DatasetError as problem:
-        findings.error("unreadable_split", problem)
-        return None
 
 
 def _look(split, rows, findings, workers):

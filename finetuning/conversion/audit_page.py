@@ -4,20 +4,13 @@ import base64
 import io
 from pathlib import Path
 
-from finetuning.conversion.audit_report import histograms, printable
+from finetuning.conversion.audit_report import histograms
 from finetuning.data.folders import SPLIT_NAMES
 from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.data.threads import in_order
-from finetuning.files import write_text
 
 GROUPS, OF_A_GROUP, SAMPLE = 12, 4, 24  # how many are shown of each concern, of a group, and of the dataset as it is
 THUMBNAIL = 144  # longest side, pixels
-TEMPLATE = "audit_page.html.jinja"
-
-
-def write_page(audit, path):
-    """Write the page of an Audit to a file; the folders above it are made."""
-    write_text(path, page(audit))
 
 
 def page(audit):
@@ -32,20 +25,18 @@ def page(audit):
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"of_a_group": of_a_group, "short": _short}
+    environment.filters["of_a_group"] = of_a_group
     level, verdict = audit.verdict
-    return printable(
-        environment.get_template(TEMPLATE).render(
-            audit=audit,
-            level=level,
-            verdict=verdict,
-            findings=[("What a training run says", audit.findings), ("The test split", audit.test_findings)],
-            splits=[(split, [one for one in audit.seen if one.split == split]) for split in SPLIT_NAMES],
-            histograms=histograms(audit) if audit.seen else [],
-            sample=sample,
-            thumbnails=thumbnails,
-            most=GROUPS,
-        )
+    return environment.get_template("audit_page.html.jinja").render(
+        audit=audit,
+        level=level,
+        verdict=verdict,
+        findings=[("What a training run says", audit.findings), ("The test split", audit.test_findings)],
+        splits=[(split, [one for one in audit.seen if one.split == split]) for split in SPLIT_NAMES],
+        histograms=histograms(audit) if audit.seen else [],
+        sample=sample,
+        thumbnails=thumbnails,
+        most=GROUPS,
     )
 
 
@@ -59,7 +50,3 @@ def _thumbnail(path):
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def _short(text, most=160):
-    return text if len(text) <= most else text[: most - 1] + "…"

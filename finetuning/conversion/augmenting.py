@@ -182,16 +182,13 @@ def _planned(rows, names, args, findings):
     for row in rows:
         captions[row.image] += row.captions
     kinds = [(kind, number) for kind in args.alter for number in range(1, args.copies + 1)]
-    plan, unmirrored = {}, []
+    plan = {}
     for image, name in names.items():
         copies = [Copy(_copy_name(name, kind, number), kind, name, number) for kind, number in kinds]
-        plan[image] = copies
-        if not may_mirror(captions[image], args.flip_captions):
-            plan[image] = [copy for copy in copies if not copy.is_mirrored]
+        mirrors = may_mirror(captions[image], args.flip_captions)
+        plan[image] = [copy for copy in copies if mirrors or not copy.is_mirrored]
         if len(plan[image]) < len(copies):
-            unmirrored.append(name)
-    for name in unmirrored:
-        findings.warn("not_mirrored", name)
+            findings.warn("not_mirrored", name)
     there = {name.lower() for name in names.values()}
     taken = [copy.name for copies in plan.values() for copy in copies if copy.name.lower() in there]
     if taken:

@@ -4,7 +4,7 @@ The changes are made in this order, whatever the order of the flags: drop, repla
 """
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from finetuning.cli import flag
 from finetuning.conversion import copying
@@ -58,7 +58,7 @@ class RewriteArgs(CopyArgs):
 
 def rewrite(args: RewriteArgs, say=print):
     """Write the copy unless --dry_run, say what changed with three examples; returns how many captions changed."""
-    findings, changes = Findings(), Changes()
+    findings, changes = Findings(), []
     splits = {
         split: Rows.of(_rewritten_rows(rows, args, changes, findings))
         for split, rows in copying.read_splits(args, findings).items()
@@ -71,10 +71,11 @@ def rewrite(args: RewriteArgs, say=print):
                 copying.take_images(folder / split, names[split], args)
             copying.write_metadata(folder, {s: [(names[s][row.image], row) for row in splits[s]] for s in splits}, args)
     verb = "would change" if args.dry_run else "changed"
-    say(f"{args.output or args.path}: {changes.count} of {changes.total} captions {verb}")
-    for before, after in changes.examples:
+    changed = [pair for pair in changes if pair[0] != pair[1]]
+    say(f"{args.output or args.path}: {len(changed)} of {len(changes)} captions {verb}")
+    for before, after in changed[:3]:
         say(f"  - {before}\n  + {after or '(nothing is left of it)'}")
-    return changes.count
+    return len(changed)
 
 
 def rewritten(caption, args: RewriteArgs):
@@ -100,31 +101,15 @@ def rewritten(caption, args: RewriteArgs):
     return text.strip()
 
 
-@dataclass
-class Changes:
-    """How many captions there are and were changed, and the first three."""
-
-    total: int = 0
-    count: int = 0
-    examples: list = field(default_factory=list)
-
-    def add(self, before, after):
-        self.total += 1
-        if before != after:
-            self.count += 1
-            self.examples += [(before, after)][: 3 - len(self.examples)]
-
-
 def _rewritten_rows(rows, args, changes, findings):
-    """The rows with their new captions, where any is left; "" for each that goes."""
+    """The rows with their new captions, where any is left; "" for each that goes. (before, after) go into `changes`."""
     for row in rows:
         before = row.captions[:1] if args.first else row.captions
         others = row.captions[len(before) :]
         if others:
             findings.warn("first_caption_kept", row.origin)
         after = [rewritten(caption, args) for caption in before]
-        for pair in zip(before, after, strict=True):
-            changes.add(*pair)
+        changes += zip(before, after, strict=True)
         if not any(after):
             findings.error("nothing_left", row.origin)
             continue

@@ -21,7 +21,7 @@ from finetuning.cli import flag
 from finetuning.data.findings import DatasetError
 from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.data.threads import in_order
-from finetuning.files import atomic_file, overlap
+from finetuning.files import atomic_file, overlap, read_json_lines
 
 HEADERS = {"User-Agent": "prepare_dataset.py (diffusers fine-tuning)", "Accept": "image/*"}
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
@@ -65,7 +65,8 @@ def arrived(items, args, findings):
     --limit samples. Raises DatasetError where the folder cannot be written or the site sends us away.
     """
     count = 0
-    with closing(_fetched(items, args) if args.download else _standing(items)) as results:
+    standing = ((one, None if one.image.is_file() else ("image_not_here", one.image.name)) for one, _ in items)
+    with closing(_fetched(items, args) if args.download else standing) as results:
         for sample, trouble in results:
             if trouble:
                 code, reason = trouble
@@ -93,15 +94,10 @@ def read_json(path):
         raise DatasetError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def _standing(items):
-    for sample, _ in items:
-        yield sample, None if sample.image.is_file() else ("image_not_here", sample.image.name)
-
-
 def _fetched(items, args):
     """(sample, trouble) in order; few images are under way at once."""
     journal = Path(args.images) / "gone.jsonl"
-    fetcher, gone = Fetcher(args), _gone(journal)
+    fetcher, gone = Fetcher(args), {row["url"]: row["reason"] for row in read_json_lines(journal)}
 
     def work(item):
         sample, url = item
@@ -125,20 +121,6 @@ def _fetched(items, args):
                 with open(journal, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"url": url, "reason": str(trouble)}) + "\n")
             yield sample, trouble and ("not_fetched", f"{url}: {trouble}")
-
-
-def _gone(journal):
-    """{url: reason} of the addresses that an earlier run found empty."""
-    if not journal.is_file():
-        return {}
-    gone = {}
-    for line in journal.read_text(encoding="utf-8").split("\n"):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that a killed run was writing
-        gone[row["url"]] = row["reason"]
-    return gone
 
 
 class Unfetched(Exception):

@@ -17,6 +17,7 @@ from finetuning.conversion.templates import template_problems
 from finetuning.data.findings import DatasetError
 from finetuning.data.folders import existing_folder, is_image_name, walk
 from finetuning.data.samples import Sample
+from finetuning.files import read_text
 
 CLASSES = "prompts_and_classes.txt"
 HEADER = "subject_name,class"
@@ -85,10 +86,7 @@ def _subjects(root, args, findings):
 
 def _classes(path):
     """{subject: class} from the first part of prompts_and_classes.txt."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is not UTF-8 ({error}): save it again as UTF-8") from error
+    lines = [line.strip() for line in read_text(path).splitlines()]
     if HEADER not in lines:
         raise DatasetError(f'{path} has no line "{HEADER}", which the classes stand under')
     lines = lines[lines.index(HEADER) + 1 :]

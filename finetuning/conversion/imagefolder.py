@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 
 from finetuning.cli import flag
-from finetuning.conversion.splits import split_folders
 from finetuning.data.findings import Findings
-from finetuning.data.folders import SPLIT_NAMES, existing_folder, is_image_name, walk
+from finetuning.data.folders import SPLIT_NAMES, existing_folder, is_image_name, split_folders, walk
 from finetuning.data.reading import read_folder
 from finetuning.data.samples import Sample
 
@@ -27,7 +26,7 @@ def read(path, args, findings):
     for training, unless train/ is there.
     """
     root = existing_folder(path)
-    folders = split_folders(root)
+    folders = {folder.name: split for split, folder in split_folders(root).items()}
     splits = set(folders.values())
     if folders and (beside := _beside(root, folders)):
         if "train" in splits:
@@ -39,7 +38,9 @@ def read(path, args, findings):
         for image, same in groupby(rows, key=lambda row: row.image):
             same = list(same)
             captions = tuple(dict.fromkeys(chain.from_iterable(row.captions for row in same)))
-            name = _name(image, root, folders)
+            name = os.path.relpath(image, root)  # for an image outside the root, the way there
+            first, _, below = name.partition(os.sep)
+            name = below if below and first in folders else name
             yield Sample(name, image, captions, same[0].origin, split if folders else None)
 
 
@@ -52,10 +53,3 @@ def _beside(root, folders):
         for name in names
         if is_image_name(name)
     ]
-
-
-def _name(image, root, folders):
-    """The path below the split's folder; for an image outside the root, the way there."""
-    name = os.path.relpath(image, root)
-    first, _, rest = name.partition(os.sep)
-    return rest if rest and first in folders else name

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.cli import flag
-from finetuning.conversion.sidecar import CAPTION_ENDINGS, captioned
-from finetuning.conversion.splits import place_in_split
+from finetuning.conversion.sidecar import CAPTION_ENDINGS, captioned, place_in_split
 from finetuning.data import folders
 from finetuning.data.findings import DatasetError
 from finetuning.data.folders import existing_folder, split_meant, walk
@@ -45,20 +44,15 @@ def read(path, args, findings):
     )
     if not images and not findings.errors:
         raise DatasetError(f"there are no images in {', '.join(str(top / args.images_folder) for top in tops)}")
-    splits = _splits(root, {Path(name).parts[0] for name in images})
+    first = sorted({Path(name).parts[0] for name in images})
+    splits = {name: split for name in first if (split := split_meant(name))}
+    for split in splits.values():
+        if len(same := [name for name in splits if splits[name] == split]) > 1:
+            raise DatasetError(f"{root} has several folders for one split: {' and '.join(same)}: put them into one")
     for name, captions in captioned(images, texts, root, args, findings):
         split, below = place_in_split(Path(name), splits, findings)
         if below:
             yield Sample(str(below), images[name], captions, str(images[name].relative_to(root)), split)
-
-
-def _splits(root, names):
-    """{name: split} of those names of folders that mean a split. Raises DatasetError for two of one."""
-    found = {name: split for name in sorted(names) if (split := split_meant(name))}
-    for split in found.values():
-        if len(same := [name for name in found if found[name] == split]) > 1:
-            raise DatasetError(f"{root} has several folders for one split: {' and '.join(same)}: put them into one")
-    return found
 
 
 def _files(top, name, endings, root, args, findings):

@@ -11,13 +11,13 @@ from PIL import Image
 
 from finetuning.conversion import imagefolder
 from finetuning.conversion.audit import CONCERNS, AuditArgs, examine, is_tiny
-from finetuning.conversion.audit_page import write_page
+from finetuning.conversion.audit_page import page
 from finetuning.conversion.audit_report import report
 from finetuning.conversion.caption_text import tidy
 from finetuning.conversion.writer import ENDINGS, SPLITS, WritingArgs, write_dataset
 from finetuning.data.findings import PROBLEMS, DatasetError, Findings
 from finetuning.data.images import has_other_colours, orientation
-from finetuning.files import write_json_lines
+from finetuning.files import write_json_lines, write_text
 
 
 def audit(args: AuditArgs, say=print):
@@ -25,7 +25,7 @@ def audit(args: AuditArgs, say=print):
     found = examine(args)
     say(report(found))
     if args.html:
-        write_page(found, args.html)
+        write_text(args.html, page(found))
         say(f"\n{args.html}: the same with images")
     if args.fix:
         repair(found, say)

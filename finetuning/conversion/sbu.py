@@ -11,8 +11,7 @@ The first three name images by address; an image's file has the last part of the
 import hashlib
 import json
 import re
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from finetuning.conversion.download import arrived, place, read_json
@@ -91,16 +90,8 @@ def _json(path):
         yield f"{path.name} record {number}", *row
 
 
-@dataclass
-class _Photo:
-    url: str | None
-    name: str
-    where: str
-    captions: list = field(default_factory=list)
-
-
 def _photos(rows, findings):
-    """One for each address, with its captions."""
+    """{address, or name: (url or None, name, where, captions)}."""
     photos = {}
     for where, url, caption, name in rows:
         url, caption, name = (value.strip() if isinstance(value, str) else "" for value in (url, caption, name))
@@ -110,30 +101,28 @@ def _photos(rows, findings):
         if not caption:
             findings.error("no_caption", where)
             continue
-        photo = photos.setdefault(url or name, _Photo(url or None, name or file_name(url), where))
-        if photo.captions:
+        if (url or name) in photos:
             findings.warn("address_twice", where)
-        if caption not in photo.captions:
-            photo.captions.append(caption)
-    return list(photos.values())
+        *_, captions = photos.setdefault(url or name, (url or None, name or file_name(url), where, {}))
+        captions[caption] = None  # each once
+    return photos
 
 
 def _placed(photos, images, args, findings):
     """Yield (sample, url); two addresses that end alike get files of their own."""
-    sharing = defaultdict(int)
-    for photo in photos:
-        sharing[photo.name.lower()] += 1  # some disks take names for equal that differ in case
-    for photo in photos:
-        name = photo.name
-        if sharing[name.lower()] > 1:
-            name = _distinct(photo)
+    sharing = Counter(name.lower() for _, name, _, _ in photos.values())  # disks may take such names for equal
+    for address, (url, plain, where, captions) in photos.items():
+        name = plain
+        if sharing[plain.lower()] > 1:
+            path = Path(plain)
+            name = str(path.with_name(f"{path.stem}~{_hash(address)}{path.suffix}"))
         image = place(images, name)
         if image is None:
-            findings.error("outside", photo.where, name)
-        elif name != photo.name and not args.download and not image.is_file() and (images / photo.name).is_file():
-            findings.error("ambiguous_address", photo.where, photo.name)
+            findings.error("outside", where, name)
+        elif name != plain and not args.download and not image.is_file() and (images / plain).is_file():
+            findings.error("ambiguous_address", where, plain)
         else:
-            yield Sample(name, image, tuple(photo.captions), photo.where), photo.url
+            yield Sample(name, image, tuple(captions), where), url
 
 
 def file_name(url):
@@ -143,11 +132,6 @@ def file_name(url):
     ending = Path(last).suffix if is_image_name(last) else ""
     stem = last.removesuffix(ending)
     return f"{stem if 0 < len(stem) <= 150 else _hash(url)}{ending or '.jpg'}"
-
-
-def _distinct(photo):
-    path = Path(photo.name)
-    return str(path.with_name(f"{path.stem}~{_hash(photo.url or photo.name)}{path.suffix}"))
 
 
 def _hash(text):

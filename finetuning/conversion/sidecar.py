@@ -5,9 +5,8 @@ import re
 from dataclasses import dataclass
 
 from finetuning.cli import flag
-from finetuning.conversion.splits import place_in_split, split_folders
 from finetuning.data.findings import DatasetError
-from finetuning.data.folders import existing_folder, walk
+from finetuning.data.folders import existing_folder, split_folders, walk
 from finetuning.data.images import EXTENSIONS
 from finetuning.data.samples import CaptionFileArgs, Sample, caption_lines
 
@@ -29,7 +28,7 @@ def read(path, args, findings):
     Folders named train, validation, test (or the like) at the top are splits.
     """
     root = existing_folder(path)
-    splits = split_folders(root)
+    splits = {folder.name: split for split, folder in split_folders(root).items()}
     found = False
     for folder, names in walk(root, args.allow_outside_paths, findings):
         kohya = re.fullmatch(r"(\d+)_(.+)", folder.name)
@@ -48,6 +47,21 @@ def read(path, args, findings):
                 yield Sample(str(below), images[name], captions, str(inside), split)
     if not found and not findings.errors:
         raise DatasetError(f"there are no images in {root}")
+
+
+def place_in_split(inside, splits, findings):
+    """(split, path below its folder) of an image's path inside a source; `splits` {name of a folder: split}.
+
+    The split is None where there are no such folders. Images beside them are for training; where train/ is one of
+    them they are errors, and both are None.
+    """
+    first = inside.parts[0]
+    if first in splits:
+        return splits[first], inside.relative_to(first)
+    if "train" in splits.values():
+        findings.error("beside_splits", inside)
+        return None, None
+    return ("train" if splits else None), inside
 
 
 def captioned(images, texts, root, args, findings, instead=()):

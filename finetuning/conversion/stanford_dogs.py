@@ -57,7 +57,10 @@ def read(path, args, findings):
         box = None
         if args.crop_to_dogs and not (box := _box(name, files, findings)):
             continue
-        captions = tuple(template.format(**_words(name, args)) for template in args.dog_captions)
+        breed = name.parent.name.partition("-")[2].replace("_", " ")  # n02085936-Maltese_dog is "Maltese dog"
+        breed = breed.lower() if args.lower_case_breeds else breed
+        words = {"name": breed, "a_name": f"{'an' if breed[0].lower() in 'aeiou' else 'a'} {breed}"}
+        captions = tuple(template.format(**words) for template in args.dog_captions)
         yield Sample(str(name), image, captions, str(name), splits.get(name), box)
 
 
@@ -128,11 +131,3 @@ def _box(name, files, findings):
         findings.error("empty_box", name, ", ".join(map(str, around)))
         return None
     return around
-
-
-def _words(name, args):
-    """What the templates may say of an image: n02085936-Maltese_dog is "Maltese dog"."""
-    breed = name.parent.name.partition("-")[2].replace("_", " ")
-    if args.lower_case_breeds:
-        breed = breed.lower()
-    return {"name": breed, "a_name": f"{'an' if breed[0].lower() in 'aeiou' else 'a'} {breed}"}

@@ -52,11 +52,26 @@ def read(path, args, findings):
     path = Path(path)
     manifest = path if path.suffix == ".json" else path / "manifest.json"
     photos = _manifest(manifest, args, findings) if manifest.is_file() else _tables(path, args, findings)
-    yield from arrived(photos, args, findings)
+    yield from arrived(_samples(photos, args, findings), args, findings)
+
+
+def _samples(photos, args, findings):
+    """(sample, url) of each (where, photo_id, name, image, texts, url)."""
+    seen, files = set(), set()
+    for where, photo, name, image, texts, url in photos:
+        if photo in seen:
+            findings.warn("listed_twice", where, photo)
+        elif image in files:
+            findings.error("shared_file_name", where, name)
+        else:
+            seen.add(photo)
+            files.add(image)
+            if captions := _captions(texts, where, photo, args, findings):
+                yield Sample(name, image, captions, where), url
 
 
 def _tables(root, args, findings):
-    """(sample, url) of each row of photos.*"""
+    """Each row of photos.*"""
     if "query" in args.caption_from:
         raise DatasetError("--caption_from query is for a manifest.json: the tables do not say what was searched for")
     if not args.images:
@@ -67,31 +82,26 @@ def _tables(root, args, findings):
     columns = {"photo_id", *(COLUMNS[kind] for kind in args.caption_from if kind in COLUMNS)}
     columns |= {"photo_image_url", "photo_width", "photo_height"} if args.download else set()
     keywords = _keywords(root, args, findings) if "keywords" in args.caption_from else {}
-    standing, seen = _standing(Path(args.images)), set()
+    standing = _standing(Path(args.images))
     for where, row in _rows(root, "photos", columns, findings):
         photo = row["photo_id"]
         if not PHOTO_ID.fullmatch(photo):
             findings.error("no_photo_id", where)
             continue
-        if photo in seen:
-            findings.warn("listed_twice", where, photo)
-            continue
-        seen.add(photo)
         texts = {kind: row.get(column) for kind, column in COLUMNS.items()} | {"keywords": keywords.get(photo)}
-        if captions := _captions(texts, where, photo, args, findings):
-            image = standing.get(photo) or Path(args.images) / f"{photo}.jpg"
-            url = _resized(row, args.download_side) if args.download else None
-            yield Sample(f"{photo}{image.suffix}", image, captions, where), url
+        image = standing.get(photo) or Path(args.images) / f"{photo}.jpg"
+        url = _resized(row, args.download_side) if args.download else None
+        yield where, photo, f"{photo}{image.suffix}", image, texts, url
 
 
 def _manifest(path, args, findings):
-    """(sample, url) of each record of a scraper's [{id, url, file_name, query, alt_description}, ...]."""
+    """Each record of a scraper's [{id, url, file_name, query, alt_description}, ...]."""
     if "keywords" in args.caption_from:
         raise DatasetError(f"{path} has no keywords: --caption_from takes {', '.join(MANIFEST_KEYS)} or none of it")
     records = read_json(path)
     if not (isinstance(records, list) and all(isinstance(record, dict) for record in records)):
         raise DatasetError(f"{path} must be a list of records {{id, url, file_name, query, alt_description}}")
-    images, seen, files = Path(args.images) if args.images else path.parent, set(), set()
+    images = Path(args.images) if args.images else path.parent
     for number, record in enumerate(records, 1):
         where = f"{path.name} record {number}"
         photo, url = str(record.get("id") or ""), str(record.get("url") or "")
@@ -100,17 +110,8 @@ def _manifest(path, args, findings):
         if not photo or image is None:
             findings.error("bad_record", where, name)
             continue
-        if photo in seen:
-            findings.warn("listed_twice", where, photo)
-            continue
-        if image in files:
-            findings.error("shared_file_name", where, name)
-            continue
-        seen.add(photo)
-        files.add(image)
         texts = {kind: record.get(key) for kind, key in MANIFEST_KEYS.items()}
-        if captions := _captions(texts, where, photo, args, findings):
-            yield Sample(str(image.relative_to(images)), image, captions, where), url
+        yield where, photo, str(image.relative_to(images)), image, texts, url
 
 
 def _captions(texts, where, photo, args, findings):

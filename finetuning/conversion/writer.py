@@ -39,6 +39,19 @@ FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "PNG": {}, "WEBP": {"quality": 95}}
 NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f:*?"<>|\ud800-\udfff]')  # some disks, or UTF-8, do not take these
+TABLES = """
+    PRAGMA locking_mode = EXCLUSIVE;
+    BEGIN EXCLUSIVE;
+    CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT);
+    CREATE TABLE IF NOT EXISTS done (
+        key BLOB PRIMARY KEY, state BLOB, split TEXT, file_name TEXT, bytes INT, captions TEXT, pixels BLOB,
+        UNIQUE (split, file_name)
+    ) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS written (split TEXT, file_name TEXT, PRIMARY KEY (split, file_name));
+    COMMIT;
+    CREATE TEMP TABLE plan (key BLOB PRIMARY KEY, name TEXT, split TEXT) WITHOUT ROWID;
+    CREATE INDEX temp.names ON plan (name);
+"""
 LONGEST_STEM = 200  # bytes; disks take names of 255, and a number, an ending and a temporary name are still to come
 
 
@@ -80,7 +93,11 @@ def write_dataset(samples, args: WritingArgs, total=None, say=print):
     """
     folder = Path(args.output)
     try:
-        _refuse_overlap(folder, args)
+        for source in (getattr(args, name, None) for name in ("path", "images")):
+            if source and Path(source).exists() and overlap(folder, source):  # and would be read as part of it
+                raise DatasetError(
+                    f"--output {folder} and the source {source} lie one in the other: name a folder apart"
+                )
         with _open_journal(folder, args) as journal:
             failed = _write_all(folder, samples, args, journal, total)
             if failed and args.on_bad_rows == "error":
@@ -95,14 +112,6 @@ def write_dataset(samples, args: WritingArgs, total=None, say=print):
             f"{folder} is not finished: {error}\n  what is done is kept: put that right and give the same command again"
         ) from error
     return counts
-
-
-def _refuse_overlap(folder, args):
-    """A dataset inside its own source would change the source, and be read as part of it the next time."""
-    for name in ("path", "images"):
-        source = getattr(args, name, None)
-        if source and Path(source).exists() and overlap(folder, source):
-            raise DatasetError(f"--output {folder} and the source {source} lie one in the other: name a folder apart")
 
 
 @contextmanager
@@ -120,33 +129,15 @@ def _open_journal(folder, args):
             raise DatasetError(f"--output {folder} is not an empty folder: name another one")
         folder.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(path, timeout=1)) as journal:
-        _prepare(journal, folder)
+        try:
+            journal.executescript(TABLES)
+        except sqlite3.OperationalError as error:
+            raise DatasetError(f"--output {folder}: {error} (is another conversion writing into it?)") from error
         _refuse_other_settings(journal, folder, args)
         try:
             yield journal
         finally:
             journal.commit()
-
-
-def _prepare(journal, folder):
-    try:
-        journal.executescript(
-            """
-            PRAGMA locking_mode = EXCLUSIVE;
-            BEGIN EXCLUSIVE;
-            CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT);
-            CREATE TABLE IF NOT EXISTS done (
-                key BLOB PRIMARY KEY, state BLOB, split TEXT, file_name TEXT, bytes INT, captions TEXT, pixels BLOB,
-                UNIQUE (split, file_name)
-            ) WITHOUT ROWID;
-            CREATE TABLE IF NOT EXISTS written (split TEXT, file_name TEXT, PRIMARY KEY (split, file_name));
-            COMMIT;
-            CREATE TEMP TABLE plan (key BLOB PRIMARY KEY, name TEXT, split TEXT) WITHOUT ROWID;
-            CREATE INDEX temp.names ON plan (name);
-            """
-        )
-    except sqlite3.OperationalError as error:
-        raise DatasetError(f"--output {folder}: {error} (is another conversion writing into it?)") from error
 
 
 def _refuse_other_settings(journal, folder, args):
@@ -212,9 +203,10 @@ def _todo(folder, samples, journal, bar):
         stem = _claim_name(journal, sample)
         state = _state(sample, stem)
         found = journal.execute(
-            "SELECT state, split, file_name, bytes FROM done WHERE key = ?", [_key(sample)]
+            "SELECT split, file_name, bytes FROM done WHERE key = ? AND state = ?", [_key(sample), state]
         ).fetchone()
-        if found and stem and found[0] == state and _size(folder / found[1] / found[2]) == found[3]:
+        file = folder.joinpath(*found[:2]) if found and stem else None
+        if file and file.is_file() and file.stat().st_size == found[2]:
             bar.update()
         else:
             yield sample, stem, state
@@ -266,10 +258,6 @@ def _state(sample, stem):
     return xxhash.xxh3_128_digest(whole.encode())
 
 
-def _size(path):
-    return path.stat().st_size if path.is_file() else None
-
-
 def _write_one(folder, args, sample: Sample, stem, state):
     """(split, file name, bytes, captions, digest) of a sample whose image is written now; or, as text, why not."""
     if stem is None:
@@ -297,7 +285,9 @@ def _write_one(folder, args, sample: Sample, stem, state):
             content = encoded(image, wanted)
         except (OSError, ValueError) as error:
             return f"it cannot be written as {wanted}: {error}"
-    split = sample.split or _drawn_split(digest, args)
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    drawn = "validation" if place < args.validation_fraction else "test"
+    split = sample.split or (drawn if place < args.validation_fraction + args.test_fraction else "train")
     target = folder / split / f"{stem}{ENDINGS[wanted]}"
     _put(content, target, args.link)
     return split, target.name, target.stat().st_size, captions, digest
@@ -344,13 +334,6 @@ def encoded(image, wanted):
     return file.getvalue()
 
 
-def _drawn_split(digest, args):
-    place = int.from_bytes(digest[:8], "big") / 2**64
-    if place < args.validation_fraction:
-        return "validation"
-    return "test" if place < args.validation_fraction + args.test_fraction else "train"
-
-
 def _put(content, target, link):
     """Bytes, or the file at a path, to where `target` says, whole or not at all."""
     with atomic_file(target, sync=False) as temporary:
@@ -394,11 +377,15 @@ def _finish(folder, args, journal, failed, say):
     # one caption as text, several as a list; not both in one dataset, which Hugging Face `datasets` refuses
     (several,) = journal.execute("SELECT max(json_array_length(captions)) > 1 FROM done").fetchone()
     for split in SPLITS:
-        if not counts[split]:
-            _remove_empty(folder / split)
+        metadata = folder / split / "metadata.jsonl"
+        if not counts[split]:  # the source has left a split that an earlier start had images for
+            metadata.unlink(missing_ok=True)
+            if metadata.parent.is_dir() and not any(metadata.parent.iterdir()):
+                metadata.parent.rmdir()
             continue
         rows = journal.execute("SELECT file_name, captions FROM done WHERE split = ? ORDER BY file_name", [split])
-        write_json_lines(folder / split / "metadata.jsonl", _metadata(rows, several))
+        rows = ((name, json.loads(captions)) for name, captions in rows)
+        write_json_lines(metadata, ({"file_name": name, "text": own if several else own[0]} for name, own in rows))
     leaks = _leaks(journal)
     write_json(folder / "conversion.json", {
         "settings": as_dict(args),
@@ -412,19 +399,6 @@ def _finish(folder, args, journal, failed, say):
     if failed:
         say(f"  x {counted(failed, 'sample')} could not be taken ({folder / 'failures.jsonl'} says which and why)")
     return counts
-
-
-def _remove_empty(folder):
-    """A split that an earlier start had images for, and that the source has left since."""
-    (folder / "metadata.jsonl").unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def _metadata(rows, several):
-    for name, captions in rows:
-        captions = json.loads(captions)
-        yield {"file_name": name, "text": captions if several else captions[0]}
 
 
 def _leaks(journal):

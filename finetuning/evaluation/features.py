@@ -1,25 +1,23 @@
 """Features of sets of images, kept by content: an image is never computed again, and never taken for another.
 
-The cache holds a folder for each protocol, side and weights file, and in it a folder for what was computed together:
-
-    <cache>/clean-64-v1-<sha256 of the weights>/<hash of the images' hashes>/features.safetensors, manifest.json
+The cache holds a folder for each protocol, side and weights file, which is a data.tensor_store by the images' hashes:
+<cache>/clean-64-v2-<sha256 of the weights>/.
 """
 
+import os
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from finetuning.data.tensor_store import KEY, TensorStore, written_in_shards
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.networks import exact
 from finetuning.evaluation.preprocessing import network_input, read_images
-from finetuning.files import BrokenFolder, atomic_folder, check_manifest, writing
 
-VERSION = 1  # to be raised when the same files would give other features than before
-FILE = "features.safetensors"
+VERSION = 2  # to be raised when the same files would give other features than before
 
 
 def features_of(paths, side, network, protocol, weights, cache_dir, batch_size, workers, device):
@@ -35,25 +33,34 @@ def features_of(paths, side, network, protocol, weights, cache_dir, batch_size, 
     """
     if not paths:
         raise EvaluationError("there are no images to take features of")
-    digests = {path: _digest(path) for path in paths}
+    digests, rows = {path: _digest(path) for path in paths}, {}
     cache = Path(cache_dir) / f"{protocol}-{side}-v{VERSION}-{weights.sha256}" if cache_dir else None
-    rows = _kept(cache, set(digests.values())) if cache else {}
+    if cache:
+        store, every = TensorStore(cache), list(dict.fromkeys(digests.values()))
+        keys = np.array(every, KEY)
+        for path, why in store.damage(keys).items():
+            raise EvaluationError(f"the cache of features has a broken part, delete {path}: {why}")
+        if len(there := np.flatnonzero(store.find(keys) >= 0)):
+            found = store.read(keys[there])["features"].numpy()
+            rows = dict(zip([every[number] for number in there], found, strict=True))
     new = [path for path, digest in digests.items() if digest not in rows]
     if new:
         computed = _computed(new, side, network, protocol, batch_size, workers, device)
         fresh = {digests[path]: row for path, row in zip(new, computed, strict=True)}
         if cache:
-            _keep(cache, fresh)
+            with written_in_shards(cache) as add:
+                for digest, row in fresh.items():
+                    add(np.frombuffer(digest, np.uint8), {"features": torch.from_numpy(row)})
         rows |= fresh
     return np.stack([rows[digests[path]] for path in paths]).astype(np.float64)
 
 
 def _digest(path):
-    """The hash of a file's bytes, or the path itself where they cannot be read: opening it as an image says why."""
+    """The hash of a file's bytes, or of its name where they cannot be read: opening it as an image says why."""
     try:
         return xxhash.xxh3_128_digest(Path(path).read_bytes())
     except OSError:
-        return path
+        return xxhash.xxh3_128_digest(os.fsencode(path))
 
 
 def _computed(paths, side, network, protocol, batch_size, workers, device):
@@ -66,27 +73,3 @@ def _computed(paths, side, network, protocol, batch_size, workers, device):
     if strange := [str(path) for path, row in zip(paths, features, strict=True) if not np.isfinite(row).all()]:
         raise EvaluationError(f"the features of {len(strange)} image(s) are not finite: {', '.join(strange)}")
     return features
-
-
-def _kept(cache, wanted):
-    """{digest: float32 [d]} of what the cache has of the `wanted` digests. Raises EvaluationError."""
-    found = {}
-    for folder in sorted(cache.glob("[!.]*")):  # hidden ones are being written
-        try:
-            with safe_open(folder / FILE, "np") as stored:
-                digests = [digest.tobytes() for digest in stored.get_tensor("digests")]
-                rows = {digest: row for row, digest in enumerate(digests) if digest in wanted}
-                if rows:
-                    check_manifest(folder)
-                    features = stored.get_tensor("features")
-        except (OSError, SafetensorError, BrokenFolder) as error:
-            raise EvaluationError(f"the cache of features has a broken part, delete {folder}: {error}") from error
-        found |= {digest: features[row] for digest, row in rows.items()}
-    return found
-
-
-def _keep(cache, rows):
-    """Writes {digest: float32 [d]} as a folder that is whole or not there."""
-    digests = np.stack([np.frombuffer(digest, np.uint8) for digest in rows])
-    with atomic_folder(cache / xxhash.xxh3_128_hexdigest(digests.tobytes())) as folder, writing(folder / FILE):
-        save_file({"digests": digests, "features": np.stack(list(rows.values()))}, folder / FILE)

@@ -78,7 +78,10 @@ def forgetting(rows, images, opened, args, device="cpu", *, dataset=None, losses
     values = _values(measured) | {f"{name}_loss": by_label for name, by_label in (losses or {}).items()}
     fit = {} if dataset is None else {name: by_side[dataset.sides[-1]] for name, by_side in dataset.values.items()}
     fit |= {name: values[name] for name in values if name.endswith("_loss")}
-    every, left_out, measures = {}, measured.left_out if measured else [], _measures(opened.checker)
+    warnings, known = (one.warnings if one else [] for one in (measured, dataset))
+    every, left_out, measures = {}, measured.left_out if measured else [], RETENTION_MEASURES
+    if opened.checker and opened.checker.has_roles:  # what can be measured, in the order of trust
+        measures = {"checker": retention_measure("checker", opened.checker)} | measures
     for by, measure in measures.items():
         if measure.retain in values:
             results, nothing = _judge(by, measure, fit.get(measure.fit), values[measure.retain])
@@ -103,14 +106,8 @@ def forgetting(rows, images, opened, args, device="cpu", *, dataset=None, losses
             one | {"metric": _drift(one["metric"])} | ({"on": "general prompts"} if one["code"] == "captions" else {})
             for one in left_out
         ],
-        "warnings": _warnings(measured, dataset),
+        "warnings": [one | {"on": "general prompts"} for one in warnings if one not in known],
     }
-
-
-def _measures(checker):
-    """{by: RetentionMeasure} of all that could be measured, in the order of trust."""
-    own = {"checker": retention_measure("checker", checker)} if checker and checker.has_roles else {}
-    return own | RETENTION_MEASURES
 
 
 def _measured(rows, images, opened, args, device):
@@ -158,12 +155,6 @@ def _judge(by, measure, fit, retain):
         if learned is not None:
             results["learned"][label] = learned.as_dict()
     return results, nothing
-
-
-def _warnings(measured, dataset):
-    """The notes on the general prompts that are not on the dataset already."""
-    known = [] if dataset is None else dataset.warnings
-    return [one | {"on": "general prompts"} for one in (measured.warnings if measured else []) if one not in known]
 
 
 def _records(measured, values, folder):

@@ -169,22 +169,17 @@ def generate_rows(
             part = rows[start : start + args.batch_size]
             missing = {row.number for row in part if not _is_whole(paths[row.number])}
             # A batch is generated whole: with another number of rows it may round otherwise
-            images = _generated(pipeline, part, settings["seed"], options) if missing else [None] * len(part)
-            if upscaler and missing:
-                seeds = [torch_generator(settings["seed"], "upscaled", row.number) for row in part]
-                texts = [row.caption for row in part]
-                images = list(upscale(upscaler, list(images), texts, seeds, args, args.batch_size))
-            for row, image in zip(part, images, strict=True):
-                if row.number in missing:
-                    write_image(paths[row.number], image)
+            if missing:
+                captions = [row.caption for row in part]
+                seeds = lambda purpose, part=part: [torch_generator(args.seed, purpose, row.number) for row in part]
+                images = generate(pipeline, captions, seeds("evaluation"), batch_size=len(part), **options)
+                if upscaler:
+                    images = upscale(upscaler, list(images), captions, seeds("upscaled"), args, args.batch_size)
+                for row, image in zip(part, images, strict=True):
+                    if row.number in missing:
+                        write_image(paths[row.number], image)
             bar.update(len(part))
     return paths
-
-
-def _generated(pipeline, rows, seed, options):
-    """The PIL images of one batch."""
-    generators = [torch_generator(seed, "evaluation", row.number) for row in rows]
-    return generate(pipeline, [row.caption for row in rows], generators, batch_size=len(rows), **options)
 
 
 def _settings(pipeline, adapter, args):
@@ -334,7 +329,15 @@ def images_in(folder, rows, *, by_order=False, caption_column="text"):
     captions_of = _captions_in(folder, images, caption_column, findings)
     captions = {row.number: row.caption for row in rows}
     agrees = lambda number, path: captions[number] in captions_of.get(path, (captions[number],))
-    ways = [_by_order(folder, images, rows, findings)] if by_order else _by_name(images, rows, captions_of)
+    if by_order:
+        ways = [_by_order(folder, images, rows, findings)]
+    else:
+        number, caption = lambda path: int(path.stem) if path.stem.isdecimal() else None, lambda row: row.caption
+        ways = [
+            _paired(images, rows, number, lambda row: row.number),
+            _paired(images, rows, lambda path: path.stem, lambda row: row.image and row.image.stem),
+            _paired(images, rows, lambda path: next(iter(captions_of.get(path, ())), None), caption),
+        ]
     ways = [{number: path for number, path in way.items() if agrees(number, path)} for way in ways]
     full = [way for way in ways if len(way) == len(rows) == len(images)]
     pairs = full[0] if full else max(ways, key=len)
@@ -351,15 +354,6 @@ def images_in(folder, rows, *, by_order=False, caption_column="text"):
             f"{findings.report(SHOWN)}"
         )
     return pairs
-
-
-def _by_name(images, rows, captions_of):
-    """The pairs {row number: path} by number, by the true image's name, and by caption."""
-    return [
-        _paired(images, rows, lambda path: int(path.stem) if path.stem.isdecimal() else None, lambda row: row.number),
-        _paired(images, rows, lambda path: path.stem, lambda row: row.image and row.image.stem),
-        _paired(images, rows, lambda path: next(iter(captions_of.get(path, ())), None), lambda row: row.caption),
-    ]
 
 
 def _by_order(folder, images, rows, findings):

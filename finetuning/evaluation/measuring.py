@@ -56,7 +56,14 @@ class EvalNetworkArgs:
     eval_batch_size: int = flag(16, "images that a network is given together", min=1)
 
     def problems(self):
-        yield from self._metric_problems()
+        try:  # to know the metrics of a checker it has to be loaded
+            known = dataset_metrics(self.load_checker())
+        except EvaluationError as problem:
+            yield str(problem)
+        else:
+            for name in (name for name in self.metrics or [] if name not in known):
+                hint = "" if self.checker else "; a --checker adds its own"
+                yield f"--metrics {name} must be one of {', '.join(known)}{hint}"
         for name in ("metrics", "resolutions"):
             given = getattr(self, name) or []
             if len(set(given)) < len(given):
@@ -64,17 +71,6 @@ class EvalNetworkArgs:
         for name in ("inception_weights", "lpips_trunk"):
             if getattr(self, name) and not Path(getattr(self, name)).is_file():
                 yield f"--{name} {getattr(self, name)}: there is no such file"
-
-    def _metric_problems(self):
-        """Unknown metrics; to know those of a checker it has to be loaded."""
-        try:
-            known = dataset_metrics(self.load_checker())
-        except EvaluationError as problem:
-            yield str(problem)
-            return
-        for name in (name for name in self.metrics or [] if name not in known):
-            hint = "" if self.checker else "; a --checker adds its own"
-            yield f"--metrics {name} must be one of {', '.join(known)}{hint}"
 
     def load_checker(self):
         """The Checker of --checker, or None. Raises EvaluationError."""
@@ -168,12 +164,16 @@ def measure(rows, images, opened, args, device="cpu", offered=None):
     metrics, left_out = _choose(rows, sides, opened, args, offered)
     measured = Measured(rows, paths, args.protocol, list(sides), metrics, opened.table, left_out=left_out)
     used = dict.fromkeys(metric.network for metric in metrics.values() if metric.network)
-    measured.weights = [weights for name in used for weights in _as_list(opened.found[name][1])]
+    for weights in (opened.found[name][1] for name in used):
+        measured.weights += weights if isinstance(weights, list) else [weights]
     for side in sides:
         for metric, values in _row_values(measured, side, opened, args).items():
             measured.values.setdefault(metric, {})[side] = values
         if any(metric.network == "inception" for metric in metrics.values()):
-            _set_features(measured, side, *opened.found["inception"], args, device)
+            network, weights = opened.found["inception"]
+            how = (side, network, args.protocol, weights, args.feature_cache, args.eval_batch_size, args.num_workers)
+            measured.truth[side] = features.features_of([row.image for row in rows], *how, device)
+            measured.features[side] = {label: features.features_of(own, *how, device) for label, own in paths.items()}
     _check_values(measured)
     measured.warnings = list(_warnings(measured, opened.found, sizes))
     return measured
@@ -276,14 +276,6 @@ def _batches(measured, side, args, with_truth):
         start += len(images) // len(sets)
 
 
-def _set_features(measured, side, network, weights, args, device):
-    of = lambda paths: features.features_of(
-        paths, side, network, args.protocol, weights, args.feature_cache, args.eval_batch_size, args.num_workers, device
-    )
-    measured.truth[side] = of([row.image for row in measured.rows])
-    measured.features[side] = {label: of(paths) for label, paths in measured.images.items()}
-
-
 def _check_values(measured):
     """Raises EvaluationError where a value is not a finite number."""
     problems = []
@@ -365,18 +357,16 @@ def summarise(measured, folder="."):
         for side in measured.sides:
             of, against = _estimators(measured, metric, side)
             summary[metric][str(side)] = {label: of(label).as_dict() for label in measured.models}
+            found = {label: against(label, measured.models[0]) for label in measured.models[1:]}
             differences[metric][str(side)] = {
-                label: _with_verdict(against(label, measured.models[0])) for label in measured.models[1:]
+                label: one.as_dict() | {"excludes_zero": bool(one.excludes_zero)} for label, one in found.items()
             }
     return {
         "protocol": measured.protocol,
         "policy": POLICY,
         "sides": measured.sides,
         "reference": measured.models[0],
-        "weights": [
-            {"name": one.name, "origin": one.origin, "sha256": one.sha256, "published": one.published}
-            for one in measured.weights
-        ],
+        "weights": [asdict(one) for one in measured.weights],
         "metrics": {name: asdict(metric) for name, metric in measured.table.items()},
         "left_out": measured.left_out,
         "warnings": measured.warnings,
@@ -417,11 +407,3 @@ def _estimators(measured, metric, side):
         lambda label: statistics.set_estimate(metric, own[label], truth),
         lambda a, b: statistics.set_difference(metric, own[a], own[b], truth),
     )
-
-
-def _with_verdict(estimate):
-    return {**estimate.as_dict(), "excludes_zero": bool(estimate.excludes_zero)}
-
-
-def _as_list(weights):
-    return list(weights) if isinstance(weights, list | tuple) else [weights]

@@ -129,25 +129,19 @@ def lpips_of(network, images_a, images_b):
     """
     a, b = (np.stack([np.asarray(image) for image in images]) for images in (images_a, images_b))
     if a.shape != b.shape:
-        raise EvaluationError(f"LPIPS needs pairs of one size, not {_sizes(a)} and {_sizes(b)} images")
+        sizes = " and ".join(f"{len(one)} x {one.shape[2]}x{one.shape[1]}" for one in (a, b))
+        raise EvaluationError(f"LPIPS needs pairs of one size, not {sizes} images")
     if min(a.shape[1:3]) < SMALLEST_LPIPS:
         raise EvaluationError(f"LPIPS needs images of at least {SMALLEST_LPIPS} pixels: raise --resolutions")
     device = next(network.parameters()).device
     distances = []
     with exact(device):
         for start in range(0, len(a), TOGETHER):
-            pair = (_minus_one_to_one(pixels[start : start + TOGETHER]).to(device) for pixels in (a, b))
+            # [n, 3, height, width] in -1..1, rounded as lpips.im2tensor does
+            pair = (torch.from_numpy(pixels[start : start + TOGETHER] / 127.5 - 1).float() for pixels in (a, b))
+            pair = (planes.permute(0, 3, 1, 2).contiguous().to(device) for planes in pair)
             distances.append(network(*pair).flatten().double().cpu())
     return torch.cat(distances).numpy()
-
-
-def _minus_one_to_one(pixels):
-    """uint8 [n, height, width, 3] -> float32 [n, 3, height, width]; rounded as lpips.im2tensor does."""
-    return torch.from_numpy(pixels / 127.5 - 1).float().permute(0, 3, 1, 2).contiguous()
-
-
-def _sizes(pixels):
-    return f"{len(pixels)} x {pixels.shape[2]}x{pixels.shape[1]}"
 
 
 # -- CLIP ------------------------------------------------------------------------------------------------------------
@@ -179,7 +173,8 @@ def clip(model, device):
         )
     if key := first_not_finite(network.state_dict()):
         raise EvaluationError(f"--clip_model {model} holds NaN or infinite values ({key})")
-    return ClipScorer(_still(network, device), processor), Weights("clip", str(model), _digests(files), published)
+    digests = ", ".join(map(sha256, files))
+    return ClipScorer(_still(network, device), processor), Weights("clip", str(model), digests, published)
 
 
 class ClipScorer:
@@ -251,10 +246,6 @@ def _clip_files(folder, model):
                 raise EvaluationError(f"--clip_model {error}") from error
             return files
     raise EvaluationError(f"--clip_model {model} has no weights: {', '.join(CLIP_FILES)}")
-
-
-def _digests(files):
-    return ", ".join(sha256(file) for file in files)
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------

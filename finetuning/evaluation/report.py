@@ -15,8 +15,8 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from finetuning.evaluation.report_page import environment, page
-from finetuning.evaluation.words import row_metrics, row_number, value_at
+from finetuning.evaluation.report_page import RowTable, environment, page
+from finetuning.evaluation.words import row_metrics, value_at
 from finetuning.files import write_text
 
 IN_MARKDOWN, MARKDOWN_SIDE = 24, 128  # rows that the Markdown shows, and how wide its images are, pixels
@@ -54,19 +54,19 @@ def as_csv(report):
 def as_markdown(report):
     """The verdict, the notes, the metrics with n and intervals, and the images of an even choice of rows."""
     rows = report["rows"]
-    found = environment()
-    found.filters |= {"md": _text, "address": lambda path: quote(Path(path).as_posix(), errors="surrogateescape")}
+    view, found = RowTable(report, rows), environment()
+    found.filters |= {"md": _markdown, "address": lambda path: quote(Path(path).as_posix(), errors="surrogateescape")}
     return found.get_template("report.md.jinja").render(
         report=report,
         models=report["models"],
         shown=rows[:: -(-len(rows) // IN_MARKDOWN) or 1],
-        labels=[one["label"] for one in report["models"] if any(one["label"] in row["images"] for row in rows)],
-        writers={metric: row_number(rows, metric) for metric in row_metrics(report, rows)},
+        labels=view.labels,
+        writers=view.writers,
         side=MARKDOWN_SIDE,
     )
 
 
-def _text(text):
+def _markdown(text):
     """Text that stays text in a Markdown table."""
     text = escape(" ".join(text.split()), quote=False)
     # an underscore inside a word, as in --clip_model, means nothing there

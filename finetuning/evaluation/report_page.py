@@ -40,6 +40,10 @@ def page(report, folder):
     style, script = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
     reference, tuned = report["reference"], [model["label"] for model in words.tuned_models(report)]
     facts = [(one["label"], one["source"] + ", the noise floor" * one["noise_floor"]) for one in report["models"]]
+    weights = [
+        (one["name"], f"{one['origin']}: {PUBLISHED[one['published']]}; sha256 {one['sha256']}")
+        for one in report["weights"]
+    ]
     left_out = words.left_out(report, notes.reasons)
     template = environment(autoescape=True).get_template("report_page.html")
     return template.render(
@@ -57,7 +61,7 @@ def page(report, folder):
         rows_view=RowTable(report, rows),
         prompts_view=RowTable(report, prompts),
         model_facts=facts,
-        measured_with=_measured_with(report),
+        measured_with=[("protocol", report["protocol"]), ("policy of sizes", report["policy"]), *weights],
         left_out_in_full=[(words.titles_of(report, metrics), why) for metrics, why in left_out],
         by_category=_by_category,
         chart=lambda curve: Markup(chart(curve)),
@@ -97,14 +101,6 @@ def _command(command):
     """The command as it is typed, a line for each flag."""
     ends = [" \\\n    " if word.startswith("--") else " " for word in command[1:]]
     return "".join(part for pair in zip(map(shlex.quote, command), [*ends, ""], strict=True) for part in pair)
-
-
-def _measured_with(report):
-    weights = [
-        (one["name"], f"{one['origin']}: {PUBLISHED[one['published']]}; sha256 {one['sha256']}")
-        for one in report["weights"]
-    ]
-    return [("protocol", report["protocol"]), ("policy of sizes", report["policy"]), *weights]
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -151,15 +147,11 @@ def _by_category(report):
             own = [row for row in prompts if row["category"] == category]
             known = [[value_at(row, metric, label) for row in own] for label in labels]
             known = [[value for value in values if value is not None] for values in known]
-            cells = [_mean(values) for values in known]
+            # one row has no interval
+            cells = [mean_of(own).as_dict() if len(own) > 1 else number(own[0] if own else None) for own in known]
             lines.append((category, max(map(len, known)), cells))
         tables.append({"metric": metric, "labels": labels, "lines": lines})
     return tables
-
-
-def _mean(values):
-    """An estimate, or a number as text: one row has no interval."""
-    return mean_of(values).as_dict() if len(values) > 1 else number(values[0] if values else None)
 
 
 # -- images ----------------------------------------------------------------------------------------------------------

@@ -74,8 +74,6 @@ def learned_and_kept(by, fit, retain):
 
     Raises NothingToKeep, an EvaluationError, where the original has nothing that could be kept.
     """
-    if by not in ("checker", *RETENTION_MEASURES):
-        raise ValueError(f"{by!r} is none of checker, {', '.join(RETENTION_MEASURES)}")
     if by == "loss":  # lower is better: both shares are inverted
         kept = ratio_of_means(*retain[::-1])
         if fit is None:

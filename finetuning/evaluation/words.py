@@ -36,14 +36,10 @@ def parts(estimate, sign=False, scale=1):
     if width is None:
         return number(value, sign=sign), "no interval"
     if width == 0:
-        return number(value, sign=sign), _alike(estimate)
+        alike = {0: "none of {}", 1: "all of {}"}.get(estimate["value"], "the same in all {}")
+        return number(value, sign=sign), alike.format(estimate["n"])
     low, value, high = (number(one, scale * width, sign) for one in (low, value, high))
     return value, f"{low} to {high}"
-
-
-def _alike(estimate):
-    words = {0: "none of {}", 1: "all of {}"}.get(estimate["value"], "the same in all {}")
-    return words.format(estimate["n"])
 
 
 def written(estimate, sign=False):
@@ -113,19 +109,14 @@ def best_and_worst(report, most):
         return None
     metric, label = ranks[0]
     others = [other for other, of in ranks if of == label]
-    goodness = lambda row: [_goodness(report, other, value_at(row, other, label)) for other in others]
+    sign = {other: 1 if report["metrics"][other]["better"] == "higher" else -1 for other in others}
+    value = lambda row, other: value_at(row, other, label)  # a missing one comes last
+    goodness = lambda row: [-math.inf if value(row, one) is None else sign[one] * value(row, one) for one in others]
     rows = [row for row in report["rows"] if value_at(row, metric, label) is not None]
     rows.sort(key=goodness, reverse=True)
     most = min(most, -(-len(rows) // 2))
     worst = [row for row in rows[most:][::-1] if goodness(row) < goodness(rows[0])]
     return metric, label, rows[:most], worst[:most]
-
-
-def _goodness(report, metric, value):
-    """A value so that more is better; a missing one comes last."""
-    if value is None:
-        return -math.inf
-    return value if report["metrics"][metric]["better"] == "higher" else -value
 
 
 def is_not_published(report, metric):
@@ -192,15 +183,12 @@ def _learned(report, label):
     if unclear := [title_of(report, metric) for metric in found if found[metric][0] == "no clear difference"]:
         clauses.append(f"in {listed(unclear)} any difference may be chance")
     unknown = "" if noise_floors(report) else f" How far two seeds of {reference} differ was not measured."
-    return f"Against {reference}, {label} {_progress(found.values())}: {'; '.join(clauses)}.{unknown}"
-
-
-def _progress(found):
-    """Whether it learned; what is within the noise floor does not count."""
-    words = {word for word, beyond in found if beyond is not False}
-    if "better" in words:
-        return "has learned, but not in everything" if "worse" in words else "has learned"
-    return "has become worse" if "worse" in words else "has not measurably learned"
+    counted = {word for word, beyond in found.values() if beyond is not False}  # beyond the noise floor
+    if "better" in counted:
+        progress = "has learned, but not in everything" if "worse" in counted else "has learned"
+    else:
+        progress = "has become worse" if "worse" in counted else "has not measurably learned"
+    return f"Against {reference}, {label} {progress}: {'; '.join(clauses)}.{unknown}"
 
 
 def _both(report, metric, side, label):
@@ -252,7 +240,9 @@ LOSS_NEEDS_NONE = ". --retain_dataset measures the denoising loss, which needs n
 def notes(report):
     """What a reader has to know before the numbers: the warnings, and what was not measured, as sentences."""
     lines = warning_sentences(all_notes(report, "warnings"))
-    lines += [f"{_were_not_measured(report, metrics)}: {why}" for metrics, why in left_out(report)]
+    for metrics, why in left_out(report):
+        were = "was" if len(metrics) == 1 else "were"
+        lines.append(f"{titles_of(report, metrics)} {were} not measured: {why}")
     if report["summary"]:
         return lines
     return [*lines, NOTHING_MEASURED + ("" if (report["forgetting"] or {}).get("kept") else LOSS_NEEDS_NONE)]
@@ -271,7 +261,3 @@ def all_notes(report, kind):
 def titles_of(report, metrics):
     """Their titles in one enumeration."""
     return listed([title_of(report, metric) for metric in metrics])
-
-
-def _were_not_measured(report, metrics):
-    return f"{titles_of(report, metrics)} {'was' if len(metrics) == 1 else 'were'} not measured"

@@ -128,7 +128,7 @@ def test_unknown_subjects_are_refused_with_those_there_are(published):
 def test_a_table_that_cannot_be_read_is_named(published, table, message):
     path = published / "dataset/prompts_and_classes.txt"
     path.write_bytes(table if isinstance(table, bytes) else table.encode())
-    with pytest.raises(DatasetError, match=rf"prompts_and_classes\.txt .*{message}"):
+    with pytest.raises(cli.UserError, match=rf"prompts_and_classes\.txt .*{message}"):
         read(published)
 
 

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from finetuning.evaluation import features
 from finetuning.evaluation.features import features_of
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.networks import Weights
@@ -119,20 +118,20 @@ def test_the_same_content_under_two_names_has_the_same_features(paths, network, 
 
 def test_a_broken_part_of_the_cache_is_named(paths, network, tmp_path):
     of(paths, network, tmp_path / "cache")
-    (kept,) = (tmp_path / "cache").rglob(features.FILE)
+    (kept,) = (tmp_path / "cache").rglob("*.safetensors")
     whole = kept.read_bytes()
     kept.write_bytes(whole[:-40] + bytes(40))
-    with pytest.raises(EvaluationError, match=f"delete {kept.parent}"):
+    with pytest.raises(EvaluationError, match=f"delete {kept}"):
         of(paths, network, tmp_path / "cache")
     kept.write_bytes(whole[:100])
-    with pytest.raises(EvaluationError, match=f"delete {kept.parent}"):
+    with pytest.raises(EvaluationError, match=f"delete {kept}"):
         of(paths, network, tmp_path / "cache")
 
 
 def test_a_killed_write_is_no_part_of_the_cache(paths, network, tmp_path):
     of(paths, network, tmp_path / "cache")
-    (kept,) = (tmp_path / "cache").rglob(features.FILE)
-    kept.parent.rename(kept.parent.with_name(f".incomplete-{kept.parent.name}-1"))
+    (kept,) = (tmp_path / "cache").rglob("*.safetensors")
+    kept.rename(kept.with_name(f".incomplete-{kept.name}"))
     of(paths, network, tmp_path / "cache")
     assert network.seen == 14
 
