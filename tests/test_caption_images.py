@@ -250,7 +250,8 @@ def test_metadata_above_the_splits_and_below_them_is_found(tmp_path, tiny_git):
     ("name", "content", "said"),
     [
         ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}\n{"file_na', "metadata.jsonl line 2"),
-        ("metadata.jsonl", b"[1]\n", "metadata.jsonl line 1"),
+        ("metadata.jsonl", b"5\n", "metadata.jsonl line 1"),
+        ("metadata.jsonl", b"[1]\n", "metadata.jsonl is one JSON list"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": "\u00e9"}'.encode("latin-1"), "is not UTF-8"),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": 5}', "'text'"),
         ("metadata.jsonl", b'{"file_name": "/home/me/a.png", "text": "x"}', "absolute"),
