@@ -169,6 +169,7 @@ case "$METHOD" in
   *) fail "METHOD=$METHOD must be full or lora" ;;
 esac
 
+export -n RANK  # set from outside it would reach the launcher, which numbers its processes by this name
 # shellcheck disable=SC2086  # LAUNCH, EXTRA and MORE are meant to be split into words
 $LAUNCH "$SCRIPT" \
   --pretrained_model_name_or_path "$MODEL_NAME" \

@@ -315,7 +315,12 @@ def report(message, from_any_process=False):
 
 
 def process_rank():
-    """The number of this process among those that a launcher started, as it says; 0 without a launcher."""
+    """The number of this process among those that a launcher started, as it says; 0 without a launcher.
+
+    RANK alone is somebody's own variable, such as finetune.sh's rank of a LoRA.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0
     for name in ("RANK", "LOCAL_RANK"):
         if os.environ.get(name, "").isdecimal():
             return int(os.environ[name])

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1
 BUILD=${BUILD:-build/mini-x4}
 STEPS=${STEPS:-4500}
-WHOLE_STEPS=${WHOLE_STEPS:-400}
+WHOLE_STEPS=${WHOLE_STEPS:-1000}
 
 [ -f "$BUILD/data/validation/metadata.jsonl" ] || python -m finetuning.shapes.write_dataset --output "$BUILD/data" \
   --style filled chalk --train 4000 --validation 128 --side 256
@@ -25,7 +25,7 @@ train() {  # where to, from what, further flags
 train run start --patch_size 48 --train_batch_size 8 --max_train_steps "$STEPS" --learning_rate 1e-3 --lr_warmup_steps 100 \
   --ema_decay 0.995 --checkpointing_steps 250
 # Group normalisation sees whole images from here on, as it does when they are generated
-train whole run --train_batch_size 1 --max_train_steps "$WHOLE_STEPS" --learning_rate 3e-4 --lr_warmup_steps 20 \
+train whole run --train_batch_size 1 --max_train_steps "$WHOLE_STEPS" --learning_rate 4e-4 --lr_warmup_steps 20 \
   --ema_decay 0.99 --checkpointing_steps 100
 python -m models.finish_mini_sd --run "$BUILD/whole" --output_dir models/mini-x4 --only_average
 python -m models.measure_mini_x4 --data "$BUILD/data" --model models/mini-x4 --output_dir models/mini-x4

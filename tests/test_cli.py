@@ -377,6 +377,9 @@ def test_a_script_returns_what_its_function_returns():
 
 def test_other_processes_leave_the_message_to_the_first(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    assert run_script(AverageFlags, "", failing(UserError("there is no launcher")), []) == 1
+    assert capsys.readouterr().err == "error: there is no launcher\n"
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_script(AverageFlags, "", failing(UserError("all meet this")), []) == 1
     with pytest.raises(SystemExit):
         run_script(AverageFlags, "", failing(None), ["--bogus"])

@@ -221,6 +221,13 @@ def test_own_images_do_not_train_the_miniature_unasked(root, own):
     assert launch_arguments(root, **own, MODEL_NAME="models/mini-sd")[0] is train_text_to_image
 
 
+def test_the_rank_of_a_lora_is_not_taken_for_the_number_of_a_process(root):
+    environment = finetune(root, METHOD="lora", RANK=8, LAUNCH="bash -c env").stdout.splitlines()
+    assert "METHOD=lora" in environment and not [line for line in environment if line.startswith("RANK=")]
+    _, words = launch_arguments(root, METHOD="lora", RANK=8)
+    assert words[words.index("--rank") + 1] == "8"
+
+
 def test_a_preset_for_a_real_model_asks_for_images(root):
     done = finetune(root, PRESET="sd15-t4")
     assert (done.returncode, done.stdout) == (2, "")

@@ -114,9 +114,14 @@ def main():
                 importlib.import_module(name)
         watch.locks = [hold("script")]  # until the process ends
     import torch
+    from accelerate.optimizer import AcceleratedOptimizer
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    register_optimizer_step_post_hook(watch.step)
+    if Path(script).name == "sd15.py":
+        register_optimizer_step_post_hook(watch.step)
+    else:  # --fused_backward_pass has an optimizer's step for each weight, but one of accelerate's
+        step = AcceleratedOptimizer.step
+        AcceleratedOptimizer.step = lambda *given: (step(*given), watch.step())
     watch.ready = time.time()
     if setting("MEMORY_GB") and torch.cuda.is_available():
         share = float(setting("MEMORY_GB")) * 1e9 / torch.cuda.get_device_properties(0).total_memory

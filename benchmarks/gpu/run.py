@@ -43,7 +43,7 @@ TREND = 0.15  # quantised bases and random dropout compute something else: only 
 # Counted multiply-adds x 2 of SD 1.5 at 512 pixels, in TFLOP an image.
 STEP, STEP_CHECKPOINTED, ENCODE, TEXT = 2.41, 3.21, 1.12, 0.013
 STEP_LORA = STEP * 2 / 3  # the frozen weights have no gradient
-T4, A6000 = 14.5, 46  # GB that PyTorch may take on a card of 16 and of 48 GB
+T4, RTX3090, A6000 = 14.5, 23, 46  # GB that PyTorch may take on a card of 16, of 24 and of 48 GB
 
 
 @dataclass
@@ -488,14 +488,18 @@ def fast(check, which="fast"):
 
 def fits(check):
     """finetune.sh itself with each preset, as it is but for its model, its data and where it ends."""
-    cases = []
+    small = ["--small"] * check.args.small
+    cases = [Case("sdxl", [[sys.executable, "benchmarks/gpu/sdxl.py", check.scratch / "sdxl", *small]], limit=300)]
     limits = {"sd15-t4": T4, "sd15-lora-t4": T4, "sd15-locon-t4": T4, "sd14-a6000": A6000, "unsplash-lite": A6000}
+    limits |= {"sdxl-lora-16gb": T4, "sdxl-lora-24gb": RTX3090, "sdxl-24gb": RTX3090, "sdxl-48gb": A6000}
     again = {f"{preset} PyTorch": gigabytes for preset, gigabytes in limits.items() if preset[-2:] in ("t4", "00")}
     for name, gigabytes in {**limits, **again}.items():
         preset, _, attention = name.partition(" ")
         name = "-".join(["fits", preset, *["pytorch-attention"] * bool(attention)])
+        sdxl = preset.startswith("sdxl")
+        shape = check.scratch / ("sdxl" if sdxl else "sd15")
         env = {
-            "PRESET": preset, "MODEL_NAME": check.scratch / "sd15/model", "TRAIN_DIR": check.scratch / "sd15/images",
+            "PRESET": preset, "MODEL_NAME": shape / "model", "TRAIN_DIR": shape / "images",
             "OUTPUT_DIR": check.scratch / name, "CHECKPOINTS_KEPT": "1", "CHECKPOINTING_STEPS": "100000",
             "VALIDATION_STEPS": "4", "NON_EMA_REVISION": "", "ACCELERATE_MIXED_PRECISION": "fp16",
             "REPORT_TO": "none", "LAUNCH": " ".join(CHILD),
@@ -503,11 +507,13 @@ def fits(check):
         }  # fmt: skip
         if attention:
             env["XFORMERS"] = ""
+        if sdxl:
+            env["MORE"] = f"--pretrained_vae_model_name_or_path {shape / 'model'}"  # the preset's is on the Hub
         if check.args.small:
-            env |= {"RESOLUTION": "64", "GUIDANCE": "1", "PROMPTS": "a circle"}
+            env |= {"RESOLUTION": "64", "GUIDANCE": "1", "PROMPTS": "a circle", "RANK": "4"}
         found = lambda result, limit=gigabytes: {"limit_gb": limit}
         env = {name: str(value) for name, value in env.items()}
-        cases.append(Case(name, [["bash", "finetune.sh"]], found, env))
+        cases.append(Case(name, [["bash", "finetune.sh"]], found, env, ("sdxl",) * sdxl, limit=300 if sdxl else 150))
     return cases
 
 
