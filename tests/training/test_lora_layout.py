@@ -14,12 +14,13 @@ from finetuning.families.model_args import ModelArgs
 from finetuning.families.stable_diffusion import StableDiffusion
 from finetuning.training.adapters import add_adapters
 from finetuning.training.lora_layout import Layout, LoraArgs
+from finetuning.training.optim import OptimArgs
 
 MID = "mid_block.attentions.0.transformer_blocks.0"
 
 
 @dataclass
-class Args(LoraArgs, ModelArgs):
+class Args(LoraArgs, OptimArgs, ModelArgs):
     """The flags that say what is adapted."""
 
     seed: int = 0
