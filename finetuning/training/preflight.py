@@ -228,18 +228,27 @@ def _make_room_for_cache(args, run, encoder, room):
 
 
 def largest_step(sampler, images):
-    """The number of a step whose micro-batches have the most pixels of all; of a stream, where all are alike, 0."""
+    """The number of a step whose micro-batches have the most pixels of all, and of those one with the most rows; of a
+    stream, where all are alike, 0."""
     if sampler.rows is None:
         return 0
     most = sampler.micro_batch * sampler.processes
-    pixels = [math.prod(images.sizes[rows[0]]) * min(len(rows), most) for rows in sampler.groups(epoch=0)]
-    return pixels.index(max(pixels))
+    sizes = [(math.prod(images.sizes[rows[0]]) * min(len(rows), most), len(rows)) for rows in sampler.groups(epoch=0)]
+    return sizes.index(max(sizes))
 
 
 def undoing(parameters, ema, owners):
     """A call that puts weights {name: parameter}, their average and all that has a state_dict back as they are now."""
-    tensors = [*parameters.values(), *(ema.shadow or {}).values()]
-    kept = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+    weights = {name: weight.detach().to("cpu", copy=True) for name, weight in parameters.items()}
+
+    def as_it_is(name, average):
+        """Kept apart from its weight only where it is another: the CPU's memory may be small too."""
+        now, weight = average.to("cpu", copy=True), weights[name]
+        return weight if now.dtype == weight.dtype and now.equal(weight) else now
+
+    averages = ema.shadow or {}
+    tensors = [*parameters.values(), *averages.values()]
+    kept = [*weights.values(), *(as_it_is(*item) for item in averages.items())]
     states, updates = [copy.deepcopy(owner.state_dict()) for owner in owners], ema.updates
 
     @torch.no_grad()
@@ -254,12 +263,18 @@ def undoing(parameters, ema, owners):
 
 
 def limit_memory(args, device):
-    """Let PyTorch have no more of a GPU than --assume_memory leaves beside what else lies there, the CUDA context
-    above all. More than that is an OutOfMemoryError, as it would be on that GPU."""
-    if args.assumed_bytes and device.type != "cpu":
+    """Give back what loading and caching no longer need, so that the peak from here on is the steps' own, and let
+    PyTorch have no more of the GPU than --assume_memory leaves beside what else lies there, the CUDA context above all.
+    More than that is an OutOfMemoryError, as it would be on that GPU."""
+    if device.type == "cpu":
+        return
+    torch.accelerator.empty_cache()
+    torch.accelerator.reset_peak_memory_stats(device)
+    if args.assumed_bytes:
         free, total = torch.accelerator.get_memory_info(device)
         others = total - free - torch.accelerator.memory_reserved(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, args.assumed_bytes - others) / total), device)
+        # Of the current GPU: of one process alone `device` has no number, which this function refuses
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, args.assumed_bytes - others) / total))
 
 
 def clock(device):
