@@ -56,6 +56,8 @@ class PreflightArgs:
         divisor = next(number for number in range(2, batch + 2) if batch % number == 0 or number > batch)
         fixed = bool(self.cached_crops) or self.center_crop
         cached = self.cache_latents == "on" or (self.cache_latents == "auto" and fixed)
+        smaller = f"--train_batch_size {batch // divisor} --gradient_accumulation_steps "
+        smaller += f"{self.gradient_accumulation_steps * divisor}, with the same result"
         ways = {
             "--mixed_precision fp16, or bf16 on an A6000 or newer": (
                 (self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) == "no"
@@ -63,10 +65,9 @@ class PreflightArgs:
             "--cache_latents" + " --center_crop" * (not fixed): not cached and not self.streaming,
             "--use_8bit_adam": self.optimizer == "adamw" and not self.use_8bit_adam,
             "--offload_ema": self.use_ema and not self.offload_ema,
-            f"--train_batch_size {batch // divisor} --gradient_accumulation_steps "
-            f"{self.gradient_accumulation_steps * divisor}, with the same result": batch > 1,
+            "a smaller --train_batch_size" if self.fused_backward_pass else smaller: batch > 1,
             "--gradient_checkpointing": not self.gradient_checkpointing,
-            "--optimizer adafactor --fused_backward_pass --max_grad_norm 0, without accumulation": (
+            "--optimizer adafactor --fused_backward_pass --max_grad_norm 0, without accumulation or fp16": (
                 not lora and not self.fused_backward_pass
             ),
             "--weights_precision bf16, with activations in bf16 too": (

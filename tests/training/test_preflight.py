@@ -328,6 +328,7 @@ def test_on_a_cpu_what_is_known_of_the_memory_is_compared(check):
         ({"train_batch_size": 1}, "--train_batch_size"),
         ({"gradient_checkpointing": True}, "--gradient_checkpointing"),
         ({"fused_backward_pass": True}, "--fused_backward_pass"),
+        ({"fused_backward_pass": True}, "--gradient_accumulation_steps"),  # which does not go with it
         ({"weights_precision": "bf16"}, "--weights_precision"),
     ],
 )
