@@ -43,7 +43,8 @@ class OptimArgs:
     )  # fmt: skip
     fused_backward_pass: bool = flag(
         False, "update each weight within the backward pass and let go of its gradient; needs --max_grad_norm 0, for "
-        "the whole gradient never exists", conflicts="gradient_accumulation_steps", affects_result=False,
+        "the whole gradient never exists; not with --compile, whose backward pass gives all gradients at once",
+        conflicts=("gradient_accumulation_steps", "compile"), affects_result=False,
     )  # fmt: skip
 
     def problems(self):

@@ -67,7 +67,7 @@ class PreflightArgs:
             "--offload_ema": self.use_ema and not self.offload_ema,
             "a smaller --train_batch_size" if self.fused_backward_pass else smaller: batch > 1,
             "--gradient_checkpointing": not self.gradient_checkpointing,
-            "--optimizer adafactor --fused_backward_pass --max_grad_norm 0, without accumulation or fp16": (
+            "--optimizer adafactor --fused_backward_pass --max_grad_norm 0, without accumulation, fp16 or --compile": (
                 not lora and not self.fused_backward_pass
             ),
             "--weights_precision bf16, with activations in bf16 too": (

@@ -340,6 +340,14 @@ def test_advice_names_only_what_is_not_set_yet(flags, gone, monkeypatch):
     assert "--train_batch_size 3 --gradient_accumulation_steps 3" in before  # the same rows in a step
 
 
+@pytest.mark.parametrize("other", [{"gradient_accumulation_steps": 2}, {"compile": True}])
+def test_what_makes_gradients_live_longer_does_not_go_with_updates_in_the_backward_pass(other, problems_of):
+    flags = {"train_data_dir": "datasets/chalk", "pretrained_model_name_or_path": "models/mini-sd", "max_grad_norm": 0}
+    before = problems_of(Args, **flags, fused_backward_pass=True)
+    (problem,) = set(problems_of(Args, **flags, fused_backward_pass=True, **other)) - set(before)
+    assert problem == f"--fused_backward_pass and --{next(iter(other))} cannot be given together"
+
+
 # -- attention -------------------------------------------------------------------------------------------------------
 
 
