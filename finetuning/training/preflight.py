@@ -294,8 +294,8 @@ def forecast(device, rows, seconds, steps):
     done = datetime.now() + timedelta(seconds=seconds * steps)
     return (
         f"rehearsal: {took}; {rows / seconds:.3g} images a second. {steps} steps take "
-        f"{tqdm.format_interval(seconds * steps)}, until {done:%Y-%m-%d %H:%M}; validation, checkpoints and waiting for "
-        "images are not counted"
+        f"{tqdm.format_interval(seconds * steps)}, until {done:%Y-%m-%d %H:%M}; validation, checkpoints and waits "
+        "for images are not counted"
     )
 
 
