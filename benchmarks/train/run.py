@@ -5,7 +5,7 @@
 Each case is a script in a process of its own, by its command line. After every optimizer step of it one step of the
 bare loop follows in the same process, so that a busy machine slows both alike: the same UNet, batch and optimizer, on
 latents and text that lie there ready, without noise to draw, loss to log or gradient to name. Measured are CPU seconds;
-the ratio is that of the medians of a process, and the processes of all cases take turns. Writes RESULTS.json.
+the ratio is that of the medians of a process, and the processes of all cases take turns. Writes results.json.
 `--official` is diffusers' own examples/text_to_image/train_text_to_image.py.
 """
 

@@ -351,7 +351,7 @@ def _refuse_nested_splits(base, tree):
 def _no_metadata_message(base, images):
     sidecars = sum(Path(path).with_suffix(suffix).is_file() for path in images for suffix in (".txt", ".caption"))
     message = f"{base} has {counted(len(images), 'image')} but no {' or '.join(METADATA_NAMES)}"
-    if near := [entry.name for entry in base.iterdir() if NEARLY_METADATA.match(entry.name)]:
+    if near := sorted(entry.name for entry in base.iterdir() if NEARLY_METADATA.match(entry.name)):
         message += f"; {first_few(near)} is there: rename it, if it is that"
     if sidecars:
         message += f"; {counted(sidecars, 'caption file')} beside them: `prepare_dataset.py convert sidecar` reads them"

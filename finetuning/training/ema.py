@@ -16,6 +16,8 @@ import torch
 
 from finetuning.cli import flag
 
+TOGETHER = 32  # tensors in one of torch's multi-tensor operations
+
 
 @dataclass
 class EMAArgs:
@@ -65,9 +67,12 @@ class AveragedWeights:
     def update(self):
         """Move the average towards the weights as they are now: shadow <- decay * shadow + (1 - decay) * weights."""
         self.updates += 1
-        shadow = list(self.shadow.values())
-        weights = [p.to(s.device, s.dtype) for p, s in zip(self.parameters.values(), shadow, strict=True)]
-        torch._foreach_lerp_(shadow, weights, 1 - self.decay_at(self.updates))
+        pairs = [(average, self.parameters[name]) for name, average in self.shadow.items()]
+        # Of weights in bf16, or with --offload_ema, these are copies: never of all weights at once
+        for start in range(0, len(pairs), TOGETHER):
+            some = pairs[start : start + TOGETHER]
+            weights = [weight.to(average.device, average.dtype) for average, weight in some]
+            torch._foreach_lerp_([average for average, _ in some], weights, 1 - self.decay_at(self.updates))
 
     @contextmanager
     def averaged_weights(self):

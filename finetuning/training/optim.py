@@ -12,7 +12,7 @@ from finetuning.rng import torch_generator
 SCHEDULES = (  # diffusers' SchedulerType
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant",
 )  # fmt: skip
-FROM_FLAGS = ("lr", "betas", "weight_decay", "eps")
+OWN_SETTINGS = ("lr", "betas", "weight_decay", "eps", "fused")  # of a run: by its flags, and by its device
 
 
 @dataclass
@@ -43,7 +43,8 @@ class OptimArgs:
     )  # fmt: skip
     fused_backward_pass: bool = flag(
         False, "update each weight within the backward pass and let go of its gradient; needs --max_grad_norm 0, for "
-        "the whole gradient never exists", conflicts="gradient_accumulation_steps", affects_result=False,
+        "the whole gradient never exists; not with --compile, whose backward pass gives all gradients at once",
+        conflicts=("gradient_accumulation_steps", "compile"), affects_result=False,
     )  # fmt: skip
 
     def problems(self):
@@ -201,11 +202,11 @@ def learning_rates(args: OptimArgs, total_batch_size):
 
 
 def load_optimizer(optimizer, state):
-    """Take over a checkpoint's moments; what the flags say (learning rate, betas, decay) stays as the flags say."""
-    chosen = [{key: group[key] for key in FROM_FLAGS if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, chosen, strict=True):
-        group.update(own)
+    """Take over a checkpoint's moments; what the flags say (learning rate, betas, decay) stays as the flags say, and
+    AdamW is fused on a GPU alone, wherever the checkpoint was made."""
+    own = [{key: group[key] for key in OWN_SETTINGS if key in group} for group in optimizer.param_groups]
+    groups = [saved | one for saved, one in zip(state["param_groups"], own, strict=True)]
+    optimizer.load_state_dict(state | {"param_groups": groups})
 
 
 def build_schedule(args: OptimArgs, optimizer, total_steps, first_step=0):

@@ -56,6 +56,8 @@ class PreflightArgs:
         divisor = next(number for number in range(2, batch + 2) if batch % number == 0 or number > batch)
         fixed = bool(self.cached_crops) or self.center_crop
         cached = self.cache_latents == "on" or (self.cache_latents == "auto" and fixed)
+        smaller = f"--train_batch_size {batch // divisor} --gradient_accumulation_steps "
+        smaller += f"{self.gradient_accumulation_steps * divisor}, with the same result"
         ways = {
             "--mixed_precision fp16, or bf16 on an A6000 or newer": (
                 (self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) == "no"
@@ -63,10 +65,9 @@ class PreflightArgs:
             "--cache_latents" + " --center_crop" * (not fixed): not cached and not self.streaming,
             "--use_8bit_adam": self.optimizer == "adamw" and not self.use_8bit_adam,
             "--offload_ema": self.use_ema and not self.offload_ema,
-            f"--train_batch_size {batch // divisor} --gradient_accumulation_steps "
-            f"{self.gradient_accumulation_steps * divisor}, with the same result": batch > 1,
+            "a smaller --train_batch_size" if self.fused_backward_pass else smaller: batch > 1,
             "--gradient_checkpointing": not self.gradient_checkpointing,
-            "--optimizer adafactor --fused_backward_pass --max_grad_norm 0, without accumulation": (
+            "--optimizer adafactor --fused_backward_pass --max_grad_norm 0, without accumulation, fp16 or --compile": (
                 not lora and not self.fused_backward_pass
             ),
             "--weights_precision bf16, with activations in bf16 too": (
@@ -228,18 +229,27 @@ def _make_room_for_cache(args, run, encoder, room):
 
 
 def largest_step(sampler, images):
-    """The number of a step whose micro-batches have the most pixels of all; of a stream, where all are alike, 0."""
+    """The number of a step whose micro-batches have the most pixels of all, and of those one with the most rows; of a
+    stream, where all are alike, 0."""
     if sampler.rows is None:
         return 0
     most = sampler.micro_batch * sampler.processes
-    pixels = [math.prod(images.sizes[rows[0]]) * min(len(rows), most) for rows in sampler.groups(epoch=0)]
-    return pixels.index(max(pixels))
+    sizes = [(math.prod(images.sizes[rows[0]]) * min(len(rows), most), len(rows)) for rows in sampler.groups(epoch=0)]
+    return sizes.index(max(sizes))
 
 
 def undoing(parameters, ema, owners):
     """A call that puts weights {name: parameter}, their average and all that has a state_dict back as they are now."""
-    tensors = [*parameters.values(), *(ema.shadow or {}).values()]
-    kept = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+    weights = {name: weight.detach().to("cpu", copy=True) for name, weight in parameters.items()}
+
+    def as_it_is(name, average):
+        """Kept apart from its weight only where it is another: the CPU's memory may be small too."""
+        now, weight = average.to("cpu", copy=True), weights[name]
+        return weight if now.dtype == weight.dtype and now.equal(weight) else now
+
+    averages = ema.shadow or {}
+    tensors = [*parameters.values(), *averages.values()]
+    kept = [*weights.values(), *(as_it_is(*item) for item in averages.items())]
     states, updates = [copy.deepcopy(owner.state_dict()) for owner in owners], ema.updates
 
     @torch.no_grad()
@@ -254,12 +264,18 @@ def undoing(parameters, ema, owners):
 
 
 def limit_memory(args, device):
-    """Let PyTorch have no more of a GPU than --assume_memory leaves beside what else lies there, the CUDA context
-    above all. More than that is an OutOfMemoryError, as it would be on that GPU."""
-    if args.assumed_bytes and device.type != "cpu":
+    """Give back what loading and caching no longer need, so that the peak from here on is the steps' own, and let
+    PyTorch have no more of the GPU than --assume_memory leaves beside what else lies there, the CUDA context above all.
+    More than that is an OutOfMemoryError, as it would be on that GPU."""
+    if device.type == "cpu":
+        return
+    torch.accelerator.empty_cache()
+    torch.accelerator.reset_peak_memory_stats(device)
+    if args.assumed_bytes:
         free, total = torch.accelerator.get_memory_info(device)
         others = total - free - torch.accelerator.memory_reserved(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, args.assumed_bytes - others) / total), device)
+        # Of the current GPU: of one process alone `device` has no number, which this function refuses
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, args.assumed_bytes - others) / total))
 
 
 def clock(device):
@@ -278,7 +294,8 @@ def forecast(device, rows, seconds, steps):
     done = datetime.now() + timedelta(seconds=seconds * steps)
     return (
         f"rehearsal: {took}; {rows / seconds:.3g} images a second. {steps} steps take "
-        f"{tqdm.format_interval(seconds * steps)}, until {done:%Y-%m-%d %H:%M}, validation and checkpoints not counted"
+        f"{tqdm.format_interval(seconds * steps)}, until {done:%Y-%m-%d %H:%M}; validation, checkpoints and waits "
+        "for images are not counted"
     )
 
 

@@ -155,6 +155,19 @@ def test_offload_ema_keeps_the_average_on_the_cpu(offload, device):
     assert average.shadow["w"].device.type == device
 
 
+def test_weights_of_another_precision_are_never_copied_all_at_once(monkeypatch):
+    parameters = {
+        str(number): torch.nn.Parameter(torch.full((8,), number, dtype=torch.bfloat16)) for number in range(99)
+    }
+    average, together, lerp = AveragedWeights(parameters, 0.5, "warm"), [], torch._foreach_lerp_
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda *lists: (together.append(len(lists[1])), lerp(*lists)))
+    for parameter in parameters.values():
+        parameter.data += 2
+    average.update()
+    assert sum(together) == 99 and max(together) <= 33
+    assert [value[0].item() for value in average.shadow.values()] == [number + 1 for number in range(99)]
+
+
 def test_an_average_that_is_off_has_the_calls_of_one_that_is_on():
     parameters = some_parameters()
     before = copies(parameters)

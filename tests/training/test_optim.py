@@ -308,6 +308,18 @@ def test_the_flags_win_over_the_checkpoint_on_resume():
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (3e-2, (0.5, 0.999), 0.2, 1e-6)
 
 
+@pytest.mark.parametrize("fused", [True, None])
+def test_adamw_is_fused_where_its_own_device_wants_it_wherever_the_checkpoint_was_made(fused):
+    """A GPU's loss scaler speaks to the fused one alone, which wants its count of steps on the GPU."""
+    before, after = (torch.optim.AdamW(weights(), fused=one) for one in (None if fused else True, fused))
+    before.param_groups[0]["params"][0].grad = torch.ones(64, 64)
+    before.step()
+    seen = []
+    after.register_load_state_dict_pre_hook(lambda _, state: seen.append(state["param_groups"][0]["fused"]))
+    load_optimizer(after, through_a_file(before.state_dict()))
+    assert seen == [fused] and after.param_groups[0]["fused"] is fused
+
+
 def test_a_changed_learning_rate_is_used_by_the_schedule_after_a_resume():
     before, args = two_groups(), schedule_args("cosine")
     build_schedule(

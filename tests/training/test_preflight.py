@@ -1,6 +1,7 @@
 """What is checked and said before the first step."""
 
 import copy
+import inspect
 import sys
 import time
 from contextlib import nullcontext
@@ -244,10 +245,27 @@ def test_what_the_card_could_do_and_was_not_asked_for_is_said(capability, flags,
 def test_the_step_that_is_tried_is_the_one_with_most_pixels():
     # Landscape is smallest; of the two others portrait has a full micro-batch, and the square one has more pixels a row
     sizes = [(32, 48)] * 4 + [(48, 40)] * 4 + [(48, 48)]
+    same = [(32, 48)] * 4 + [(48, 32)] * 2
     sampler = BatchSampler(rows=9, micro_batch=2, accumulation=2, processes=1, process=0, seed=0, buckets=sizes)
     step = largest_step(sampler, SimpleNamespace(sizes=sizes))
     assert {sizes[row] for row in sampler.groups(0)[step]} == {(48, 40)}
+    for seed in range(9):  # a step of one full micro-batch alone would say too little of how long the others take
+        sampler = BatchSampler(rows=6, micro_batch=2, accumulation=2, processes=1, process=0, seed=seed, buckets=same)
+        assert len(sampler.groups(0)[largest_step(sampler, SimpleNamespace(sizes=same))]) == 4
     assert largest_step(SimpleNamespace(rows=None), None) == 0  # of a stream
+
+
+def test_an_average_that_is_the_weights_is_kept_once_with_them():
+    weight, apart = (torch.nn.Parameter(torch.full((4,), value)) for value in (1.0, 2.0))
+    names = {"weight": weight, "apart": apart}
+    average = build_ema(Args(use_ema=True), names, {"apart": torch.full((4,), 3.0)})
+    undo = undoing(names, average, [])
+    kept = inspect.getclosurevars(undo.__wrapped__).nonlocals["kept"]
+    assert len({tensor.data_ptr() for tensor in kept}) == 3
+    average.update()
+    weight.data.zero_()
+    undo()
+    assert [one[0].item() for one in (weight, apart, *average.shadow.values())] == [1.0, 2.0, 1.0, 3.0]
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "prodigy"])
@@ -275,14 +293,20 @@ def test_what_a_step_changes_is_undone_to_the_last_bit(name):
 
 
 def test_a_gpu_is_limited_to_what_another_would_leave_and_its_peak_is_said(monkeypatch):
-    limits, gpu = [], torch.device("cuda")
+    limits, gpu, reset = [], torch.device("cuda"), []  # of one process accelerate's device has no number
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: reset.append("cache"))
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda device: reset.append("peak"))
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (70e9, 80e9))
     monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: 9e9)
     monkeypatch.setattr(torch.accelerator, "max_memory_reserved", lambda device: 12e9)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append(share))
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    set_fraction = lambda share, number: limits.append((share, number))
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", set_fraction, raising=False)
     for memory in (None, "17GB", "17.0 gb", "500"):
         limit_memory(PreflightArgs(assume_memory=memory), gpu)
-    assert limits == [0.2, 0.2, 1.0]  # 1 GB lies there besides
+    assert limits == [(0.2, 0), (0.2, 0), (1.0, 0)]  # 1 GB lies there besides
+    assert reset == ["cache", "peak"] * 4  # what loading took is not the steps' peak
     said = forecast(gpu, rows=8, seconds=0.5, steps=7200)
     assert "12.0 GB of the GPU's 80.0 GB" in said and "16 images a second" in said and "1:00:00" in said
     assert "GPU" not in forecast(torch.device("cpu"), rows=8, seconds=0.5, steps=7200)
@@ -304,6 +328,7 @@ def test_on_a_cpu_what_is_known_of_the_memory_is_compared(check):
         ({"train_batch_size": 1}, "--train_batch_size"),
         ({"gradient_checkpointing": True}, "--gradient_checkpointing"),
         ({"fused_backward_pass": True}, "--fused_backward_pass"),
+        ({"fused_backward_pass": True}, "--gradient_accumulation_steps"),  # which does not go with it
         ({"weights_precision": "bf16"}, "--weights_precision"),
     ],
 )
@@ -313,6 +338,14 @@ def test_advice_names_only_what_is_not_set_yet(flags, gone, monkeypatch):
     before, after = Args(**plain).memory_advice(), Args(**plain | flags).memory_advice()
     assert gone in before and gone not in after
     assert "--train_batch_size 3 --gradient_accumulation_steps 3" in before  # the same rows in a step
+
+
+@pytest.mark.parametrize("other", [{"gradient_accumulation_steps": 2}, {"compile": True}])
+def test_what_makes_gradients_live_longer_does_not_go_with_updates_in_the_backward_pass(other, problems_of):
+    flags = {"train_data_dir": "datasets/chalk", "pretrained_model_name_or_path": "models/mini-sd", "max_grad_norm": 0}
+    before = problems_of(Args, **flags, fused_backward_pass=True)
+    (problem,) = set(problems_of(Args, **flags, fused_backward_pass=True, **other)) - set(before)
+    assert problem == f"--fused_backward_pass and --{next(iter(other))} cannot be given together"
 
 
 # -- attention -------------------------------------------------------------------------------------------------------
