@@ -43,4 +43,4 @@ def uniform(seed: int, purpose: str, step: int, rows):
 def sent(tensor, device):
     """The tensor of the CPU on `device`. To a GPU out of pinned memory: from any other, the copy would wait until the
     GPU has done all that is queued."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type != "cpu" else tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

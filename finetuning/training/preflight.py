@@ -267,7 +267,7 @@ def limit_memory(args, device):
     """Give back what loading and caching no longer need, so that the peak from here on is the steps' own, and let
     PyTorch have no more of the GPU than --assume_memory leaves beside what else lies there, the CUDA context above all.
     More than that is an OutOfMemoryError, as it would be on that GPU."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return
     torch.accelerator.empty_cache()
     torch.accelerator.reset_peak_memory_stats(device)
@@ -280,7 +280,7 @@ def limit_memory(args, device):
 
 def clock(device):
     """Seconds, once the device has done all that is queued."""
-    if device.type != "cpu":
+    if device.type == "cuda":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
@@ -288,7 +288,7 @@ def clock(device):
 def forecast(device, rows, seconds, steps):
     """What a step of so many rows, that took so long, says of a run of so many steps, in words."""
     took = f"a step of {rows} rows takes {seconds:.2f} s"
-    if device.type != "cpu":
+    if device.type == "cuda":
         peak, whole = torch.accelerator.max_memory_reserved(device), torch.accelerator.get_memory_info(device)[1]
         took += f" and {size_text(peak)} of the GPU's {size_text(whole)} at its peak: it fits"
     done = datetime.now() + timedelta(seconds=seconds * steps)

@@ -181,12 +181,13 @@ class Run:
     @property
     def lag(self):
         """How many steps are queued before one is looked at: a GPU is not waited for within a step."""
-        return 0 if self.device.type == "cpu" else 1
+        return 1 if self.device.type == "cuda" else 0
 
     def floats(self, *scalars):
         """A call that gives the values of these tensors; on a GPU it waits for what was queued up to here."""
-        values = torch.stack(scalars).to("cpu", non_blocking=True)  # from a GPU into pinned memory
-        arrived = torch.accelerator.current_stream().record_event() if self.device.type != "cpu" else None
+        on_gpu = self.device.type == "cuda"
+        values = torch.stack(scalars).to("cpu", non_blocking=on_gpu)  # into pinned memory
+        arrived = torch.accelerator.current_stream().record_event() if on_gpu else None
 
         def read():
             if arrived:

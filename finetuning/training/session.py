@@ -47,7 +47,7 @@ class Session:
     @property
     def rehearses(self):
         """Whether the largest step is tried out before the first: it takes too long to do so on a CPU unasked."""
-        return self.args.preflight or self.run.device.type != "cpu"
+        return self.args.preflight or self.run.device.type == "cuda"
 
     def steps(self):
         """Yield a Step for each optimizer step that is left; fewer on a signal, or where too much is forgotten.
