@@ -28,4 +28,4 @@ train run start --patch_size 48 --train_batch_size 8 --max_train_steps "$STEPS" 
 train whole run --train_batch_size 1 --max_train_steps "$WHOLE_STEPS" --learning_rate 4e-4 --lr_warmup_steps 20 \
   --ema_decay 0.99 --checkpointing_steps 100
 python -m models.finish_mini_sd --run "$BUILD/whole" --output_dir models/mini-x4 --only_average
-python -m models.measure_mini_x4 --data "$BUILD/data" --model models/mini-x4 --output_dir models/mini-x4
+python -m models.measure_mini_x4 --data "$BUILD/data" --model models/mini-x4 --steps 3 --output_dir models/mini-x4

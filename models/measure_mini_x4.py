@@ -114,7 +114,7 @@ def main():
             **found,
             "truth": truth,
         }
-        cells = [[own[row] for own in columns.values()] for row in range(SHOWN)]
+        cells = [[own[row] for own in columns.values()] for row in range(len(rows[:SHOWN]))]
         labelled_grid(cells, [row.caption for row in rows[:SHOWN]], list(columns)).save(args.output_dir / "samples.png")
 
 

@@ -4,9 +4,17 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    IFSuperResolutionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 
 from finetuning.families.pipelines import open_pipeline
+from finetuning.shapes.scenes import SHAPES
+from finetuning.shapes.write_dataset import write
+from models import measure_mini_x4
 from models.measure_mini_sd import generate, held_out_scenes, score, table
 
 pytestmark = pytest.mark.run
@@ -52,3 +60,26 @@ def test_the_card_shows_the_figures_that_were_measured(folder):
     assert table(figures) in (folder / "README.md").read_text(encoding="utf-8")
     checker = [result for name, result in figures.items() if "truth" in name]
     assert len(checker) == 2 and all(result["shape and color"] >= 0.99 for result in checker)
+
+
+# -- the upscaler ------------------------------------------------------------------------------------------------------
+
+
+def test_the_upscaler_is_a_plain_one_and_its_card_shows_the_figures_that_were_measured(root):
+    folder = root / "models/mini-x4"
+    assert IFSuperResolutionPipeline.from_pretrained(folder).unet.config.class_embed_type == "timestep"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8 * 2**20
+    report = json.loads((folder / "upscaling.json").read_text(encoding="utf-8"))
+    assert measure_mini_x4.table(report) in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_images_that_were_never_seen_are_enlarged_better_than_by_lanczos(root, tmp_path, monkeypatch):
+    """A small sample of what the card reports in full."""
+    write(tmp_path / "validation", 4, ["filled", "chalk"], SHAPES, 0.5, held_out=True, seed=1, side=256)
+    words = ["--data", tmp_path, "--model", root / "models/mini-x4", "--steps", 2, "--output_dir", tmp_path]
+    monkeypatch.setattr("sys.argv", ["measure_mini_x4", *map(str, words)])
+    measure_mini_x4.main()
+    report = json.loads((tmp_path / "upscaling.json").read_text(encoding="utf-8"))
+    corrected = report["metrics"]["PSNR"][f"{root / 'models/mini-x4'}, corrected"]
+    assert corrected["minus lanczos"]["value"] > 0.3 and (tmp_path / "samples.png").is_file()

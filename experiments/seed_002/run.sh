@@ -6,10 +6,9 @@ cd "$(dirname "$0")/../.."
 export HF_HUB_OFFLINE=1 PYTHONPATH=.
 OUT=${OUT:-runs/seed_002}
 BASE=${BASE:-models/mini-sd}
-UPSCALER=${UPSCALER:-build/mini-x4/run}  # made here where it is not there: an hour on a CPU
+UPSCALER=${UPSCALER:-models/mini-x4}
 ROWS=${ROWS:-8}
 
-[ -f "$UPSCALER/model_index.json" ] || bash models/make_mini_x4.sh
 [ -d "$OUT/images" ] || python -m finetuning.shapes.write_dataset --output "$OUT/images" --style chalk --train 37 \
   --validation "$ROWS" --leave_out cross star --side 256
 [ -f "$OUT/data/conversion.json" ] || python prepare_dataset.py convert imagefolder "$OUT/images" --output "$OUT/data" --max_side 256
