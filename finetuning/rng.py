@@ -40,7 +40,12 @@ def uniform(seed: int, purpose: str, step: int, rows):
     return torch.tensor([python_random(seed, purpose, step, row).random() for row in rows], dtype=torch.float64)
 
 
+def queues(device):
+    """Whether what is asked of a device is queued, and its memory known: a GPU's, but for Apple's."""
+    return device.type not in ("cpu", "mps")
+
+
 def sent(tensor, device):
     """The tensor of the CPU on `device`. To a GPU out of pinned memory: from any other, the copy would wait until the
     GPU has done all that is queued."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True) if queues(device) else tensor.to(device)

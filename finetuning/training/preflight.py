@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from finetuning.cli import flag, size_text
 from finetuning.data.cache import folder_of
 from finetuning.families.model_args import ModelError
+from finetuning.rng import queues
 from finetuning.training.optim import update_problems
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}  # of each trained weight
@@ -267,7 +268,7 @@ def limit_memory(args, device):
     """Give back what loading and caching no longer need, so that the peak from here on is the steps' own, and let
     PyTorch have no more of the GPU than --assume_memory leaves beside what else lies there, the CUDA context above all.
     More than that is an OutOfMemoryError, as it would be on that GPU."""
-    if device.type != "cuda":
+    if not queues(device):
         return
     torch.accelerator.empty_cache()
     torch.accelerator.reset_peak_memory_stats(device)
@@ -280,7 +281,7 @@ def limit_memory(args, device):
 
 def clock(device):
     """Seconds, once the device has done all that is queued."""
-    if device.type == "cuda":
+    if queues(device):
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
@@ -288,7 +289,7 @@ def clock(device):
 def forecast(device, rows, seconds, steps):
     """What a step of so many rows, that took so long, says of a run of so many steps, in words."""
     took = f"a step of {rows} rows takes {seconds:.2f} s"
-    if device.type == "cuda":
+    if queues(device):
         peak, whole = torch.accelerator.max_memory_reserved(device), torch.accelerator.get_memory_info(device)[1]
         took += f" and {size_text(peak)} of the GPU's {size_text(whole)} at its peak: it fits"
     done = datetime.now() + timedelta(seconds=seconds * steps)

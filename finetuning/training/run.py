@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from finetuning.cli import SEEDS, UserError, as_dict, flag, paths_read
 from finetuning.files import output_problems, write_json, write_text, writing
+from finetuning.rng import queues
 from finetuning.training.checkpoint import seed_of_resumed_run
 
 TRACKERS = ("tensorboard", "wandb", "all", "none")
@@ -181,11 +182,11 @@ class Run:
     @property
     def lag(self):
         """How many steps are queued before one is looked at: a GPU is not waited for within a step."""
-        return 1 if self.device.type == "cuda" else 0
+        return 1 if queues(self.device) else 0
 
     def floats(self, *scalars):
         """A call that gives the values of these tensors; on a GPU it waits for what was queued up to here."""
-        on_gpu = self.device.type == "cuda"
+        on_gpu = queues(self.device)
         values = torch.stack(scalars).to("cpu", non_blocking=on_gpu)  # into pinned memory
         arrived = torch.accelerator.current_stream().record_event() if on_gpu else None
 

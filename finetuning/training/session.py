@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from finetuning.files import atomic_result
-from finetuning.rng import key
+from finetuning.rng import key, queues
 from finetuning.training.checkpoint import Checkpointer, NonFinite
 from finetuning.training.evaluator import Evaluator
 from finetuning.training.hub import build_upload
@@ -47,7 +47,7 @@ class Session:
     @property
     def rehearses(self):
         """Whether the largest step is tried out before the first: it takes too long to do so on a CPU unasked."""
-        return self.args.preflight or self.run.device.type == "cuda"
+        return self.args.preflight or queues(self.run.device)
 
     def steps(self):
         """Yield a Step for each optimizer step that is left; fewer on a signal, or where too much is forgotten.
