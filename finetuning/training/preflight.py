@@ -264,7 +264,7 @@ def undoing(parameters, ema, owners):
     return undo
 
 
-def limit_memory(args, device):
+def prepare_memory(args, device):
     """Give back what loading and caching no longer need, so that the peak from here on is the steps' own, and let
     PyTorch have no more of the GPU than --assume_memory leaves beside what else lies there, the CUDA context above all.
     More than that is an OutOfMemoryError, as it would be on that GPU."""

@@ -16,7 +16,7 @@ from finetuning.training.checkpoint import Checkpointer, NonFinite
 from finetuning.training.evaluator import Evaluator
 from finetuning.training.hub import build_upload
 from finetuning.training.optim import build_schedule
-from finetuning.training.preflight import clock, forecast, largest_step, limit_memory, undoing
+from finetuning.training.preflight import clock, forecast, largest_step, prepare_memory, undoing
 
 
 class Session:
@@ -79,7 +79,7 @@ class Session:
         The second finds the optimizer's state in memory, so the peak is its own; so is the time, without warming up.
         """
         run, sampler, images = self.run, self.data.batch_sampler, self.data.training
-        limit_memory(self.args, run.device)
+        prepare_memory(self.args, run.device)
         step = largest_step(sampler, images)
         batches = list(images.loader(sampler, step, step + 1, workers=0))
         # A loss of 0 costs the same and cannot overflow, in which case the loss scaler would pass over the optimizer

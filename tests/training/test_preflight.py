@@ -33,8 +33,8 @@ from finetuning.training.preflight import (
     check_before_start,
     forecast,
     largest_step,
-    limit_memory,
     memory_of,
+    prepare_memory,
     set_up_kernels,
     undoing,
 )
@@ -304,7 +304,7 @@ def test_a_gpu_is_limited_to_what_another_would_leave_and_its_peak_is_said(monke
     set_fraction = lambda share, number: limits.append((share, number))
     monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", set_fraction, raising=False)
     for memory in (None, "17GB", "17.0 gb", "500"):
-        limit_memory(PreflightArgs(assume_memory=memory), gpu)
+        prepare_memory(PreflightArgs(assume_memory=memory), gpu)
     assert limits == [(0.2, 0), (0.2, 0), (1.0, 0)]  # 1 GB lies there besides
     assert reset == ["cache", "peak"] * 4  # what loading took is not the steps' peak
     said = forecast(gpu, rows=8, seconds=0.5, steps=7200)
