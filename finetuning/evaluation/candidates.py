@@ -124,10 +124,8 @@ def generate_all(args, rows, general, device, dtype):
     made, images = Generated(), Path(args.output_dir) / "images"
     folders = file_names([one.label for one in args.candidates])
     how = {"weights": args.weights, "base": args.base}
-    reference, paths = (
-        args.candidates[0].path,
-        [path for one in args.candidates for path in (one.path, one.upscaler) if path],
-    )
+    reference = args.candidates[0].path
+    paths = [path for one in args.candidates for path in (one.path, one.upscaler) if path]
     check_models([reference], [one.lora for one in args.candidates if one.lora], **how)
     check_models([path for path in paths if path != reference], **how)
     sets = loss_sets(args)
