@@ -31,10 +31,11 @@ SOURCES = {
     "imagefolder": Source(imagefolder.read, (ColumnArgs,)),
     "sidecar": Source(sidecar.read, (sidecar.SidecarArgs,)),
     "parallel": Source(parallel.read, (parallel.ParallelArgs,)),
-    "unsplash-lite": Source(unsplash.read, (unsplash.UnsplashArgs, DownloadArgs)),
+    "unsplash-lite": Source(unsplash.read, (DownloadArgs, unsplash.UnsplashArgs)),
     "sbu": Source(sbu.read, (DownloadArgs,)),
     "stanford-dogs": Source(stanford_dogs.read, (stanford_dogs.StanfordDogsArgs,)),
     "dreambooth": Source(dreambooth.read, (dreambooth.DreamBoothArgs,)),
     "webdataset": Source(webdataset.read, (WebDatasetArgs,)),
     "hub": Source(hub.read, (hub.HubArgs, ColumnArgs)),
 }
+FLAGS = tuple(dict.fromkeys(group for source in SOURCES.values() for group in source.flags))
