@@ -99,16 +99,10 @@ class GenerationArgs:
     """How captions are made"""
 
     prompt: str | None = flag(None, "how the caption begins, or the question to the model (none: the captioner's own)")
-    num_beams: int | None = flag(
-        None, "width of the beam search (none: 3, or 1 for image-text-to-text); 1 is greedy", min=1
-    )
-    top_p: float | None = flag(
-        None, "nucleus sampling in place of beams, e.g. 0.9: more various, less exact", above=0, max=1
-    )
+    num_beams: int | None = flag(None, "width of the beam search (none: 3, image-text-to-text 1); 1 is greedy", min=1)
+    top_p: float | None = flag(None, "nucleus sampling, e.g. 0.9, not beams: more various, less exact", above=0, max=1)
     temperature: float = flag(1.0, "above 1 captions are more various, below 1 less", above=0, requires="top_p")
-    seed: int = flag(
-        0, "another seed, another caption; an image's depends on this and its name alone", requires="top_p", **SEEDS
-    )
+    seed: int = flag(0, "an image's caption hangs on this and its name alone", requires="top_p", **SEEDS)
     min_length: int = flag(5, "fewest tokens of a caption, without the prompt", min=0)
     max_length: int = flag(60, "most tokens of a caption, without the prompt; Stable Diffusion reads 75", min=1)
     max_side: int = flag(1024, "images with a longer side are shown to the model smaller, with this one", min=1)

@@ -3,20 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from finetuning.conversion import (
-    dreambooth,
-    hub,
-    imagefolder,
-    parallel,
-    sbu,
-    sidecar,
-    stanford_dogs,
-    unsplash,
-    webdataset,
-)
+from finetuning.conversion import dreambooth, hub, imagefolder, sbu, sidecar, stanford_dogs, unsplash
 from finetuning.conversion.download import DownloadArgs
 from finetuning.conversion.imagefolder import ColumnArgs
-from finetuning.data.tars import WebDatasetArgs
+from finetuning.data import tars
 
 
 @dataclass(frozen=True)
@@ -30,12 +20,12 @@ class Source:
 SOURCES = {
     "imagefolder": Source(imagefolder.read, (ColumnArgs,)),
     "sidecar": Source(sidecar.read, (sidecar.SidecarArgs,)),
-    "parallel": Source(parallel.read, (parallel.ParallelArgs,)),
+    "parallel": Source(sidecar.read_parallel, (sidecar.ParallelArgs,)),
     "unsplash-lite": Source(unsplash.read, (DownloadArgs, unsplash.UnsplashArgs)),
     "sbu": Source(sbu.read, (DownloadArgs,)),
     "stanford-dogs": Source(stanford_dogs.read, (stanford_dogs.StanfordDogsArgs,)),
     "dreambooth": Source(dreambooth.read, (dreambooth.DreamBoothArgs,)),
-    "webdataset": Source(webdataset.read, (WebDatasetArgs,)),
+    "webdataset": Source(tars.read_shards, (tars.WebDatasetArgs,)),
     "hub": Source(hub.read, (hub.HubArgs, ColumnArgs)),
 }
 FLAGS = tuple(dict.fromkeys(group for source in SOURCES.values() for group in source.flags))

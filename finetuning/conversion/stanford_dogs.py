@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from finetuning.cli import flag
-from finetuning.conversion.templates import template_problems
+from finetuning.conversion.caption_text import template_problems
 from finetuning.data.findings import DatasetError
 from finetuning.data.folders import existing_folder, is_image_name, walk
 from finetuning.data.samples import Sample
@@ -29,9 +29,7 @@ TEMPLATE_WORDS = ("name", "a_name")
 class StanfordDogsArgs:
     """Stanford Dogs"""
 
-    dog_captions: list[str] = flag(
-        ["a photo of {a_name}"], 'captions; {name} is the breed ("Border collie"), {a_name} has its article before it'
-    )
+    dog_captions: list[str] = flag(["a photo of {a_name}"], 'captions; {name}: "Chihuahua", {a_name}: "a Chihuahua"')
     lower_case_breeds: bool = flag(False, "write every breed in small letters")
     use_lists: bool = flag(True, "split as train_list.mat and test_list.mat say, where they are there")
     crop_to_dogs: bool = flag(False, "cut each image to its bounding box, or to the box around all of its dogs")

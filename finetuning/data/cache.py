@@ -33,14 +33,13 @@ class CacheArgs:
     """Cache"""
 
     cache_latents: str = flag(
-        "auto", "encode each image and caption once, before the first step, and keep that on disk (needs --center_crop "
-        "or --cached_crops); auto: where crops are fixed, the run is long enough and the disk has room",
+        "auto", "encode each image and caption once, before the first step, and keep that on disk; crops must be fixed "
+        "by --center_crop or --cached_crops; auto: where they are, and it saves time, and the disk has room",
         choices=("auto", "on", "off"),
     )  # fmt: skip
     cache_folder: str | None = flag(
-        None, "where, shared between runs; it may be deleted between them (none: $FINETUNING_CACHE, or "
-        "~/.cache/finetuning)", affects_result=False,
-    )  # fmt: skip
+        None, "where, shared between runs (none: $FINETUNING_CACHE, or ~/.cache/finetuning)", affects_result=False
+    )
 
     def problems(self):
         if self.cache_folder:

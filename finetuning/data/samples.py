@@ -80,8 +80,8 @@ class CaptionFileArgs:
     """Caption files"""
 
     caption_lines: str = flag(
-        "all", "a caption file with several lines: each is a caption of its own, or the first one counts, or they are "
-        "one caption, joined by spaces", choices=("all", "first", "join"),
+        "all", "of a caption file with several lines: each is a caption, or only the first, or all are joined to one",
+        choices=("all", "first", "join"),
     )  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from finetuning.conversion import dreambooth, imagefolder, parallel, sidecar, stanford_dogs, webdataset
+from finetuning.conversion import dreambooth, imagefolder, sidecar, stanford_dogs
 from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.tars import read_shards
 
 BREED = "n02085620-Chihuahua"
 FLAGS = {
@@ -69,8 +70,8 @@ def in_a_tar(root, name):
 
 SOURCES = {
     "imagefolder": (imagefolder.read, in_metadata), "sidecar": (sidecar.read, beside),
-    "parallel": (parallel.read, in_two_folders), "dreambooth": (dreambooth.read, of_a_subject),
-    "stanford-dogs": (stanford_dogs.read, of_a_breed), "webdataset": (webdataset.read, in_a_tar),
+    "parallel": (sidecar.read_parallel, in_two_folders), "dreambooth": (dreambooth.read, of_a_subject),
+    "stanford-dogs": (stanford_dogs.read, of_a_breed), "webdataset": (read_shards, in_a_tar),
 }  # fmt: skip
 every_source = pytest.mark.parametrize(("read", "put"), SOURCES.values(), ids=SOURCES)
 with_split_folders = pytest.mark.parametrize(("read", "put"), [*SOURCES.values()][:3], ids=[*SOURCES][:3])
@@ -110,8 +111,8 @@ def test_links_that_lead_out_are_followed_only_by_leave(tmp_path, read, put):
     put(tmp_path / "elsewhere", "2.png")
     put(tmp_path / "set", "1.png")
     inside, _ = taken(read, tmp_path / "set")
-    name = {parallel.read: "more", stanford_dogs.read: "more", dreambooth.read: "dog2"}.get(read, "more")
-    for place in ("images", "captions") if read is parallel.read else ("",):
+    name = {sidecar.read_parallel: "more", stanford_dogs.read: "more", dreambooth.read: "dog2"}.get(read, "more")
+    for place in ("images", "captions") if read is sidecar.read_parallel else ("",):
         leads = tmp_path / "elsewhere" / place
         (tmp_path / "set" / place / name).symlink_to(leads / "dog" if read is dreambooth.read else leads)
     (tmp_path / "set/again").symlink_to(tmp_path / "set")  # a circle

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import pytest
 from PIL import Image
 
-from finetuning.conversion import parallel
+from finetuning.conversion import sidecar
 from finetuning.data.findings import DatasetError, Findings
 
 
 @dataclass
-class Args(parallel.ParallelArgs):
+class Args(sidecar.ParallelArgs):
     """Every flag that the reader looks at."""
 
     allow_outside_paths: bool = False
@@ -28,7 +28,7 @@ def lay(root, images=(), captions=()):
 
 def read(root, **flags):
     findings = Findings()
-    return list(parallel.read(str(root), Args(**flags), findings)), findings
+    return list(sidecar.read_parallel(str(root), Args(**flags), findings)), findings
 
 
 def clean(root, **flags):

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from finetuning.conversion import webdataset
 from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.images import UnreadableImage
-from finetuning.data.tars import WebDatasetArgs
+from finetuning.data.tars import WebDatasetArgs, read_shards
 
 
 @dataclass
@@ -48,7 +47,7 @@ def pack(path, files, mode="w", **options):
 def read(path, **flags):
     """({name: sample}, findings)"""
     findings = Findings()
-    samples = list(webdataset.read(str(path), Args(**flags), findings))
+    samples = list(read_shards(str(path), Args(**flags), findings))
     by_name = {sample.name: sample for sample in samples}
     assert len(by_name) == len(samples)
     return by_name, findings
