@@ -46,7 +46,7 @@ class ConvertArgs(*reversed(FLAGS), WritingArgs, SourceArgs):
     """Every flag of convert."""
 
     def problems(self):
-        flags_of = {name: _names(*source.flags) for name, source in SOURCES.items()}
+        flags_of = {name: _names(*groups) for name, (_, groups) in SOURCES.items()}
         usual, ours = ConvertArgs(), flags_of.get(self.source, set()) | _names(WritingArgs, SourceArgs)
         for name in sorted(_names(ConvertArgs) - ours):
             if getattr(self, name) != getattr(usual, name):
@@ -60,7 +60,7 @@ def _names(*groups):
 
 def convert(args):
     """From any source to one folder. The source is read twice: first for its errors, so that few rows are in memory."""
-    findings, read = Findings(), SOURCES[args.source].read
+    findings, (read, _) = Findings(), SOURCES[args.source]
     total = sum(1 for _ in read(args.path, args, findings))
     say = lambda text: print(text, file=sys.stderr)
     findings.refuse(args.path, args.on_bad_rows, say, fix="correct them, or take the rest with")

@@ -125,18 +125,9 @@ class Concern:
     """Images of which something is to be known; a group belongs together, most hold one image."""
 
     code: str
+    title: str  # what they have in common
+    advice: str  # why it matters, and what helps
     groups: list[tuple[Seen, ...]]
-    fields: dict = field(default_factory=dict)  # for the sentences
-
-    @property
-    def title(self):
-        """What they have in common."""
-        return CONCERNS[self.code][0].format(**self.fields)
-
-    @property
-    def advice(self):
-        """Why it matters, and what helps."""
-        return CONCERNS[self.code][1].format(**self.fields)
 
 
 @dataclass
@@ -213,7 +204,11 @@ def examine(args: AuditArgs):
         found |= _measure_captions(audit, tokenizer)
     words = {name: getattr(args, name) for name in ("max_enlargement", "resolution", "blur_below")}
     words["limit"] = tokenizer.model_max_length
-    audit.concerns = [Concern(code, found[code], words) for code in CONCERNS if found.get(code)]
+    audit.concerns = [
+        Concern(code, *(text.format(**words) for text in texts), found[code])
+        for code, texts in CONCERNS.items()
+        if found.get(code)
+    ]
     return audit
 
 

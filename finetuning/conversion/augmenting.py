@@ -86,12 +86,9 @@ def augment(args: AugmentArgs, say=print):
         made = done["train"]
         splits = {split: [row for row in rows if row.image in done[split]] for split, rows in splits.items()}
         copying.accept(splits, args, findings, say)
-        for split in splits:
-            copying.take_images(folder / split, {image: names[split][image] for image in done[split]}, args)
-        entries = {split: [(names[split][row.image], row) for row in rows] for split, rows in splits.items()}
         copied = [(copy, row) for row in splits["train"] for copy in made[row.image]]
-        entries["train"] += [(copy.name, _row_of_copy(copy, row, args)) for copy, row in copied]
-        copying.write_metadata(folder, entries, args)
+        copies = [(copy.name, _row_of_copy(copy, row, args)) for copy, row in copied]
+        copying.fill(folder, splits, names, args, copies)
         originals = {split: len(images) for split, images in done.items()}
         kinds = dict(Counter(copy.kind for copies in made.values() for copy in copies))
         settings = {name: value for name, value in as_dict(args).items() if name != "workers"}

@@ -184,7 +184,7 @@ def _captions(where, image, fields, args, findings):
     if field is None:
         findings.error("sample_without_caption", where, f"it has {', '.join(fields)}")
         return ()
-    where, content = f"{where}.{field}", fields[field].read()
+    where, content = f"{where}.{field}", fields[field].read_bytes()
     try:
         if field.endswith("json"):
             captions = _json_captions(json.loads(content), args.json_key)

@@ -72,7 +72,7 @@ def test_rows_of_every_split_with_the_images_as_they_were_encoded(tmp_path, how)
         ("train/00000001", "train", ("two",)),
         ("validation/00000000", "validation", ("held out",)),
     ]
-    assert [sample.image.read() for sample in samples] == [encoded(1), encoded(2), encoded(1)]
+    assert [sample.image.read_bytes() for sample in samples] == [encoded(1), encoded(2), encoded(1)]
     assert [sample.open().width for sample in samples] == [1, 2, 1]
     assert samples[1].origin == "train row 1"
 

@@ -74,7 +74,7 @@ def test_a_shard_of_img2dataset(tmp_path, kind):
     samples = clean(shard)
     assert captions(samples) == {f"00000/{key}.jpg": ("a dog",)}
     (sample,) = samples.values()
-    assert sample.image.read() == IMAGE
+    assert sample.image.read_bytes() == IMAGE
     assert sample.open().size == (4, 4)
     assert sample.split is None and sample.origin == f"{shard}/{key}.jpg"
 
