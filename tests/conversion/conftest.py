@@ -1,8 +1,6 @@
 """Shared by the tests of finetuning/conversion: folders laid out by hand, and what a source's reader finds in them."""
 
-import io
 import json
-import tarfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,49 +10,6 @@ from PIL import Image
 from finetuning.conversion.sources import SOURCES
 from finetuning.data.findings import Findings
 from prepare_dataset import ConvertArgs
-
-
-def content(value):
-    """The bytes of a file: bytes, text, the red of an image of 4 x 4, an image, or a record for JSON."""
-    if isinstance(value, int):
-        value = Image.new("RGB", (4, 4), (value, 0, 0))
-    if isinstance(value, Image.Image):
-        file = io.BytesIO()
-        value.save(file, "PNG")
-        return file.getvalue()
-    if isinstance(value, dict | list):
-        value = json.dumps(value)
-    return value.encode() if isinstance(value, str) else value
-
-
-@pytest.fixture(scope="session")
-def lay():
-    """Write {name: content} below a folder, which is returned; a list of names: an image each."""
-
-    def lay(root, files):
-        root.mkdir(parents=True, exist_ok=True)
-        for name, value in (files if isinstance(files, dict) else dict.fromkeys(files, 0)).items():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_bytes(content(value))
-        return root
-
-    return lay
-
-
-@pytest.fixture(scope="session")
-def pack():
-    """Write a tar of {name: content}; its path."""
-
-    def pack(path, files, mode="w", **options):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(path, mode, **options) as tar:
-            for name, value in files.items():
-                entry = tarfile.TarInfo(name)
-                entry.size = len(content(value))
-                tar.addfile(entry, io.BytesIO(content(value)))
-        return path
-
-    return pack
 
 
 @pytest.fixture(scope="session")
@@ -86,17 +41,6 @@ def write_split():
         (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
     return write_split
-
-
-def lines_of(path):
-    """The records of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-@pytest.fixture(scope="session")
-def lines():
-    """The records of a file of JSON lines."""
-    return lines_of
 
 
 @dataclass
