@@ -91,12 +91,17 @@ def split_of(shard):
 
 def read_shard(shard, args, findings, label="", split=None):
     """Yield the Samples of one tar, in its order. Their names begin with `label`."""
-    for key, fields in _groups(shard, findings).items():
-        for field in _image_fields(f"{shard}/{key}", fields, args, findings):
-            captions = _captions(f"{shard}/{key}", field, fields, args, findings)
+    return samples_of(_groups(shard, findings), shard, args, findings, label, split)
+
+
+def samples_of(groups, where, args, findings, label="", split=None):
+    """Yield the Samples of {key: {what follows the key in a name: file}}, of a shard or a folder called `where`."""
+    for key, fields in groups.items():
+        for field in _image_fields(f"{where}/{key}", fields, args, findings):
+            captions = _captions(f"{where}/{key}", field, fields, args, findings)
             if captions:
                 name = f"{key}.{field}"
-                yield Sample(f"{label}{name}", fields[field], captions, f"{shard}/{name}", split)
+                yield Sample(f"{label}{name}", fields[field], captions, f"{where}/{name}", split)
 
 
 def members(archive, findings):

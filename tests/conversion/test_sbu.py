@@ -171,9 +171,9 @@ def test_what_img2dataset_fetched_is_read_in_order(shards, taken):
     [
         ({"status": "failed_to_download", "parts": ("json",)}, "not_fetched_before"),
         ({"status": "failed_to_resize"}, "not_fetched_before"),
-        ({"parts": ("json", "txt")}, "fetched_caption_alone"),
-        ({"parts": ("jpg",)}, "fetched_without_caption"),
-        ({"caption": None}, "fetched_without_caption"),
+        ({"parts": ("json", "txt")}, "sample_without_image"),
+        ({"parts": ("jpg",)}, "sample_without_caption"),
+        ({"caption": None}, "no_caption"),
     ],
 )
 def test_what_img2dataset_could_not_fetch_is_named(shards, lay, taken, sample, kind):
@@ -196,7 +196,7 @@ def test_other_files_and_links_that_lead_out_are_no_data(shards, lay, taken, tmp
 def test_a_broken_record_of_img2dataset_is_named(shards, taken, content):
     (shards / "00000/000000001.json").write_bytes(content)
     found = taken(shards)
-    (example,) = found.errors["bad_fetched_caption"]
+    (example,) = found.errors["no_json_text"]
     assert len(found.samples) == 2 and example.startswith("00000/000000001 (")
 
 
