@@ -1,11 +1,13 @@
 """Shared fixtures: a tiny random Stable Diffusion, a tiny dataset, and runs of the scripts."""
 
 import importlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from contextlib import contextmanager
 from html.parser import HTMLParser
@@ -25,6 +27,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertTokenizer,
@@ -361,3 +364,55 @@ class PageReader(HTMLParser):
 def read_page():
     """The PageReader of an HTML page's text."""
     return PageReader
+
+
+# -- files of a test ---------------------------------------------------------------------------------------------------
+
+
+def content(value):
+    """The bytes of a file: bytes, text, the red of an image of 4 x 4, an image, or a record for JSON."""
+    if isinstance(value, int):
+        value = Image.new("RGB", (4, 4), (value, 0, 0))
+    if isinstance(value, Image.Image):
+        file = io.BytesIO()
+        value.save(file, "PNG")
+        return file.getvalue()
+    if isinstance(value, dict | list):
+        value = json.dumps(value)
+    return value.encode() if isinstance(value, str) else value
+
+
+@pytest.fixture(scope="session")
+def lay():
+    """Write {name: content} below a folder, which is returned; a list of names: an image each."""
+
+    def lay(root, files):
+        root.mkdir(parents=True, exist_ok=True)
+        for name, value in (files if isinstance(files, dict) else dict.fromkeys(files, 0)).items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content(value))
+        return root
+
+    return lay
+
+
+@pytest.fixture(scope="session")
+def pack():
+    """Write a tar of {name: content}; its path."""
+
+    def pack(path, files, mode="w", **options):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, mode, **options) as tar:
+            for name, value in files.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content(value))
+                tar.addfile(entry, io.BytesIO(content(value)))
+        return path
+
+    return pack
+
+
+@pytest.fixture(scope="session")
+def lines():
+    """The records of a file of JSON lines."""
+    return lambda path: [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
