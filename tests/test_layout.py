@@ -207,7 +207,7 @@ OPENERS = {
     "training, text encoder": ("text_encoder", lambda model: load_model(ModelArgs(str(model)))),
     "training, autoencoder": ("vae", lambda model: load_model(ModelArgs(str(model)))),
     "generating": ("unet", lambda model: open_pipeline(str(model))),
-    "another autoencoder": ("vae", lambda model: open_vae(str(model), StableDiffusion()).open("vae")),
+    "another autoencoder": ("vae", lambda model: open_vae(str(model), StableDiffusion())),
     "merging": ("unet", lambda model: open_source(str(model))),
     "a bare UNet": ("unet", lambda model: open_source(str(model / "unet"))),
     "captioning": (
