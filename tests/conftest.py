@@ -197,6 +197,22 @@ def shapes_folder(tmp_path_factory):
     return folder
 
 
+class Bomb:
+    """Whoever unpickles it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    """An object that makes a folder, its `path`, where it is unpickled."""
+    return Bomb(tmp_path / "exploded")
+
+
 @contextmanager
 def accelerate_forgotten():
     """accelerate keeps its state in the process: forget it, and the signal handlers of a run, after the block."""
