@@ -1,7 +1,5 @@
 """What train_lora.py does besides the invariants of every training script, which test_train_scripts.py holds it to."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -15,13 +13,18 @@ from finetuning.training import adapters
 
 
 @pytest.fixture(scope="module")
-def train(training, tiny_model, shapes_folder):
-    """train(folder, *flags): the exit status of a short run."""
-    words = f"""
+def words(tiny_model, shapes_folder):
+    """A short run."""
+    return f"""
         --pretrained_model_name_or_path {tiny_model} --train_data_dir {shapes_folder} --resolution 32
         --train_batch_size 2 --gradient_accumulation_steps 2 --max_train_steps 4 --seed 3 --learning_rate 1e-2
         --checkpointing_steps 2 --validation_epochs 0 --validation_loss_rows 0 --report_to none
     """.split()
+
+
+@pytest.fixture(scope="module")
+def train(training, words):
+    """train(folder, *flags): the exit status of a short run."""
     return lambda folder, *flags: training.run("train_lora", words, folder, *flags)
 
 
@@ -29,7 +32,8 @@ def train(training, tiny_model, shapes_folder):
 def averaged(train, tmp_path_factory):
     """A run with an average, and with files of every kind. Never write to it."""
     folder = tmp_path_factory.mktemp("averaged")
-    assert train(folder, *["--use_ema", "--ema_decay", "0.5", "--save_kohya", "--train_text_encoder", "--lora_alpha", "3"]) == 0
+    flags = ("--use_ema", "--ema_decay", 0.5, "--save_kohya", "--train_text_encoder", "--lora_alpha", 3)
+    assert train(folder, *flags) == 0
     return folder
 
 
@@ -58,16 +62,12 @@ def opened(tiny_model, *path, **options):
         "--optimizer prodigy --learning_rate 1 --use_ema --ema_decay 0.9",
     ],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(train, training, tmp_path, flags):
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(words, training, tmp_path, flags):
     """The invariant of every script, for what only adapters have."""
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    assert train(straight, *flags.split()) == 0
-    resumed.mkdir()
-    shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
-    shutil.copy(straight / "metrics.jsonl", resumed)
+    words = [*words, *flags.split()]
+    assert training.run("train_lora", words, tmp_path / "straight") == 0
     torch.rand(3)  # what torch's own generator has drawn meanwhile does not matter
-    assert train(resumed, *flags.split(), "--resume_from_checkpoint", "latest") == 0
-    training.assert_same(training.state(resumed, 4), training.state(straight, 4))
+    training.assert_resumes_exactly("train_lora", words, tmp_path / "straight", 2, tmp_path / "resumed")
 
 
 def test_checkpoints_hold_the_adapters_and_not_the_base(averaged):
@@ -91,7 +91,7 @@ def test_the_result_generates_in_diffusers_what_the_last_checkpoint_does(average
 
 
 def test_convolutions_without_an_average_act_in_diffusers_as_the_last_checkpoint(train, tiny_model, tmp_path):
-    assert train(tmp_path, *["--save_kohya", "--lora_alpha", "3", "--lora_target_modules", "conv"]) == 0
+    assert train(tmp_path, "--save_kohya", "--lora_alpha", 3, "--lora_target_modules", "conv") == 0
     expected = image(opened(tiny_model, tmp_path / "checkpoint-4/lora"))
     assert np.abs(expected - image(opened(tiny_model))).max() > 1e-3
     for name in (DIFFUSERS_NAME, KOHYA_NAME):
