@@ -92,7 +92,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(
         shutil.copy(straight / "metrics.jsonl", resumed)
         more = ("--resume_from_checkpoint", "latest", "--dataloader_num_workers", workers)
         assert training.run(script, arguments, resumed, *more) == 0
-        assert training.state(resumed) == training.state(straight)
+        training.assert_same(resumed, straight)
         assert "have changed" not in capfd.readouterr().err
 
 
@@ -165,7 +165,7 @@ def test_an_image_that_cannot_be_read_stops_the_run_which_goes_on_without_it(
     said = capfd.readouterr().err
     assert "00002.tar/7.png" in said and "1 left out so far" in said and "have changed" not in said
     assert training.run(script, arguments, tmp_path / "straight", *skip[:2]) == 0
-    training.assert_same(training.state(tmp_path / "out"), training.state(tmp_path / "straight"))
+    training.assert_same(tmp_path / "out", tmp_path / "straight")
 
 
 @FULL
