@@ -124,10 +124,9 @@ def generate_all(args, rows, general, device, dtype):
     made, images = Generated(), Path(args.output_dir) / "images"
     folders = file_names([one.label for one in args.candidates])
     how = {"weights": args.weights, "base": args.base}
-    reference = args.candidates[0].path
-    paths = [path for one in args.candidates for path in (one.path, one.upscaler) if path]
-    check_models([reference], [one.lora for one in args.candidates if one.lora], **how)
-    check_models([path for path in paths if path != reference], **how)
+    reference, *others = dict.fromkeys(one.path for one in args.candidates)
+    check_models([reference], [one.lora for one in args.candidates if one.lora], vae=args.vae, **how)
+    check_models(others, upscalers=[one.upscaler for one in args.candidates], vae=args.vae, **how)
     sets = loss_sets(args)
     for one in sets.values():
         _, chosen = read_rows(**one, usual="validation", say=lambda _: None)
