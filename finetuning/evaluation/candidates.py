@@ -54,7 +54,7 @@ class CandidateArgs:
         models = [Candidate(one.label, one.path) for one in map(ModelSource.parse, self.model)]
         loras = [replace(models[0], label=one.label, lora=one.path) for one in map(ModelSource.parse, self.lora or [])]
         floor = [replace(models[0], label=f"{models[0].label}, seed {self.seed + 1}", is_noise_floor=True)]
-        chains = [(one.label, *one.path.split(",")) for one in map(ModelSource.parse, self.chain or [])]
+        chains = [(one.label, *one.path.partition(",")[::2]) for one in map(ModelSource.parse, self.chain or [])]
         chains = [Candidate(label, path, upscaler=upscaler) for label, path, upscaler in chains]
         return models + loras + chains + floor * self.noise_floor
 
