@@ -49,7 +49,9 @@ class Args(ForgettingArgs, EvalNetworkArgs, GenerationArgs, CandidateArgs):
     max_rows: int | None = flag(None, "captions at most, chosen with --seed", min=2)
 
     def problems(self):
-        inputs = paths_read(self) + [path for one in self.candidates for path in (one.path, one.lora) if path]
+        inputs = paths_read(self) + [
+            path for one in self.candidates for path in (one.path, one.lora, one.upscaler) if path
+        ]
         inputs += [one.path for one in self.ready]
         yield from output_problems(self.output_dir, inputs)
 

@@ -129,9 +129,9 @@ def generate_all(args):
 
     # Generate
     images, records = {}, []
-    opening = {"weights": args.weights, "base": args.base, "scheduler": args.scheduler}
-    opening |= {"device": device, "dtype": dtype}
-    check_models([one.path for one in sources], [one.path for one in loras], weights=args.weights, base=args.base)
+    opening = {"weights": args.weights, "base": args.base}
+    check_models([one.path for one in sources], [one.path for one in loras], [args.upscaler], vae=args.vae, **opening)
+    opening |= {"scheduler": args.scheduler, "device": device, "dtype": dtype}
     upscaler = open_pipeline(args.upscaler, **opening) if args.upscaler else None
     with tqdm(total=len(rows) * len(columns), unit="image") as bar:
         for source in sources:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetuning.families.lora_files import DIFFUSERS_NAME, Layer, write_diffusers
+from finetuning.families.lora_files import DIFFUSERS_NAME, METADATA_KEY, Layer, write_diffusers
 from finetuning.shapes.write_dataset import write as write_shapes
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -78,14 +78,14 @@ def content(file, change):
     return damage
 
 
-def tensors(file, change):
-    """The tensors of a file, changed."""
+def tensors(file, change=lambda found: None, **metadata):
+    """The tensors of a file, changed, or its metadata."""
 
     def damage(folder):
         found = load_file(folder / file)
         change(found)
         (folder / file).unlink()
-        save_file({key: value.contiguous() for key, value in found.items()}, folder / file, {"format": "pt"})
+        save_file({key: value.contiguous() for key, value in found.items()}, folder / file, {"format": "pt"} | metadata)
 
     return damage
 
@@ -211,6 +211,18 @@ BROKEN = {
     "an empty LoRA": ("lora", content(DIFFUSERS_NAME, b""), DIFFUSERS_NAME, "empty"),
     "an LFS pointer as a LoRA": ("lora", content(DIFFUSERS_NAME, LFS), DIFFUSERS_NAME, "git lfs pull"),
     "a LoRA of NaN": ("lora", tensors(DIFFUSERS_NAME, value(f"{TO_Q}.lora_A.weight", NAN)), DIFFUSERS_NAME, "NaN"),
+    "a LoRA of rank 0": (
+        "lora", tensors(DIFFUSERS_NAME, lambda t: t.update({
+            f"{TO_Q}.lora_A.weight": torch.zeros(0, 8), f"{TO_Q}.lora_B.weight": torch.zeros(8, 0)})), DIFFUSERS_NAME),
+    "a LoRA of single numbers": (
+        "lora", tensors(DIFFUSERS_NAME, value(f"{TO_Q}.lora_A.weight", lambda one: torch.ones(()))), DIFFUSERS_NAME),
+    **{f"a LoRA of alpha {what}": ("lora", tensors(DIFFUSERS_NAME, lambda t, own=own: t.update(own), **metadata),
+                                   DIFFUSERS_NAME, word)
+       for what, own, metadata, word in (
+        ("0", {f"{TO_Q}.alpha": torch.tensor(0.0)}, {}, "alpha"),
+        ("of two numbers", {f"{TO_Q}.alpha": torch.ones(2)}, {}, "alpha"),
+        ("NaN", {}, {METADATA_KEY: '{"unet.lora_alpha": NaN}'}, "alpha"),
+        ("for nonsense", {}, {METADATA_KEY: '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"[": 2}}'}, "_pattern"))},
     "half a LoRA layer": ("lora", tensors(DIFFUSERS_NAME, lambda t: t.pop(f"{TO_Q}.lora_A.weight")), DIFFUSERS_NAME),
     "a LoRA of another model": (
         "lora", tensors(DIFFUSERS_NAME, value(f"{TO_Q}.lora_A.weight", lambda one: torch.zeros(2, 320))),

@@ -385,7 +385,7 @@ def test_figures_that_were_not_asked_for_are_left_out_and_it_is_said(evaluate, t
 
 
 def test_what_is_wrong_with_the_flags_is_said_together(evaluate, tiny_model, tmp_path, capsys):
-    bad = ["--max_rows", 1, "--by_order", "--resolutions", 4, "--retain_split", "train"]
+    bad = ["--max_rows", 1, "--by_order", "--resolutions", 4, "--retain_split", "train", "--chain", "a=no_comma"]
     with pytest.raises(SystemExit):
         evaluate(tmp_path, *bad)
     message = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The declarations of all scripts' flags: they fit together, and no flag that people use is lost."""
 
 import importlib
+import re
 import runpy
 
 import pytest
@@ -48,6 +49,15 @@ def test_every_default_is_an_allowed_value_and_every_flag_has_help(all_flags):
                 assert not flag.allowed or value in flag.allowed, (script, flag.name)
                 assert not flag.range or flag.in_range(value), (script, flag.name)
             assert flag.help, (script, flag.name)
+
+
+def test_what_names_a_model_or_a_dataset_is_not_written_to(all_flags):
+    names = re.compile(
+        r"name_or_path$|^(base|origin|tuned|vae|upscaler|init_lora|layout_from)$|(_|^)dataset$|clip_model$"
+    )
+    wrong = [(script, flag.name) for script, flags in all_flags.items() for flag in flags.values()
+             if "output_dir" in flags and names.search(flag.name) and not flag.reads]  # fmt: skip
+    assert not wrong
 
 
 def test_older_names_are_known(all_flags):

@@ -54,7 +54,7 @@ class CandidateArgs:
         models = [Candidate(one.label, one.path) for one in map(ModelSource.parse, self.model)]
         loras = [replace(models[0], label=one.label, lora=one.path) for one in map(ModelSource.parse, self.lora or [])]
         floor = [replace(models[0], label=f"{models[0].label}, seed {self.seed + 1}", is_noise_floor=True)]
-        chains = [(one.label, *one.path.split(",")) for one in map(ModelSource.parse, self.chain or [])]
+        chains = [(one.label, *one.path.partition(",")[::2]) for one in map(ModelSource.parse, self.chain or [])]
         chains = [Candidate(label, path, upscaler=upscaler) for label, path, upscaler in chains]
         return models + loras + chains + floor * self.noise_floor
 
@@ -124,10 +124,9 @@ def generate_all(args, rows, general, device, dtype):
     made, images = Generated(), Path(args.output_dir) / "images"
     folders = file_names([one.label for one in args.candidates])
     how = {"weights": args.weights, "base": args.base}
-    reference = args.candidates[0].path
-    paths = [path for one in args.candidates for path in (one.path, one.upscaler) if path]
-    check_models([reference], [one.lora for one in args.candidates if one.lora], **how)
-    check_models([path for path in paths if path != reference], **how)
+    reference, *others = dict.fromkeys(one.path for one in args.candidates)
+    check_models([reference], [one.lora for one in args.candidates if one.lora], vae=args.vae, **how)
+    check_models(others, upscalers=[one.upscaler for one in args.candidates], vae=args.vae, **how)
     sets = loss_sets(args)
     for one in sets.values():
         _, chosen = read_rows(**one, usual="validation", say=lambda _: None)

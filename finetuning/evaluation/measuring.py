@@ -48,7 +48,7 @@ class EvalNetworkArgs:
     )  # fmt: skip
     inception_weights: str | None = flag(None, "file of FID's Inception weights (none: torch-fidelity's download)")
     lpips_trunk: str | None = flag(None, "file of AlexNet's weights for LPIPS (none: torchvision's download)")
-    clip_model: str = flag(networks.CLIP, "CLIP: a folder, or a name on the Hub")
+    clip_model: str = flag(networks.CLIP, "CLIP: a folder, or a name on the Hub", reads=True)
     feature_cache: str | None = flag(
         None, "folder where Inception's features are kept by content (none: nowhere)", affects_result=False
     )

@@ -11,6 +11,7 @@ in its place. diffusers and PEFT say lora_A and lora_B for down and up. Layers a
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -311,7 +312,10 @@ def _alphas(path, metadata, components):
         from peft.utils.other import get_pattern_key
 
         patterns = config.get("alpha_pattern") or {}
-        value = patterns.get(get_pattern_key(patterns, module), config["lora_alpha"])
+        try:
+            value = patterns.get(get_pattern_key(patterns, module), config["lora_alpha"])
+        except re.error as error:
+            raise ModelError(f"{path}: {error.pattern} of its alpha_pattern is no regular expression") from error
         return float(value) * (rank**0.5 if config.get("use_rslora") else 1)
 
     return alpha
@@ -322,15 +326,18 @@ def _layer(one, weight, alpha_of):
     if DOWN not in one or UP not in one:
         return f"has only {', '.join(sorted(one))}"
     down, up = one[DOWN], one[UP]
-    rank, inputs = down.shape[0], torch.Size(weight[1:]).numel()
-    if down.numel() != rank * inputs or up.shape[0] != weight[0] or up.numel() != weight[0] * rank:
+    rank, inputs = down.shape[0] if down.ndim else 0, torch.Size(weight[1:]).numel()
+    if not rank or down.numel() != rank * inputs or up.shape[:1] != weight[:1] or up.numel() != weight[0] * rank:
         return f"the file has {list(up.shape)} x {list(down.shape)}, the model's weight is {list(weight)}"
     magnitude = one.get(MAGNITUDE, one.get(DORA_SCALE))
     # LyCORIS has one for each output [out, 1, ...] or for each input [1, in, ...]; on square layers only that tells
-    by_input = DORA_SCALE in one and magnitude.shape[0] != weight[0]
+    by_input = DORA_SCALE in one and magnitude.shape[:1] != weight[:1]
     if magnitude is not None and (by_input or magnitude.numel() != weight[0]):
         return f"DoRA over inputs ({list(magnitude.shape)}) is not read, only over outputs"
-    alpha = one[ALPHA].item() if ALPHA in one else alpha_of(rank)
+    own = one.get(ALPHA)
+    alpha = alpha_of(rank) if own is None else own.item() if own.numel() == 1 else math.nan
+    if not alpha or not math.isfinite(alpha):
+        return f"its alpha is {alpha}, which is no number to scale a layer with"
     kernel = weight[2:]  # empty for a linear layer; some files write those as 1 x 1 convolutions
     return Layer(
         down.float().reshape(rank, *weight[1:]),  # a fp16 file's numbers are exact in fp32; scaling them in fp16 is not

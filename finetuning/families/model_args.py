@@ -16,7 +16,7 @@ class ModelArgs:
     variant: str | None = flag(None, "variant of the weights, e.g. fp16; components that have none are loaded without")
     pretrained_vae_model_name_or_path: str | None = flag(
         None, "another autoencoder: a pipeline, a folder of its own, or either on the Hub, e.g. "
-        "madebyollin/sdxl-vae-fp16-fix",
+        "madebyollin/sdxl-vae-fp16-fix", reads=True,
     )  # fmt: skip
     train_text_encoder: bool = flag(False, "train the text encoders as well (see --text_encoder_lr)")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: slower, far less memory")

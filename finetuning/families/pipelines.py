@@ -59,16 +59,21 @@ def open_pipeline(
         return family.assemble(*parts).to(device)
 
 
-def check_models(names, loras=(), *, weights="ema", base=None, vae=None):
+def check_models(names, loras=(), upscalers=(), *, weights="ema", base=None, vae=None):
     """Refuse, before any image is generated, what open_pipeline and read_lora would refuse; no weights are read.
 
-    loras   what read_lora takes, each for all of `names`
+    loras      what read_lora takes, each for all of `names`
+    upscalers  names likewise, or None
 
-    Raises ModelError.
+    Raises ModelError, also where an upscaler stands among `names`, or among `upscalers` what enlarges nothing.
     """
-    for name in dict.fromkeys(names):
-        family, (modules, *_) = _parts(name, Source.check, weights, base=base, vae=vae)
-        for lora in loras:
+    named = [*((name, False) for name in names), *((name, True) for name in upscalers if name)]
+    for name, enlarges in dict.fromkeys(named):
+        family, (modules, *_) = _parts(name, Source.check, weights, base=base, vae=None if enlarges else vae)
+        if family.needs_image != enlarges:
+            does = "enlarges images and makes none: it is an upscaler" if family.needs_image else "is no upscaler"
+            raise ModelError(f"{name} is a {family.pipeline}, which {does}")
+        for lora in () if enlarges else loras:
             read_lora(lora, {component.name: modules[component.name] for component in family.adaptable}, weights)
 
 

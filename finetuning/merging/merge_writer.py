@@ -64,7 +64,7 @@ class NotFinite(ModelError):
 
     def __init__(self, reasons):
         lines = [f"  - {name}: {'; '.join(sorted(why))}" for name, why in reasons.items()]
-        fix = "Take a model that is not broken, or say with --on_mismatch base or tuned whose tensors are taken there"
+        fix = "Take a model that is not broken; a merge has --on_mismatch, which says whose tensors are taken there"
         super().__init__("\n".join([f"{len(reasons)} tensor(s) cannot be written:", *lines, fix]))
 
 

@@ -207,7 +207,13 @@ class Checkpointer:
         if ema_shadow is not None:
             self.ema.load(ema_shadow, state["ema_updates"])
         saved = _read_state(folder / "optimizer.pt")
-        load_optimizer(self.optimizer, saved["optimizer"])
+        try:
+            load_optimizer(self.optimizer, saved["optimizer"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder} holds the state of an optimizer of other weights ({error}): give the flags that its run "
+                "had (--train_text_encoder, say), or start a new run"
+            ) from error
         if self.run.scaler and saved["scaler"]:
             self.run.scaler.load_state_dict(saved["scaler"])
         self._set_aside_after(state["step"])

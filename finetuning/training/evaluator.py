@@ -107,7 +107,7 @@ class RetentionArgs:
     )  # fmt: skip
     clip_model: str | None = flag(
         None, "for clip: a folder, or a name on the Hub (none: openai/clip-vit-base-patch32)",
-        requires="evaluate_with=clip",
+        requires="evaluate_with=clip", reads=True,
     )  # fmt: skip
     stop_when_retention_below: float | None = flag(
         None, "end the run, with a checkpoint and the finished result, where retention falls below this share of the "

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetuning.families.lora_files import DIFFUSERS_NAME, KOHYA_NAME, RAW_NAME
-from finetuning.families.pipelines import SCHEDULERS, ModelSource, open_pipeline
+from finetuning.families.model_args import ModelError
+from finetuning.families.pipelines import SCHEDULERS, ModelSource, check_models, open_pipeline
 
 MAIN = "unet/diffusion_pytorch_model.safetensors"
 RAW = "unet/diffusion_pytorch_model.non_ema.safetensors"
@@ -98,3 +99,12 @@ def test_another_sampler_still_knows_what_the_model_predicts(copied):
     path = copied / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
     assert open_pipeline(copied, scheduler="euler").scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize(("models", "upscalers", "said"), [
+    (["models/mini-x4"], [], "enlarges images and makes none"),
+    ([], ["models/mini-sd"], "is no upscaler"),
+])  # fmt: skip
+def test_what_enlarges_and_what_does_not_are_not_taken_for_each_other(models, upscalers, said, root):
+    with pytest.raises(ModelError, match=said):
+        check_models([root / name for name in models], upscalers=[root / name for name in upscalers])

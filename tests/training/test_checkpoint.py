@@ -294,6 +294,14 @@ def test_another_optimizer_and_an_average_that_never_was_are_refused(left, start
         start(resume_from_checkpoint="latest", **flags).resume(100)
 
 
+def test_the_moments_of_other_weights_are_refused(left, start):
+    left(1)
+    other = start(resume_from_checkpoint="latest")
+    other.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+    with pytest.raises(CheckpointError, match="optimizer of other weights"):
+        resume(other)
+
+
 @pytest.mark.parametrize("flags", [{"use_8bit_adam": True}, {"optimizer": "adamw8bit"}])
 def test_either_name_of_8_bit_adam_goes_on_with_the_other(left, start, flags):
     left(1, **flags)
