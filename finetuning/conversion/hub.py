@@ -37,8 +37,10 @@ def read(path, args, findings):
         if len(splits) > 1 and not meaning:
             findings.error("unknown_split", split, counted(len(dataset), "row"))
             continue
+        rows = read_hub(dataset, args.image_column, args.caption_column, findings, split)
         column = dataset.select_columns(args.image_column).cast_column(args.image_column, Image(decode=False))
         column = column[args.image_column]
-        for row in read_hub(dataset, args.image_column, args.caption_column, findings, split):
-            image, meaning = Cell(column, row.image, folders), meaning if len(splits) > 1 else None
+        meaning = meaning if len(splits) > 1 else None
+        for row in rows:
+            image = Cell(column, row.image, folders)
             yield Sample(f"{split}/{row.image:08}", image, row.captions, row.origin, meaning)
