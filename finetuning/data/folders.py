@@ -45,23 +45,20 @@ def split_folders(root):
 def existing_folder(path):
     """The folder as a Path. Raises DatasetError."""
     path = Path(path)
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise DatasetError(f"{path} is a file: {_advice(path)}")
-    raise DatasetError(f"there is no folder {path}")
+    if not path.exists():
+        raise DatasetError(f"there is no folder {path}")
+    for problem in folder_problems("", path):
+        raise DatasetError(problem.strip())
+    return path
 
 
 def folder_problems(flag, path):
     """Yield why what a flag names is no folder."""
     if Path(path).is_file():
-        yield f"{flag} {path} is a file: {_advice(Path(path))}"
+        is_packed = Path(path).suffix.lower() in ARCHIVES
+        yield f"{flag} {path} is a file: {'unpack it and name the folder' if is_packed else 'name a folder'}"
     elif not Path(path).is_dir():
         yield f"{flag} {path}: there is no such folder"
-
-
-def _advice(file):
-    return "unpack it and name the folder" if file.suffix.lower() in ARCHIVES else "name a folder"
 
 
 def walk(top, allow_outside_paths, findings, root=None):
@@ -152,10 +149,8 @@ def _holds_images(table):
 
 def what_else(folder):
     """What a folder without images holds in their place, as advice that may follow a message; "" where nothing."""
-    splits = [
-        f"{entry.name}/" for entry in sorted(Path(folder).iterdir()) if split_meant(entry.name) and has_images(entry)
-    ]
-    if splits:
+    entries = sorted(Path(folder).iterdir())
+    if splits := [f"{entry.name}/" for entry in entries if split_meant(entry.name) and has_images(entry)]:
         return f"; it has {first_few(splits)} alone: what is trained on belongs beside it or into train/"
     found = {".zip": [], ".tar": []}
     for _, _, names in os.walk(folder):
@@ -164,10 +159,8 @@ def what_else(folder):
             if ending in found:
                 found[ending].append(name)
     if found[".tar"]:
-        return (
-            f"; it holds tars ({first_few(found['.tar'], 2)}): --streaming reads them as they are, `prepare_dataset.py "
-            "convert webdataset` makes an image folder of them"
-        )
+        fix = "--streaming reads them, `prepare_dataset.py convert webdataset` makes an image folder of them"
+        return f"; it holds tars ({first_few(found['.tar'], 2)}): {fix}"
     if found[".zip"]:
         return f"; it holds zipped files ({first_few(found['.zip'], 2)}): unpack them first"
     return ""
