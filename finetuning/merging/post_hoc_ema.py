@@ -34,17 +34,12 @@ NEGLIGIBLE = 1e-6  # a snapshot of less weight is not worth reading
 class PostHocArgs(OutputArgs):
     """Averages after the run (post-hoc EMA)"""
 
-    run_dir: str = flag(
-        REQUIRED, "folder of a run of train_text_to_image.py, with its checkpoint-N folders", positional=True
-    )
+    run_dir: str = flag(REQUIRED, "folder of a run of train_text_to_image.py, with its checkpoint-N", positional=True)
     sigma_rel: list[float] = flag(
         [0.05, 0.1], "widths of the averages as shares of the run, one model each; the largest is the plain mean of "
         "all steps", above=0, max=WIDEST,
     )  # fmt: skip
-    weights: str = flag(
-        "both", "which weights of the checkpoints are put together; both: those that are there",
-        choices=("both", "ema", "raw"),
-    )  # fmt: skip
+    weights: str = flag("both", "which weights of the checkpoints are put together", choices=("both", "ema", "raw"))
     at: int | None = flag(None, "step of the checkpoint at which the average ends (none: the last)", min=1)
 
     def problems(self):
@@ -180,12 +175,13 @@ def _differences(profiles):
 def plan(args: PostHocArgs):
     """[Reconstruction, ...], one for each --sigma_rel. Raises ModelError."""
     found = snapshots(args.run_dir, args.weights)
-    steps = sorted({len(profile) - 1 for profile in found.values()})
+    steps = sorted({_step(folder) for folder, _ in found})
     end = args.at or steps[-1]
-    if end not in steps:
-        raise ModelError(f"--at {end}: {args.run_dir} has no checkpoint of that step, but of {first_few(steps, 12)}")
-    if end == steps[0]:
-        raise ModelError(f"--at {end} is the first checkpoint of {args.run_dir}: an average needs two or more")
+    if end not in steps[1:]:
+        raise ModelError(
+            f"--at {end}: an average ends at a checkpoint after the first. {args.run_dir} has those of steps "
+            f"{first_few(steps, 12)}"
+        )
     found = {one: np.pad(own, (0, end + 1 - len(own))) for one, own in found.items() if len(own) <= end + 1}
     plans = []
     for sigma_rel in args.sigma_rel:
@@ -223,15 +219,17 @@ def snapshots(run_folder, weights="both"):
         )
     states = {path: _state(path) for path in folders}
     _check_one_run(states)
-    found = {}
+    found, lacking = {}, []
     for path, state in states.items():
-        if weights != "ema" and (path / "unet").is_dir():
-            found[path, "raw"] = raw_profile(_step(path))
-        if weights != "raw" and (path / "unet_ema").is_dir():
-            found[path, "ema"] = _ema_profile_of(path, state)
-    if missing := [path for path in folders if path not in {folder for folder, _ in found}]:
+        held = {"raw": (path / "unet").is_dir(), "ema": (path / "unet_ema").is_dir()}
+        kinds = [kind for kind in held if held[kind] and weights in (kind, "both")]
+        lacking += [] if kinds else [path]
+        found |= {
+            (path, kind): raw_profile(_step(path)) if kind == "raw" else _average_in(path, state) for kind in kinds
+        }
+    if lacking:
         needed = "unet_ema/ (train with --use_ema)" if weights == "ema" else "unet/"
-        raise ModelError(f"there is no {needed} in {first_few(missing)}")
+        raise ModelError(f"there is no {needed} in {first_few(lacking)}")
     return found
 
 
@@ -250,18 +248,17 @@ def _state(folder):
     return state
 
 
-def _ema_profile_of(folder, state):
+def _average_in(folder, state):
+    """The profile of the exponential average that a checkpoint holds."""
     args, step = state["args"], _step(folder)
     if state["ema_updates"] != step:
         raise ModelError(
             f"{folder}: its average has {state['ema_updates']} updates after {step} steps, so what it is made of is "
             "not known: take --weights raw"
         )
-    start_kind = state.get("ema_start")
-    if start_kind is None:  # a checkpoint of an older version: what build_ema chose then
-        loaded_apart = args.get("non_ema_revision") or args.get("non_ema_variant")
-        start_kind = args["ema_start"] or ("warm" if loaded_apart else "ramp")
-    return ema_profile(args["ema_decay"], start_kind, step)
+    loaded_apart = args.get("non_ema_revision") or args.get("non_ema_variant")
+    chosen = args["ema_start"] or ("warm" if loaded_apart else "ramp")  # by build_ema, where no checkpoint says it
+    return ema_profile(args["ema_decay"], state.get("ema_start") or chosen, step)
 
 
 def _check_one_run(states):
