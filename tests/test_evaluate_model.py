@@ -185,7 +185,9 @@ def test_a_second_run_draws_nothing_and_an_interrupted_one_what_is_missing(evalu
     assert pixels(tmp_path / "images/original/dataset") == drawn
 
 
-def test_one_model_is_in_memory_at_a_time(evaluate, tuned, tmp_path, monkeypatch):
+def test_one_model_is_in_memory_at_a_time_and_labels_that_look_alike_have_folders_of_their_own(
+    evaluate, tuned, tmp_path, monkeypatch
+):
     alive = []
 
     def opened(*arguments, **options):
@@ -197,8 +199,9 @@ def test_one_model_is_in_memory_at_a_time(evaluate, tuned, tmp_path, monkeypatch
 
     open_pipeline = candidates.open_pipeline
     monkeypatch.setattr(candidates, "open_pipeline", opened)
-    assert evaluate(tmp_path, "--model", tuned, "--metrics", "shapes", "--general_prompts", "none") == 0
-    assert len(alive) == 3
+    models = ["--model", f"a b={tuned}", f"a-b={tuned}", "--metrics", "shapes", "--general_prompts", "none"]
+    assert evaluate(tmp_path, *models, "--no-noise_floor", "--max_rows", 2) == 0
+    assert len(alive) == 3 and len(list((tmp_path / "images").glob("a-b*"))) == 2
 
 
 # -- what may be evaluated -------------------------------------------------------------------------------------------

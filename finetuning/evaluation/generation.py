@@ -137,22 +137,33 @@ def generate_rows(pipeline, rows, folder, args, *, name, lora=None, weights="ema
     _claim(folder, rows, settings, args.overwrite, say)
     paths = {row.number: _path(folder, row.number) for row in rows}
     options = {key: settings[key] for key in ("guidance_scale", "num_inference_steps", "negative_prompt", "size")}
+
+    def make(part):
+        captions = [row.caption for row in rows[part]]
+        seeds = lambda purpose: [torch_generator(args.seed, purpose, row.number) for row in rows[part]]
+        images = generate(pipeline, captions, seeds("evaluation"), batch_size=len(captions), **options)
+        if upscaler is None:
+            return images
+        return upscale(upscaler, list(images), captions, seeds("upscaled"), args, args.batch_size)
+
     with with_lora(pipeline, adapter, args.lora_scale), tqdm(total=len(rows), desc=f"images of {folder.name}") as bar:
-        for start in range(0, len(rows), args.batch_size):
-            part = rows[start : start + args.batch_size]
-            missing = {row.number for row in part if not _is_whole(paths[row.number])}
-            # A batch is generated whole: with another number of rows it may round otherwise
-            if missing:
-                captions = [row.caption for row in part]
-                seeds = lambda purpose, part=part: [torch_generator(args.seed, purpose, row.number) for row in part]
-                images = generate(pipeline, captions, seeds("evaluation"), batch_size=len(part), **options)
-                if upscaler:
-                    images = upscale(upscaler, list(images), captions, seeds("upscaled"), args, args.batch_size)
-                for row, image in zip(part, images, strict=True):
-                    if row.number in missing:
-                        write_image(paths[row.number], image)
-            bar.update(len(part))
+        generate_missing(list(paths.values()), args.batch_size, make, bar.update)
     return paths
+
+
+def generate_missing(paths, batch_size, make, advance):
+    """Write the PNGs that are not there to their end; make(slice of paths) gives the images, advance(count) is told.
+
+    A batch is generated whole: with another number of rows it may round otherwise.
+    """
+    for start in range(0, len(paths), batch_size):
+        part = slice(start, start + batch_size)
+        missing = [path for path in paths[part] if not _is_whole(path)]
+        if missing:
+            for path, image in zip(paths[part], make(part), strict=True):
+                if path in missing:
+                    write_image(path, image)
+        advance(len(paths[part]))
 
 
 def _settings(pipeline, adapter, args):

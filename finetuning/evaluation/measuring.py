@@ -336,14 +336,14 @@ def summarise(measured, folder="."):
 
     Paths are written relative to `folder`, the report's.
     """
-    summary, differences = {}, {}
+    summary, differences, (reference, *others) = {}, {}, measured.models
     values = {metric: by_side[measured.sides[-1]] for metric, by_side in measured.values.items()}
     for metric in measured.metrics:
         summary[metric], differences[metric] = {}, {}
         for side in measured.sides:
-            of, against = _estimators(measured, metric, side)
+            of = partial(_estimate, measured, metric, side)
             summary[metric][str(side)] = {label: of(label).as_dict() for label in measured.models}
-            found = {label: against(label, measured.models[0]) for label in measured.models[1:]}
+            found = {label: of(label, reference) for label in others}
             differences[metric][str(side)] = {
                 label: one.as_dict() | {"excludes_zero": bool(one.excludes_zero)} for label, one in found.items()
             }
@@ -351,7 +351,7 @@ def summarise(measured, folder="."):
         "protocol": measured.protocol,
         "policy": POLICY,
         "sides": measured.sides,
-        "reference": measured.models[0],
+        "reference": reference,
         "weights": [asdict(one) for one in measured.weights],
         "metrics": {name: asdict(metric) for name, metric in measured.table.items()},
         "left_out": measured.left_out,
@@ -377,16 +377,12 @@ def row_records(measured, values, folder="."):
     ]
 
 
-def _estimators(measured, metric, side):
-    """(label -> Estimate of the metric, (label, label) -> Estimate of the paired difference)."""
+def _estimate(measured, metric, side, label, reference=None):
+    """The Estimate of a metric of a model, or of its paired difference from that of the reference."""
     if measured.metrics[metric].per == "row":
-        values = measured.values[metric][side]
-        return (
-            lambda label: statistics.mean_of(values[label]),
-            lambda a, b: statistics.paired_difference(values[a], values[b]),
-        )
+        own = measured.values[metric][side]
+        return statistics.paired_difference(own[label], own[reference]) if reference else statistics.mean_of(own[label])
     own, truth = measured.features[side], measured.truth[side]
-    return (
-        lambda label: statistics.set_estimate(metric, own[label], truth),
-        lambda a, b: statistics.set_difference(metric, own[a], own[b], truth),
-    )
+    if reference:
+        return statistics.set_difference(metric, own[label], own[reference], truth)
+    return statistics.set_estimate(metric, own[label], truth)

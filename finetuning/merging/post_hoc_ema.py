@@ -2,12 +2,10 @@
 
 EDM2 (arXiv 2312.02696, section 3 and appendix C) averages the weights of all steps with a weight that grows as
 step^gamma, and writes the width of that profile as sigma_rel, its standard deviation as a share of the run. A profile
-is what each step of the run contributes to an average: numbers for step 0 (what the average started from), 1, ... that
-sum to 1.
+is what each step of the run contributes to an average: numbers for step 0 (its start), 1, ... that sum to 1.
 
 A checkpoint holds the raw weights (all of the profile on one step) and, with --use_ema, an exponential average. Both
-profiles are known from training_state.json, so the wanted one is put together from them by least squares, and what
-cannot be met is reported as the misfit.
+profiles are known, so the wanted one is put together from them by least squares; what cannot be met is the misfit.
 """
 
 import json
@@ -133,9 +131,8 @@ def misfit_of(profile, wanted):
     """How far the mass of `profile` [steps + 1] has to be moved to give `wanted`, as a share of the run's length.
 
     Weights change little in a step, so profiles are compared by their sums up to each step (Wasserstein-1 distance
-    where no mass is negative): mass on the step beside the right one does no harm. The averages of a path of weights
-    differ by at most misfit * steps * the path's longest step. What an average started from may be other weights than
-    those that were trained, so step 0 counts as a whole run before step 1.
+    where no mass is negative), and the averages of a path of weights differ by at most misfit * steps * its longest
+    step. What an average started from may be other weights, so step 0 counts as a whole run before step 1.
     """
     difference, gaps = _differences(profile - wanted)
     return float((np.abs(difference) * gaps).sum())
@@ -144,20 +141,18 @@ def misfit_of(profile, wanted):
 def solve(profiles, wanted):
     """(weights [snapshots], misfit): the combination of `profiles` [snapshots, steps + 1] nearest to `wanted`.
 
-    Least squares over the sums up to each step, with weights that sum to 1: for a path of independent moves the
-    smallest expected error of the averaged weights. Weights may be negative: the difference of two averages is the
-    average between them. RIDGE keeps snapshots that are nearly equal from getting huge weights of opposite sign.
+    Least squares over the sums up to each step, with weights that sum to 1: the smallest expected error for a path of
+    independent moves. Weights may be negative: the difference of two averages is the average between them. RIDGE keeps
+    snapshots that are nearly equal from getting huge weights of opposite sign.
     """
     profiles = np.asarray(profiles, dtype=np.float64)
     count = len(profiles)
     differences, gaps = _differences(profiles - wanted)  # [snapshots, steps]
     differences = (differences * np.sqrt(gaps)).T
-    # weights = last + basis @ free sum to 1 whatever `free` is
-    basis = np.vstack([np.eye(count - 1), -np.ones(count - 1)])
-    last = np.eye(count)[-1]
+    basis, last = np.vstack([np.eye(count - 1), -np.ones(count - 1)]), np.eye(count)[-1]
     system = np.vstack([differences, RIDGE * np.eye(count)])
     free = np.linalg.lstsq(system @ basis, -system @ last, rcond=None)[0]
-    weights = last + basis @ free
+    weights = last + basis @ free  # which sum to 1 whatever `free` is
     weights[np.abs(weights) < NEGLIGIBLE] = 0
     weights /= weights.sum()
     return weights, misfit_of(weights @ profiles, wanted)

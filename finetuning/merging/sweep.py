@@ -186,28 +186,21 @@ def sweep_on(args, device="cpu", dtype=torch.float32):
 
 
 def _generate(args, merged, ratio, folder, kind, rows, bar):
-    """The PIL images of `rows` [(prompt, seed)]; those that are in the folder are read, the others generated.
+    """The PIL images of `rows` [(prompt, seed)]; those that are in the folder are read, the others generated."""
+    from finetuning.evaluation.generation import generate_missing
 
-    What was generated together is generated together again if any of it is missing: another number of rows may round
-    otherwise.
-    """
+    def make(part):
+        merged.set(ratio)
+        prompts, seeds = zip(*rows[part], strict=True)
+        generators = [torch_generator(seed, "picture") for seed in seeds]  # as generate_images.py has it
+        return generation.generate(
+            merged.pipeline, prompts, generators, batch_size=len(prompts), size=generation.parse_size(args.size),
+            guidance_scale=args.guidance_scale, num_inference_steps=args.num_inference_steps,
+        )  # fmt: skip
+
     paths = [folder / f"{kind}-{index // len(args.seed):03d}-seed{seed}.png" for index, (_, seed) in enumerate(rows)]
-    images = []
-    for start in range(0, len(rows), args.batch_size):
-        batch, places = rows[start : start + args.batch_size], paths[start : start + args.batch_size]
-        if not all(path.is_file() for path in places):
-            merged.set(ratio)
-            generators = [torch_generator(seed, "picture") for _, seed in batch]  # as generate_images.py has it
-            made = generation.generate(
-                merged.pipeline, [prompt for prompt, _ in batch], generators, batch_size=len(batch),
-                size=generation.parse_size(args.size), guidance_scale=args.guidance_scale,
-                num_inference_steps=args.num_inference_steps,
-            )  # fmt: skip
-            for path, image in zip(places, made, strict=True):
-                write_image(path, image)
-        images += [Image.open(path).convert("RGB") for path in places]
-        bar.update(len(batch))
-    return images
+    generate_missing(paths, args.batch_size, make, bar.update)
+    return [Image.open(path).convert("RGB") for path in paths]
 
 
 def _grid(args, rows, columns):

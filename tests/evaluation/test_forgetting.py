@@ -11,10 +11,7 @@ from PIL import Image
 from finetuning.cli import read
 from finetuning.evaluation.checkers import load_checker
 from finetuning.evaluation.denoising import PipelineLoss, load_rows, row_losses
-from finetuning.evaluation.forgetting import (
-    ForgettingArgs,
-    forgetting,
-)
+from finetuning.evaluation.forgetting import ForgettingArgs, forgetting
 from finetuning.evaluation.generation import Row, general_rows
 from finetuning.evaluation.measuring import EvalNetworkArgs, Networks
 from finetuning.evaluation.metrics import EvaluationError

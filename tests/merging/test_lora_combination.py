@@ -124,10 +124,7 @@ def test_a_layer_that_one_lora_alone_has_is_only_scaled(method):
         assert found.rank == 2 and close(found.delta(), weighted_sum([layer], [-0.5]))
 
 
-LORAS = (
-    {TO_Q: (2, 1.0), CONV: (3, 3.0), FC1: (2, 4.0)},
-    {TO_Q: (4, 2.0), CONV: (1, 5.0), PROJ_IN: (3, 3.0)},
-)
+LORAS = ({TO_Q: (2, 1.0), CONV: (3, 3.0), FC1: (2, 4.0)}, {TO_Q: (4, 2.0), CONV: (1, 5.0), PROJ_IN: (3, 3.0)})
 
 
 @pytest.fixture

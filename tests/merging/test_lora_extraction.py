@@ -9,14 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetuning.cli import read
-from finetuning.families.lora_files import (
-    DIFFUSERS_NAME,
-    KOHYA_NAME,
-    Layer,
-    adaptable,
-    read_lora,
-    write_diffusers,
-)
+from finetuning.families.lora_files import DIFFUSERS_NAME, KOHYA_NAME, Layer, adaptable, read_lora, write_diffusers
 from finetuning.families.model_args import ModelError
 from finetuning.families.opening import open_source
 from finetuning.merging.lora_extraction import (

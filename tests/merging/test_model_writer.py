@@ -68,6 +68,17 @@ def test_precision_is_the_finest_of_the_inputs_or_as_asked(unet, write, tmp_path
     assert found.dtype == getattr(torch, written) and (found.float() == 1.5).all()
 
 
+def test_compute_gets_whole_tensors_where_it_wants_them(unet, write, tmp_path):
+    shapes = []
+
+    def compute(base, tuned, out):
+        shapes.append(tuple(base.shape))
+        out.view(base.shape).copy_(tuned)
+
+    write([unet("base"), unet("tuned")], output(tmp_path / "out", compute=compute), whole=True)
+    assert sorted(shapes) == [(2, 3), (4,)]
+
+
 @pytest.fixture
 def pipeline(tiny_model, tmp_path):
     """A copy of tiny_model with a safety checker as a variant only, pickles, and a checkpoint of a run inside."""
