@@ -32,7 +32,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertTokenizer,
+    CLIPConfig,
     CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -190,6 +193,42 @@ def tiny_git(tmp_path_factory):
     git.save_pretrained(folder)
     size = {"height": 16, "width": 16}
     GitProcessor(CLIPImageProcessor(size=size, crop_size=size), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def metric_weights(tiny_model, tmp_path_factory):
+    """A folder of random weights for the metrics: inception.pth and .safetensors, alexnet.safetensors, clip/.
+
+    CLIP reads 16 tokens and 16 pixels. Never write to it.
+    """
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+    from torchvision.models import alexnet
+
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        inception = fidelity.FeatureExtractorInceptionV3("random", ["2048"])
+    trunk = alexnet().features
+    for weights in [*inception.parameters(), *trunk.parameters()]:
+        if weights.dim() > 1:  # so that the features neither vanish nor explode
+            torch.nn.init.kaiming_normal_(weights, nonlinearity="relu")
+    # torch-fidelity's kernels are float32: large features keep a KID of some size out of their rounding
+    inception.Conv2d_1a_3x3.conv.weight.data *= 4
+    torch.save(inception.state_dict(), folder / "inception.pth")  # for torch-fidelity itself
+    save_file(inception.state_dict(), folder / "inception.safetensors")
+    save_file(trunk.state_dict(prefix="features."), folder / "alexnet.safetensors")
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_model / "tokenizer")
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = {"vocab_size": len(tokenizer), "bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1}
+    text = {**layers, **words, "max_position_embeddings": 16}
+    vision = {**layers, "image_size": 16, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder / "clip")
+    size = {"height": 16, "width": 16}
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
+    CLIPProcessor(images, tokenizer).save_pretrained(folder / "clip")
     return folder
 
 
