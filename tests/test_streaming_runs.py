@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import socket
 import tarfile
 
 import datasets
@@ -66,7 +64,7 @@ def arguments(tiny_model, shards):
     """.split()
 
 
-@pytest.mark.parametrize(("write", "workers"), [(tars, 0), (tables, 1)])
+@pytest.mark.parametrize(("script", "write", "workers"), [("train_text_to_image", tars, 0), ("train_lora", tables, 1)])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(
     script, training, arguments, samples, shards, tmp_path, write, workers, capfd, monkeypatch
 ):
@@ -97,34 +95,14 @@ def test_a_pattern_names_the_shards(script, training, arguments, samples, shards
     assert json.loads((tmp_path / "run/args.json").read_text())["train_data_dir"] == pattern
 
 
-def on_two_processes(work):
-    """Call `work()` in two forked children that torch takes for one group, as its launcher would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = []
-    for rank in ("0", "1"):
-        pid = os.fork()
-        if pid == 0:
-            status = 99
-            try:
-                os.environ.update(group | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"})
-                status = work()
-            finally:
-                os._exit(status)
-        children.append(pid)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-
-
 def test_processes_read_shards_of_their_own_and_resume_exactly(
     script, training, arguments, samples, shards, tmp_path, tensors
 ):
     tars(shards, samples)
     more = ("--max_train_steps", 5, "--resume_from_checkpoint", "latest")
-    assert on_two_processes(lambda: training.run(script, arguments, tmp_path / "straight", *more)) == [0, 0]
+    assert training.on_two_processes(script, arguments, tmp_path / "straight", *more) == [0, 0]
     shutil.copytree(tmp_path / "straight/checkpoint-3", tmp_path / "resumed/checkpoint-3")
-    assert on_two_processes(lambda: training.run(script, arguments, tmp_path / "resumed", *more)) == [0, 0]
+    assert training.on_two_processes(script, arguments, tmp_path / "resumed", *more) == [0, 0]
     assert json.loads((tmp_path / "resumed/args.json").read_text())["run"]["processes"] == 2
     straight, resumed = (tensors(tmp_path / name / "checkpoint-5") for name in ("straight", "resumed"))
     assert straight.keys() == resumed.keys() and straight
@@ -138,7 +116,7 @@ def test_fewer_shards_than_processes_are_refused(script, training, arguments, sa
     tars(shards, samples[:2])
     for number in (1, 2):
         (shards / f"{number:05}.tar").unlink()
-    assert on_two_processes(lambda: training.run(script, arguments, tmp_path / "out")) == [1, 1]
+    assert training.on_two_processes(script, arguments, tmp_path / "out") == [1, 1]
     assert capfd.readouterr().err.count("has 1 shards for 2 processes") == 1
 
 
