@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -286,6 +287,35 @@ class Training:
         words = [*map(str, arguments), "--output_dir", str(output_dir), *map(str, more)]
         with accelerate_forgotten():
             return importlib.import_module(script).main(words)
+
+    @classmethod
+    def on_two_processes(cls, *run, **environment):
+        """The exit statuses of run(...) in two forked children that torch takes for one group, as its launcher would
+        start them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+        def work(rank):
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
+            os.environ.update(group | ranks | environment)
+            return cls.run(*run)
+
+        children = [cls.in_child(lambda rank=rank: work(rank)) for rank in ("0", "1")]
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+    @staticmethod
+    def in_child(work):
+        """Start `work()` in a forked child, which needs no second import; returns its process id."""
+        pid = os.fork()
+        if pid == 0:
+            status = 99
+            try:
+                status = work()
+            finally:
+                os._exit(status)
+        return pid
 
     @staticmethod
     def metrics(folder):

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import time
 
 import pytest
@@ -307,12 +306,12 @@ def test_method_lora_trains_adapters_and_says_how_to_generate_with_them(root, ti
     }  # fmt: skip
     done = finetune(root, **settings)
     assert done.returncode == 0, done.stderr
-    assert "load_lora_weights loads it" in done.stderr
-    [command] = re.findall(r"python (generate_images.py .*)", done.stdout)
+    assert "load_lora_weights loads it" in done.stderr and "this run is in fp32" in done.stderr
+    [command] = re.findall(r"python generate_images.py (.*)", done.stdout)
     assert f"--lora {tmp_path} --lora_scale 0 0.5 0.8 1" in command
-    generate = [sys.executable, *shlex.split(command), "--size", "32", "--num_inference_steps", "1"]
     generated = tmp_path.with_name(f"{tmp_path.name}-generated")  # not inside the LoRA's folder, which is read
-    subprocess.run([*generate, "--output_dir", str(generated)], cwd=root, check=True, timeout=600)
+    less = ["--size", "32", "--num_inference_steps", "1", "--output_dir", str(generated)]
+    assert generate_images.main([*shlex.split(command), *less]) == 0
     assert (tmp_path / "kohya_lora_weights.safetensors").is_file() and (generated / "grid.png").is_file()
 
 
@@ -324,6 +323,7 @@ def test_it_runs_with_variables_from_the_environment(root, tiny_model, shapes_fo
     }  # fmt: skip
     done = finetune(root, **settings)
     assert done.returncode == 0, done.stderr
+    assert "this run is in fp32" in done.stderr  # accelerate_config.yaml says fp16
     assert f"{tmp_path}/comparison.png" in done.stdout
     args = json.loads((tmp_path / "args.json").read_text())
     assert (args["max_train_steps"], args["learning_rate"], args["ema_decay"]) == (2, 1e-5, 0.5)
