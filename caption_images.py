@@ -22,10 +22,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
-from finetuning.captioning import CAPTIONERS
 from finetuning.captioning.folder import CaptionedFolder, FolderArgs, Journal
 from finetuning.captioning.interrogator import Interrogator, InterrogatorArgs
-from finetuning.captioning.kinds import GenerationArgs
+from finetuning.captioning.kinds import CAPTIONERS, GenerationArgs
 from finetuning.cli import REQUIRED, as_dict, flag, flags_without_effect, run_script
 from finetuning.data.findings import Findings, counted
 from finetuning.data.folders import folder_problems

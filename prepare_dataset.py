@@ -17,8 +17,7 @@ SOURCE  imagefolder     images with metadata.jsonl, .csv or .parquet, in any of 
 Reads   PATH or DIR, which is never changed.
 Writes  a new folder with train/, validation/ and test/, each with its images and its metadata.jsonl; convert also
         conversion.json with the settings and counts, failures.jsonl with what could not be taken and why, and
-        findings.json with what its reader left out and what is to
-        be known.
+        findings.json with what its reader left out and what is to be known.
 Go on   after an interrupted convert: the same command again. The others write a new folder whole or not at all.
 """
 
@@ -27,18 +26,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from finetuning.cli import REQUIRED, flag, run_commands
-from finetuning.conversion.download import DownloadArgs
-from finetuning.conversion.dreambooth import DreamBoothArgs
-from finetuning.conversion.hub import HubArgs
-from finetuning.conversion.imagefolder import ColumnArgs
-from finetuning.conversion.parallel import ParallelArgs
-from finetuning.conversion.sidecar import SidecarArgs
-from finetuning.conversion.sources import SOURCES
-from finetuning.conversion.stanford_dogs import StanfordDogsArgs
-from finetuning.conversion.unsplash import UnsplashArgs
+from finetuning.conversion.sources import FLAGS, SOURCES
 from finetuning.conversion.writer import WritingArgs, write_dataset
 from finetuning.data.findings import DatasetError, Findings
-from finetuning.data.tars import WebDatasetArgs
 from finetuning.files import write_json
 
 
@@ -52,14 +42,11 @@ class SourceArgs:
 
 
 @dataclass
-class ConvertArgs(
-    HubArgs, WebDatasetArgs, DreamBoothArgs, StanfordDogsArgs, UnsplashArgs, DownloadArgs, ParallelArgs, SidecarArgs,
-    ColumnArgs, WritingArgs, SourceArgs,
-):  # fmt: skip
+class ConvertArgs(*reversed(FLAGS), WritingArgs, SourceArgs):
     """Every flag of convert."""
 
     def problems(self):
-        flags_of = {name: _names(*source.flags) for name, source in SOURCES.items()}
+        flags_of = {name: _names(*groups) for name, (_, groups) in SOURCES.items()}
         usual, ours = ConvertArgs(), flags_of.get(self.source, set()) | _names(WritingArgs, SourceArgs)
         for name in sorted(_names(ConvertArgs) - ours):
             if getattr(self, name) != getattr(usual, name):
@@ -73,7 +60,7 @@ def _names(*groups):
 
 def convert(args):
     """From any source to one folder. The source is read twice: first for its errors, so that few rows are in memory."""
-    findings, read = Findings(), SOURCES[args.source].read
+    findings, (read, _) = Findings(), SOURCES[args.source]
     total = sum(1 for _ in read(args.path, args, findings))
     say = lambda text: print(text, file=sys.stderr)
     findings.refuse(args.path, args.on_bad_rows, say, fix="correct them, or take the rest with")

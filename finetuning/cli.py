@@ -50,13 +50,29 @@ class UserError(ValueError):
     """What a person can mend: the message names the file or flag and the fix. `run_script` prints it."""
 
 
-def flag(
-    default, help=None, *, choices=None, metavar=None, positional=False, repeated=False,
-    min=None, max=None, above=None, below=None, requires=None, conflicts=None, affects_result=True, reads=False, was=(),
-):  # fmt: skip
-    """A dataclass field that is also a flag.
+def flag(default, help=None, **declared):
+    """A dataclass field that is also a flag. `default` is REQUIRED, a value, or a list; what else can be declared are
+    the fields of `Flag`.
 
-    default         REQUIRED, a value, or a list
+    A subclass may declare a flag again with another default: it stays in its group, and what the second declaration
+    does not say (even the help) is taken from the first.
+    """
+    for name in ("requires", "conflicts", "was"):  # one name may stand alone
+        if isinstance(declared.get(name), str):
+            declared[name] = (declared[name],)
+    metadata = declared | {"required": default is REQUIRED} | ({"help": help} if help else {})
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=None if default is REQUIRED else default, metadata=metadata)
+
+
+# -- what is declared ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag of a class: what its field is, and from `required` on what its declarations say.
+
     choices         the values that are allowed, or a function that lists them (called only where they are needed);
                     with on and off among them, --name alone is on, --no-name off, and true and false are read too
     positional      a bare word instead of --name
@@ -66,35 +82,11 @@ def flag(
     requires        a flag, or several of which one suffices, without which this one does nothing: "use_ema" is on where
                     it has a value other than off, none, 0 or empty; "loss_type=huber" names the value
     conflicts       a flag, or several, that cannot be given together with this one
-    affects_result  False: cannot change what a run computes (see flags_without_effect)
+    affects_result  False: cannot change what a run computes (see flags_without_effect); a group may say so of all its
+                    flags, by an attribute of this name
     reads           names what is read and must not be written to: a path or a Hub name (see paths_read)
     was             older names, which go on working with a notice
-
-    A subclass may declare a flag again with another default: it stays in its group, and what the second declaration
-    does not say (even the help) is taken from the first.
     """
-    declared = {
-        "help": help, "choices": choices, "metavar": metavar, "positional": positional, "repeated": repeated,
-        "min": min, "max": max, "above": above, "below": below, "requires": _names(requires),
-        "conflicts": _names(conflicts), "reads": reads, "was": _names(was),
-    }  # fmt: skip
-    metadata = {key: value for key, value in declared.items() if value not in (None, ()) and value is not False}
-    metadata |= {"required": default is REQUIRED} | ({} if affects_result else {"affects_result": False})
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=None if default is REQUIRED else default, metadata=metadata)
-
-
-def _names(names):
-    return (names,) if isinstance(names, str) else tuple(names or ())
-
-
-# -- what is declared ------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    """One flag of a class, as its declarations make it."""
 
     name: str
     kind: object  # the type of its value, without None
@@ -102,7 +94,7 @@ class Flag:
     default: object  # a list is a fresh one
     required: bool = False
     help: str = ""
-    choices: object = None
+    choices: object = ()
     metavar: str | None = None
     positional: bool = False
     repeated: bool = False
@@ -127,12 +119,12 @@ class Flag:
     @property
     def allowed(self):
         """The choices, or ()."""
-        return tuple(self.choices() if callable(self.choices) else self.choices or ())
+        return tuple(self.choices() if callable(self.choices) else self.choices)
 
     @property
     def is_switch(self):
         """Whether it can be given like a bool."""
-        return self.kind is bool or {"on", "off"} <= set(() if callable(self.choices) else self.choices or ())
+        return self.kind is bool or {"on", "off"} <= set(() if callable(self.choices) else self.choices)
 
     @property
     def range(self):
@@ -175,7 +167,8 @@ def groups(args_class):
         for name in inspect.get_annotations(group):
             field = group.__dict__.get("__dataclass_fields__", {}).get(name)
             if field is not None and "required" in field.metadata:
-                metadata[name] = metadata.get(name, {}) | dict(field.metadata)
+                of_group = {"affects_result": group.__dict__.get("affects_result", True)}
+                metadata[name] = metadata.get(name, of_group) | dict(field.metadata)
                 group_of.setdefault(name, group)
     found = {}
     for name, group in group_of.items():
@@ -376,84 +369,125 @@ def read(args_class, description, argv):
     A wrong value is replaced by the default.
     """
     flags = flags_of(args_class)
-    given, problems, suspect = _read_command_line(args_class, description, list(argv), flags)
-    if config_path := given.pop("config", None):
-        config, config_problems, config_suspect = _read_config(Path(config_path), flags)
-        given = config | given
-        problems += config_problems
-        suspect |= config_suspect
-
-    values = {}
-    for name, raw in given.items():
-        try:
-            values[name] = _convert(raw, flags[name])
-        except ValueError as problem:
-            problems.append(str(problem))
-            suspect.add(name)
+    found = _Reading(flags)
+    found.read_words(list(argv), show_help=lambda: _help(args_class, description).print_help())
+    if config := found.given.pop("config", None):
+        found.read_config(Path(config))
+    values = found.converted()
     missing = [flag for flag in flags.values() if flag.required and values.get(flag.name) is None]
-    problems += [f"{flag.spelled} is required: {flag.help}" for flag in missing if flag.name not in suspect]
-
+    found.problems += [f"{one.spelled} is required: {one.help}" for one in missing if one.name not in found.suspect]
     args = args_class(**values)
-    return args, problems + _related_problems(args, flags, suspect, with_groups=not missing)
+    # What relates several flags is said only of those that could be read
+    related = [*_unmet(args, flags), *(() if missing else _problems_of_groups(args))]
+    return args, found.problems + [problem for problem in related if not found.is_of_suspect(problem)]
 
 
-def _read_command_line(args_class, description, argv, flags):
-    """({name: value, values or True/False}, problems, names of flags that could not be read)."""
-    given, problems, suspect, strays = {}, [], set(), []
-    current = {older: flag.name for flag in flags.values() for older in flag.was}
-    words = list(argv)
+class _Reading:
+    """What a command line and a config file give for `flags` {name: Flag}, and what is wrong with it."""
 
-    while words:
-        word = words.pop(0)
-        if word in ("-h", "--help"):
-            _help(args_class, description).print_help()
-            raise SystemExit(0)
-        if word == "--":
-            strays += words
-            break
-        if not _is_flag(word):
-            strays.append(word)
-            continue
-        spelled, equals, attached = word.partition("=")
-        name = _flag_named(spelled[2:], flags, current)
-        turned_off = name.startswith("no-")
-        if turned_off:
-            name = _flag_named(name[3:], flags, current)
-        flag = CONFIG if name == "config" else flags.get(name)
-        if not spelled.startswith("--") or flag is None or flag.positional or (turned_off and not flag.is_switch):
-            problem, near = _unknown_flag(word, flags)
-            problems.append(problem)
-            suspect |= near
-            _take_values(words)
-            continue
+    def __init__(self, flags):
+        self.flags, self.given, self.problems = flags, {}, []  # given: {name: text, texts, or True and False}
+        self.suspect = set()  # names of flags that could not be read
+        self.current = {older: flag.name for flag in flags.values() for older in flag.was}
 
-        if flag.kind is bool:
-            if not equals and not turned_off and words and words[0].lower() in WORDS:
-                equals, attached = "=", words.pop(0)
-            given[name] = WORDS.get(attached.lower(), attached) if equals else not turned_off
-            continue
-        values = ([attached] if equals else []) + _take_values(words)
-        if flag.is_switch and (turned_off or not values):
-            given[name] = "off" if turned_off else "on"
-            strays += values
-        elif not values:
-            problems.append(f"--{name} needs a value")
-            suspect.add(name)
-        elif not flag.is_list:
-            given[name] = values[0]
-            strays += values[1:]
-        elif name in given and not flag.repeated:
-            problems.append(f"--{name} is given twice: put all its values after one --{name}")
-            suspect.add(name)
-        else:
-            given[name] = given.get(name, []) + values
+    def wrong(self, problem, *names):
+        """Note a problem, and the flags that have no value because of it."""
+        self.problems.append(problem)
+        self.suspect.update(names)
 
-    for flag in flags.values():
-        if flag.positional and strays:
-            given[flag.name] = strays.pop(0)
-    if strays and not problems:
-        problems.append(f"not understood: {' '.join(strays)} (a value with spaces needs quotes)")
-    return given, problems, suspect
+    def unknown(self, word, where=""):
+        spelled = word.split("=")[0]
+        name = spelled.lstrip("-").replace("-", "_").removeprefix("no_")
+        near = difflib.get_close_matches(name, [n for n, one in self.flags.items() if not one.positional], n=1)
+        self.wrong(f"{where}unknown flag {spelled}" + (f"; did you mean --{near[0]}?" if near else ""), *near)
+
+    def is_of_suspect(self, problem):
+        words = problem.replace(",", " ").replace(":", " ").split()
+        return any(self.flags[name].spelled in words for name in self.suspect)
+
+    def present_name(self, name):
+        """The present name of a flag; a notice where `name` is an older one."""
+        if name in self.flags or name not in self.current:
+            return name
+        report(f"{_script()}: --{name} is now called --{self.current[name]}")
+        return self.current[name]
+
+    def read_words(self, words, show_help):
+        given, strays = self.given, []
+        while words:
+            word = words.pop(0)
+            if word in ("-h", "--help"):
+                show_help()
+                raise SystemExit(0)
+            if word == "--":
+                strays += words
+                break
+            if not _is_flag(word):
+                strays.append(word)
+                continue
+            spelled, equals, attached = word.partition("=")
+            name = self.present_name(spelled[2:])
+            turned_off = name.startswith("no-")
+            if turned_off:
+                name = self.present_name(name[3:])
+            flag = CONFIG if name == "config" else self.flags.get(name)
+            if not spelled.startswith("--") or flag is None or flag.positional or (turned_off and not flag.is_switch):
+                self.unknown(word)
+                _take_values(words)
+                continue
+
+            if flag.kind is bool:
+                if not equals and not turned_off and words and words[0].lower() in WORDS:
+                    equals, attached = "=", words.pop(0)
+                given[name] = WORDS.get(attached.lower(), attached) if equals else not turned_off
+                continue
+            values = ([attached] if equals else []) + _take_values(words)
+            if flag.is_switch and (turned_off or not values):
+                given[name] = "off" if turned_off else "on"
+                strays += values
+            elif not values:
+                self.wrong(f"--{name} needs a value", name)
+            elif not flag.is_list:
+                given[name] = values[0]
+                strays += values[1:]
+            elif name in given and not flag.repeated:
+                self.wrong(f"--{name} is given twice: put all its values after one --{name}", name)
+            else:
+                given[name] = given.get(name, []) + values
+
+        for flag in self.flags.values():
+            if flag.positional and strays:
+                given[flag.name] = strays.pop(0)
+        if strays and not self.problems:
+            self.wrong(f"not understood: {' '.join(strays)} (a value with spaces needs quotes)")
+
+    def read_config(self, path):
+        """Fill in what the command line does not give."""
+        try:
+            content = yaml.load(path.read_text(encoding="utf-8-sig"), _OnceEach) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            return self.wrong(f"--config {path}: {error}")
+        if not isinstance(content, dict):
+            return self.wrong(f"--config {path}: must be a list of `flag: value` lines")
+        content.pop("run", None)  # what args.json says of the run that wrote it, beside its flags
+        values = {}
+        for key, value in content.items():
+            name = self.present_name(str(key))
+            if name in self.flags:
+                values[name] = value
+            else:
+                self.unknown(str(key), where=f"--config {path}: ")
+        self.given = values | self.given
+
+    def converted(self):
+        """{name: value} of those that are right."""
+        values = {}
+        for name, raw in self.given.items():
+            try:
+                values[name] = _convert(raw, self.flags[name])
+            except ValueError as problem:
+                self.wrong(str(problem), name)
+        return values
 
 
 def _take_values(words):
@@ -475,14 +509,6 @@ def _is_flag(word):
     return False
 
 
-def _flag_named(name, flags, current):
-    """The present name of a flag; a notice where `name` is an older one."""
-    if name in flags or name not in current:
-        return name
-    report(f"{_script()}: --{name} is now called --{current[name]}")
-    return current[name]
-
-
 class _OnceEach(yaml.SafeLoader):
     """Refuses a key that stands twice: YAML would take the last one without a word."""
 
@@ -491,28 +517,6 @@ class _OnceEach(yaml.SafeLoader):
         if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
             raise yaml.YAMLError(f"{', '.join(twice)} is given twice: keep one of them")
         return super().construct_mapping(node, deep)
-
-
-def _read_config(path, flags):
-    """({name: value}, problems, names of flags that could not be read)."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), _OnceEach) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        return {}, [f"--config {path}: {error}"], set()
-    if not isinstance(content, dict):
-        return {}, [f"--config {path}: must be a list of `flag: value` lines"], set()
-    content.pop("run", None)  # what args.json says of the run that wrote it, beside its flags
-    current = {older: flag.name for flag in flags.values() for older in flag.was}
-    values, problems, suspect = {}, [], set()
-    for key, value in content.items():
-        name = _flag_named(str(key), flags, current)
-        if name in flags:
-            values[name] = value
-        else:
-            problem, near = _unknown_flag(str(key), flags)
-            problems.append(f"--config {path}: {problem}")
-            suspect |= near
-    return values, problems, suspect
 
 
 def _convert(raw, flag):
@@ -572,19 +576,14 @@ def _convert_one(raw, flag, kind, whole):
     return value
 
 
-def _related_problems(args, flags, suspect, with_groups=True):
-    """What relates several flags, said only of those that could be read."""
-    problems = list(_unmet(args, flags))
-    for group in type(args).__mro__ if with_groups else ():
-        if "problems" not in group.__dict__:
-            continue
+def _problems_of_groups(args):
+    for group in type(args).__mro__:
         try:
-            problems += group.__dict__["problems"](args)
+            yield from group.__dict__["problems"](args) if "problems" in group.__dict__ else ()
         except UserError as error:  # of a file that a flag names
-            problems.append(str(error))
+            yield str(error)
         except OSError as error:
-            problems.append(_os_message(error))
-    return [text for text in problems if not _names_one_of(text, suspect, flags)]
+            yield _os_message(error)
 
 
 def _unmet(args, flags):
@@ -605,20 +604,6 @@ def _unmet(args, flags):
 def _is_on(args, wanted):
     name, equals, value = wanted.partition("=")
     return str(getattr(args, name)) == value if equals else bool(getattr(args, name))
-
-
-def _names_one_of(text, names, flags):
-    """Whether a message speaks of one of these flags."""
-    words = text.replace(",", " ").replace(":", " ").split()
-    return any(flags[name].spelled in words for name in names)
-
-
-def _unknown_flag(word, flags):
-    """(the problem, the names that may have been meant)."""
-    spelled = word.split("=")[0]
-    name = spelled.lstrip("-").replace("-", "_")
-    near = difflib.get_close_matches(name.removeprefix("no_"), [n for n, f in flags.items() if not f.positional], n=1)
-    return f"unknown flag {spelled}" + (f"; did you mean --{near[0]}?" if near else ""), set(near)
 
 
 def _script():

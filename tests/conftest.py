@@ -1,11 +1,14 @@
 """Shared fixtures: a tiny random Stable Diffusion, a tiny dataset, and runs of the scripts."""
 
 import importlib
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from contextlib import contextmanager
 from html.parser import HTMLParser
@@ -25,6 +28,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertTokenizer,
@@ -41,6 +45,7 @@ from transformers import (
 from finetuning.cli import read
 from finetuning.files import write_json, xxh3
 from finetuning.shapes.write_dataset import write as write_shapes
+from finetuning.training.checkpoint import checkpoints_in
 from models.make_start import MODEL_INDEX, vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,6 +202,22 @@ def shapes_folder(tmp_path_factory):
     return folder
 
 
+class Bomb:
+    """Whoever unpickles it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    """An object that makes a folder, its `path`, where it is unpickled."""
+    return Bomb(tmp_path / "exploded")
+
+
 @contextmanager
 def accelerate_forgotten():
     """accelerate keeps its state in the process: forget it, and the signal handlers of a run, after the block."""
@@ -241,9 +262,10 @@ class Training:
         return [line for line in cls.metrics(folder) if "train_loss" in line]
 
     @classmethod
-    def state(cls, folder, step=8):
-        """All that a run computed, to the last bit: (weights by file, optimizer.pt of checkpoint-`step`, metrics)."""
+    def state(cls, folder):
+        """All that a run computed, to the last bit: (weights by file, optimizer.pt of its last checkpoint, metrics)."""
         folder = Path(folder)
+        step, _ = checkpoints_in(folder)[-1]
         weights = {
             str(path.relative_to(folder)): xxh3(path)
             for depth in ("*", "*/*", f"checkpoint-{step}/*/*")
@@ -252,12 +274,25 @@ class Training:
         optimizer = torch.load(folder / f"checkpoint-{step}/optimizer.pt", weights_only=True)
         return weights, _exact(optimizer), cls.metrics(folder)
 
-    @staticmethod
-    def assert_same(first, second):
-        """Two states are one; compared part by part, so that a failure says what differs."""
-        for name, one, other in zip(("weights", "optimizer", "metrics"), first, second, strict=True):
+    @classmethod
+    def assert_same(cls, first, second):
+        """Two runs computed the same; compared part by part, so that a failure says what differs."""
+        parts = zip(("weights", "optimizer", "metrics"), cls.state(first), cls.state(second), strict=True)
+        for name, one, other in parts:
             assert one == other, f"{name} differ"
-        assert first[0]
+            assert one or name != "weights"
+
+    @classmethod
+    def assert_resumes_exactly(cls, script, arguments, whole, stopped_at, folder):
+        """A run that goes on from a checkpoint of the run in `whole` computes the same. Both folders have one name
+        where files say it."""
+        name = f"checkpoint-{stopped_at}"
+        shutil.copytree(whole / name, folder / name)
+        shutil.copy(whole / "metrics.jsonl", folder)
+        if (whole / "validation").is_dir():
+            shutil.copytree(whole / "validation", folder / "validation")
+        assert cls.run(script, arguments, folder, "--resume_from_checkpoint", "latest") == 0
+        cls.assert_same(folder, whole)
 
 
 def _exact(value):
@@ -282,7 +317,7 @@ def arguments(tiny_model, shapes_folder):
     """11 rows in groups of 4: three steps an epoch, the last of 3 rows. Everything that draws is switched on."""
     return f"""
         --pretrained_model_name_or_path {tiny_model} --train_data_dir {shapes_folder} --resolution 32
-        --train_batch_size 2 --gradient_accumulation_steps 2 --max_train_steps 8 --seed 3
+        --train_batch_size 2 --gradient_accumulation_steps 2 --max_train_steps 6 --seed 3
         --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 2 --use_ema --ema_decay 0.9 --train_text_encoder
         --random_flip --proportion_empty_prompts 0.3 --noise_offset 0.05 --input_perturbation 0.1 --snr_gamma 5
         --checkpointing_steps 2 --validation_epochs 0 --report_to none
@@ -291,7 +326,7 @@ def arguments(tiny_model, shapes_folder):
 
 @pytest.fixture(scope="session")
 def whole_run(arguments, tmp_path_factory):
-    """whole_run(script): a run of 8 steps that was never interrupted, with every checkpoint. Never write to it."""
+    """whole_run(script): a run of two epochs without interruption, with every checkpoint. Never write to it."""
     folders = {}
 
     def run(script):
@@ -361,3 +396,55 @@ class PageReader(HTMLParser):
 def read_page():
     """The PageReader of an HTML page's text."""
     return PageReader
+
+
+# -- files of a test ---------------------------------------------------------------------------------------------------
+
+
+def content(value):
+    """The bytes of a file: bytes, text, the red of an image of 4 x 4, an image, or a record for JSON."""
+    if isinstance(value, int):
+        value = Image.new("RGB", (4, 4), (value, 0, 0))
+    if isinstance(value, Image.Image):
+        file = io.BytesIO()
+        value.save(file, "PNG")
+        return file.getvalue()
+    if isinstance(value, dict | list):
+        value = json.dumps(value)
+    return value.encode() if isinstance(value, str) else value
+
+
+@pytest.fixture(scope="session")
+def lay():
+    """Write {name: content} below a folder, which is returned; a list of names: an image each."""
+
+    def lay(root, files):
+        root.mkdir(parents=True, exist_ok=True)
+        for name, value in (files if isinstance(files, dict) else dict.fromkeys(files, 0)).items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content(value))
+        return root
+
+    return lay
+
+
+@pytest.fixture(scope="session")
+def pack():
+    """Write a tar of {name: content}; its path."""
+
+    def pack(path, files, mode="w", **options):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, mode, **options) as tar:
+            for name, value in files.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content(value))
+                tar.addfile(entry, io.BytesIO(content(value)))
+        return path
+
+    return pack
+
+
+@pytest.fixture(scope="session")
+def lines():
+    """The records of a file of JSON lines."""
+    return lambda path: [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -1,7 +1,5 @@
 """What train_lora.py does besides the invariants of every training script, which test_train_scripts.py holds it to."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -10,20 +8,33 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from finetuning.families.lora_files import DIFFUSERS_NAME, KOHYA_NAME, read_lora
-from finetuning.families.model_args import ModelError
 from finetuning.files import check_manifest, sha256
 from finetuning.training import adapters
 
 
-@pytest.fixture
-def train(training, tiny_model, shapes_folder):
-    """train(folder, *flags): the exit status of a short run."""
-    words = f"""
+@pytest.fixture(scope="module")
+def words(tiny_model, shapes_folder):
+    """A short run."""
+    return f"""
         --pretrained_model_name_or_path {tiny_model} --train_data_dir {shapes_folder} --resolution 32
         --train_batch_size 2 --gradient_accumulation_steps 2 --max_train_steps 4 --seed 3 --learning_rate 1e-2
         --checkpointing_steps 2 --validation_epochs 0 --validation_loss_rows 0 --report_to none
     """.split()
+
+
+@pytest.fixture(scope="module")
+def train(training, words):
+    """train(folder, *flags): the exit status of a short run."""
     return lambda folder, *flags: training.run("train_lora", words, folder, *flags)
+
+
+@pytest.fixture(scope="module")
+def averaged(train, tmp_path_factory):
+    """A run with an average, and with files of every kind. Never write to it."""
+    folder = tmp_path_factory.mktemp("averaged")
+    flags = ("--use_ema", "--ema_decay", 0.5, "--save_kohya", "--train_text_encoder", "--lora_alpha", 3)
+    assert train(folder, *flags) == 0
+    return folder
 
 
 def image(pipeline):
@@ -51,21 +62,16 @@ def opened(tiny_model, *path, **options):
         "--optimizer prodigy --learning_rate 1 --use_ema --ema_decay 0.9",
     ],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(train, training, tmp_path, flags):
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(words, training, tmp_path, flags):
     """The invariant of every script, for what only adapters have."""
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    assert train(straight, *flags.split()) == 0
-    resumed.mkdir()
-    shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
-    shutil.copy(straight / "metrics.jsonl", resumed)
+    words = [*words, *flags.split()]
+    assert training.run("train_lora", words, tmp_path / "straight") == 0
     torch.rand(3)  # what torch's own generator has drawn meanwhile does not matter
-    assert train(resumed, *flags.split(), "--resume_from_checkpoint", "latest") == 0
-    training.assert_same(training.state(resumed, 4), training.state(straight, 4))
+    training.assert_resumes_exactly("train_lora", words, tmp_path / "straight", 2, tmp_path / "resumed")
 
 
-def test_checkpoints_hold_the_adapters_and_not_the_base(train, tiny_model, tmp_path):
-    assert train(tmp_path, "--use_ema") == 0
-    checkpoint = tmp_path / "checkpoint-4"
+def test_checkpoints_hold_the_adapters_and_not_the_base(averaged):
+    checkpoint = averaged / "checkpoint-4"
     check_manifest(checkpoint)
     names = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
     assert names == {
@@ -73,52 +79,47 @@ def test_checkpoints_hold_the_adapters_and_not_the_base(train, tiny_model, tmp_p
     }  # fmt: skip
     adapters = load_file(checkpoint / "lora" / DIFFUSERS_NAME)
     assert {key.split(".lora_")[1] for key in adapters} == {"A.weight", "B.weight"}
-    assert not (tmp_path / "unet").exists()
+    assert not (averaged / "unet").exists()
 
 
-@pytest.mark.parametrize("flags", ["--use_ema --ema_decay 0.5", "--lora_alpha 3 --lora_target_modules conv"])
-def test_the_result_generates_in_diffusers_what_the_last_checkpoint_does(train, tiny_model, tmp_path, flags):
-    assert train(tmp_path, "--save_kohya", "--train_text_encoder", *flags.split()) == 0
-    base = image(opened(tiny_model))
-    trained = tmp_path / "checkpoint-4" / ("lora_ema" if "ema" in flags else "lora")
-    expected = image(opened(tiny_model, trained))
-    assert np.abs(expected - base).max() > 1e-3
+def test_the_result_generates_in_diffusers_what_the_last_checkpoint_does(averaged, tiny_model):
+    """Also where the folder alone is named, which holds three files of which diffusers has to take the right one."""
+    expected = image(opened(tiny_model, averaged / "checkpoint-4/lora_ema"))
+    assert np.abs(expected - image(opened(tiny_model))).max() > 1e-3
+    for name in (None, DIFFUSERS_NAME, KOHYA_NAME):
+        assert np.abs(image(opened(tiny_model, averaged, weight_name=name)) - expected).max() < 1e-5
+
+
+def test_convolutions_without_an_average_act_in_diffusers_as_the_last_checkpoint(train, tiny_model, tmp_path):
+    assert train(tmp_path, "--save_kohya", "--lora_alpha", 3, "--lora_target_modules", "conv") == 0
+    expected = image(opened(tiny_model, tmp_path / "checkpoint-4/lora"))
+    assert np.abs(expected - image(opened(tiny_model))).max() > 1e-3
     for name in (DIFFUSERS_NAME, KOHYA_NAME):
         assert np.abs(image(opened(tiny_model, tmp_path, weight_name=name)) - expected).max() < 1e-5
 
 
-def test_the_folder_of_a_run_is_what_load_lora_weights_asks_for(train, tiny_model, tmp_path):
-    """It holds up to three files; diffusers has to take the right one without being facts its name."""
-    assert train(tmp_path, "--save_kohya", "--use_ema") == 0
-    named = image(opened(tiny_model, tmp_path, weight_name=DIFFUSERS_NAME))
-    assert np.array_equal(image(opened(tiny_model, tmp_path, weight_name=None)), named)
-
-
 @pytest.mark.parametrize("name", [DIFFUSERS_NAME, KOHYA_NAME, "checkpoint-4"])
-def test_training_goes_on_from_a_lora(train, tiny_model, tmp_path, name, tensors):
+def test_training_goes_on_from_a_lora(averaged, train, tiny_model, tmp_path, name):
     """At a learning rate of 0 the second run hands over what the first one did, in adapters twice the size."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    assert train(first, "--save_kohya", "--lora_alpha", 3) == 0
-    again = ("--init_lora", first / name, "--rank", 8, "--use_rslora", "--learning_rate", 0)
-    assert train(second, *again) == 0
+    again = ("--init_lora", averaged / name, "--rank", 8, "--use_rslora", "--learning_rate", 0, "--train_text_encoder")
+    assert train(tmp_path, *again, "--max_train_steps", 1) == 0
     pipeline = opened(tiny_model)
     components = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-    one, other = (read_lora(folder / DIFFUSERS_NAME, components).layers for folder in (first, second))
+    one, other = (read_lora(folder / DIFFUSERS_NAME, components).layers for folder in (averaged, tmp_path))
     assert one.keys() == other.keys() and {layer.rank for layer in other.values()} == {8}
     for key, layer in one.items():
         torch.testing.assert_close(other[key].delta(), layer.delta(), rtol=1e-4, atol=1e-6)
 
 
-def test_the_file_says_how_it_was_made(train, tmp_path, tiny_model):
-    assert train(tmp_path, "--save_kohya", "--lora_alpha", 2) == 0
-    with safe_open(tmp_path / DIFFUSERS_NAME, framework="pt") as file:
+def test_the_file_says_how_it_was_made(averaged, tiny_model):
+    with safe_open(averaged / DIFFUSERS_NAME, framework="pt") as file:
         facts = file.metadata()
-    assert (facts["base_model"], facts["rank"], facts["alpha"], facts["steps"]) == (str(tiny_model), "4", "2", "4")
+    assert (facts["base_model"], facts["rank"], facts["alpha"], facts["steps"]) == (str(tiny_model), "4", "3", "4")
     assert facts["target_modules"] == "attention" and len(facts["base_model_hash"]) == len(facts["dataset_hash"]) == 64
     assert facts["caption_prefix"] == "a" and facts["images"] == "11"
-    with safe_open(tmp_path / KOHYA_NAME, framework="pt") as file:
+    with safe_open(averaged / KOHYA_NAME, framework="pt") as file:
         facts = file.metadata()
-    assert (facts["ss_network_dim"], facts["ss_network_alpha"], facts["ss_steps"]) == ("4", "2", "4")
+    assert (facts["ss_network_dim"], facts["ss_network_alpha"], facts["ss_steps"]) == ("4", "3", "4")
     assert facts["modelspec.architecture"] == "stable-diffusion/lora" and facts["ss_network_module"] == "networks.lora"
 
 
@@ -131,19 +132,15 @@ def test_everything_that_does_not_fit_is_named_at_once(train, tmp_path, capfd):
     assert not list(tmp_path.glob("*"))
 
 
-def test_a_file_that_does_something_else_is_not_handed_over(train, tmp_path, capfd, monkeypatch):
+def test_a_file_that_does_something_else_is_not_handed_over_and_an_older_result_stays(
+    train, tmp_path, capfd, monkeypatch
+):
     """An error in the writer, which a person would notice in their images only."""
-    right = adapters.write_diffusers_for_all
+    assert train(tmp_path, "--max_train_steps", 1) == 0
+    before, right = sha256(tmp_path / DIFFUSERS_NAME), adapters.write_diffusers_for_all
     less = lambda path, layers, *others: right(path, dict(list(layers.items())[1:]), *others)
     monkeypatch.setattr(adapters, "write_diffusers_for_all", less)
-    assert train(tmp_path) == 1
-    assert DIFFUSERS_NAME in capfd.readouterr().err
-    assert not (tmp_path / DIFFUSERS_NAME).exists() and (tmp_path / "checkpoint-4").is_dir()
-
-
-def test_an_older_result_stays_when_the_new_one_fails(train, tmp_path, monkeypatch):
-    assert train(tmp_path) == 0
-    before = sha256(tmp_path / DIFFUSERS_NAME)
-    monkeypatch.setattr(adapters, "check_files", lambda *_: (_ for _ in ()).throw(ModelError("wrong")))
-    assert train(tmp_path, "--max_train_steps", 6, "--resume_from_checkpoint", "latest") == 1
-    assert sha256(tmp_path / DIFFUSERS_NAME) == before and not list(tmp_path.glob(".incomplete*"))
+    assert train(tmp_path, "--max_train_steps", 2, "--resume_from_checkpoint", "latest") == 1
+    assert f"error: {DIFFUSERS_NAME} does not do" in capfd.readouterr().err
+    assert sha256(tmp_path / DIFFUSERS_NAME) == before and (tmp_path / "checkpoint-2").is_dir()
+    assert not list(tmp_path.glob(".incomplete*"))

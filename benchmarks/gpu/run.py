@@ -259,6 +259,9 @@ def right(check):
     full = ["train_text_to_image.py", *common, "--learning_rate", "1e-4"]
     lora = ["train_lora.py", *common, *words("--learning_rate 1e-3 --rank 8 --lora_target_modules all-linear conv")]
     shapes = f"--aspect_buckets --bucket_step 16 --train_data_dir {check.scratch}/three-shapes"
+    sdxl = "--pretrained_model_name_or_path models/mini-sdxl"
+    upscaler = "--pretrained_model_name_or_path models/mini-x4 --patch_size 32"
+    fused = "--optimizer adafactor --fused_backward_pass --max_grad_norm 0"
     folder = lambda name: check.scratch / name
 
     def losses(name):
@@ -314,6 +317,14 @@ def right(check):
         one("lora-dropout", lora, "--lora_dropout 0.1", "cpu-lora", TREND),
         one("cpu-buckets", full, shapes, **cpu),
         one("buckets", full, shapes, "cpu-buckets"),
+        one("cpu-full-sdxl", full, sdxl, **cpu),
+        one("full-sdxl", full, f"{sdxl} --cache_latents", "cpu-full-sdxl"),
+        one("lora-sdxl", lora, f"{sdxl} --train_text_encoder --text_encoder_rank 4"),
+        one("cpu-fused", full, fused, **cpu),
+        one("fused", full, fused, "cpu-fused", FP32, "no"),
+        one("bf16-weights", full, f"{fused} --weights_precision bf16", "cpu-fused", TREND, "bf16"),
+        one("cpu-upscaler", full, upscaler, **cpu),
+        one("upscaler", full, upscaler, "cpu-upscaler"),
     ]
 
     def weights(name):

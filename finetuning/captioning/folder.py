@@ -27,11 +27,9 @@ class FolderArgs:
     caption_column: str = flag("text", "metadata key of the caption or list of captions; origins go into KEY_origin")
     add: bool = flag(False, "caption every image, and keep the captions that it has", conflicts="overwrite")
     overwrite: bool = flag(False, "caption every image, and drop the captions that it has, also those of people")
-    limit: int | None = flag(
-        None, "caption only this many images, the first by name, to have a look", min=1, affects_result=False
-    )
+    limit: int | None = flag(None, "caption only so many images, the first by name", min=1, affects_result=False)
     on_bad_rows: str = flag(
-        "error", "images that cannot be read: all others are captioned, and the exit status is 1, or 0 with skip",
+        "error", "images that cannot be read: all others are captioned; the exit status is then 1, or 0 with skip",
         choices=("error", "skip"), affects_result=False,
     )  # fmt: skip
     allow_outside_paths: bool = flag(False, "let links reach images outside the folder", affects_result=False)

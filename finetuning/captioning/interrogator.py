@@ -23,9 +23,7 @@ class InterrogatorArgs:
     clip_model: str = flag("openai/clip-vit-large-patch14", "CLIP that judges; this one is Stable Diffusion 1.x's own")
     terms: str | None = flag(None, "folder of your own term lists, .txt with a term a line (none: this project's)")
     max_terms: int = flag(6, "most terms added to a caption; fewer where no more would fit the image better", min=0)
-    from_captions: bool = flag(
-        False, "begin with the caption that an image has, in place of BLIP's", requires="captioner=clip-interrogator"
-    )
+    from_captions: bool = flag(False, "begin with an image's own caption", requires="captioner=clip-interrogator")
 
     def problems(self):
         if self.terms is not None and not read_terms(self.terms):

@@ -79,20 +79,13 @@ class AuditArgs(BucketArgs):
     image_column: str = flag("image", "metadata key of the image, besides file_name")
     caption_column: str = flag("text", 'metadata key of the caption or list of captions; "none": no captions')
     allow_outside_paths: bool = flag(False, "let metadata and links reach images outside PATH")
-    tokenizer: str | None = flag(
-        None, "model or tokenizer (folder or Hub name) that captions will be read with; without it words are counted"
-    )
+    tokenizer: str | None = flag(None, "model or tokenizer that captions will be read with (none: words are counted)")
     resolution: str = flag("512", "side of the training images in pixels, or HEIGHTxWIDTH")
-    max_enlargement: float = flag(
-        2.0, "an image that must be enlarged more than this to fill --resolution is tiny", min=1
-    )
+    max_enlargement: float = flag(2.0, "an image that must be enlarged more to fill --resolution is tiny", min=1)
     near_bits: int = flag(
-        10, "copies may differ in this many of the 64 bits of the perceptual hash; two different images differ in "
-        "about 32", min=0, max=24,
-    )  # fmt: skip
-    blur_below: float = flag(
-        20.0, "blurred: the variance of the Laplacian is less, at most 512 pixels on a side", min=0
+        10, "copies may differ in so many of the 64 bits of their hash; different images do in about 32", min=0, max=24
     )
+    blur_below: float = flag(20.0, "blurred: the variance of the Laplacian is less, at 512 pixels at most", min=0)
     workers: int | None = flag(None, "threads that decode (none: one for each core)", min=1)
 
     def training(self):
@@ -132,18 +125,9 @@ class Concern:
     """Images of which something is to be known; a group belongs together, most hold one image."""
 
     code: str
+    title: str  # what they have in common
+    advice: str  # why it matters, and what helps
     groups: list[tuple[Seen, ...]]
-    fields: dict = field(default_factory=dict)  # for the sentences
-
-    @property
-    def title(self):
-        """What they have in common."""
-        return CONCERNS[self.code][0].format(**self.fields)
-
-    @property
-    def advice(self):
-        """Why it matters, and what helps."""
-        return CONCERNS[self.code][1].format(**self.fields)
 
 
 @dataclass
@@ -220,7 +204,11 @@ def examine(args: AuditArgs):
         found |= _measure_captions(audit, tokenizer)
     words = {name: getattr(args, name) for name in ("max_enlargement", "resolution", "blur_below")}
     words["limit"] = tokenizer.model_max_length
-    audit.concerns = [Concern(code, found[code], words) for code in CONCERNS if found.get(code)]
+    audit.concerns = [
+        Concern(code, *(text.format(**words) for text in texts), found[code])
+        for code, texts in CONCERNS.items()
+        if found.get(code)
+    ]
     return audit
 
 

@@ -35,26 +35,16 @@ class AugmentArgs(MirrorArgs, CopyArgs):
     """Altered copies"""
 
     alter: list[str] = flag(
-        ["flip", "brightness"], "one copy of each training image for each of these: flip, brightness, crop, rotate, "
-        "noise, or several joined by + for one copy altered in all these ways",
+        ["flip", "brightness"], "a copy of each training image for each of: flip, brightness, crop, rotate, noise, or "
+        "several joined by + for one copy altered in all these ways",
     )  # fmt: skip
     copies: int = flag(1, "how many copies of each kind, each drawn anew", min=1)
-    brightness: float = flag(
-        0.3, "make copies brighter or darker by up to this share, and at least half of it", above=0, below=1
-    )
-    crop: float = flag(
-        0.1, "cut up to this share off height and width, and at least half of it, at a random place", above=0, below=1
-    )
-    rotate: float = flag(
-        5.0, "turn by up to so many degrees, and at least half of it; empty corners are cut off", above=0, below=45
-    )
-    noise: float = flag(
-        0.02, "add Gaussian noise of up to this deviation, and at least half of it (white is 1)", above=0, below=1
-    )
+    brightness: float = flag(0.3, "brighter or darker by up to this share, and at least half of it", above=0, below=1)
+    crop: float = flag(0.1, "cut up to this share off height and width, and at least half of it", above=0, below=1)
+    rotate: float = flag(5.0, "turn by up to so many degrees, and at least half; corners are cut", above=0, below=45)
+    noise: float = flag(0.02, "Gaussian noise of up to this deviation, at least half (white is 1)", above=0, below=1)
     seed: int = flag(0, "seed of the draws", **SEEDS)
-    workers: int | None = flag(
-        None, "threads that decode and encode (none: one for each core)", min=1, affects_result=False
-    )
+    workers: int | None = flag(None, "threads that decode and encode (none: one a core)", min=1, affects_result=False)
 
     def problems(self):
         for kind in self.alter:
@@ -96,12 +86,9 @@ def augment(args: AugmentArgs, say=print):
         made = done["train"]
         splits = {split: [row for row in rows if row.image in done[split]] for split, rows in splits.items()}
         copying.accept(splits, args, findings, say)
-        for split in splits:
-            copying.take_images(folder / split, {image: names[split][image] for image in done[split]}, args)
-        entries = {split: [(names[split][row.image], row) for row in rows] for split, rows in splits.items()}
         copied = [(copy, row) for row in splits["train"] for copy in made[row.image]]
-        entries["train"] += [(copy.name, _row_of_copy(copy, row, args)) for copy, row in copied]
-        copying.write_metadata(folder, entries, args)
+        copies = [(copy.name, _row_of_copy(copy, row, args)) for copy, row in copied]
+        copying.fill(folder, splits, names, args, copies)
         originals = {split: len(images) for split, images in done.items()}
         kinds = dict(Counter(copy.kind for copies in made.values() for copy in copies))
         settings = {name: value for name, value in as_dict(args).items() if name != "workers"}

@@ -67,9 +67,7 @@ def rewrite(args: RewriteArgs, say=print):
     if not args.dry_run:
         with copying.new_folder(args.output) as folder:
             names = {split: copying.new_names(rows, split, args) for split, rows in splits.items()}
-            for split in splits:
-                copying.take_images(folder / split, names[split], args)
-            copying.write_metadata(folder, {s: [(names[s][row.image], row) for row in splits[s]] for s in splits}, args)
+            copying.fill(folder, splits, names, args)
     verb = "would change" if args.dry_run else "changed"
     changed = [pair for pair in changes if pair[0] != pair[1]]
     say(f"{args.output or args.path}: {len(changed)} of {len(changes)} captions {verb}")

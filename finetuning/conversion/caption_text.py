@@ -1,6 +1,7 @@
-"""What is odd about a caption's text, and the same text written tidily."""
+"""What is odd about a caption's text, the same text written tidily, and templates: "a photo of {a_name}"."""
 
 import re
+import string
 import unicodedata
 
 
@@ -33,3 +34,17 @@ def _read_as_utf8(match):
         return match[0].encode("cp1252").decode("utf-8")
     except (UnicodeEncodeError, UnicodeDecodeError):
         return match[0]
+
+
+def template_problems(flag, templates, words):
+    """Yield what is wrong with caption templates that may use {word} for each of `words`."""
+    known = ", ".join(f"{{{word}}}" for word in words)
+    for template in templates:
+        try:
+            used = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+            if unknown := [f"{{{name}}}" for name in used if name not in words]:
+                yield f"{flag} {template!r} has {', '.join(unknown)}: only {known} are filled in"
+            elif not template.format(**dict.fromkeys(words, "word")).strip():
+                yield f"{flag} {template!r} gives an empty caption"
+        except ValueError as error:  # a single brace, an unknown format
+            yield f"{flag} {template!r}: {error}"

@@ -100,19 +100,20 @@ def _inside(image, root, split):
     return Path(*(parts[1:] if len(parts) > 1 and split_meant(parts[0]) == split else parts))
 
 
-def take_images(folder, names, args: CopyArgs):
-    """Link or copy the images to their names in `folder`."""
-    for image, name in names.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        take_over(image, folder / name, args.link)
+def fill(folder, splits, names, args: CopyArgs, copies=()):
+    """Link or copy the images of {split: rows} to their names {split: {image: name}}, and write each metadata.jsonl.
 
+    copies  (name, row) of images that stand in train/ already
 
-def write_metadata(folder, entries, args: CopyArgs):
-    """metadata.jsonl of each split, from {split: [(file name, row), ...]}: sorted, with the rows' other columns.
-
-    Empty captions are left out. The others stand as text, or as lists if any row has several: Hugging Face `datasets`
-    refuses a mixture.
+    The rows are sorted and keep their other columns. Empty captions are left out; the others stand as text, or as
+    lists if any row has several: Hugging Face `datasets` refuses a mixture.
     """
+    entries = {split: [(names[split][row.image], row) for row in rows] for split, rows in splits.items()}
+    for split, pairs in entries.items():
+        for name, image in {name: row.image for name, row in pairs}.items():
+            (folder / split / name).parent.mkdir(parents=True, exist_ok=True)
+            take_over(image, folder / split / name, args.link)
+    entries["train"] += copies
     others = _other_columns((row for pairs in entries.values() for _, row in pairs), args)
     several = any(len([*filter(None, row.captions)]) > 1 for pairs in entries.values() for _, row in pairs)
     said_of = lambda row: _said_of(row, others.get(row.origin, {}), several, args.caption_column)

@@ -33,22 +33,13 @@ LONGEST_PAUSE = 120  # seconds; a site that asks for more is left in peace
 class DownloadArgs:
     """Images by address (unsplash, sbu)"""
 
-    images: str | None = flag(
-        None, "folder of the images, by the names that the source gives them", metavar="DIR", affects_result=False
-    )
-    download: bool = flag(
-        False, "fetch what is not in --images into it; it stays there for the next time", requires="images",
-        affects_result=False,
-    )  # fmt: skip
+    images: str | None = flag(None, "folder of the images, named as in the source", metavar="DIR", affects_result=False)
+    download: bool = flag(False, "fetch into --images what is not there", requires="images", affects_result=False)
     download_rate: float = flag(10.0, "images asked for in a second, at most", above=0, affects_result=False)
     download_workers: int = flag(8, "threads that fetch", min=1, affects_result=False)
-    download_tries: int = flag(
-        4, "how often an image is asked for where the site or the network fails", min=1, affects_result=False
-    )
+    download_tries: int = flag(4, "times to ask for an image where site or network fails", min=1, affects_result=False)
     download_timeout: float = flag(60.0, "seconds that one try may take", above=0, affects_result=False)
-    download_max_mb: float = flag(
-        100.0, "larger files are not taken, in millions of bytes", above=0, affects_result=False
-    )
+    download_max_mb: float = flag(100.0, "larger files are not taken, in 10^6 bytes", above=0, affects_result=False)
 
     def problems(self):
         if self.images and not self.download and not Path(self.images).is_dir():

@@ -13,7 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from finetuning.cli import flag
-from finetuning.conversion.templates import template_problems
+from finetuning.conversion.caption_text import template_problems
 from finetuning.data.findings import DatasetError
 from finetuning.data.folders import existing_folder, is_image_name, walk
 from finetuning.data.samples import Sample

@@ -11,8 +11,7 @@ from PIL import Image
 
 from finetuning.conversion import imagefolder
 from finetuning.conversion.audit import CONCERNS, AuditArgs, examine, is_tiny
-from finetuning.conversion.audit_page import page
-from finetuning.conversion.audit_report import report
+from finetuning.conversion.audit_report import page, report
 from finetuning.conversion.caption_text import tidy
 from finetuning.conversion.writer import ENDINGS, SPLITS, WritingArgs, write_dataset
 from finetuning.data.findings import PROBLEMS, DatasetError, Findings

@@ -18,6 +18,7 @@ from finetuning.conversion.download import arrived, place, read_json
 from finetuning.data.findings import DatasetError
 from finetuning.data.folders import is_image_name, walk
 from finetuning.data.samples import Sample
+from finetuning.data.tars import WebDatasetArgs, samples_of
 
 URLS, CAPTIONS = "SBU_captioned_photo_dataset_urls.txt", "SBU_captioned_photo_dataset_captions.txt"
 JSON_NAMES = ("sbu-captions-all.json", "sbu.json")
@@ -139,24 +140,22 @@ def _hash(text):
 
 
 def _shards(root, args, findings):
-    """The folders of img2dataset."""
+    """The folders of img2dataset, which hold what its tars hold."""
     shards = count = 0
     for folder, names in walk(root, args.allow_outside_paths, findings):
         if folder.parent != root or not re.fullmatch(r"\d+", folder.name):
             continue
         shards += 1
-        files = defaultdict(dict)
+        groups = defaultdict(dict)
         for file in (folder / name for name in names):
-            kind = "image" if is_image_name(file) else file.suffix
-            if kind in ("image", ".json", ".txt"):
-                files[file.stem][kind] = file
-        for key, parts in files.items():
-            where = f"{folder.name}/{key}"
-            if caption := _shard_caption(where, parts, findings):
-                yield Sample(f"{folder.name}/{parts['image'].name}", parts["image"], (caption,), where)
-                count += 1
-                if count == args.limit:
-                    return
+            if is_image_name(file) or file.suffix in (".json", ".txt"):
+                groups[file.stem][file.suffix[1:]] = file
+        fetched = {key: files for key, files in groups.items() if _is_fetched(f"{folder.name}/{key}", files, findings)}
+        for sample in samples_of(fetched, folder.name, WebDatasetArgs(), findings, f"{folder.name}/"):
+            yield sample
+            count += 1
+            if count == args.limit:
+                return
     if not shards and not findings.errors:
         raise DatasetError(
             f"{root} holds none of what SBU comes as: {URLS} with {CAPTIONS}, {' or '.join(JSON_NAMES)}, or folders "
@@ -164,23 +163,14 @@ def _shards(root, args, findings):
         )
 
 
-def _shard_caption(where, parts, findings):
-    """The caption of an image that was fetched; none, with an error, where one is lacking."""
+def _is_fetched(where, files, findings):
+    """Whether img2dataset says that it has the image; what it says else is an error."""
     try:
-        record = json.loads(parts[".json"].read_text(encoding="utf-8")) if ".json" in parts else {}
-        text = parts[".txt"].read_text(encoding="utf-8") if ".txt" in parts else ""
-        if not isinstance(record, dict):
-            raise ValueError("not a JSON object")
-    except ValueError as error:
-        findings.error("bad_fetched_caption", where, error)
-        return None
-    if (status := record.get("status", "success")) != "success":
+        record = json.loads(files["json"].read_text(encoding="utf-8")) if "json" in files else {}
+        status = record.get("status", "success")
+    except (ValueError, AttributeError) as error:
+        findings.error("no_json_text", where, error, key="caption")
+        return False
+    if status != "success":
         findings.error("not_fetched_before", where, record.get("error_message") or status)
-        return None
-    if "image" not in parts:
-        findings.error("fetched_caption_alone", where)
-        return None
-    caption = str(record.get("caption") or text).strip()
-    if not caption:
-        findings.error("fetched_without_caption", where)
-    return caption or None
+    return status == "success"

@@ -1,40 +1,20 @@
 """The table of sources."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from finetuning.conversion import (
-    dreambooth,
-    hub,
-    imagefolder,
-    parallel,
-    sbu,
-    sidecar,
-    stanford_dogs,
-    unsplash,
-    webdataset,
-)
+from finetuning.conversion import dreambooth, hub, imagefolder, sbu, sidecar, stanford_dogs, unsplash
 from finetuning.conversion.download import DownloadArgs
 from finetuning.conversion.imagefolder import ColumnArgs
-from finetuning.data.tars import WebDatasetArgs
+from finetuning.data import tars
 
-
-@dataclass(frozen=True)
-class Source:
-    """A reader, (path, args, findings) -> Samples in an order that never changes, and the groups of flags it knows."""
-
-    read: Callable
-    flags: tuple = ()
-
-
+# {name: (reader, (path, args, findings) -> Samples in an order that never changes; the groups of flags it knows)}
 SOURCES = {
-    "imagefolder": Source(imagefolder.read, (ColumnArgs,)),
-    "sidecar": Source(sidecar.read, (sidecar.SidecarArgs,)),
-    "parallel": Source(parallel.read, (parallel.ParallelArgs,)),
-    "unsplash-lite": Source(unsplash.read, (unsplash.UnsplashArgs, DownloadArgs)),
-    "sbu": Source(sbu.read, (DownloadArgs,)),
-    "stanford-dogs": Source(stanford_dogs.read, (stanford_dogs.StanfordDogsArgs,)),
-    "dreambooth": Source(dreambooth.read, (dreambooth.DreamBoothArgs,)),
-    "webdataset": Source(webdataset.read, (WebDatasetArgs,)),
-    "hub": Source(hub.read, (hub.HubArgs, ColumnArgs)),
+    "imagefolder": (imagefolder.read, (ColumnArgs,)),
+    "sidecar": (sidecar.read, (sidecar.SidecarArgs,)),
+    "parallel": (sidecar.read_parallel, (sidecar.ParallelArgs,)),
+    "unsplash-lite": (unsplash.read, (DownloadArgs, unsplash.UnsplashArgs)),
+    "sbu": (sbu.read, (DownloadArgs,)),
+    "stanford-dogs": (stanford_dogs.read, (stanford_dogs.StanfordDogsArgs,)),
+    "dreambooth": (dreambooth.read, (dreambooth.DreamBoothArgs,)),
+    "webdataset": (tars.read_shards, (tars.WebDatasetArgs,)),
+    "hub": (hub.read, (hub.HubArgs, ColumnArgs)),
 }
+FLAGS = tuple(dict.fromkeys(group for _, groups in SOURCES.values() for group in groups))

@@ -9,13 +9,13 @@ PATH/
 import io
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from xml.etree import ElementTree
 
 import numpy as np
 
 from finetuning.cli import flag
-from finetuning.conversion.templates import template_problems
+from finetuning.conversion.caption_text import template_problems
 from finetuning.data.findings import DatasetError
 from finetuning.data.folders import existing_folder, is_image_name, walk
 from finetuning.data.samples import Sample
@@ -29,9 +29,7 @@ TEMPLATE_WORDS = ("name", "a_name")
 class StanfordDogsArgs:
     """Stanford Dogs"""
 
-    dog_captions: list[str] = flag(
-        ["a photo of {a_name}"], 'captions; {name} is the breed ("Border collie"), {a_name} has its article before it'
-    )
+    dog_captions: list[str] = flag(["a photo of {a_name}"], 'captions; {name}: "Chihuahua", {a_name}: "a Chihuahua"')
     lower_case_breeds: bool = flag(False, "write every breed in small letters")
     use_lists: bool = flag(True, "split as train_list.mat and test_list.mat say, where they are there")
     crop_to_dogs: bool = flag(False, "cut each image to its bounding box, or to the box around all of its dogs")
@@ -83,10 +81,6 @@ def _files(root, args, findings):
     return files
 
 
-def _content(file):
-    return file.read_bytes() if isinstance(file, Path) else file.read()
-
-
 def _splits(path, files, images, findings):
     """{image: split}; empty where there are no lists."""
     missing = [name for name in LISTS.values() if PurePosixPath(name) not in files]
@@ -99,7 +93,7 @@ def _splits(path, files, images, findings):
     splits = {}
     for split, name in LISTS.items():
         try:
-            cells = loadmat(io.BytesIO(_content(files[PurePosixPath(name)])), squeeze_me=True)["file_list"]
+            cells = loadmat(io.BytesIO(files[PurePosixPath(name)].read_bytes()), squeeze_me=True)["file_list"]
             listed = [PurePosixPath(cell) for cell in np.atleast_1d(cells).tolist()]
         except Exception as error:  # on broken files loadmat raises more than MatReadError
             raise DatasetError(f"{path}: {name} is no list of Stanford Dogs ({error})") from error
@@ -117,7 +111,7 @@ def _box(name, files, findings):
         findings.error("no_annotation", name)
         return None
     try:
-        tree = ElementTree.fromstring(_content(files[name.with_suffix("")]))
+        tree = ElementTree.fromstring(files[name.with_suffix("")].read_bytes())
         width, height = (int(tree.findtext(f"size/{side}")) for side in ("width", "height"))
         boxes = [[int(box.findtext(edge)) for edge in ("xmin", "ymin", "xmax", "ymax")] for box in tree.iter("bndbox")]
         left, top, right, bottom = zip(*boxes, strict=True)

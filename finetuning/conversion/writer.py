@@ -62,23 +62,12 @@ class WritingArgs:
     output: str = flag(REQUIRED, "folder of the new dataset; it is made here, the source is never changed")
     max_side: int | None = flag(None, "make larger images smaller, to this longest side in pixels", min=1)
     image_format: str = flag("keep", "write all images as this", choices=("keep", *FORMATS))
-    link: bool = flag(
-        True, "hard-link images that need no change; copy them where that cannot be or with --no-link",
-        affects_result=False,
-    )  # fmt: skip
-    validation_fraction: float = flag(
-        0.05, "share of the images for validation, where the source has no splits", min=0, below=1
-    )
-    test_fraction: float = flag(
-        0.05, "share for test, likewise; an image's content decides, so no copy leaks", min=0, below=1
-    )
-    on_bad_rows: str = flag(
-        "error", "what to do with what cannot be taken", choices=("error", "skip"), affects_result=False
-    )
+    link: bool = flag(True, "hard-link images that need no change, where that can be; else copy", affects_result=False)
+    validation_fraction: float = flag(0.05, "share for validation, where the source has no splits", min=0, below=1)
+    test_fraction: float = flag(0.05, "share for test; an image's content decides, so no copy leaks", min=0, below=1)
+    on_bad_rows: str = flag("error", "where some cannot be taken", choices=("error", "skip"), affects_result=False)
     limit: int | None = flag(None, "take only this many samples, the first in the source's order", min=1)
-    workers: int | None = flag(
-        None, "threads that decode and encode (none: one for each core)", min=1, affects_result=False
-    )
+    workers: int | None = flag(None, "threads that decode and encode (none: one a core)", min=1, affects_result=False)
 
     def problems(self):
         if self.validation_fraction + self.test_fraction >= 1:
@@ -169,11 +158,11 @@ def _write_all(folder, samples, args, journal, total):
             if isinstance(result, str):
                 failed += 1
                 if stem:  # what was taken of it earlier is not so any longer
-                    journal.execute("DELETE FROM done WHERE key = ?", [_key(sample)])
+                    journal.execute("DELETE FROM done WHERE key = ?", [sample.key])
                 failure = {"name": sample.name, "where": sample.origin, "reason": result}
                 failures.write(json.dumps(failure, ensure_ascii=False) + "\n")
                 continue
-            journal.execute("INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?, ?, ?)", (_key(sample), state, *result))
+            journal.execute("INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?, ?, ?)", (sample.key, state, *result))
             journal.execute("INSERT OR IGNORE INTO written VALUES (?, ?)", result[:2])
             if time.monotonic() - committed > 1:
                 journal.commit()
@@ -203,7 +192,7 @@ def _todo(folder, samples, journal, bar):
         stem = _claim_name(journal, sample)
         state = _state(sample, stem)
         found = journal.execute(
-            "SELECT split, file_name, bytes FROM done WHERE key = ? AND state = ?", [_key(sample), state]
+            "SELECT split, file_name, bytes FROM done WHERE key = ? AND state = ?", [sample.key, state]
         ).fetchone()
         file = folder.joinpath(*found[:2]) if found and stem else None
         if file and file.is_file() and file.stat().st_size == found[2]:
@@ -221,7 +210,7 @@ def _claim_name(journal, sample):
         # some disks take names for equal that differ in case, or in how an accent is written
         name = unicodedata.normalize("NFC", numbered).casefold()
         if not journal.execute(taken, [name, split, split]).fetchone():
-            added = journal.execute("INSERT OR IGNORE INTO plan VALUES (?, ?, ?)", [_key(sample), name, split])
+            added = journal.execute("INSERT OR IGNORE INTO plan VALUES (?, ?, ?)", [sample.key, name, split])
             return numbered if added.rowcount else None
 
 
@@ -239,10 +228,6 @@ def shortened(stem):
     if len(whole) <= LONGEST_STEM:
         return stem
     return f"{whole[: LONGEST_STEM - 17].decode(errors='ignore')}~{xxhash.xxh3_64_hexdigest(whole)}"
-
-
-def _key(sample):
-    return sample.key.encode("utf-8", "surrogatepass")
 
 
 def _state(sample, stem):
@@ -269,7 +254,7 @@ def _write_one(folder, args, sample: Sample, stem, state):
         return "its caption holds half a character (a lone surrogate)"
     try:
         whole = sample.open(MAX_PIXELS_TO_SHRINK if args.max_side else MAX_PIXELS)
-        content = sample.image if isinstance(sample.image, Path) else sample.image.read()
+        content = sample.image if isinstance(sample.image, Path) else sample.image.read_bytes()
     except (UnreadableImage, OSError) as error:
         return str(error)
     digest = xxhash.xxh3_128(repr(whole.size).encode())

@@ -17,20 +17,14 @@ class BucketArgs:
     """Aspect-ratio buckets"""
 
     aspect_buckets: bool = flag(
-        False, "train on several shapes of at most --resolution x --resolution pixels, each image at the nearest to "
-        "its own; every step has one shape",
-    )  # fmt: skip
+        False, "train each image at the nearest of several shapes, each of at most --resolution x --resolution pixels"
+    )
     bucket_step: int = flag(64, "the buckets' sides are multiples of this, in pixels", min=1, requires="aspect_buckets")
-    min_side: int | None = flag(
-        None, "shortest side of a bucket, in pixels (none: half of --resolution)", min=1, requires="aspect_buckets"
-    )
-    max_side: int | None = flag(
-        None, "longest side of a bucket, in pixels (none: twice --resolution)", min=1, requires="aspect_buckets"
-    )
+    min_side: int | None = flag(None, "shortest side (none: half of --resolution)", min=1, requires="aspect_buckets")
+    max_side: int | None = flag(None, "longest side (none: twice --resolution)", min=1, requires="aspect_buckets")
     max_upscale: float = flag(
-        1.5, "enlarge an image by no more than this; one that is too small goes to a smaller bucket; 1 enlarges none",
-        min=1, requires="aspect_buckets",
-    )  # fmt: skip
+        1.5, "enlarge no image more than this: too small ones go to a smaller bucket", min=1, requires="aspect_buckets"
+    )
 
     def problems(self):
         if self.aspect_buckets and getattr(self, "check_images", "full") == "none":

@@ -33,14 +33,13 @@ class CacheArgs:
     """Cache"""
 
     cache_latents: str = flag(
-        "auto", "encode each image and caption once, before the first step, and keep that on disk (needs --center_crop "
-        "or --cached_crops); auto: where crops are fixed, the run is long enough and the disk has room",
+        "auto", "encode each image and caption once, before the first step, and keep that on disk; crops must be fixed "
+        "by --center_crop or --cached_crops; auto: where they are, and it saves time, and the disk has room",
         choices=("auto", "on", "off"),
     )  # fmt: skip
     cache_folder: str | None = flag(
-        None, "where, shared between runs; it may be deleted between them (none: $FINETUNING_CACHE, or "
-        "~/.cache/finetuning)", affects_result=False,
-    )  # fmt: skip
+        None, "where, shared between runs (none: $FINETUNING_CACHE, or ~/.cache/finetuning)", affects_result=False
+    )
 
     def problems(self):
         if self.cache_folder:
@@ -67,22 +66,20 @@ def build_encoder(args, run, model, data):
     """The Encoder that the flags ask for; `data` is a data.loading.TrainingData. Nothing is encoded yet."""
     images = data.training
     fixed = not args.streaming and bool(images.transform.different_crops)
-    live = {"alone": fixed and run.device.type == "cpu"}
-    latents, text = LiveLatents(model, args.seed, **live), LiveText(model, **live)
-    if args.cache_latents == "off" or (args.cache_latents == "auto" and (why_not := _not_worth_it(args, data, fixed))):
-        if args.cache_latents == "auto":
-            run.say(f"cache: off, {why_not}")
-        return Encoder(model, args.seed, latents, text, fallback=(latents, text))
-    kept = lambda one, identity, **more: one(
-        run, model, images, folder_of(args), f"{identity}-{run.device.type}", **more
-    )
-    cached = [latents, text]
+    encoder = Encoder(model, args.seed, alone=fixed and run.device.type == "cpu")
+    if args.cache_latents == "off":
+        return encoder
+    if args.cache_latents == "auto" and (why_not := _not_worth_it(args, data, fixed)):
+        run.say(f"cache: off, {why_not}")
+        return encoder
+    place = lambda *facts: folder_of(args) / "-".join([*facts, run.device.type])
     if getattr(model.codec, "identity", None):
-        name = f"{model.codec.identity}-{str(model.codec.dtype).removeprefix('torch.')}"
-        cached[0] = kept(CachedLatents, f"latents-{name}", seed=args.seed)
+        precision = str(model.codec.dtype).removeprefix("torch.")
+        folder = place("latents", model.codec.identity, precision)
+        encoder.cached_latents = CachedLatents(run, model, images, folder, args.seed)
     if model.frozen_encoders and not args.shuffle_tags:
-        cached[1] = kept(CachedText, f"text-{model.text_identity}")
-    return Encoder(model, args.seed, *cached, fallback=(latents, text))
+        encoder.cached_text = CachedText(run, model, images, place("text", model.text_identity))
+    return encoder
 
 
 def _not_worth_it(args, data, fixed):
@@ -104,76 +101,56 @@ def sampled(model, mean, std, seed, batch):
     return model.codec.scale(mean + std * noise)
 
 
-def _each_alone(encode, tensors):
-    """encode({name: [n, ...]}) -> {name: [n, ...]}, row by row."""
-    count = len(next(iter(tensors.values())))
-    rows = [encode({name: one[row : row + 1] for name, one in tensors.items()}) for row in range(count)]
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-
-
-# -- live --------------------------------------------------------------------------------------------------------------
-
-
-class Live:
-    """What is encoded at every step. `alone`: each row by itself."""
-
-    bytes_needed = 0
-
-    def __init__(self, model, alone=False):
-        self.model, self.alone = model, alone
-
-    def build(self):
-        """Nothing to be done before the first step."""
-
-    def _encoded(self, encode, tensors):
-        return _each_alone(encode, tensors) if self.alone else encode(tensors)
-
-
-class LiveLatents(Live):
-    """Batch -> latents, by the autoencoder."""
-
-    def __init__(self, model, seed, alone=False):
-        super().__init__(model, alone)
-        self.seed = seed
-
-    def __call__(self, batch):
-        encode = lambda tensors: dict(zip(("mean", "std"), self.model.codec.posterior(tensors["pixels"]), strict=True))
-        return sampled(self.model, **self._encoded(encode, {"pixels": batch.pixels}), seed=self.seed, batch=batch)
-
-
-class LiveText(Live):
-    """Batch -> {name: [n, ...]}, by the frozen text encoders; None where they are trained."""
-
-    def __call__(self, batch):
-        return self._encoded(self.model.encode_text, batch.tokens) if self.model.frozen_encoders else None
-
-
 class Encoder:
     """Batch -> (latents [n, c, h, w], what else the denoiser is called with); nothing of it is trained.
 
-    `latents` and `text` are live or cached; `fallback` are the live ones.
+    Encodes at every step what no cache holds. `alone`: each row by itself.
     """
 
-    def __init__(self, model, seed, latents, text, fallback):
-        self.model, self.seed, self.latents, self.text, self.fallback = model, seed, latents, text, fallback
+    def __init__(self, model, seed, alone=False):
+        self.model, self.seed, self.alone = model, seed, alone
+        self.cached_latents = self.cached_text = None
 
     def __call__(self, batch):
-        latents = self.latents(batch)  # first: cached ones bring the sizes that the family's extras are made of
-        return self.model.condition(batch, latents, self.seed, self.text(batch))
+        # latents first: cached ones bring the sizes that the family's extras are made of
+        latents = self.cached_latents(batch) if self.cached_latents else self._latents(batch)
+        text = self.cached_text(batch) if self.cached_text else self._text(batch)
+        return self.model.condition(batch, latents, self.seed, text)
+
+    def _latents(self, batch):
+        encode = lambda tensors: dict(zip(("mean", "std"), self.model.codec.posterior(tensors["pixels"]), strict=True))
+        return sampled(self.model, **self._encoded(encode, {"pixels": batch.pixels}), seed=self.seed, batch=batch)
+
+    def _text(self, batch):
+        """{name: [n, ...]}, by the frozen text encoders; None where they are trained."""
+        return self._encoded(self.model.encode_text, batch.tokens) if self.model.frozen_encoders else None
+
+    def _encoded(self, encode, tensors):
+        """encode({name: [n, ...]}) -> {name: [n, ...]}, perhaps row by row."""
+        if not self.alone:
+            return encode(tensors)
+        count = len(next(iter(tensors.values())))
+        rows = [encode({name: one[row : row + 1] for name, one in tensors.items()}) for row in range(count)]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    @property
+    def cached(self):
+        """What is kept on disk: latents, text, both or neither."""
+        return [one for one in (self.cached_latents, self.cached_text) if one]
 
     @property
     def bytes_needed(self):
         """What has to be encoded yet, on disk. The first call reads every image file and hashes it."""
-        return self.latents.bytes_needed + self.text.bytes_needed
+        return sum(one.bytes_needed for one in self.cached)
 
     def turn_off(self):
         """Encode at every step after all."""
-        self.latents, self.text = self.fallback
+        self.cached_latents = self.cached_text = None
 
     def build(self):
         """Encode what the cache lacks, and let what has then nothing to do leave the device."""
-        self.latents.build()
-        self.text.build()
+        for one in self.cached:
+            one.build()
 
 
 # -- cached ------------------------------------------------------------------------------------------------------------
@@ -188,31 +165,21 @@ class Cached:
     finish   () what follows once all are there
     """
 
-    def __init__(self, run, model, images, folder, kind):
-        self.run, self.model, self.images, self.folder = run, model, images, folder / kind
-
-    @cached_property
-    def _places(self):
-        keys = self.keys.ravel()
-        used = np.flatnonzero(keys != b"")
-        wanted, first = np.unique(keys[used], return_index=True)
-        return wanted, used[first]
-
-    @property
-    def wanted(self):
-        """The different keys, [m] of KEY; the same image under two names is encoded once."""
-        return self._places[0]
-
-    @property
-    def first(self):
-        """Where each of `wanted` stands in `keys`, flattened: int64 [m]."""
-        return self._places[1]
+    def __init__(self, run, model, images, folder):
+        self.run, self.model, self.images, self.folder = run, model, images, folder
 
     @cached_property
     def missing(self):
-        """[numbers in `wanted`] that are not on disk. The main process looks, so that all agree."""
-        wanted = self.wanted  # on all processes, which share the hashing out
-        return self.run.gathered([self._look(wanted)] if self.run.is_main else [])[0]
+        """[numbers in `wanted`] that are not on disk. The main process looks, so that all agree. Finds besides
+
+        wanted   the different keys, [m] of KEY: the same image under two names is encoded once
+        first    where each of them stands in `keys`, flattened: int64 [m]
+        """
+        keys = self.keys.ravel()  # on all processes, which share the hashing out
+        used = np.flatnonzero(keys != b"")
+        self.wanted, first = np.unique(keys[used], return_index=True)
+        self.first = used[first]
+        return self.run.gathered([self._look(self.wanted)] if self.run.is_main else [])[0]
 
     def _look(self, wanted):
         store = TensorStore(self.folder)
@@ -228,8 +195,9 @@ class Cached:
         return self.entry_bytes(self.missing) if self.missing else 0
 
     def build(self):
-        run, keys = self.run, as_bytes(self.wanted)
+        run = self.run
         own = self.missing[run.process :: run.processes]
+        keys = as_bytes(self.wanted)
         bar = tqdm(
             self.encoded(own), f"encoding {self.what} once", len(own), leave=False, delay=2, disable=not run.is_main
         )
@@ -250,8 +218,8 @@ class CachedLatents(Cached):
 
     what = "images"
 
-    def __init__(self, *args, seed):
-        super().__init__(*args)
+    def __init__(self, run, model, images, folder, seed):
+        super().__init__(run, model, images, folder)
         self.seed = seed
 
     @cached_property

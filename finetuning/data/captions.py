@@ -18,8 +18,8 @@ class MirrorArgs:
     """Mirrored images"""
 
     flip_captions: str = flag(
-        "skip", "where an image would be mirrored and its caption says left or right: swap the two words, skip the "
-        "mirroring, or ignore what it says", choices=("swap", "skip", "ignore"),
+        "skip", "where a mirrored image's caption says left or right: swap them, skip the mirroring, or ignore it",
+        choices=("swap", "skip", "ignore"),
     )  # fmt: skip
 
 
@@ -29,13 +29,10 @@ class CaptionArgs(MirrorArgs):
 
     caption_prefix: str = flag("", 'words put before every caption that is not dropped, as "interior design,"')
     caption_choice: str = flag(
-        "random", "of an image with several captions, train on a random one each epoch or on the first",
-        choices=("random", "first"),
-    )  # fmt: skip
-    shuffle_tags: bool = flag(False, "put the tags of a caption, between commas, in a new order each epoch")
-    keep_tokens: int = flag(
-        0, "how many of the first tags stay in front (kohya's name for it)", min=0, requires="shuffle_tags"
+        "random", "of several captions, train on a random one each epoch or on the first", choices=("random", "first")
     )
+    shuffle_tags: bool = flag(False, "put the tags of a caption, between commas, in a new order each epoch")
+    keep_tokens: int = flag(0, "how many tags stay in front (kohya's name for it)", min=0, requires="shuffle_tags")
 
 
 def origin_column(caption_column):

@@ -55,103 +55,36 @@ def read_folder(root, split, image_column, caption_column, allow_outside_paths, 
     splits = split_folders(root)
     if split not in splits and split != "train":
         return None
-    base = splits.get(split, root)
-    tree = _Tree(base, _others(root, base))
-    if not tree.images:
-        raise DatasetError(f"there are no images in {base} ({', '.join(sorted(EXTENSIONS))}){what_else(base)}")
-    _refuse_nested_splits(base, tree)
-    if split == "train" and base != root:
-        inside = {os.path.realpath(path) for path in tree.linked}
-        for path in _Tree(root, [base, *tree.others]).images:
+    found = _SplitFolder(root, splits.get(split, root), allow_outside_paths)
+    found.refuse_what_is_no_split()
+    if split == "train" and found.base != root:
+        inside = {os.path.realpath(path) for path in found.linked}
+        for path in _Images(root, [found.base, *found.others]).images:
             if os.path.realpath(path) not in inside:
-                findings.warn("beside_train", _shown(path, root), train=base.name)
-    resolver = _Resolver(root, base, tree, allow_outside_paths)
+                findings.warn("beside_train", found.shown(path), train=found.base.name)
     if caption_column == "none":
-        rows = Rows.of(_uncaptioned(resolver, findings))
-        _name_dead_links(tree, root, findings)
-        return rows
-
-    metadata = _metadata_of(root, base, tree)
-    if not metadata:
-        raise DatasetError(_no_metadata_message(base, tree.images))
-    seen = tree.images  # {image: how many rows name it}
-    rows = Rows.of(
-        row
-        for path in metadata
-        for row in _rows_of(path, resolver, image_column, caption_column, split == "train", seen, findings)
-    )
-    for path, count in seen.items():
-        if count == 0:
-            findings.error("unnamed_image", _shown(path, root))
-        elif count > 1:
-            findings.warn("named_twice", _shown(path, root))
-    _name_dead_links(tree, root, findings)
-    for name in resolver.moved:
+        rows = Rows.of(found.uncaptioned_rows(findings))
+    else:
+        columns = (image_column, caption_column)
+        rows = Rows.of(row for file in found.metadata_files() for row in found.rows(file, *columns, split, findings))
+        for path, count in found.images.items():
+            if count == 0:
+                findings.error("unnamed_image", found.shown(path))
+            elif count > 1:
+                findings.warn("named_twice", found.shown(path))
+    for path in sorted(found.dead):
+        findings.error("dead_link", found.shown(path))
+    for name in found.moved:
         findings.warn("moved", name)
-    return rows.by_image()
+    return rows if caption_column == "none" else rows.by_image()
 
 
 def metadata_files(root):
     """The metadata files that the rows of a folder's splits come from, sorted: above the splits and inside them."""
-    root, found = Path(root), set()
+    root = Path(root)
     splits = split_folders(root)
-    for base in {root, *splits.values()} if "train" not in splits else splits.values():
-        found.update(_metadata_of(root, base, _Tree(base, _others(root, base))))
-    return sorted(found)
-
-
-def _others(root, base):
-    """The folders in `root` that mean another split than `base`, which is one of them or `root` itself."""
-    return [entry for entry in root.iterdir() if split_meant(entry.name) and entry.is_dir() and entry != base]
-
-
-def _metadata_of(root, base, tree):
-    above = [root / name for name in METADATA_NAMES if base != root and (root / name).is_file()]
-    return sorted(tree.metadata + above)
-
-
-def _name_dead_links(tree, root, findings):
-    for path in sorted(tree.dead):
-        findings.error("dead_link", _shown(path, root))
-
-
-def _rows_of(path, resolver, image_column, caption_column, is_train, seen, findings):
-    """The rows of one metadata file; `seen` counts how often each image is named."""
-    # Metadata above the splits is read for each of them; what is wrong with it is reported once, for train.
-    reported = findings if is_train or resolver.base in path.parents else Findings()
-    folder, columns = str(path.parent), {}
-    for where, record in read_records(path, resolver.root, reported):
-        columns.update(dict.fromkeys(record))
-        name = named_image(record, image_column)
-        if name is None:
-            reported.error("no_image_named", where)
-            continue
-        captions = as_captions(record.get(caption_column), where, caption_column)
-        image, problem = resolver.find(name, folder)
-        if problem == "another_split":
-            continue
-        if problem:
-            hint = resolver.hint(name, folder) if problem == "image_missing" else ""
-            reported.error(problem, where, f"{_printable(name)}{hint}")
-            continue
-        seen[image] = seen.get(image, 0) + 1  # one outside of the folder may be new
-        if not captions:
-            findings.error("no_caption", where, _printable(name))
-        elif _printable("".join(captions)) != "".join(captions):
-            findings.error("half_character", where, name)
-        else:
-            yield Row(image, captions, where)
-    _check_columns(columns, image_column, caption_column, _shown(path, resolver.root))
-
-
-def _uncaptioned(resolver, findings):
-    for path in resolver.tree.images:
-        _, problem = resolver.permit(path)
-        where = _shown(path, resolver.root)
-        if problem:
-            findings.error(problem, where)
-        else:
-            yield Row(path, ("",), where)
+    bases = splits.values() if "train" in splits else {root, *splits.values()}
+    return sorted({file for base in bases for file in _SplitFolder(root, base).metadata})
 
 
 def read_hub(dataset, image_column, caption_column, findings):
@@ -191,8 +124,8 @@ def refuse_no_images(features, column, where):
         raise no_images(where, column, kind)
 
 
-class _Tree:
-    """What lies below a split's folder, hidden files and folders and the other splits left out. Paths are text."""
+class _Images:
+    """What lies below a folder, hidden files and folders and `others` left out. Paths are text."""
 
     def __init__(self, base, others):
         self.others, self.metadata = others, []
@@ -205,7 +138,7 @@ class _Tree:
             if real in above or Path(folder) in others:
                 continue  # a link that leads in a circle, or another split
             inside = "" if folder == "." else f"{folder}{os.sep}"
-            for entry in self._entries(folder):
+            for entry in _visible_entries(folder):
                 path, is_linked = inside + entry.name, through_link or entry.is_symlink()
                 if entry.is_dir():
                     left.append((path, is_linked, (*above, real)))
@@ -218,89 +151,174 @@ class _Tree:
                         self.dead.add(path)
                     if is_linked:
                         self.linked.add(path)
-        self.images = dict.fromkeys(sorted(images), 0)  # in the order of their paths
-
-    @staticmethod
-    def _entries(folder):
-        """What lies in a folder, without what is hidden. Raises DatasetError where it cannot be read."""
-        try:
-            with os.scandir(folder) as entries:
-                yield from (entry for entry in entries if not entry.name.startswith("."))
-        except OSError as error:
-            raise DatasetError(f"{folder} cannot be read: {error}") from error
+        self.images = dict.fromkeys(sorted(images), 0)  # {path: how many rows name it}, in the order of their paths
 
 
-class _Resolver:
-    """Finds the image that a metadata row means, or the code of the problem."""
+def _visible_entries(folder):
+    """What lies in a folder, without what is hidden. Raises DatasetError where it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            yield from (entry for entry in entries if not entry.name.startswith("."))
+    except OSError as error:
+        raise DatasetError(f"{folder} cannot be read: {error}") from error
 
-    def __init__(self, root, base, tree, allow_outside_paths):
-        self.root, self.base, self.others, self.tree = root, base, tree.others, tree
-        self.allow_outside_paths = allow_outside_paths
+
+class _SplitFolder(_Images):
+    """The images of one split, and which of them a metadata row means. `base` is its folder, perhaps `root` itself."""
+
+    def __init__(self, root, base, allow_outside_paths=False):
+        # The folders of other splits
+        super().__init__(
+            base, [one for one in root.iterdir() if split_meant(one.name) and one.is_dir() and one != base]
+        )
+        above = [root / name for name in METADATA_NAMES if base != root and (root / name).is_file()]
+        self.metadata = sorted(self.metadata + above)
+        self.root, self.base, self.allow_outside_paths = root, base, allow_outside_paths
         self.real_root = root.resolve()
-        self.moved = []
+        self.moved = []  # absolute names of another machine
+
+    def shown(self, path):
+        """A path for people."""
+        return _shown(path, self.root)
+
+    def refuse_what_is_no_split(self):
+        """Raises DatasetError where there are no images, or where those of another split lie further below."""
+        if not self.images:
+            endings = ", ".join(sorted(EXTENSIONS))
+            raise DatasetError(f"there are no images in {self.base} ({endings}){what_else(self.base)}")
+        with_images = map(Path, {os.path.dirname(path) for path in self.images})
+        for folder in sorted({above for one in with_images for above in (one, *one.parents)}):
+            # To train on images/train beside images/test would be to train on both
+            if self.base in folder.parents and split_meant(folder.name) in ("validation", "test"):
+                raise DatasetError(
+                    f"{folder} looks like a split that must not be trained on: name the folder that holds the splits, "
+                    f"{folder.parent}, or give {folder.name} another name"
+                )
+
+    def metadata_files(self):
+        """Raises DatasetError where there are none, with what may be meant instead."""
+        if self.metadata:
+            return self.metadata
+        message = f"{self.base} has {counted(len(self.images), 'image')} but no {' or '.join(METADATA_NAMES)}"
+        if near := sorted(entry.name for entry in self.base.iterdir() if NEARLY_METADATA.match(entry.name)):
+            message += f"; {first_few(near)} is there: rename it, if it is that"
+        endings = (".txt", ".caption")
+        if beside := sum(Path(path).with_suffix(end).is_file() for path in self.images for end in endings):
+            message += (
+                f"; {counted(beside, 'caption file')} beside them: `prepare_dataset.py convert sidecar` reads them"
+            )
+        raise DatasetError(
+            f'{message}. Write one line {{"file_name": "image.png", "text": "its caption"}} per image into '
+            f"{self.base / METADATA_NAMES[0]}, or train without captions with --caption_column none"
+        )
+
+    def uncaptioned_rows(self, findings):
+        """A row of an empty caption for each image."""
+        for path in self.images:
+            _, problem = self.permit(path)
+            if problem:
+                findings.error(problem, self.shown(path))
+            else:
+                yield Row(path, ("",), self.shown(path))
+
+    def rows(self, file, image_column, caption_column, split, findings):
+        """The rows of one metadata file."""
+        # Metadata above the splits is read for each of them; what is wrong with it is reported once, for train.
+        reported = findings if split == "train" or self.base in file.parents else Findings()
+        folder, columns = str(file.parent), {}
+        for where, record in read_records(file, self.root, reported):
+            columns.update(dict.fromkeys(record))
+            name = named_image(record, image_column)
+            if name is None:
+                reported.error("no_image_named", where)
+                continue
+            captions = as_captions(record.get(caption_column), where, caption_column)
+            image, problem = self.find(name, folder)
+            if problem == "another_split":
+                continue
+            if problem:
+                hint = self.hint(name, folder) if problem == "image_missing" else ""
+                reported.error(problem, where, f"{_printable(name)}{hint}")
+                continue
+            self.images[image] = self.images.get(image, 0) + 1  # one outside of the folder may be new
+            if not captions:
+                findings.error("no_caption", where, _printable(name))
+            elif _printable("".join(captions)) != "".join(captions):
+                findings.error("half_character", where, name)
+            else:
+                yield Row(image, captions, where)
+        _check_columns(columns, image_column, caption_column, self.shown(file))
 
     def find(self, name, folder):
-        """(path of the image, None) or (None, code of the problem)."""
-        plain = os.path.normpath(f"{folder}{os.sep}{name}" if folder != "." else name)
-        if plain in self.tree.images and plain not in self.tree.linked and not os.path.isabs(name):
+        """(path of the image that a row of metadata in `folder` means, None) or (None, code of the problem)."""
+        plain = os.path.normpath(os.path.join(folder, name))
+        if plain in self.images and plain not in self.linked:
             return plain, None  # nearly all names are such, and a dataset may have a million
         is_absolute = os.path.isabs(name) or PureWindowsPath(name).is_absolute()
         is_above = self.base not in (Path(folder), *Path(folder).parents)  # it may mean the images of any split
         places = [folder, str(self.base), *(map(str, self.others) if is_above else [])]
         for candidate in [name] if is_absolute else [os.path.join(place, name) for place in places]:
             candidate = os.path.normpath(candidate)
-            if candidate in self.tree.images or os.path.isfile(candidate):
+            if candidate in self.images or os.path.isfile(candidate):
                 return self.permit(candidate)
-            if candidate in self.tree.dead:
-                self.tree.dead.discard(candidate)  # named here, by its row
+            if candidate in self.dead:
+                self.dead.discard(candidate)  # named here, by its row
                 return None, "dead_link"
-        if is_absolute:
-            same_name = self.by_name[PureWindowsPath(name).name if "\\" in name else os.path.basename(name)]
-            here = [path for path in same_name if path.startswith(folder + os.sep)]
-            here = here or [path for path in same_name if path in self.tree.images]
-            if len(here) == 1:
-                (path,) = here
-                if path not in self.tree.images:
-                    return None, "another_split"
-                self.moved.append(name)
-                return path, None
-            if here:
-                return None, "ambiguous_name"
-        return None, "image_missing"
+        if not is_absolute:
+            return None, "image_missing"
+        same_name = self.by_name[PureWindowsPath(name).name if "\\" in name else os.path.basename(name)]
+        here = [path for path in same_name if path.startswith(folder + os.sep)]
+        here = here or [path for path in same_name if path in self.images]
+        if len(here) != 1:
+            return None, "ambiguous_name" if here else "image_missing"
+        (path,) = here
+        if path not in self.images:
+            return None, "another_split"
+        self.moved.append(name)
+        return path, None
+
+    def permit(self, path):
+        """(image, None) for a file that is there, or (None, code of the problem)."""
+        if path in self.images and path not in self.linked:
+            return path, None
+        real = Path(path).resolve()
+        if self.real_root not in real.parents:
+            return (path, None) if self.allow_outside_paths else (None, "outside")
+        if path in self.images:
+            return path, None
+        # The same file by another spelling (an absolute name through a link, say), or an image of another split.
+        relative = self.root / real.relative_to(self.real_root)
+        if str(relative) in self.images:
+            return str(relative), None
+        if not is_image_name(path):
+            return None, "not_an_image"
+        return None, "another_split" if any(other in relative.parents for other in self.others) else "hidden"
 
     def hint(self, name, folder):
         """Words that follow a name that is not there: what is meant perhaps; "" where nothing is near it."""
         inside = os.path.relpath(folder, self.root)
         plain = name.replace("\\", "/").removeprefix("./").strip()
-        doubled = [plain.removeprefix(f"{above}/") for above in {inside, self.base.name, self.root.resolve().name}]
-        near = {
-            path
-            for one in dict.fromkeys([plain, unquote(plain), *doubled])
-            for path in self.by_plain_name.get(_plain(one), ())
-        }
+        doubled = [plain.removeprefix(f"{above}/") for above in {inside, self.base.name, self.real_root.name}]
+        near = set().union(*(self.by_plain_name.get(_plain(one), ()) for one in (plain, unquote(plain), *doubled)))
         if len(near) != 1:
             return ""
         (path,) = near
         meant = os.path.relpath(path, folder)
-        if "\\" in name:
-            why = "write / in place of \\"
-        elif name.strip() != name:
-            why = "there are spaces around the name"
-        elif unquote(name) != name:
-            why = "write the name as it is, not as in an address"
-        elif unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", meant):
-            why = "the two are written in different Unicode forms"
-        elif name.casefold() == meant.casefold():
-            why = "small and capital letters differ"
-        else:
-            why = f"names count from {'the folder of the metadata' if inside == '.' else f'{inside}/'}"
-        return f": {_printable(meant)} is there; {why}"
+        reasons = {
+            "write / in place of \\": "\\" in name,
+            "there are spaces around the name": name.strip() != name,
+            "write the name as it is, not as in an address": unquote(name) != name,
+            "the two are written in different Unicode forms": _normalized(name) == _normalized(meant),
+            "small and capital letters differ": name.casefold() == meant.casefold(),
+            f"names count from {'the folder of the metadata' if inside == '.' else f'{inside}/'}": True,
+        }
+        return f": {_printable(meant)} is there; {next(why for why, applies in reasons.items() if applies)}"
 
     @cached_property
     def by_plain_name(self):
         """{name without case, in one Unicode form: paths} of this split's images, below the root and the split."""
         found = defaultdict(set)
-        for path in self.tree.images:
+        for path in self.images:
             for above in (self.root, self.base):
                 found[_plain(os.path.relpath(path, above))].add(path)
         return found
@@ -309,56 +327,13 @@ class _Resolver:
     def by_name(self):
         """{file name: paths} of all splits, for absolute names of another machine."""
         found = defaultdict(list)
-        trees = [self.tree, *(_Tree(other, ()) for other in self.others)]
-        for path in dict.fromkeys(path for tree in trees for path in tree.images):
+        all_images = [path for one in (self, *(_Images(other, ()) for other in self.others)) for path in one.images]
+        for path in dict.fromkeys(all_images):
             found[os.path.basename(path)].append(path)
         return found
 
-    def permit(self, path):
-        """(image, None) for a file that is there, or (None, code of the problem)."""
-        if path in self.tree.images and path not in self.tree.linked:
-            return path, None
-        real = Path(path).resolve()
-        if self.real_root not in real.parents:
-            if self.allow_outside_paths:
-                return path, None
-            return None, "outside"
-        if path in self.tree.images:
-            return path, None
-        # The same file by another spelling (an absolute name through a link, say), or an image of another split.
-        relative = self.root / real.relative_to(self.real_root)
-        if str(relative) in self.tree.images:
-            return str(relative), None
-        if not is_image_name(path):
-            return None, "not_an_image"
-        if any(other in relative.parents for other in self.others):
-            return None, "another_split"
-        return None, "hidden"
 
-
-def _refuse_nested_splits(base, tree):
-    """Train on images/train beside images/test would be training on both. Raises DatasetError."""
-    with_images = {os.path.dirname(path) for path in tree.images}
-    for folder in (Path(name) for name in sorted(with_images)):
-        for above in (folder, *folder.parents):
-            if base in above.parents and split_meant(above.name) in ("validation", "test"):
-                raise DatasetError(
-                    f"{above} looks like a split that must not be trained on: name the folder that holds the splits, "
-                    f"{above.parent}, or give {above.name} another name"
-                )
-
-
-def _no_metadata_message(base, images):
-    sidecars = sum(Path(path).with_suffix(suffix).is_file() for path in images for suffix in (".txt", ".caption"))
-    message = f"{base} has {counted(len(images), 'image')} but no {' or '.join(METADATA_NAMES)}"
-    if near := sorted(entry.name for entry in base.iterdir() if NEARLY_METADATA.match(entry.name)):
-        message += f"; {first_few(near)} is there: rename it, if it is that"
-    if sidecars:
-        message += f"; {counted(sidecars, 'caption file')} beside them: `prepare_dataset.py convert sidecar` reads them"
-    return message + (
-        '. Write one line {"file_name": "image.png", "text": "its caption"} per image into '
-        f"{base / METADATA_NAMES[0]}, or train without captions with --caption_column none"
-    )
+# -- metadata files ----------------------------------------------------------------------------------------------------
 
 
 def read_records(path, root, findings):
@@ -366,60 +341,53 @@ def read_records(path, root, findings):
     shown, number = _shown(path, root), 0
     if is_lfs_pointer(path):
         raise DatasetError(f"{shown} is a Git LFS pointer, not the file itself: `git lfs pull` fetches it")
+    read = {".csv": _csv_records, ".parquet": _parquet_records}.get(path.suffix, _json_records)
     try:
-        if path.suffix == ".parquet":
-            yield from _parquet_records(path, shown)
-            return
-        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else "\n") as file:
-            if path.suffix == ".csv":
-                reader = csv.DictReader(file)
-                if len(names := reader.fieldnames or ()) == 1 and set(names[0]) & set(";\t|"):
-                    raise DatasetError(f"{shown} has one column, {names[0]!r}: save it again, separated by commas")
-                for number, record in enumerate(reader, 1):
-                    if None in record:
-                        findings.error("too_many_fields", f"{shown} row {number}")
-                    else:
-                        yield f"{shown} row {number}", record
-                return
-            for number, line in enumerate(file, 1):
-                if number == 1 and line.lstrip().startswith("["):
-                    raise DatasetError(
-                        f"{shown} is one JSON list: write one object on each line, without [ ] and commas"
-                    )
-                if line.strip() and (record := _json_record(line, f"{shown} line {number}", findings)) is not None:
-                    yield f"{shown} line {number}", record
+        for number, record in enumerate(read(path, shown), 1):
+            where = f"{shown} {'line' if read is _json_records else 'row'} {number}"
+            if isinstance(record, dict):
+                yield where, record
+            elif record:
+                findings.error(record[0], where, *record[1:])
     except UnicodeDecodeError as error:
         raise DatasetError(
             f"{shown} is not UTF-8 (after line {number}: {error.reason}): save it again as UTF-8"
         ) from error
-    except csv.Error as error:
+    except (OSError, csv.Error) as error:
         raise DatasetError(f"{shown} cannot be read after row {number}: {error}") from error
-    except OSError as error:
-        raise DatasetError(f"{shown} cannot be read: {error.strerror or error}") from error
 
 
-def _json_record(line, where, findings):
-    """The object of one line, or None and an error."""
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        findings.error("not_json", where, error)
-        return None
-    if isinstance(record, dict):
-        return record
-    findings.error("not_an_object", where)
-    return None
+# Each yields the records of a file: a dict, None for a blank line, or (code, reason) of what is wrong with a record
+
+
+def _json_records(path, shown):
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and line.lstrip().startswith("["):
+                raise DatasetError(f"{shown} is one JSON list: write one object on each line, without [ ] and commas")
+            try:
+                record = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                yield "not_json", error
+            else:
+                yield record if isinstance(record, dict) or not line.strip() else ("not_an_object",)
+
+
+def _csv_records(path, shown):
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        if len(names := reader.fieldnames or ()) == 1 and set(names[0]) & set(";\t|"):
+            raise DatasetError(f"{shown} has one column, {names[0]!r}: save it again, separated by commas")
+        for record in reader:
+            yield ("too_many_fields",) if None in record else record
 
 
 def _parquet_records(path, shown):
     import pyarrow.parquet
 
     try:
-        number = 0
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{shown} row {number}", record
+            yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise DatasetError(f"{shown} cannot be read: {error}") from error
 
@@ -467,5 +435,9 @@ def _printable(text):
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def _normalized(name):
+    return unicodedata.normalize("NFC", name)
+
+
 def _plain(name):
-    return unicodedata.normalize("NFC", name).casefold()
+    return _normalized(name).casefold()

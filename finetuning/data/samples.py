@@ -18,7 +18,7 @@ class Member:
     offset: int
     size: int
 
-    def read(self):
+    def read_bytes(self):
         with open(self.archive, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -32,7 +32,7 @@ class Cell:
     row: int
     folders: tuple[Path, ...]  # where a row that is only a path may lead; empty: anywhere on this machine
 
-    def read(self):
+    def read_bytes(self):
         """Raises UnreadableImage where there is none, or where it is outside the folders."""
         value = self.column[self.row] or {}
         if value.get("bytes"):
@@ -52,7 +52,7 @@ class Sample:
     """One image of a source and what is said of it."""
 
     name: str  # unique in its split of the source, with the image's ending if known: "n02085620-Chihuahua/7.jpg"
-    image: Path | Member | Cell  # the last two have read(), the file's bytes
+    image: Path | Member | Cell  # all have read_bytes()
     captions: tuple[str, ...]
     origin: str  # where a person finds it, for messages
     split: str | None = None  # train, validation or test where the source says so; none: drawn from the content
@@ -60,15 +60,15 @@ class Sample:
 
     @property
     def key(self):
-        """Unique in the source."""
-        return f"{self.split or ''}:{self.name}"
+        """Unique in the source; bytes, as a name may be no text."""
+        return f"{self.split or ''}:{self.name}".encode("utf-8", "surrogatepass")
 
     def open(self, max_pixels=MAX_PIXELS):
         """The RGB image. Raises UnreadableImage."""
         if isinstance(self.image, Path):
             return open_rgb(self.image, max_pixels)
         try:
-            image = Image.open(io.BytesIO(self.image.read()))
+            image = Image.open(io.BytesIO(self.image.read_bytes()))
         except Exception as error:  # on broken files the decoders raise more than OSError
             raise UnreadableImage(f"{self.origin}: {error}") from error
         image.filename = self.origin  # so that an error while decoding names it
@@ -80,8 +80,8 @@ class CaptionFileArgs:
     """Caption files"""
 
     caption_lines: str = flag(
-        "all", "a caption file with several lines: each is a caption of its own, or the first one counts, or they are "
-        "one caption, joined by spaces", choices=("all", "first", "join"),
+        "all", "of a caption file with several lines: each is a caption, or only the first, or all are joined to one",
+        choices=("all", "first", "join"),
     )  # fmt: skip
 
 

@@ -216,7 +216,7 @@ class Remote:
 
     url: str  # as fsspec takes it: "hf://datasets/NAME@REVISION/7.jpg", "zip://7.jpg::hf://..."
 
-    def read(self):
+    def read_bytes(self):
         import fsspec
 
         with fsspec.open(self.url, "rb") as file:
@@ -224,7 +224,7 @@ class Remote:
 
 
 def _hub_image(source, anywhere, value):
-    """What has read(): a row's own bytes or a file of the same dataset; with `anywhere` any file."""
+    """What has read_bytes(): a row's own bytes or a file of the same dataset; with `anywhere` any file."""
     url = "" if not value or value.get("bytes") else value.get("path") or ""
     own = tuple(f"hf://datasets/{source}{end}" for end in "@/")
     if "://" in url and (anywhere or url.split("::")[-1].startswith(own)):

@@ -1,6 +1,7 @@
 """WebDataset shards: uncompressed tars in which files of one key are a sample, 000012.jpg and 000012.txt or .json.
 
-Images stay where they are in the tars until they are read.
+Images stay where they are in the tars until they are read. A source is a shard, a folder of shards, or a pattern in
+quotes: "laion/{00000..00012}.tar", "laion/*.tar".
 """
 
 import glob
@@ -27,14 +28,26 @@ class WebDatasetArgs(CaptionFileArgs):
     """WebDataset"""
 
     image_field: str | None = flag(
-        None,
-        "take the image of this name after the key, where samples have several (jpg, left.png)",
-        was=("picture_field",),
+        None, "the image has this name after the key, where samples have several (jpg, left.png)", was="picture_field"
     )
-    caption_field: str | None = flag(
-        None, f"take the caption from the file of this name after the key (none: {', '.join(CAPTION_FIELDS)} in turn)"
-    )
+    caption_field: str | None = flag(None, f"the same for the caption (none: {', '.join(CAPTION_FIELDS)} in turn)")
     json_key: str = flag("caption", "key of the caption, or list of captions, in .json files")
+
+
+def read_shards(path, args, findings):
+    """The samples of every shard, in the tars' order. Shards are apart: two may have the same keys.
+
+    Where one of the shards has train in its name or folder, such names are the splits.
+    """
+    shards = find_shards(path, args, findings)
+    top = Path(os.path.commonpath([shard.parent for shard in shards] or [path]))
+    splits = {shard: split_of(shard.relative_to(top)) for shard in shards}
+    if "train" not in splits.values():
+        splits = dict.fromkeys(shards)
+    for shard in shards:
+        if not splits[shard] and any(splits.values()):
+            findings.warn("shard_without_split", shard)
+        yield from read_shard(shard, args, findings, f"{shard.relative_to(top).with_suffix('')}/", splits[shard])
 
 
 def find_shards(path, args, findings):
@@ -78,12 +91,17 @@ def split_of(shard):
 
 def read_shard(shard, args, findings, label="", split=None):
     """Yield the Samples of one tar, in its order. Their names begin with `label`."""
-    for key, fields in _groups(shard, findings).items():
-        for field in _image_fields(f"{shard}/{key}", fields, args, findings):
-            captions = _captions(f"{shard}/{key}", field, fields, args, findings)
+    return samples_of(_groups(shard, findings), shard, args, findings, label, split)
+
+
+def samples_of(groups, where, args, findings, label="", split=None):
+    """Yield the Samples of {key: {what follows the key in a name: file}}, of a shard or a folder called `where`."""
+    for key, fields in groups.items():
+        for field in _image_fields(f"{where}/{key}", fields, args, findings):
+            captions = _captions(f"{where}/{key}", field, fields, args, findings)
             if captions:
                 name = f"{key}.{field}"
-                yield Sample(f"{label}{name}", fields[field], captions, f"{shard}/{name}", split)
+                yield Sample(f"{label}{name}", fields[field], captions, f"{where}/{name}", split)
 
 
 def members(archive, findings):
@@ -171,7 +189,7 @@ def _captions(where, image, fields, args, findings):
     if field is None:
         findings.error("sample_without_caption", where, f"it has {', '.join(fields)}")
         return ()
-    where, content = f"{where}.{field}", fields[field].read()
+    where, content = f"{where}.{field}", fields[field].read_bytes()
     try:
         if field.endswith("json"):
             captions = _json_captions(json.loads(content), args.json_key)

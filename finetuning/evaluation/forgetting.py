@@ -11,13 +11,13 @@ from finetuning.data.folders import folder_problems
 from finetuning.data.reading import SPLIT_NAMES
 from finetuning.evaluation import generation, measuring, statistics
 from finetuning.evaluation.metrics import table
-from finetuning.evaluation.notes import note
 from finetuning.evaluation.retention import (
     RETENTION_MEASURES,
     NothingToKeep,
     learned_and_kept,
     retention_measure,
 )
+from finetuning.evaluation.words import note
 
 DRIFTS = {metric.drift_of: name for name, metric in table().items() if metric.drift_of}
 UNKNOWN = "not known: too little was measured"

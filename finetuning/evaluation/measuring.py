@@ -20,8 +20,8 @@ from finetuning.cli import first_few, flag
 from finetuning.evaluation import features, networks, statistics
 from finetuning.evaluation.checkers import load_checker
 from finetuning.evaluation.metrics import EvaluationError, dataset_metrics, table
-from finetuning.evaluation.notes import note, reason
 from finetuning.evaluation.preprocessing import POLICY, read_images
+from finetuning.evaluation.words import note, reason
 
 FEW = 50  # images; with fewer no metric is reliable
 

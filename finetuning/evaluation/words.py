@@ -1,11 +1,16 @@
 """What a report says in words: how a number is written, what a difference means, the verdict, and the notes before it.
 
-All functions read report.json as it is in the file, where sides are text; every form of the report uses them.
+    note("few_images", images=12)                             # {"code": "few_images", "images": 12}
+    note("no_truth", metric="lpips", rows=[3, 4], of=9)       # why a metric was left out
+
+The code that measures makes notes, each a code with fields, and report.json holds them; here they become sentences. The
+other functions read report.json as it is in the file, where sides are text; every form of the report uses them.
 """
 
 import math
 
-from finetuning.evaluation.notes import listed, short_reasons, warning_sentences
+from finetuning.cli import first_few
+from finetuning.evaluation.metrics import NETWORK_FLAGS
 
 # -- numbers -------------------------------------------------------------------------------------------------------
 
@@ -230,6 +235,29 @@ def _not_kept(report, forgetting, label):
 
 # -- notes ---------------------------------------------------------------------------------------------------------
 
+WARNINGS = {
+    "few_images": "{on}only {images} images of each model: no metric of so few is reliable. Its interval shows how far "
+    "chance alone may move it; take at least 50, better some hundreds",
+    "fid_bias": "FID of {images} images is biased by their number alone ({models}): look at KID, and compare FID only "
+    "between models with as many images",
+    "fid_bias_unknown": "FID of {images} images is biased, by how much cannot be measured below 4 ({models}): look at "
+    "KID",
+    "not_published": "{name}: the weights of {origin} are not the published ones: its metrics are not comparable with "
+    "metrics from elsewhere",
+    "unknown_weights": "{name}: whether the weights of {origin} are the published ones cannot be known: compare their "
+    "sha256 before its metrics are compared with others",
+    "cut_captions": "{on}{captions} captions are longer than CLIP reads: the CLIP score sees only their beginning",
+    "unlike_sizes": "the images of {models} are {own}, the true ones {truth}: metrics of unlike sizes mean little, so "
+    "all were brought to {sides} px first",
+}
+REASONS = {
+    "no_truth": "{count} of {of} rows have no true image: rows {rows}",
+    "captions": "{on}{checker} cannot judge {count} of {of} captions: {captions}",
+    "too_small": "LPIPS needs images of at least {smallest} pixels, not {side}: raise --resolutions",
+    "no_weights": "{reason}",
+    "nothing_to_keep": "{models}: the original has {mean:.3g} on average over {rows} rows, not clearly above 0: there "
+    "is no share of it; take more rows, or others that it is good at",
+}
 NOTHING_MEASURED = (
     "No metric of the images was measured. What helps: local weights (--clip_model, --lpips_trunk, "
     "--inception_weights), or a judge of your own (--checker)"
@@ -237,20 +265,40 @@ NOTHING_MEASURED = (
 LOSS_NEEDS_NONE = ". --retain_dataset measures the denoising loss, which needs no network"
 
 
+def note(code, **fields):
+    """A note for report.json."""
+    assert code in WARNINGS or code in REASONS, code
+    return {"code": code, **fields}
+
+
 def notes(report):
     """What a reader has to know before the numbers: the warnings, and what was not measured, as sentences."""
-    lines = warning_sentences(all_notes(report, "warnings"))
-    for metrics, why in left_out(report):
-        were = "was" if len(metrics) == 1 else "were"
-        lines.append(f"{titles_of(report, metrics)} {were} not measured: {why}")
+    warnings = _alike(all_notes(report, "warnings"), ("model", "side", "bias", "value"))
+    lines = [_sentence(WARNINGS, group) for group in warnings]
+    without = [one for one in all_notes(report, "left_out") if one["code"] == "no_weights"]
+    if without:  # all networks in one sentence
+        flags = listed(dict.fromkeys(NETWORK_FLAGS[one["network"]] for one in without))
+        titles = titles_of(report, dict.fromkeys(one["metric"] for one in without))
+        lines.append(f"{titles} not measured: the weights are not on this machine. Local files go with {flags}")
+    for metrics, why in left_out(report, besides="no_weights"):
+        lines.append(f"{titles_of(report, metrics)} not measured: {why}")
     if report["summary"]:
         return lines
     return [*lines, NOTHING_MEASURED + ("" if (report["forgetting"] or {}).get("kept") else LOSS_NEEDS_NONE)]
 
 
-def left_out(report, tell=short_reasons):
-    """[([metric, ...], why)] of what was not measured; notes.reasons tells it in full."""
-    return tell(all_notes(report, "left_out"))
+def left_out(report, besides=None):
+    """[([metric, ...], why)] of what was not measured, but for the reason `besides`."""
+    known = [one for one in all_notes(report, "left_out") if one["code"] != besides]
+    return [
+        ([*dict.fromkeys(one["metric"] for one in group)], _sentence(REASONS, group))
+        for group in _alike(known, ("metric", "model"))
+    ]
+
+
+def reason(one):
+    """Why a metric was left out, as a sentence."""
+    return _sentence(REASONS, [one])
 
 
 def all_notes(report, kind):
@@ -260,4 +308,40 @@ def all_notes(report, kind):
 
 def titles_of(report, metrics):
     """Their titles in one enumeration."""
-    return listed([title_of(report, metric) for metric in metrics])
+    return listed(title_of(report, metric) for metric in metrics)
+
+
+def listed(words):
+    """a, b and c"""
+    *first, last = map(str, words)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _alike(notes, apart):
+    """Lists of notes that are alike in everything but the fields `apart`, in their order."""
+    groups = {}
+    for one in notes:
+        groups.setdefault(repr({key: value for key, value in one.items() if key not in apart}), []).append(one)
+    return groups.values()
+
+
+def _sentence(table, group):
+    """One sentence for notes of a code that differ in their models, sides or metrics alone."""
+    fields = dict(group[0])
+    fields["on"] = f"{fields['on']}: " if fields.get("on") else ""
+    models = [*dict.fromkeys(_model(one) for one in group if "model" in one)]
+    fields["models"] = "; ".join(models) if "bias" in fields else listed(models or [""])
+    if "of" in fields:
+        things = "rows" if "rows" in fields else "captions"
+        fields["count"], fields[things] = len(fields[things]), first_few(dict.fromkeys(fields[things]))
+    if "sides" in fields:
+        fields["sides"] = listed(fields["sides"])
+    return table[fields["code"]].format(**fields)
+
+
+def _model(one):
+    """The model of a note, with what is only true of it."""
+    where = f" at {one['side']} px" if "side" in one else ""
+    if "bias" not in one:
+        return f"{one['model']}{where}"
+    return f"{one['model']}{where}: at least about {one['bias']:+.3g} of its {one['value']:.3g}"

@@ -20,7 +20,7 @@ from finetuning.families.folders import (
     write_scheduler,
 )
 from finetuning.families.model_args import ModelArgs, ModelError, StartArgs, UpscalingArgs
-from finetuning.families.opening import misfits, open_source, open_vae
+from finetuning.families.opening import misfits, open_source
 from finetuning.families.quiet import errors_only
 from finetuning.families.table import family_of
 from finetuning.files import read_text, writing
@@ -40,7 +40,7 @@ class Model:
     conditioning_args: UpscalingArgs = field(default_factory=UpscalingArgs)
     settings: dict = field(default_factory=dict)  # what else model_index.json says of the pipeline
     ema_start: dict | None = field(default=None, repr=False)  # EMA weights loaded apart, by parameter name
-    folders: dict = field(default_factory=dict)  # {name: folder} of components that came from another place
+    folders: dict = field(default_factory=dict)  # {name: folder} that components came from
     hub_tags = ()  # of its model card
 
     def __post_init__(self):
@@ -295,18 +295,10 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
     source = open_source(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
         kinds=("pipeline",), without_weights=("unet",) if start.from_scratch else (),
-    )  # fmt: skip
+    ).with_vae(args.pretrained_vae_model_name_or_path, args.cache_dir)  # fmt: skip
     family = source.family
-    others, folders = {}, {}
-    if args.pretrained_vae_model_name_or_path:
-        vae = open_vae(args.pretrained_vae_model_name_or_path, family, args.cache_dir)
-        others, folders = {"vae": vae}, {"vae": vae.components["vae"].config}
-    components = {
-        one.name: others.get(one.name, source).open(one.name)
-        for one in family.components
-        if one.name != family.denoiser
-    }
-    components = {family.denoiser: _denoiser(args, start, source, seed)} | components
+    frozen = {name: source.open(name) for name in family.by_name if name != family.denoiser}
+    components = {family.denoiser: _denoiser(args, start, source, seed)} | frozen
     if problems := list(family.problems(components)):
         raise ModelError("\n".join(problems))
     ema_start = None
@@ -321,10 +313,10 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
         module.requires_grad_(name in trained).train(name in trained)
         if args.gradient_checkpointing and name in trained:
             _recompute_activations(module)
-    tokenizers = {name: source.tokenizer(folder) for name, folder in family.tokenizers.items()}
+    folders = {name: files.config for name, files in source.components.items()}
     schedulers = {name: source.scheduler(name) for name in family.schedulers if name != "scheduler"}
     return Model(
-        family, source.folder, components, Tokenizers(tokenizers, family), scheduler, trained, schedulers,
+        family, source.folder, components, Tokenizers(source.tokenizers(), family), scheduler, trained, schedulers,
         args if isinstance(args, UpscalingArgs) else UpscalingArgs(), source.settings(), ema_start, folders,
     )  # fmt: skip
 

@@ -132,6 +132,14 @@ class Source:
             raise ModelError(f"{self.given} has no {name}: {self._why_missing()}")
         return self.base._holder(name)
 
+    def with_vae(self, name, cache_dir=None):
+        """This one with the autoencoder that open_vae opens, or as it is where `name` is None. Raises ModelError."""
+        return replace(self, components=self.components | open_vae(name, self.family, cache_dir)) if name else self
+
+    def tokenizers(self):
+        """{text encoder: its tokenizer}. Raises ModelError."""
+        return {encoder: self.tokenizer(folder) for encoder, folder in self.family.tokenizers.items()}
+
     def tokenizer(self, name="tokenizer"):
         """The tokenizer in a folder of the pipeline. Raises ModelError."""
         return open_tokenizer(self._pipeline_folder() / name, self._class_of(name) or "CLIPTokenizer")
@@ -243,7 +251,7 @@ def open_tokenizer(folder, class_name="CLIPTokenizer"):
 
 
 def open_vae(name, family: Family, cache_dir=None):
-    """A Source of an autoencoder: of a pipeline, a folder of its own, or either on the Hub. Raises ModelError."""
+    """{"vae": ComponentFiles} of a pipeline, a folder of its own, or either on the Hub. Raises ModelError."""
     path, component = Path(name), family.by_name.get("vae")
     if component is None:
         raise ModelError(f"{name} is an autoencoder, and a {family.pipeline} works on pixels: leave it out")
@@ -251,8 +259,7 @@ def open_vae(name, family: Family, cache_dir=None):
         raise ModelError(f"{name} is a file: name the folder with its config.json, or a pipeline that has a vae")
     folder = path if path.is_dir() else _hub_folder(name, None, [None], cache_dir, {"vae", ""})
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    found = _component_files(str(name), component, folder, [None])
-    return Source(str(name), "unet", family, family.pipeline, None, {"vae": found}, None)
+    return {"vae": _component_files(str(name), component, folder, [None])}
 
 
 # -- one reader for each kind ------------------------------------------------------------------------------------------
@@ -303,9 +310,9 @@ def _checkpoint(name, path, weights, base, options):
     lent, warnings = (_lent(base, options), ()) if base else _model_of_run(name, args, options)
     family = lent.family if lent else DEFAULT_FAMILY
     folders = {one: of_checkpoint(path, one.name, weights) for one in family.components}
+    if lent and not base and "vae" in lent.components:
+        lent = lent.with_vae(args.get("pretrained_vae_model_name_or_path"), options["cache_dir"])
     components = dict(lent.components) if lent else {}
-    if not base and "vae" in components and (vae := args.get("pretrained_vae_model_name_or_path")):
-        components |= open_vae(vae, family, options["cache_dir"]).components
     for one, folder in folders.items():
         if folder.is_dir():
             components[one.name] = _component_files(name, one, folder, [None])

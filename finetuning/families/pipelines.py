@@ -8,7 +8,7 @@ import torch
 from finetuning.families.folders import STATE
 from finetuning.families.lora_files import DIFFUSERS_NAME, RAW_NAME, read_lora
 from finetuning.families.model_args import ModelError
-from finetuning.families.opening import Source, open_source, open_vae
+from finetuning.families.opening import Source, open_source
 from finetuning.families.quiet import errors_only
 from finetuning.families.table import FAMILIES
 
@@ -84,13 +84,11 @@ def _parts(name, take, weights, variant=None, base=None, vae=None, scheduler=Non
     if (Path(name) / STATE).is_file():
         variant = None  # the flag is about the other models of the command: a checkpoint has no variants
     wanted = set().union(*(family.folders for family in FAMILIES.values()))
-    source = open_source(name, weights=weights, variant=variant, base=base, only=wanted)
+    source = open_source(name, weights=weights, variant=variant, base=base, only=wanted).with_vae(vae)
     family = source.family
-    others = {"vae": open_vae(vae, family)} if vae else {}
-    components = {component: take(others.get(component, source), component) for component in family.by_name}
+    components = {component: take(source, component) for component in family.by_name}
     if problems := list(family.problems(components)):
         raise ModelError(f"{name}: " + "; ".join(problems))
-    tokenizers = {encoder: source.tokenizer(folder) for encoder, folder in family.tokenizers.items()}
     with errors_only():
         schedulers = {one: source.scheduler(one) for one in family.schedulers}
         if scheduler:
@@ -98,4 +96,4 @@ def _parts(name, take, weights, variant=None, base=None, vae=None, scheduler=Non
             own = schedulers["scheduler"].config
             schedulers["scheduler"] = getattr(diffusers, SCHEDULERS[scheduler]).from_config(own, **options)
         family.check_scheduler(schedulers["scheduler"])
-    return family, [components, tokenizers, schedulers, source.settings()]
+    return family, [components, source.tokenizers(), schedulers, source.settings()]

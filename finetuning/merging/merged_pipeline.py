@@ -84,7 +84,7 @@ def _base_pipeline(base, variant, scheduler, device, dtype):
 def _parameters(pipeline, components):
     """{canonical name: tensor} of the pipeline's components; what is copied into these, the pipeline has."""
     return {
-        f"{component}.{key.removeprefix('text_model.')}": tensor
+        f"{component}.{key}": tensor
         for component in components
         for key, tensor in getattr(pipeline, component).state_dict().items()
     }

@@ -39,20 +39,20 @@ DRAWS = 2
 class CheckpointArgs:
     """Checkpoints and resuming"""
 
+    affects_result = False
+
     checkpointing_steps: int = flag(
-        500, "write a checkpoint every N optimizer steps; 0: only by the other two, and at the end", min=0,
-        affects_result=False,
-    )  # fmt: skip
-    checkpointing_epochs: int = flag(0, "write a checkpoint every N epochs", min=0, affects_result=False)
+        500, "write a checkpoint every N optimizer steps; 0: only by the other two, and at the end", min=0
+    )
+    checkpointing_epochs: int = flag(0, "write a checkpoint every N epochs", min=0)
     checkpointing_minutes: float = flag(
-        0.0, "write a checkpoint every N minutes (miniGLIDE's checkpoint-time, in minutes)", min=0, affects_result=False
+        0.0, "write a checkpoint every N minutes (miniGLIDE's checkpoint-time, in minutes)", min=0
     )
     checkpoints_total_limit: int | None = flag(
-        None, "keep the newest N checkpoints; older ones are deleted after the new one is complete", min=1,
-        affects_result=False,
-    )  # fmt: skip
+        None, "keep the newest N checkpoints; older ones are deleted after the new one is complete", min=1
+    )
     resume_from_checkpoint: str | None = flag(
-        None, '"latest" (the newest complete checkpoint of --output_dir), or a checkpoint folder', affects_result=False
+        None, '"latest" (the newest complete checkpoint of --output_dir), or a checkpoint folder'
     )
 
     def problems(self):

@@ -37,31 +37,28 @@ from finetuning.rng import torch_generator
 class ValidationArgs:
     """Validation"""
 
+    affects_result = False
+
     validation_prompts: list[str] | None = flag(
-        None, "prompts of images that are generated with fixed seeds, by the base first (step 0)", affects_result=False
+        None, "prompts of images that are generated with fixed seeds, by the base first (step 0)"
     )
     validation_image: list[str] | None = flag(
-        None, "for an upscaler: the small image of each validation prompt", requires=("validation_prompts",
-        "validation_prompt"), affects_result=False,
+        None, "for an upscaler: the small image of each validation prompt",
+        requires=("validation_prompts", "validation_prompt"),
     )  # fmt: skip
-    validation_prompt: str | None = flag(None, "one prompt more, as in diffusers' LoRA script", affects_result=False)
-    num_validation_images: int = flag(1, "images per prompt; 0: none", min=0, affects_result=False)
+    validation_prompt: str | None = flag(None, "one prompt more, as in diffusers' LoRA script")
+    num_validation_images: int = flag(1, "images per prompt; 0: none", min=0)
     validation_epochs: int = flag(
-        5, "validate every N epochs, unless --validation_steps is given; 0: only at the start and the end", min=0,
-        affects_result=False,
-    )  # fmt: skip
-    validation_steps: int | None = flag(None, "validate every N optimizer steps", min=1, affects_result=False)
-    validation_guidance_scale: float = flag(7.5, "guidance scale of the validation images", affects_result=False)
-    validation_inference_steps: int = flag(
-        25, "sampling steps of the validation images (DPM-Solver++)", min=1, affects_result=False
+        5, "validate every N epochs, unless --validation_steps is given; 0: only at the start and the end", min=0
     )
+    validation_steps: int | None = flag(None, "validate every N optimizer steps", min=1)
+    validation_guidance_scale: float = flag(7.5, "guidance scale of the validation images")
+    validation_inference_steps: int = flag(25, "sampling steps of the validation images (DPM-Solver++)", min=1)
     validation_fraction: float = flag(
         0.0, "hold out this share of the rows for the validation loss, where the dataset has no validation split",
-        min=0, below=1,
+        min=0, below=1, affects_result=True,
     )  # fmt: skip
-    validation_loss_rows: int = flag(
-        256, "rows for the validation loss, at most; 0: no validation loss", min=0, affects_result=False
-    )
+    validation_loss_rows: int = flag(256, "rows for the validation loss, at most; 0: no validation loss", min=0)
 
     def problems(self):
         for path in self.validation_image or []:
@@ -80,45 +77,41 @@ class ValidationArgs:
 class RetentionArgs:
     """Learned and retained"""
 
+    affects_result = False
+
     evaluate_every: int = flag(
         0, "every N optimizer steps log how much is learned and retained, and the validation loss, with 95 % "
-        "intervals; 0: off",
-        min=0, affects_result=False,
+        "intervals; 0: off", min=0,
     )  # fmt: skip
     evaluate_with: str = flag(
         "loss", "what measures them. loss: held-out rows, and --retain_dataset; clip: CLIP scores of images of the "
         "validation prompts, and of --general_prompts; checker: the scores that --checker gives to the same images",
-        choices=("loss", "clip", "checker"), requires="evaluate_every", affects_result=False,
+        choices=("loss", "clip", "checker"), requires="evaluate_every",
     )  # fmt: skip
     checker: str | None = flag(
         None, "for checker: the module that judges images, e.g. my_checker.py or finetuning.shapes.checker (see "
-        "docs/evaluation.md)",
-        requires="evaluate_with=checker", affects_result=False,
+        "docs/evaluation.md)", requires="evaluate_with=checker",
     )  # fmt: skip
     retain_dataset: str | None = flag(
         None, "for loss: folder with metadata.jsonl of what should not be forgotten", requires="evaluate_every",
-        affects_result=False, reads=True,
+        reads=True,
     )  # fmt: skip
     retain_split: str | None = flag(
         None, "its split (none: validation, or all of a folder without splits)", choices=tuple(SPLIT_NAMES),
-        requires="retain_dataset", affects_result=False,
+        requires="retain_dataset",
     )  # fmt: skip
-    retain_rows: int = flag(
-        64, "rows of --retain_dataset for the loss, at most", min=2, requires="retain_dataset", affects_result=False
-    )
+    retain_rows: int = flag(64, "rows of --retain_dataset for the loss, at most", min=2, requires="retain_dataset")
     general_prompts: str | None = flag(
         None, "for clip and checker: prompts of what should not be forgotten, .txt with one on each line, or .json "
-        "(none: for clip the project's own 60)",
-        requires=("evaluate_with=clip", "evaluate_with=checker"), affects_result=False,
+        "(none: for clip the project's own 60)", requires=("evaluate_with=clip", "evaluate_with=checker"),
     )  # fmt: skip
     clip_model: str | None = flag(
         None, "for clip: a folder, or a name on the Hub (none: openai/clip-vit-base-patch32)",
-        requires="evaluate_with=clip", affects_result=False, reads=True,
+        requires="evaluate_with=clip", reads=True,
     )  # fmt: skip
     stop_when_retention_below: float | None = flag(
         None, "end the run, with a checkpoint and the finished result, where retention falls below this share of the "
-        "base's",
-        above=0, below=1, requires="evaluate_every", affects_result=False, was="stop_when_kept_below",
+        "base's", above=0, below=1, requires="evaluate_every", was="stop_when_kept_below",
     )  # fmt: skip
 
     def problems(self):

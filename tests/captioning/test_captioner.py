@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetuning.captioning import CAPTIONERS
 from finetuning.captioning.captioner import Captioner, SeededNucleus, without_prompt
-from finetuning.captioning.kinds import GenerationArgs
+from finetuning.captioning.kinds import CAPTIONERS, GenerationArgs
 from finetuning.data.findings import Findings
 from finetuning.families.model_args import ModelError
 from finetuning.files import write_json

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from finetuning.conversion.audit import AuditArgs, examine
-from finetuning.conversion.audit_page import GROUPS, OF_A_GROUP, SAMPLE, page
+from finetuning.conversion.audit_report import GROUPS, OF_A_GROUP, SAMPLE, page
 
 
 def photo(seed, size=(40, 30)):

@@ -1,25 +1,14 @@
 """Datasets with the images inside: what save_to_disk, to_parquet and the Hub's own Parquet files hold."""
 
 import io
-from dataclasses import dataclass
 
 import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value, config
 from PIL import Image as PILImage
 
-from finetuning.conversion import hub
-from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.findings import DatasetError
 from finetuning.data.images import UnreadableImage
-
-
-@dataclass
-class Args(hub.HubArgs):
-    """Every flag that the reader looks at."""
-
-    image_column: str = "image"
-    caption_column: str = "text"
-    allow_outside_paths: bool = False
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +31,6 @@ def table(*captions, images=None, image="image", text="text"):
     )
 
 
-def read(path, **flags):
-    findings = Findings()
-    return list(hub.read(str(path), Args(**flags), findings)), findings
-
-
-def clean(path, **flags):
-    samples, findings = read(path, **flags)
-    assert findings.report() == ""
-    return samples
-
-
 def written(folder, how, **splits):
     if how == "save_to_disk":
         (DatasetDict(splits) if len(splits) > 1 else next(iter(splits.values()))).save_to_disk(folder)
@@ -64,58 +42,57 @@ def written(folder, how, **splits):
 
 
 @pytest.mark.parametrize("how", ["save_to_disk", "parquet"])
-def test_rows_of_every_split_with_the_images_as_they_were_encoded(tmp_path, how):
+def test_rows_of_every_split_with_the_images_as_they_were_encoded(tmp_path, clean, how):
     folder = written(tmp_path / "d", how, train=table("one", "two "), validation=table("held out"))
-    samples = clean(folder)
+    samples = clean("hub", folder).samples
     assert [(sample.name, sample.split, sample.captions) for sample in samples] == [
         ("train/00000000", "train", ("one",)),
         ("train/00000001", "train", ("two",)),
         ("validation/00000000", "validation", ("held out",)),
     ]
-    assert [sample.image.read() for sample in samples] == [encoded(1), encoded(2), encoded(1)]
+    assert [sample.image.read_bytes() for sample in samples] == [encoded(1), encoded(2), encoded(1)]
     assert [sample.open().width for sample in samples] == [1, 2, 1]
     assert samples[1].origin == "train row 1"
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_dataset_of_one_split_is_undivided(tmp_path, split):
-    samples = clean(written(tmp_path / "d", "parquet", **{split: table("one", "two")}))
-    assert [(sample.name, sample.split) for sample in samples] == [
-        (f"{split}/00000000", None), (f"{split}/00000001", None),
-    ]  # fmt: skip
+def test_a_dataset_of_one_split_is_undivided(tmp_path, clean, split):
+    found = clean("hub", written(tmp_path / "d", "parquet", **{split: table("one", "two")}))
+    assert found.places == {(None, f"{split}/00000000"), (None, f"{split}/00000001")}
 
 
-def test_splits_that_say_nothing_are_errors(tmp_path):
-    folder = tmp_path / "d"
-    DatasetDict(train=table("one"), unlabeled=table("two", "three"), val=table("four")).save_to_disk(folder)
-    samples, findings = read(folder)
-    assert [(sample.captions, sample.split) for sample in samples] == [(("one",), "train"), (("four",), "validation")]
-    assert list(findings.as_dict()["errors"].values()) == [["unlabeled (2 rows)"]]
+def test_splits_that_say_nothing_are_errors(tmp_path, read_source):
+    DatasetDict(train=table("one"), unlabeled=table("two", "three"), val=table("four")).save_to_disk(tmp_path / "d")
+    found = read_source("hub", tmp_path / "d")
+    assert found.captions == [("train/00000000", ("one",)), ("val/00000000", ("four",))]
+    assert {split for split, _ in found.places} == {"train", "validation"}
+    assert found.errors == {"unknown_split": ["unlabeled (2 rows)"]}
 
 
-def test_the_columns_may_have_other_names(tmp_path):
+def test_the_columns_may_have_other_names(tmp_path, clean, read_source):
     folder = written(tmp_path / "d", "parquet", train=table("one", image="jpg", text="prompt"))
-    assert clean(folder, image_column="jpg", caption_column="prompt")[0].captions == ("one",)
+    found = clean("hub", folder, image_column="jpg", caption_column="prompt")
+    assert found.captions == [("train/00000000", ("one",))]
     with pytest.raises(DatasetError, match="--image_column and --caption_column"):
-        read(folder)
+        read_source("hub", folder)
 
 
-def test_empty_captions_are_named_with_their_split(tmp_path):
+def test_empty_captions_are_named_with_their_split(tmp_path, read_source):
     folder = written(tmp_path / "d", "parquet", train=table("one", " "), test=table(None, "two"))
-    samples, findings = read(folder)
-    assert [(sample.name, sample.open().width) for sample in samples] == [("train/00000000", 1), ("test/00000001", 2)]
-    assert findings.as_dict()["errors"] == {"no_caption": ["train row 1", "test row 0"]}
+    found = read_source("hub", folder)
+    assert [(one.name, one.open().width) for one in found.samples] == [("train/00000000", 1), ("test/00000001", 2)]
+    assert found.errors == {"no_caption": ["train row 1", "test row 0"]}
 
 
-def test_rows_without_an_image_or_with_a_broken_one_are_unreadable(tmp_path):
+def test_rows_without_an_image_or_with_a_broken_one_are_unreadable(tmp_path, clean):
     images = [None, {"bytes": b"<html>", "path": None}, {"bytes": encoded(1, "PNG")[:40], "path": "x.png"}]
     folder = written(tmp_path / "d", "parquet", train=table("a", "b", "c", images=images))
-    for number, sample in enumerate(clean(folder)):
+    for number, sample in enumerate(clean("hub", folder).samples):
         with pytest.raises(UnreadableImage, match=rf"^train row {number}: "):
             sample.open()
 
 
-def test_a_row_does_not_reach_outside_the_dataset(tmp_path):
+def test_a_row_does_not_reach_outside_the_dataset(tmp_path, clean):
     private = tmp_path / "private.png"
     private.write_bytes(encoded(7, "PNG"))
     folder = tmp_path / "d"
@@ -126,12 +103,12 @@ def test_a_row_does_not_reach_outside_the_dataset(tmp_path):
     names = [str(name) for name in (folder / "own.png", *outside)]
     images = [{"bytes": None, "path": name} for name in names]
     pyarrow.parquet.write_table(table(*names, images=images).data.table, folder / "train.parquet")
-    own, *others = clean(folder)
+    own, *others = clean("hub", folder).samples
     assert own.open().width == 3
     for sample in others:
         with pytest.raises(UnreadableImage, match=r"outside the dataset .*--allow_outside_paths"):
             sample.open()
-    assert clean(folder, allow_outside_paths=True)[1].open().width == 7
+    assert clean("hub", folder, allow_outside_paths=True).samples[1].open().width == 7
 
 
 @pytest.mark.parametrize(
@@ -141,8 +118,8 @@ def test_a_row_does_not_reach_outside_the_dataset(tmp_path):
         (lambda folder: (folder / "x.parquet").write_bytes(b"PAR1"), "cannot be loaded: .*"),
     ],
 )
-def test_a_folder_that_holds_no_dataset_is_refused(tmp_path, make, message):
+def test_a_folder_that_holds_no_dataset_is_refused(tmp_path, read_source, make, message):
     (tmp_path / "d").mkdir()
     make(tmp_path / "d")
     with pytest.raises(DatasetError, match=message):
-        read(tmp_path / "d")
+        read_source("hub", tmp_path / "d")

@@ -1,80 +1,42 @@
 """Image folders in the shapes that people have become samples with the right split, name and captions."""
 
 import json
-from dataclasses import dataclass
 
 import pytest
-from PIL import Image
-
-from finetuning.conversion.imagefolder import read
-from finetuning.data.findings import Findings
 
 
-@dataclass
-class Args:
-    image_column: str = "image"
-    caption_column: str = "text"
-    allow_outside_paths: bool = False
+def jsonl(*rows):
+    return "".join(json.dumps({"file_name": str(name), "text": text}) + "\n" for name, text in rows)
 
 
-def images(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (2, 2)).save(folder / name)
+@pytest.mark.parametrize(
+    ("rows", "captions"),
+    [
+        # by path, whatever the order of the metadata
+        ([("below/b.png", "two cats"), ("a.png", "a cat")], ("a cat",)),
+        # rows of one image become one sample with all captions
+        ([("a.png", "a cat"), ("below/b.png", "two cats"), ("./a.png", "a tabby"), ("a.png", "a cat")],
+         ("a cat", "a tabby")),
+    ],
+)  # fmt: skip
+def test_a_flat_folder_has_no_split(tmp_path, lay, read_source, rows, captions):
+    lay(tmp_path, {"a.png": 1, "below/b.png": 2, "metadata.jsonl": jsonl(*rows)})
+    found = read_source("imagefolder", tmp_path)
+    assert found.captions == [("a.png", captions), ("below/b.png", ("two cats",))]
+    assert {split for split, _ in found.places} == {None} and not found.errors
 
 
-def jsonl(folder, *rows):
-    lines = [json.dumps({"file_name": str(name), "text": text}) + "\n" for name, text in rows]
-    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def samples(root, **settings):
-    """{(split, name): captions} of a folder in which nothing is wrong."""
-    findings = Findings()
-    found = list(read(str(root), Args(**settings), findings))
-    assert not findings.errors
-    assert len({one.key for one in found}) == len(found)
-    assert all(one.image.is_file() for one in found)
-    return {(one.split, one.name): one.captions for one in found}
-
-
-CATS = {(None, "a.png"): ("a cat",), (None, "below/b.png"): ("two cats",)}
-
-
-@pytest.fixture
-def cats(tmp_path):
-    """Two images, one in a folder below, still without metadata."""
-    images(tmp_path, "a.png", "below/b.png")
-    return tmp_path
-
-
-def test_a_flat_folder_has_no_split(cats):
-    jsonl(cats, ("below/b.png", "two cats"), ("a.png", "a cat"))
-    assert samples(cats) == CATS
-    assert list(samples(cats)) == list(CATS)  # by path, whatever the order of the metadata
-
-
-def test_a_link_in_a_circle_is_no_image_beside_the_splits(tmp_path):
-    images(tmp_path / "test", "1.png")
-    jsonl(tmp_path / "test", ("1.png", "first"))
+def test_a_link_in_a_circle_is_no_image_beside_the_splits(tmp_path, lay, clean):
+    lay(tmp_path / "test", {"1.png": 1, "metadata.jsonl": jsonl(("1.png", "first"))})
     (tmp_path / "again").symlink_to(tmp_path)
-    assert samples(tmp_path) == {("test", "1.png"): ("first",)}
+    assert clean("imagefolder", tmp_path).places == {("test", "1.png")}
 
 
-def test_rows_of_one_image_become_one_sample_with_all_captions(cats):
-    jsonl(cats, ("a.png", "a cat"), ("below/b.png", "two cats"), ("./a.png", "a tabby"), ("a.png", "a cat"))
-    found = samples(cats)
-    assert sorted(found[None, "a.png"]) == ["a cat", "a tabby"]
-    assert found[None, "below/b.png"] == ("two cats",)
-
-
-def test_images_outside_keep_apart_from_those_inside(tmp_path):
-    inside, outside = tmp_path / "inside", tmp_path / "outside"
-    images(inside, "a.png")
-    images(outside, "x/a.png", "y/a.png")
-    jsonl(inside, ("a.png", "in"), (outside / "x/a.png", "x"), (outside / "y/a.png", "y"))
-    assert samples(inside, allow_outside_paths=True) == {
-        (None, "a.png"): ("in",),
-        (None, "../outside/x/a.png"): ("x",),
-        (None, "../outside/y/a.png"): ("y",),
-    }
+def test_images_outside_keep_apart_from_those_inside(tmp_path, lay, clean):
+    outside = lay(tmp_path / "outside", ["x/a.png", "y/a.png"])
+    rows = ("a.png", "in"), (outside / "x/a.png", "x"), (outside / "y/a.png", "y")
+    lay(tmp_path / "inside", {"a.png": 1, "metadata.jsonl": jsonl(*rows)})
+    found = clean("imagefolder", tmp_path / "inside", allow_outside_paths=True)
+    assert dict(found.captions) == {
+        "a.png": ("in",), "../outside/x/a.png": ("x",), "../outside/y/a.png": ("y",),
+    }  # fmt: skip

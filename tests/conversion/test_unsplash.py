@@ -1,19 +1,14 @@
 """The tables of the Unsplash Lite dataset, and a scraper's manifest, become captioned images."""
 
 import csv
-import json
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from finetuning import cli
-from finetuning.conversion.download import DownloadArgs, Fetcher
-from finetuning.conversion.unsplash import UnsplashArgs, read
-from finetuning.conversion.writer import WritingArgs, write_dataset
+from finetuning.conversion.download import Fetcher
 from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.reading import read_folder
+from prepare_dataset import main as prepare_dataset
 
 PHOTOS = [
     "photo_id", "photo_url", "photo_image_url", "photo_submitted_at", "photo_featured", "photo_width",
@@ -28,11 +23,6 @@ KEYWORDS = ["photo_id", "keyword", "ai_service_1_confidence", "ai_service_2_conf
 LATER_KEYWORDS = [*KEYWORDS, "user_suggestion_source", "suggested_by_ai_service_3", "confirmed_by_ai_service_3"]
 DUNE, LAKE, WOOD, CITY = "XMyPniM9LF0", "rDLBArZUl1c", "-0_8aTVZ-nk", "c7OrOMxrurA"
 RAW = "https://images.unsplash.com/photo-1422493757035-1e5e03968f95"
-
-
-@dataclass
-class Args(UnsplashArgs, DownloadArgs, WritingArgs):
-    """The flags that the reader and the writer read."""
 
 
 def table(path, columns, *rows, delimiter="\t", encoding="utf-8"):
@@ -55,17 +45,10 @@ def keyword(photo_id, word, first="", second="", by_user="f"):
     return {"photo_id": photo_id, "keyword": word, "suggested_by_user": by_user} | confidences
 
 
-def image(path, color="red"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (4, 4), color).save(path)
-    return path
-
-
 @pytest.fixture
-def root(tmp_path):
+def root(tmp_path, lay):
     """An unpacked dataset of three photos, and their images."""
-    root = tmp_path / "lite"
-    root.mkdir()
+    root = lay(tmp_path / "lite", [])
     table(
         root / "photos.tsv000",
         PHOTOS,
@@ -73,83 +56,68 @@ def root(tmp_path):
         photo(LAKE, 'A "lake",\nseen\tfrom  above\r\n', "blue lake"),
         photo(WOOD, "", "green trees"),
     )
-    for name in (DUNE, LAKE, WOOD):
-        image(tmp_path / "images" / f"{name}.jpg")
+    lay(tmp_path / "images", [f"{name}.jpg" for name in (DUNE, LAKE, WOOD)])
     return root
 
 
 @pytest.fixture
-def args(tmp_path):
-    def make(*flags):
-        argv = ["--output", f"{tmp_path}/out", "--images", f"{tmp_path}/images", *map(str, flags)]
-        args, problems = cli.read(Args, "", argv)
-        assert problems == []
-        return args
-
-    return make
+def taken(tmp_path, read_source):
+    """The Reading of a source whose images stand in images/."""
+    return lambda path, **flags: read_source("unsplash-lite", path, **{"images": str(tmp_path / "images"), **flags})
 
 
-def taken(root, args):
-    """({photo_id: captions}, findings)."""
-    findings = Findings()
-    samples = list(read(root, args, findings))
-    assert len({sample.key for sample in samples}) == len(samples)
-    return {Path(sample.name).stem: sample.captions for sample in samples}, findings
+@pytest.fixture
+def captions(taken):
+    """{photo_id: its caption} of a source without errors."""
+
+    def captions(path, **flags):
+        found = taken(path, **flags)
+        assert not found.errors and not found.warnings
+        return {name.rpartition(".")[0]: text for name, (text,) in found.captions}
+
+    return captions
 
 
-def test_captions_are_the_ai_descriptions_unless_told(root, args):
-    captions, findings = taken(root, args())
-    assert list(captions.items()) == [(DUNE, ("brown sand dunes",)), (LAKE, ("blue lake",)), (WOOD, ("green trees",))]
-    assert not findings.errors and not findings.warnings
+def test_captions_are_the_ai_descriptions_unless_told(root, captions):
+    texts = {DUNE: "brown sand dunes", LAKE: "blue lake", WOOD: "green trees"}
+    assert list(captions(root).items()) == list(texts.items())
 
 
-def test_a_description_is_one_line_whatever_quotes_and_breaks_it_has(root, args):
-    captions, findings = taken(root, args("--caption_from", "description"))
-    assert captions == {DUNE: ("My dune",), LAKE: ('A "lake", seen from above',)}
-    ((kind, examples),) = findings.as_dict()["errors"].items()
-    assert kind == "no_text"
-    assert examples == [f"photos.tsv000 line 6 ({WOOD})"]  # the lake's description takes lines of its own
+def test_a_description_is_one_line_whatever_quotes_and_breaks_it_has(root, taken):
+    found = taken(root, caption_from=["description"])
+    assert found.captions == [(f"{DUNE}.jpg", ("My dune",)), (f"{LAKE}.jpg", ('A "lake", seen from above',))]
+    assert found.errors == {"no_text": [f"photos.tsv000 line 6 ({WOOD})"]}  # the lake's takes lines of its own
 
 
-@pytest.mark.parametrize(
-    ("choice", "of_wood"),
-    [
-        (["description", "ai_description"], "green trees"),
-        (["description", "none"], ""),
-        (["description", "keywords", "none"], "moss"),
-    ],
-)
-def test_of_several_sources_of_captions_the_first_counts_that_a_photo_has(root, args, choice, of_wood):
+@pytest.mark.parametrize(("second", "of_wood"), [("ai_description", "green trees"), ("none", ""), ("keywords", "moss")])
+def test_of_several_sources_of_captions_the_first_counts_that_a_photo_has(root, captions, second, of_wood):
     table(root / "keywords.tsv000", KEYWORDS, keyword(WOOD, "moss", "90"), keyword(DUNE, "sand", "90"))
-    captions, findings = taken(root, args("--caption_from", *choice))
-    assert captions[DUNE] == ("My dune",)
-    assert captions[WOOD] == (of_wood,)
-    assert not findings.errors
+    found = captions(root, caption_from=["description", second, "none"][: 3 if second == "keywords" else 2])
+    assert (found[DUNE], found[WOOD]) == ("My dune", of_wood)
 
 
-def test_without_captions_the_dataset_waits_for_a_captioner(root, args, tmp_path):
-    settings = args("--caption_from", "none", "--validation_fraction", 0, "--test_fraction", 0)
+def test_without_captions_the_dataset_waits_for_a_captioner(root, tmp_path, lines):
+    output, images = tmp_path / "out", tmp_path / "images"
+    command = ["convert", "unsplash-lite", root, "--output", output, "--images", images, "--caption_from", "none"]
+    assert prepare_dataset([*map(str, command), "--validation_fraction", "0", "--test_fraction", "0"]) == 0
+    assert [row["text"] for row in lines(output / "train/metadata.jsonl")] == ["", "", ""]
     findings = Findings()
-    write_dataset(read(root, settings, findings), settings, say=lambda line: None)
-    rows = [json.loads(line) for line in (tmp_path / "out/train/metadata.jsonl").read_text().splitlines()]
-    assert [row["text"] for row in rows] == ["", "", ""]
-    assert len(read_folder(tmp_path / "out", "train", "image", "none", False, findings)) == 3
-    assert not findings.errors
-    assert read_folder(tmp_path / "out", "train", "image", "text", False, findings) == []
-    assert len(findings.as_dict()["errors"]["no_caption"]) == 3
+    assert len(read_folder(output, "train", "image", "none", False, findings)) == 3 and not findings.errors
+    assert read_folder(output, "train", "image", "text", False, findings) == []
+    assert len(findings.errors["no_caption"]) == 3
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "dune, sky, sand, wave"),  # dune is a person's word; sand and wave are equally sure
-        (["--keyword_confidence", "80"], "dune, sky"),
-        (["--keyword_confidence", "0", "--keyword_count", "9"], "dune, sky, sand, wave, ocean"),
-        (["--keyword_count", "2"], "dune, sky"),
+        ({}, "dune, sky, sand, wave"),  # dune is a person's word; sand and wave are equally sure
+        ({"keyword_confidence": 80}, "dune, sky"),
+        ({"keyword_confidence": 0, "keyword_count": 9}, "dune, sky, sand, wave, ocean"),
+        ({"keyword_count": 2}, "dune, sky"),
     ],
 )
 @pytest.mark.parametrize("columns", [KEYWORDS, LATER_KEYWORDS])
-def test_keywords_are_those_that_are_sure_enough(root, args, flags, words, columns):
+def test_keywords_are_those_that_are_sure_enough(root, taken, flags, words, columns):
     table(
         root / "keywords.tsv000",
         columns,
@@ -159,39 +127,38 @@ def test_keywords_are_those_that_are_sure_enough(root, args, flags, words, colum
         keyword(LAKE, "water", "99"),
     )
     table(root / "keywords.tsv001", columns, keyword(DUNE, "sand", "", "60.5"), keyword(DUNE, "dune", by_user="t"))
-    captions, findings = taken(root, args("--caption_from", "keywords", *flags))
-    assert captions == {DUNE: (words,), LAKE: ("water",)}
-    assert len(findings.errors) == 1  # the wood has none
+    found = taken(root, caption_from=["keywords"], **flags)
+    assert found.captions == [(f"{DUNE}.jpg", (words,)), (f"{LAKE}.jpg", ("water",))]
+    assert list(found.errors) == ["no_text"]  # the wood has none
 
 
 @pytest.mark.parametrize("suffix", ["tsv000", "csv000", "tsv", "csv", "csv.part-1"])
 @pytest.mark.parametrize(("delimiter", "encoding"), [("\t", "utf-8"), ("\t", "utf-8-sig"), (",", "utf-8")])
-def test_every_release_is_read_by_column_name(root, args, suffix, delimiter, encoding):
+def test_every_release_is_read_by_column_name(root, captions, suffix, delimiter, encoding):
     (root / "photos.tsv000").unlink()
     shuffled = ["photo_id", "a_column_of_tomorrow", *reversed(PHOTOS[1:])]
     table(root / f"photos.{suffix}", shuffled, photo(DUNE, "", "brown, dry"), delimiter=delimiter, encoding=encoding)
-    assert taken(root, args())[0] == {DUNE: ("brown, dry",)}
+    assert captions(root) == {DUNE: "brown, dry"}
 
 
-def test_all_shards_are_read_in_order_and_a_photo_once(root, args, tmp_path):
+def test_all_shards_are_read_in_order_and_a_photo_once(root, lay, taken, tmp_path):
     table(root / "photos.tsv001", PHOTOS, photo(CITY, "", "tall houses"), photo(DUNE, "", "another text"))
-    image(tmp_path / "images" / f"{CITY}.jpg")
-    captions, findings = taken(root, args())
-    assert list(captions) == [DUNE, LAKE, WOOD, CITY]
-    assert captions[DUNE] == ("brown sand dunes",)
-    assert findings.as_dict()["warnings"] == {"listed_twice": [f"photos.tsv001 line 3 ({DUNE})"]}
+    lay(tmp_path / "images", [f"{CITY}.jpg"])
+    found = taken(root)
+    assert [name for name, _ in found.captions] == [f"{name}.jpg" for name in (DUNE, LAKE, WOOD, CITY)]
+    assert found[f"{DUNE}.jpg"].captions == ("brown sand dunes",)
+    assert found.warnings == {"listed_twice": [f"photos.tsv001 line 3 ({DUNE})"]}
 
 
 @pytest.mark.parametrize(
     "name", [f"{WOOD}.jpg", f"{WOOD}.PNG", f"deep/er/{WOOD}.webp", f"jane-doe-{WOOD}-unsplash.jpg"]
 )
-def test_images_are_found_by_photo_id(root, args, tmp_path, name):
+def test_images_are_found_by_photo_id(root, lay, taken, tmp_path, name):
     (tmp_path / "images" / f"{WOOD}.jpg").unlink()
-    found = image(tmp_path / "images" / name)
-    image(tmp_path / "images" / f"._jane-doe-{WOOD}-unsplash.jpg")  # what macOS puts beside images
-    samples = {sample.name: sample.image for sample in read(root, args(), Findings())}
-    assert samples[f"{WOOD}{found.suffix}"] == found
-    assert len(samples) == 3
+    # the second is what macOS puts beside images
+    images = lay(tmp_path / "images", [name, f"._jane-doe-{WOOD}-unsplash.jpg"])
+    found = taken(root)
+    assert len(found.samples) == 3 and found.samples[2].image == images / name
 
 
 @pytest.fixture
@@ -201,7 +168,7 @@ def fetched(monkeypatch):
 
     def fetch(self, url, target):
         asked.append(url)
-        image(target)
+        Image.new("RGB", (4, 4)).save(target)
 
     monkeypatch.setattr(Fetcher, "fetch", fetch)
     return asked
@@ -218,29 +185,27 @@ def fetched(monkeypatch):
         ((4000, 3000), RAW, 0, None),
     ],
 )
-def test_photos_are_asked_for_with_a_shorter_side(root, args, fetched, size, url, side, query):
+def test_photos_are_asked_for_with_a_shorter_side(root, captions, fetched, size, url, side, query):
     table(root / "photos.tsv000", PHOTOS, photo(CITY, "", "tall houses", *size, url))
-    captions, findings = taken(root, args("--download", "--download_side", side))
-    assert captions == {CITY: ("tall houses",)} and not findings.errors
+    assert captions(root, download=True, download_side=side) == {CITY: "tall houses"}
     assert fetched == [f"{RAW}?{query}" if query else RAW]
 
 
-def test_only_what_is_missing_and_has_a_caption_is_fetched(root, args, tmp_path, fetched):
+def test_only_what_is_missing_and_has_a_caption_is_fetched(root, taken, tmp_path, fetched):
     table(root / "photos.tsv001", PHOTOS, photo(CITY, "", "tall houses"), photo("abcdefghijk"))
-    captions, findings = taken(root, args("--download"))
-    assert list(captions) == [DUNE, LAKE, WOOD, CITY]
-    assert len(fetched) == 1 and (tmp_path / "images" / f"{CITY}.jpg").is_file()
-    assert len(findings.errors) == 1
+    found = taken(root, download=True)
+    assert [name for name, _ in found.captions] == [f"{name}.jpg" for name in (DUNE, LAKE, WOOD, CITY)]
+    assert len(fetched) == 1 and (tmp_path / "images" / f"{CITY}.jpg").is_file() and len(found.errors) == 1
 
 
-def test_rows_that_are_not_rows_are_named(root, args):
+def test_rows_that_are_not_rows_are_named(root, taken):
     with open(root / "photos.tsv000", "a", encoding="utf-8") as file:
         file.write("cut\toff\n")
         file.write("\t".join(["../x", *[""] * (len(PHOTOS) - 1)]) + "\n")
         file.write("\t".join(["x"] * (len(PHOTOS) + 1)) + "\n")
-    captions, findings = taken(root, args())
-    assert len(captions) == 3
-    assert findings.as_dict()["errors"] == {
+    found = taken(root)
+    assert len(found.samples) == 3
+    assert found.errors == {
         "wrong_fields": ["photos.tsv000 line 7", "photos.tsv000 line 9"],
         "no_photo_id": ["photos.tsv000 line 8"],
     }
@@ -264,86 +229,71 @@ def spoil(root, how):
 @pytest.mark.parametrize(
     ("how", "flags", "told"),
     [
-        ("no photos", [], "has no photos.tsv or .csv"),
-        ("no folder", [], "there is no folder"),
-        ("no column", [], "photos.tsv000 has no column ai_description, only photo_id, blur_hash"),
-        ("no column", ["--download"], "has no column ai_description or photo_height or photo_image_url or photo_width"),
-        ("empty", [], "has no column"),
-        ("not text", [], "photos.tsv000 is not UTF-8 text"),
-        ("open quote", [], "photos.tsv000 cannot be read: .*quote"),
-        ("", ["--caption_from", "keywords"], "has no keywords.tsv or .csv"),
-        ("", ["--caption_from", "query"], "query is for a manifest"),
+        ("no photos", {}, "has no photos.tsv or .csv"),
+        ("no folder", {}, "there is no folder"),
+        ("no column", {}, "photos.tsv000 has no column ai_description, only photo_id, blur_hash"),
+        (
+            "no column",
+            {"download": True},
+            "no column ai_description or photo_height or photo_image_url",
+        ),
+        ("empty", {}, "has no column"),
+        ("not text", {}, "photos.tsv000 is not UTF-8 text"),
+        ("open quote", {}, "photos.tsv000 cannot be read: .*quote"),
+        ("", {"caption_from": ["keywords"]}, "has no keywords.tsv or .csv"),
+        ("", {"caption_from": ["query"]}, "query is for a manifest"),
     ],
 )
-def test_a_dataset_that_cannot_be_read_says_why(root, args, how, flags, told):
+def test_a_dataset_that_cannot_be_read_says_why(root, taken, how, flags, told):
     with pytest.raises(DatasetError, match=told):
-        taken(spoil(root, how), args(*flags))
+        taken(spoil(root, how), **flags)
 
+
+# A scraper's manifest
 
 RECORD = {"id": DUNE, "url": f"{RAW}?w=1080", "file_name": "dune.jpg", "query": "desert", "alt_description": "a dune"}
-
-
-@pytest.fixture
-def manifest(tmp_path):
-    def write(*records):
-        (tmp_path / "scraped").mkdir(exist_ok=True)
-        (tmp_path / "scraped/manifest.json").write_text(json.dumps(records))
-        return tmp_path / "scraped"
-
-    return write
-
-
-def alone(tmp_path, *flags):
-    """Flags without --images."""
-    return cli.read(Args, "", ["--output", f"{tmp_path}/out", *flags])[0]
 
 
 @pytest.mark.parametrize(
     ("choice", "caption"),
     [(["ai_description"], "a dune"), (["query"], "desert"), (["description", "query"], "desert"), (["none"], "")],
 )
-def test_a_manifest_has_its_images_beside_it(manifest, tmp_path, choice, caption):
-    folder = manifest(RECORD)
-    beside = image(folder / "dune.jpg")
-    args = alone(tmp_path, "--caption_from", *choice)
-    for path in (folder, folder / "manifest.json"):
-        (sample,) = read(path, args, Findings())
-        assert (sample.name, sample.image, sample.captions) == ("dune.jpg", beside, (caption,))
-        assert sample.origin == "manifest.json record 1"
+@pytest.mark.parametrize("file", ["", "manifest.json"])
+def test_a_manifest_has_its_images_beside_it(tmp_path, lay, taken, choice, caption, file):
+    lay(tmp_path, {"manifest.json": [RECORD], "dune.jpg": 1})
+    (sample,) = taken(tmp_path / file, images=None, caption_from=choice).samples
+    assert (sample.name, sample.image, sample.captions) == ("dune.jpg", tmp_path / "dune.jpg", (caption,))
+    assert sample.origin == "manifest.json record 1"
 
 
-def test_records_that_cannot_be_taken_are_named(manifest, tmp_path):
-    folder = manifest(
+def test_records_that_cannot_be_taken_are_named(tmp_path, lay, taken):
+    records = [
         RECORD,
         RECORD | {"id": LAKE, "alt_description": None},
         RECORD | {"id": WOOD, "file_name": "../outside.jpg"},
         RECORD | {"id": ""},
         RECORD | {"alt_description": "the same again"},
         RECORD | {"id": CITY, "alt_description": "tall houses"},
-    )
-    image(folder / "dune.jpg")
-    captions, findings = taken(folder, alone(tmp_path))
-    assert captions == {"dune": ("a dune",)}
-    assert [examples for examples in findings.as_dict()["errors"].values()] == [
-        ["manifest.json record 2 (dune.jpg)", "manifest.json record 6 (dune.jpg)"],
-        ["manifest.json record 3 (../outside.jpg)", "manifest.json record 4 (dune.jpg)"],
     ]
-    assert [*findings.as_dict()["warnings"].values()] == [[f"manifest.json record 5 ({DUNE})"]]
+    found = taken(lay(tmp_path, {"manifest.json": records, "dune.jpg": 1}), images=None)
+    assert found.captions == [("dune.jpg", ("a dune",))]
+    assert found.errors == {
+        "shared_file_name": ["manifest.json record 2 (dune.jpg)", "manifest.json record 6 (dune.jpg)"],
+        "bad_record": ["manifest.json record 3 (../outside.jpg)", "manifest.json record 4 (dune.jpg)"],
+    }
+    assert found.warnings == {"listed_twice": [f"manifest.json record 5 ({DUNE})"]}
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [("{", "JSON"), ("{}", "list of records"), ("[1]", "list of records"), ("\xff", "JSON")]
+    ("content", "told"), [(b"{", "JSON"), ({}, "list of records"), ([1], "list of records"), (b"\xff", "JSON")]
 )
-def test_a_manifest_that_cannot_be_read_says_why(tmp_path, content, told):
-    (tmp_path / "manifest.json").write_bytes(content.encode("latin-1"))
+def test_a_manifest_that_cannot_be_read_says_why(tmp_path, lay, taken, content, told):
     with pytest.raises(DatasetError, match=told):
-        taken(tmp_path, alone(tmp_path))
+        taken(lay(tmp_path, {"manifest.json": content}))
 
 
-def test_a_manifests_images_are_fetched_as_it_names_them(manifest, tmp_path, args, fetched):
-    (tmp_path / "images").mkdir()
-    folder = manifest(RECORD | {"file_name": "sub/dune.jpg"})
-    (sample,) = read(folder, args("--download"), Findings())
-    assert sample.image == tmp_path / "images/sub/dune.jpg"
-    assert sample.name == "sub/dune.jpg"
+def test_a_manifests_images_are_fetched_as_it_names_them(tmp_path, lay, taken, fetched):
+    lay(tmp_path, {"manifest.json": [RECORD | {"file_name": "sub/dune.jpg"}]})
+    (sample,) = taken(tmp_path, download=True).samples
+    assert (sample.name, sample.image) == ("sub/dune.jpg", tmp_path / "images/sub/dune.jpg")
     assert fetched == [RECORD["url"]]

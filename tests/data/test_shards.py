@@ -229,4 +229,4 @@ def test_files_of_a_hub_dataset_are_read_when_their_turn_comes(tmp_path, hub, en
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         archive.write(tmp_path / "7.png", "a/7.png")
     for url in (f"file://{tmp_path}/7.png", f"zip://a/7.png::file://{tmp_path}/all.zip"):
-        assert Remote(url).read() == encoded(7)
+        assert Remote(url).read_bytes() == encoded(7)

@@ -15,10 +15,19 @@ SIZES = (3, 7, 1, 5)  # samples of the shards: 16 in all
 NAMES = [f"{shard}-{number}" for shard, size in enumerate(SIZES) for number in range(size)]
 
 
-@pytest.fixture(params=["tar", "parquet"])
-def folder(request, tmp_path, write_shards):
+@pytest.fixture
+def kind():
+    """Of the shards; the reader of each has its tests in test_shards.py."""
+    return "tar"
+
+
+@pytest.fixture
+def folder(kind, tmp_path, write_shards):
     """A folder of four shards."""
-    return write_shards(tmp_path / "shards", request.param, SIZES)
+    return write_shards(tmp_path / "shards", kind, SIZES)
+
+
+each_kind = pytest.mark.parametrize("kind", ["tar", "parquet"])
 
 
 @pytest.fixture
@@ -65,6 +74,7 @@ def places(sampler, first, last):
 # -- the order -------------------------------------------------------------------------------------------------------
 
 
+@each_kind
 def test_an_epoch_is_a_permutation_of_all_samples_of_the_seed(folder, sampler):
     epochs = [captions(sampler(folder).samples(epoch)) for epoch in range(4)]
     assert all(sorted(epoch) == sorted(NAMES) for epoch in epochs)
@@ -122,7 +132,7 @@ def test_steps_are_full_and_go_on_into_the_next_epoch(folder, sampler):
 def test_every_step_can_be_resumed_at(folder, sampler, processes):
     for process in range(processes):
         straight = places(sampler(folder, processes, process), 0, 22)
-        for first in range(22):
+        for first in range(0, 22, processes):
             resumed = places(sampler(folder, processes, process), first, 22)
             assert resumed == [place for place in straight if place[0] >= first], first
 
@@ -149,6 +159,7 @@ def batches(training, source, first=0, last=6, workers=0):
     return list(training.loader(source, first, last, workers))
 
 
+@each_kind
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_hold_the_images_and_captions_of_their_places(folder, stream, sampler, workers):
     found = batches(stream(folder), sampler(folder), workers=workers)

@@ -20,8 +20,8 @@ from finetuning.evaluation.generation import Row, general_rows
 from finetuning.evaluation.measuring import EvalNetworkArgs, Networks
 from finetuning.evaluation.metrics import EvaluationError
 from finetuning.evaluation.networks import Weights
-from finetuning.evaluation.notes import note
 from finetuning.evaluation.retention import RETENTION_MEASURES, learned_and_kept, ratio_of_means, retention_measure
+from finetuning.evaluation.words import note
 from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs
 from finetuning.families.pipelines import open_pipeline

@@ -14,8 +14,8 @@ from finetuning.evaluation.generation import Row
 from finetuning.evaluation.measuring import EvalNetworkArgs, Networks, measure, open_networks, summarise
 from finetuning.evaluation.metrics import EvaluationError, dataset_metrics
 from finetuning.evaluation.networks import Unavailable, Weights
-from finetuning.evaluation.notes import note
 from finetuning.evaluation.preprocessing import matched
+from finetuning.evaluation.words import note
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import parse
 

@@ -1,10 +1,8 @@
 """Copies of components: nothing that can run code, and the plain name where there is only a variant."""
 
-import json
-
 import pytest
 
-from finetuning.families.folders import copy_component, write_scheduler
+from finetuning.families.folders import copy_component
 from finetuning.families.model_args import ModelError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -33,13 +31,3 @@ def test_a_component_is_copied_without_pickles(tmp_path, files, weights, expecte
     else:
         copy_component(source, target, weights)
         assert {path.name for path in target.iterdir()} == expected
-
-
-def test_the_scheduler_says_what_the_unet_predicts(tmp_path):
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old/scheduler_config.json").write_text('{"beta_start":   0.1}')
-    write_scheduler(tmp_path / "old", tmp_path / "same", "epsilon")
-    write_scheduler(tmp_path / "old", tmp_path / "other", "v_prediction")
-    assert (tmp_path / "same/scheduler_config.json").read_text() == '{"beta_start":   0.1}'
-    changed = json.loads((tmp_path / "other/scheduler_config.json").read_text())
-    assert changed == {"beta_start": 0.1, "prediction_type": "v_prediction"}

@@ -73,10 +73,8 @@ def split(path):
 
 
 @pytest.fixture
-def model(tiny_model, tmp_path):
-    """A copy that a test may change."""
-    shutil.copytree(tiny_model, tmp_path / "model")
-    return tmp_path / "model"
+def model(copied):
+    return copied
 
 
 @pytest.fixture
@@ -110,19 +108,6 @@ def single_file(tiny_model, tmp_path):
     return tmp_path / "single.safetensors"
 
 
-@pytest.fixture
-def hub_cache(tiny_model, tmp_path):
-    """A Hub cache that holds org/name at main, and at v2 with another UNet."""
-    storage = tmp_path / "hub" / "models--org--name"
-    for number, revision in enumerate(("main", "v2")):
-        (storage / "refs").mkdir(parents=True, exist_ok=True)
-        (storage / "refs" / revision).write_text(str(number) * 40)
-        snapshot = storage / "snapshots" / (str(number) * 40)
-        shutil.copytree(tiny_model, snapshot)
-        write(snapshot / "unet" / UNET, shifted(load_file(tiny_model / "unet" / UNET), number))
-    return storage.parent
-
-
 # -- pipelines -------------------------------------------------------------------------------------------------------
 
 
@@ -148,26 +133,22 @@ def test_a_module_does_what_the_libraries_own_does(tiny_model):
     assert source.open("unet", torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_a_text_encoder_as_transformers_5_or_4_writes_it_is_the_same(model, tiny_model):
-    expected = file_of(tiny_model / "text_encoder" / TEXT)
-    write(model / "text_encoder" / TEXT, expected)
-    assert equal(open_source(model).open("text_encoder"), expected)
-    older = {f"text_model.{key}": value for key, value in expected.items()}
-    write(model / "text_encoder" / TEXT, older | {"text_model.embeddings.position_ids": torch.arange(16)[None]})
-    assert equal(open_source(model).open("text_encoder"), expected)
+def older_names(tensors):
+    """A text encoder's as transformers 4 wrote them, an autoencoder's as diffusers did before 0.12."""
+    if "embeddings.token_embedding.weight" in tensors:
+        text = {f"text_model.{key}": value for key, value in tensors.items()}
+        return text | {"text_model.embeddings.position_ids": torch.arange(16)[None]}
+    older = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+    return {re.sub("|".join(older), lambda found: older[found[0]], key): value for key, value in tensors.items()}
 
 
-def test_an_autoencoder_with_the_older_names_of_attention_is_the_same(model):
-    expected = load_file(model / "vae" / UNET)
-    older = (("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn."))
-    renamed = {}
-    for key, value in expected.items():
-        for now, before in older:
-            key = key.replace(now, before)
-        renamed[key] = value
-    assert renamed.keys() != expected.keys()
-    write(model / "vae" / UNET, renamed)
-    assert equal(open_source(model).open("vae"), expected)
+@pytest.mark.parametrize("renamed", [dict, older_names])
+@pytest.mark.parametrize("name", ["text_encoder", "vae"])
+def test_weights_under_the_names_of_older_and_newer_libraries_are_the_same(model, name, renamed):
+    expected = file_of(model / name / FILES[name])
+    assert (renamed(expected).keys() == expected.keys()) == (renamed is dict)
+    write(model / name / FILES[name], renamed(expected))
+    assert equal(open_source(model).open(name), expected)
 
 
 @pytest.mark.parametrize("saved", ["v_prediction", "epsilon", None])
@@ -259,12 +240,7 @@ def test_of_the_hub_no_more_is_fetched_than_is_needed(tmp_path, monkeypatch, mod
     edit_json(there / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
     (there / "safety_checker").mkdir()
     (there / "safety_checker/config.json").write_text("{}")
-    for name in (
-        "unet/diffusion_pytorch_model.fp16",
-        "safety_checker/model",
-        "safety_checker/model.fp16",
-        "all-in-one",
-    ):
+    for name in ("unet/diffusion_pytorch_model.fp16", "safety_checker/model", "safety_checker/model.fp16", "one"):
         write(there / f"{name}.safetensors", {"x": torch.zeros(1)})
     (there / "unet/diffusion_pytorch_model.bin").write_bytes(b"pickle")
 
@@ -300,10 +276,7 @@ def test_a_checkpoint_has_its_own_unet_and_the_rest_of_its_base(checkpoint, tiny
     assert equal(source.open("text_encoder"), file_of(tiny_model / "text_encoder" / TEXT))
     assert source.components["unet"].config == checkpoint / folder
     assert source.files[0] == checkpoint / folder / UNET and len(source.files) == 3
-
-
-def test_a_checkpoint_without_an_average_gives_what_it_has(checkpoint, tiny_model):
-    shutil.rmtree(checkpoint / "unet_ema")
+    shutil.rmtree(checkpoint / "unet_ema")  # without an average it gives what it has
     assert equal(open_source(checkpoint).open("unet"), shifted(load_file(tiny_model / "unet" / UNET), 1))
 
 
@@ -346,10 +319,12 @@ def test_a_checkpoint_whose_base_is_gone_has_its_own_components_and_says_so(chec
 # -- single files and bare UNets -------------------------------------------------------------------------------------
 
 
-def test_a_single_file_is_the_pipeline_it_was_made_of(single_file, tiny_model):
+def test_a_single_file_is_the_pipeline_it_was_made_of(single_file, tiny_model, hub_cache):
     source, pipeline = open_source(single_file, base=str(tiny_model)), open_source(tiny_model)
     assert (source.kind, source.folder, source.files) == ("original", tiny_model, (single_file,))
     assert all(equal(source.open(name), pipeline.open(name)) for name in FILES)
+    of_the_hub = open_source(single_file, base="org/name", cache_dir=str(hub_cache))
+    assert of_the_hub.folder.name == "0" * 40
     alone = open_source(single_file)
     assert (alone.folder, alone.prediction_type) == (None, None)
     for missing in (lambda: alone.open("unet"), alone.tokenizer):
@@ -372,17 +347,11 @@ def test_a_bare_unet_is_a_folder_or_a_file(model, tiny_model, place):
     source = open_source(model / place, base=str(model))
     assert (source.folder, source.prediction_type) == (model, "v_prediction")
     assert equal(source.open("unet"), load_file(tiny_model / "unet" / UNET)) and source.open("vae")
+    for options in ({"weights": "raw"}, {"variant": "non_ema"}):  # of a folder they are chosen as a pipeline's
+        assert open_source(model / "unet", **options).files == (model / "unet" / UNET_RAW,)
 
-
-def test_the_weights_of_a_bare_unets_folder_are_chosen_as_a_pipelines(model):
-    assert open_source(model / "unet", weights="raw").files == (model / "unet" / UNET_RAW,)
-    assert open_source(model / "unet", variant="non_ema").files == (model / "unet" / UNET_RAW,)
     with pytest.raises(ModelError, match="variant fp16"):
         open_source(model / "unet", variant="fp16")
-
-
-def test_base_may_be_a_hub_name(single_file, hub_cache):
-    assert open_source(single_file, base="org/name", cache_dir=str(hub_cache)).folder.name == "0" * 40
 
 
 # -- what is damaged: one line with the file -------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -20,11 +19,6 @@ RAW = "unet/diffusion_pytorch_model.non_ema.safetensors"
 def equal(module, weights):
     own = module.state_dict()
     return own.keys() == weights.keys() and all(torch.equal(own[name], weights[name]) for name in own)
-
-
-@pytest.fixture
-def copied(tiny_model, tmp_path):
-    return Path(shutil.copytree(tiny_model, tmp_path / "copied"))
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
@@ -62,6 +56,7 @@ def test_a_pipeline_has_the_averaged_or_the_raw_weights_in_the_dtype_asked_for(t
     assert equal(open_pipeline(tiny_model, weights=weights).unet, load_file(tiny_model / file))
     pipeline = open_pipeline(tiny_model, weights=weights, dtype=torch.bfloat16)
     assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.bfloat16}
+    assert type(pipeline.scheduler) is diffusers.DDPMScheduler  # its own, where none is asked for
 
 
 def test_where_there_is_one_kind_of_weights_that_one_is_used(copied):
@@ -104,10 +99,6 @@ def test_another_sampler_still_knows_what_the_model_predicts(copied):
     path = copied / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
     assert open_pipeline(copied, scheduler="euler").scheduler.config.prediction_type == "v_prediction"
-
-
-def test_no_scheduler_keeps_the_pipelines_own(tiny_model):
-    assert type(open_pipeline(tiny_model).scheduler) is diffusers.DDPMScheduler
 
 
 @pytest.mark.parametrize(("models", "upscalers", "said"), [

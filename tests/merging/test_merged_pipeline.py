@@ -69,6 +69,17 @@ def test_the_ends_are_the_models_to_the_last_bit(method, dtype, blend, tiny_mode
             assert same(weights(mixed.pipeline), expected), ratio
 
 
+def test_an_sdxl_is_mixed_with_both_of_its_text_encoders(blend, tiny_sdxl, tmp_path):
+    tuned = shutil.copytree(tiny_sdxl, tmp_path / "xl")
+    for path in (UNET, TEXT, "text_encoder_2/model.safetensors"):
+        rewrite(tuned / path, moved)
+    mixed = blend(base=tiny_sdxl, others=[tuned])
+    mixed.set(1.0)
+    found, expected = mixed.pipeline, open_pipeline(str(tuned))
+    for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
+        assert same(getattr(found, part).state_dict(), getattr(expected, part).state_dict()), part
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_between_them_all_is_mixed_in_fp32_and_rounded_once(dtype, blend, tiny_model, tuned):
     mixed = blend(dtype=dtype)

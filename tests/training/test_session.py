@@ -34,7 +34,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_its_own_status(
     assert "--resume_from_checkpoint latest" in capfd.readouterr().err
     assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "model_index.json").exists()
     assert training.run(script, arguments, tmp_path, "--resume_from_checkpoint", "latest") == 0
-    training.assert_same(training.state(tmp_path), training.state(whole_run(script)))
+    training.assert_same(tmp_path, whole_run(script))
 
 
 class Scaler(SimpleNamespace):
@@ -131,7 +131,7 @@ def test_what_a_gpu_does_besides_changes_nothing(
     if resumed:
         shutil.copytree(whole_run(script), tmp_path, dirs_exist_ok=True)
     assert training.run(script, arguments, tmp_path, *resuming) == 0
-    training.assert_same(training.state(tmp_path), training.state(whole_run(script)))
+    training.assert_same(tmp_path, whole_run(script))
     assert capfd.readouterr().err.count("rehearsal: a step of 4 rows takes") == 1
 
 
@@ -141,7 +141,7 @@ def test_what_a_gpu_does_besides_changes_nothing(
 def test_a_preflight_tries_the_largest_step_and_writes_nothing(script, training, arguments, tmp_path, capfd):
     assert training.run(script, arguments, tmp_path / "run", "--preflight") == 0
     said = capfd.readouterr().err
-    assert "rehearsal: a step of 4 rows" in said and "8 steps take" in said and "finished" not in said
+    assert "rehearsal: a step of 4 rows" in said and "6 steps take" in said and "finished" not in said
     assert not (tmp_path / "run").exists()
 
 
