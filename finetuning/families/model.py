@@ -383,10 +383,14 @@ def _new_denoiser(component, folder, overrides, seed):
             raise ModelError("--unet_config: dropout draws from a generator that no checkpoint keeps: leave it at 0")
         if unknown := changes.keys() - inspect.signature(component.cls.__init__).parameters.keys():
             raise ModelError(f"--unet_config: a {component.class_name} has no setting {', '.join(sorted(unknown))}")
+        numbers = [(name, one) for name, value in changes.items() for one in (value if type(value) is list else [value])
+                   if type(one) is int]  # fmt: skip
+        if few := [f"{name} {number}" for name, number in numbers if number < (name == "layers_per_block")]:
+            raise ModelError(f"--unet_config: {', '.join(few)} is too little")
         config |= changes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             return component.cls.from_config(config)
-        except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        except (TypeError, ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
             raise ModelError(f"--unet_config {overrides}: {error}") from error

@@ -35,10 +35,10 @@ class StableDiffusion(Family):
 
     def problems(self, components):
         unet, vae, encoder = (components[name].config for name in ("unet", "vae", "text_encoder"))
-        if unet.in_channels != vae.latent_channels:
+        if {unet.in_channels, unet.out_channels} != {vae.latent_channels}:
             yield (
-                f"the UNet takes {unet.in_channels} channels and the autoencoder gives {vae.latent_channels}: an "
-                "inpainting or upscaling model is not trained by this script"
+                f"the UNet takes {unet.in_channels} channels and gives {unet.out_channels}, and the autoencoder has "
+                f"{vae.latent_channels}: an inpainting or upscaling model is not trained by this script"
             )
         if unet.cross_attention_dim != encoder.hidden_size:
             yield (

@@ -12,6 +12,7 @@ from finetuning.rng import torch_generator
 SCHEDULES = (  # diffusers' SchedulerType
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant",
 )  # fmt: skip
+NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 OWN_SETTINGS = ("lr", "betas", "weight_decay", "eps", "fused")  # of a run: by its flags, and by its device
 
 
@@ -28,7 +29,7 @@ class OptimArgs:
     lr_scheduler: str = flag("constant", "learning-rate schedule", choices=SCHEDULES)
     lr_warmup_steps: int = flag(500, "optimizer steps of linear warm-up, for the schedules that have one", min=0)
     lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts", requires="lr_scheduler=cosine_with_restarts")
-    lr_power: float = flag(1.0, "power of the polynomial schedule", requires="lr_scheduler=polynomial")
+    lr_power: float = flag(1.0, "power of the polynomial schedule", min=0, requires="lr_scheduler=polynomial")
     lr_step_rules: str | None = flag(None, "rules of piecewise_constant, e.g. 1:10,0.1:20,0.01")
     optimizer: str = flag("adamw", "optimizer", choices=("adamw", "adamw8bit", "adafactor", "prodigy"))
     use_8bit_adam: bool = flag(False, "AdamW with 8-bit states from bitsandbytes; the same as --optimizer adamw8bit")
@@ -64,8 +65,10 @@ class OptimArgs:
             yield "--text_encoder_lr: --optimizer prodigy finds one learning rate for all: leave the flag out"
         if (self.lr_scheduler == "piecewise_constant") != (self.lr_step_rules is not None):
             yield "--lr_scheduler piecewise_constant and --lr_step_rules go together"
-        elif self.lr_step_rules and not re.fullmatch(r"(\d+:[\d.e+-]+,)*[\d.e+-]+", self.lr_step_rules):
+        elif self.lr_step_rules and not re.fullmatch(rf"({NUMBER}:\d+,)*{NUMBER}", self.lr_step_rules):
             yield f"--lr_step_rules {self.lr_step_rules} must look like 1:10,0.1:20,0.01"
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
+            yield f"--lr_scheduler polynomial ends at 1e-7: --learning_rate {self.learning_rate} must be above that"
 
 
 def build_optimizer(args: OptimArgs, model, total_batch_size):
@@ -120,6 +123,7 @@ class OneByOne(torch.optim.Optimizer):
 
     param_groups = property(lambda self: self.optimizer.param_groups)
     state = property(lambda self: self.optimizer.state)
+    defaults = property(lambda self: self.optimizer.defaults)
 
     def state_dict(self):
         return self.optimizer.state_dict()

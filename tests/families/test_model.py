@@ -259,6 +259,9 @@ def test_components_that_do_not_go_together_are_refused(copied):
         ({"unet_config": "{dropout: 0.1}"}, ["--unet_config", "dropout"]),
         ({"unet_config": "{cross_attention_dim: 24}"}, ["24", "16", "--unet_config"]),  # the text encoder gives 16
         ({"unet_config": "{in_channels: 9}"}, ["9", "4"]),
+        ({"unet_config": "{out_channels: 3}"}, ["3", "4"]),
+        ({"unet_config": "{layers_per_block: 0}"}, ["--unet_config", "layers_per_block 0"]),
+        ({"unet_config": "{time_embedding_dim: -1}"}, ["--unet_config", "time_embedding_dim -1"]),
     ],
 )
 def test_flags_that_cannot_be_followed_are_named(flags, names, tiny_model):

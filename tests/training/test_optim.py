@@ -222,6 +222,11 @@ TOTAL = 20
 PEAKS = (1e-2, 1e-3)
 
 
+@pytest.mark.parametrize("rules", ["1:10,0.1:20,0.01", "1e-1:5,.5:7,0", "0.3"])
+def test_the_rules_that_the_help_shows_are_taken(rules, problems_of):
+    assert problems_of(OptimArgs, lr_scheduler="piecewise_constant", lr_step_rules=rules) == []
+
+
 def schedule_args(kind, **flags):
     rules = "1:5,0.5:10,0.1" if kind == "piecewise_constant" else None
     usual = {"lr_warmup_steps": 4, "lr_num_cycles": 2, "lr_power": 2.0}
@@ -244,6 +249,13 @@ def rates(args, first_step, total=TOTAL, optimizer=None):
         optimizer.step()
         schedule.step()
     return used
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
+def test_a_schedule_moves_an_optimizer_that_updates_one_weight_after_another_the_same_way(kind):
+    one_by_one = OneByOne(two_groups(), [], 0)
+    build_schedule(schedule_args(kind), one_by_one, TOTAL, 3)
+    assert [group["lr"] for group in one_by_one.param_groups] == list(rates(schedule_args(kind), 3)[0])
 
 
 @pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
@@ -345,6 +357,9 @@ def test_a_changed_learning_rate_is_used_by_the_schedule_after_a_resume():
         ({"learning_rate": math.nan}, "--learning_rate"),
         ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler"),
         ({"lr_step_rules": "1:10,0.1"}, "--lr_scheduler"),
+        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:-1,0.1"}, "--lr_step_rules 1:-1,0.1"),
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, "--lr_scheduler polynomial"),
+        ({"lr_scheduler": "polynomial", "lr_power": -1}, "--lr_power"),
         ({"fused_backward_pass": True}, "--fused_backward_pass and --max_grad_norm 1.0: "),
         ({"weights_precision": "bf16", "optimizer": "prodigy", "learning_rate": 1}, "--weights_precision bf16 updates"),
     ],
