@@ -89,14 +89,12 @@ def general_rows(path=None):
           out; none: the 60 that come with the project, six of each of ten categories
     """
     path = Path(path or GENERAL_PROMPTS)
-    told = f"--general_prompts {path}"
+    told, is_json = f"--general_prompts {path}", path.suffix == ".json"
     if path.suffix not in (".txt", ".json"):
         raise EvaluationError(f"{told} must be a .txt with a prompt on each line, or a .json list")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        listed = json.loads(text) if path.suffix == ".json" else [
-            {"caption": line} for line in text.splitlines() if line.strip()
-        ]  # fmt: skip
+        listed = json.loads(text) if is_json else [{"caption": line} for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{told} cannot be read: {error}") from error
     wrong = ["all"] if not isinstance(listed, list) else [n for n, one in enumerate(listed, 1) if not _is_prompt(one)]
