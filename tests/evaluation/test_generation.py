@@ -139,7 +139,9 @@ def test_all_that_is_wrong_with_the_rows_is_one_message(dataset):
         assert said in str(problem.value)
 
 
-@pytest.mark.parametrize(("remove", "said"), [("metadata.jsonl", "no metadata.jsonl"), (".", "there is no folder")])
+@pytest.mark.parametrize(
+    ("remove", "said"), [("metadata.jsonl", "no metadata.jsonl"), (".", "there is no such folder")]
+)
 def test_a_dataset_that_is_not_there_is_named(remove, said, dataset):
     shutil.rmtree(dataset) if remove == "." else (dataset / remove).unlink()
     with pytest.raises(DatasetError, match=said):
