@@ -296,6 +296,9 @@ BROKEN |= {
     "a zip as a folder": (DATA, zipped, "images.zip", "unpack"),
     "a folder of a zip": (DATA, only_a_zip, "data"),
     "an image as a folder": (DATA, is_file("train/00000.png"), "00000.png"),
+    "a tar as a folder": (
+        DATA, lambda data: content("s.tar", b"")(data) or data / "s.tar", "s.tar", "--streaming", "webdataset"),
+    "a pattern of tars": (DATA, is_file("{0..1}.tar"), "{0..1}.tar", "webdataset"),
     "no such folder": (DATA, is_file("nowhere"), "nowhere"),
     "an empty folder": (DATA, emptied, "data"),
     "no caption column": (ROWS, rows(text=..., words="a"), "text"),

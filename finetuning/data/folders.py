@@ -17,6 +17,11 @@ SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in name
 STATE_FILES = ("dataset_dict.json", "state.json")  # of `datasets`' save_to_disk
 TABLES = (".parquet", ".arrow")
 ARCHIVES = (".zip", ".rar", ".7z")
+SHARDS = (".tar", ".parquet")
+READ_TARS = (
+    "training reads tars and Parquet files as they are with --streaming; `prepare_dataset.py convert webdataset` makes "
+    "an image folder of tars"
+)
 
 
 def split_meant(name):
@@ -44,21 +49,20 @@ def split_folders(root):
 
 def existing_folder(path):
     """The folder as a Path. Raises DatasetError."""
-    path = Path(path)
-    if not path.exists():
-        raise DatasetError(f"there is no folder {path}")
     for problem in folder_problems("", path):
-        raise DatasetError(problem.strip())
-    return path
+        raise DatasetError(problem.lstrip())
+    return Path(path)
 
 
 def folder_problems(flag, path):
     """Yield why what a flag names is no folder."""
-    if Path(path).is_file():
-        is_packed = Path(path).suffix.lower() in ARCHIVES
-        yield f"{flag} {path} is a file: {'unpack it and name the folder' if is_packed else 'name a folder'}"
-    elif not Path(path).is_dir():
-        yield f"{flag} {path}: there is no such folder"
+    path = Path(path)
+    ending = path.suffix.lower()
+    advice = "unpack it and name the folder" if ending in ARCHIVES else READ_TARS if ending in SHARDS else ""
+    if path.is_file():
+        yield f"{flag} {path} is a file: {advice or 'name a folder'}"
+    elif not path.is_dir():
+        yield f"{flag} {path}: there is no such folder" + (f"; {READ_TARS}" if ending in SHARDS else "")
 
 
 def walk(top, allow_outside_paths, findings, root=None):
@@ -159,8 +163,7 @@ def what_else(folder):
             if ending in found:
                 found[ending].append(name)
     if found[".tar"]:
-        fix = "--streaming reads them, `prepare_dataset.py convert webdataset` makes an image folder of them"
-        return f"; it holds tars ({first_few(found['.tar'], 2)}): {fix}"
+        return f"; it holds tars ({first_few(found['.tar'], 2)}): {READ_TARS}"
     if found[".zip"]:
         return f"; it holds zipped files ({first_few(found['.zip'], 2)}): unpack them first"
     return ""

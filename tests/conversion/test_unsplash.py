@@ -230,7 +230,7 @@ def spoil(root, how):
     ("how", "flags", "told"),
     [
         ("no photos", {}, "has no photos.tsv or .csv"),
-        ("no folder", {}, "there is no folder"),
+        ("no folder", {}, "there is no such folder"),
         ("no column", {}, "photos.tsv000 has no column ai_description, only photo_id, blur_hash"),
         (
             "no column",

@@ -138,7 +138,7 @@ def test_rows_are_cropped_in_the_centre_and_not_mirrored(model, copied):
 @pytest.mark.parametrize(("split", "remove", "said"), [
     ("test", None, "has no split test, only train, validation"),
     (None, "validation", "has no split validation, only train"),
-    (None, ".", "there is no folder"),
+    (None, ".", "there is no such folder"),
 ])  # fmt: skip
 def test_a_split_that_is_not_there_is_named(split, remove, said, model, copied):
     if remove:
