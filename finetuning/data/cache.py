@@ -38,8 +38,9 @@ class CacheArgs:
         choices=("auto", "on", "off"),
     )  # fmt: skip
     cache_folder: str | None = flag(
-        None, "where, shared between runs (none: $FINETUNING_CACHE, or ~/.cache/finetuning)", affects_result=False
-    )
+        None, "where, shared between runs, to be deleted at will (none: $FINETUNING_CACHE, or ~/.cache/finetuning)",
+        affects_result=False,
+    )  # fmt: skip
 
     def problems(self):
         if self.cache_folder:

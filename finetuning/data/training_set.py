@@ -29,8 +29,9 @@ class DataArgs:
     """Dataset"""
 
     train_data_dir: str | None = flag(
-        None, "image folder with metadata.jsonl; train/ if any", conflicts="dataset_name", reads=True
-    )
+        None, "image folder with metadata.jsonl ({file_name, text} a line); train/ if any", conflicts="dataset_name",
+        reads=True,
+    )  # fmt: skip
     dataset_name: str | None = flag(None, "dataset on the Hub, or a local folder as for --train_data_dir", reads=True)
     dataset_config_name: str | None = flag(None, "configuration of the Hub dataset")
     image_column: str = flag("image", "column of a Hub dataset that holds the image; in a folder, file_name")
