@@ -25,7 +25,7 @@ from finetuning.conversion.measures import (
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.checking import read_checked
-from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.findings import DatasetError, Findings, counted
 from finetuning.data.folders import folder_problems
 from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.data.reading import read_folder
@@ -163,7 +163,7 @@ class Audit:
         if self.flagged:
             return (
                 "doubtful",
-                f"training would accept it, but {self.flagged} of {len(self.seen)} images are worth a look",
+                f"training would accept it; worth a look: {self.flagged} of {counted(len(self.seen), 'image')}",
             )
         return "good", "training would accept it"
 
