@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -32,7 +33,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertTokenizer,
+    CLIPConfig,
     CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -194,6 +198,42 @@ def tiny_git(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def metric_weights(tiny_model, tmp_path_factory):
+    """A folder of random weights for the metrics: inception.pth and .safetensors, alexnet.safetensors, clip/.
+
+    CLIP reads 16 tokens and 16 pixels. Never write to it.
+    """
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+    from torchvision.models import alexnet
+
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        inception = fidelity.FeatureExtractorInceptionV3("random", ["2048"])
+    trunk = alexnet().features
+    for weights in [*inception.parameters(), *trunk.parameters()]:
+        if weights.dim() > 1:  # so that the features neither vanish nor explode
+            torch.nn.init.kaiming_normal_(weights, nonlinearity="relu")
+    # torch-fidelity's kernels are float32: large features keep a KID of some size out of their rounding
+    inception.Conv2d_1a_3x3.conv.weight.data *= 4
+    torch.save(inception.state_dict(), folder / "inception.pth")  # for torch-fidelity itself
+    save_file(inception.state_dict(), folder / "inception.safetensors")
+    save_file(trunk.state_dict(prefix="features."), folder / "alexnet.safetensors")
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_model / "tokenizer")
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = {"vocab_size": len(tokenizer), "bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1}
+    text = {**layers, **words, "max_position_embeddings": 16}
+    vision = {**layers, "image_size": 16, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder / "clip")
+    size = {"height": 16, "width": 16}
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
+    CLIPProcessor(images, tokenizer).save_pretrained(folder / "clip")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shapes_folder(tmp_path_factory):
     """11 captioned images in train/ and 4 in validation/: 11 leaves a partial group in every epoch."""
     folder = tmp_path_factory.mktemp("shapes")
@@ -247,6 +287,35 @@ class Training:
         words = [*map(str, arguments), "--output_dir", str(output_dir), *map(str, more)]
         with accelerate_forgotten():
             return importlib.import_module(script).main(words)
+
+    @classmethod
+    def on_two_processes(cls, *run, **environment):
+        """The exit statuses of run(...) in two forked children that torch takes for one group, as its launcher would
+        start them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+        def work(rank):
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
+            os.environ.update(group | ranks | environment)
+            return cls.run(*run)
+
+        children = [cls.in_child(lambda rank=rank: work(rank)) for rank in ("0", "1")]
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+    @staticmethod
+    def in_child(work):
+        """Start `work()` in a forked child, which needs no second import; returns its process id."""
+        pid = os.fork()
+        if pid == 0:
+            status = 99
+            try:
+                status = work()
+            finally:
+                os._exit(status)
+        return pid
 
     @staticmethod
     def metrics(folder):

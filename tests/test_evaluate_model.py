@@ -1,9 +1,7 @@
 """evaluate_model.py, run as a user runs it: random weights, tiny models, every figure."""
 
-import csv
 import gc
 import json
-import re
 import shutil
 import weakref
 
@@ -13,17 +11,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch_fidelity import feature_extractor_inceptionv3 as torch_fidelity_inception
-from torchvision.models import alexnet
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import evaluate_model
-import train_lora
 from finetuning.evaluation import candidates
 from finetuning.evaluation.checkers import load_checker
-from finetuning.evaluation.metrics import dataset_metrics, table
+from finetuning.evaluation.metrics import dataset_metrics
 from finetuning.evaluation.networks import lpips_network, lpips_of
 from finetuning.evaluation.preprocessing import matched
+from finetuning.families.lora_files import Layer, write_diffusers
 from finetuning.files import write_json
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -38,35 +33,10 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def local_weights(tiny_model, tmp_path_factory):
+def local_weights(metric_weights):
     """The flags that name random weights of the three networks."""
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_fidelity_inception, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(torch_fidelity_inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        network = torch_fidelity_inception.FeatureExtractorInceptionV3("random", ["2048"])
-    for weights in network.parameters():
-        if weights.dim() > 1:
-            torch.nn.init.kaiming_normal_(weights, nonlinearity="relu")
-    save_file(network.state_dict(), folder / "inception.safetensors")
-    save_file(alexnet().features.state_dict(prefix="features."), folder / "alexnet.safetensors")
-    tokenizer = CLIPTokenizer.from_pretrained(tiny_model / "tokenizer")
-    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    words = {"vocab_size": len(tokenizer), "bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1}
-    clip = CLIPModel(
-        CLIPConfig(
-            text_config={**layers, **words, "max_position_embeddings": 16},
-            vision_config={**layers, "image_size": 16, "patch_size": 8},
-            projection_dim=8,
-        )
-    )
-    clip.save_pretrained(folder / "clip")
-    size = {"height": 16, "width": 16}
-    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
-    CLIPProcessor(images, tokenizer).save_pretrained(folder / "clip")
     flags = {"inception_weights": "inception.safetensors", "lpips_trunk": "alexnet.safetensors", "clip_model": "clip"}
-    return [word for name, file in flags.items() for word in (f"--{name}", str(folder / file))]
+    return [word for name, file in flags.items() for word in (f"--{name}", str(metric_weights / file))]
 
 
 @pytest.fixture(scope="module")
@@ -177,36 +147,6 @@ def test_rows_stand_with_their_images_and_values(whole, shapes_folder, local_wei
             assert report["summary"][metric]["32"][label]["value"] == pytest.approx(mean)
 
 
-def test_all_forms_of_the_report_agree(whole):
-    report = report_of(whole)
-    lines = list(csv.DictReader((whole / "report.csv").read_text(encoding="utf-8").splitlines()))
-    assert len(lines) == 4 * 3
-    for line in lines:
-        for metric, by_label in report["rows"][int(line["row"])]["values"].items():
-            assert float(line[metric]) == by_label[line["model"]]
-    markdown, page = ((whole / name).read_text(encoding="utf-8") for name in ("report.md", "report.html"))
-    for metric in (table(SHAPES)[name] for name in ALL):
-        assert metric.title in markdown and metric.title in page
-    for label in LABELS:
-        assert label in markdown and label in page
-    assert page.count("data:image/") >= 4 * 4 and not re.search(r'(src|href)="(https?:)?//', page)
-    assert all(
-        re.search(r"<img src=\"([^\"]*)\"", line) for line in markdown.splitlines() if "ground truth" in line[40:]
-    )
-
-
-def test_random_weights_are_labelled(whole):
-    report = report_of(whole)
-    published = {one["name"]: one["published"] for one in report["weights"]}
-    assert published == {"clip": None, "lpips trunk (AlexNet)": False, "lpips heads": True, "inception": False}
-    assert all(len(one["sha256"]) == 64 for one in report["weights"])
-    told = {one["name"]: one["code"] for one in report["warnings"] if "name" in one}
-    assert told == {name: code for name, code in (
-        ("inception", "not_published"), ("lpips trunk (AlexNet)", "not_published"), ("clip", "unknown_weights"),
-    )}  # fmt: skip
-    assert "not comparable" in (whole / "report.md").read_text(encoding="utf-8")
-
-
 def test_learned_and_kept_have_intervals_and_prompts(whole):
     known = report_of(whole)["forgetting"]
     assert [prompt["caption"] for prompt in known["prompts"]] == PROMPTS
@@ -245,16 +185,9 @@ def test_a_second_run_draws_nothing_and_an_interrupted_one_what_is_missing(evalu
     assert pixels(tmp_path / "images/original/dataset") == drawn
 
 
-def test_images_of_other_settings_are_refused_or_drawn_again(evaluate, tmp_path, calls, capsys):
-    command = [tmp_path, "--metrics", "shapes", "--general_prompts", "none", "--no-noise_floor"]
-    assert evaluate(*command) == 0
-    assert evaluate(*command, "--seed", 3) == 1
-    assert "seed 0, now 3" in capsys.readouterr().err and len(calls) == 1
-    assert evaluate(*command, "--seed", 3, "--overwrite") == 0
-    assert len(calls) == 2
-
-
-def test_one_model_is_in_memory_at_a_time(evaluate, tuned, tmp_path, monkeypatch):
+def test_one_model_is_in_memory_at_a_time_and_labels_that_look_alike_have_folders_of_their_own(
+    evaluate, tuned, tmp_path, monkeypatch
+):
     alive = []
 
     def opened(*arguments, **options):
@@ -266,8 +199,9 @@ def test_one_model_is_in_memory_at_a_time(evaluate, tuned, tmp_path, monkeypatch
 
     open_pipeline = candidates.open_pipeline
     monkeypatch.setattr(candidates, "open_pipeline", opened)
-    assert evaluate(tmp_path, "--model", tuned, "--metrics", "shapes", "--general_prompts", "none") == 0
-    assert len(alive) == 3
+    models = ["--model", f"a b={tuned}", f"a-b={tuned}", "--metrics", "shapes", "--general_prompts", "none"]
+    assert evaluate(tmp_path, *models, "--no-noise_floor", "--max_rows", 2) == 0
+    assert len(alive) == 3 and len(list((tmp_path / "images").glob("a-b*"))) == 2
 
 
 # -- what may be evaluated -------------------------------------------------------------------------------------------
@@ -308,23 +242,22 @@ def test_images_that_do_not_fit_are_named_before_anything_is_drawn(evaluate, who
 
 
 @pytest.fixture(scope="module")
-def lora_run(tiny_model, shapes_folder, tmp_path_factory):
-    """A run of train_lora.py with strong adapters."""
-    run = tmp_path_factory.mktemp("runs") / "style"
-    arguments = f"""--pretrained_model_name_or_path {tiny_model} --train_data_dir {shapes_folder} --resolution 32
-        --train_batch_size 4 --max_train_steps 1 --learning_rate 0.1 --seed 0 --validation_epochs 0
-        --validation_loss_rows 0 --report_to none --output_dir {run}"""
-    assert train_lora.main(arguments.split()) == 0
-    return run
+def lora(tmp_path_factory):
+    """A LoRA whose adapter is strong."""
+    path = tmp_path_factory.mktemp("lora") / "style.safetensors"
+    torch.manual_seed(0)
+    layer = Layer(3 * torch.randn(2, 8), 3 * torch.randn(8, 2), 2.0)
+    write_diffusers(path, {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": layer}, {})
+    return path
 
 
 @pytest.mark.parametrize("scale", [0, 1])
-def test_a_lora_is_put_on_the_first_model(scale, evaluate, lora_run, shapes_folder, tmp_path):
-    arguments = ["--lora", f"style={lora_run}", "--lora_scale", scale, "--retain_dataset", shapes_folder]
+def test_a_lora_is_put_on_the_first_model(scale, evaluate, lora, shapes_folder, tmp_path):
+    arguments = ["--lora", f"style={lora}", "--lora_scale", scale, "--retain_dataset", shapes_folder]
     assert evaluate(tmp_path, *arguments, "--general_prompts", "none", "--metrics", "shapes") == 0
     report = report_of(tmp_path)
     assert [one["label"] for one in report["models"]] == ["original", "style", "original, seed 1"]
-    assert report["models"][1]["source"].endswith(f"with {lora_run}")
+    assert report["models"][1]["source"].endswith(f"with {lora}")
     original, style = (pixels(tmp_path / "images" / label / "dataset") for label in ("original", "style"))
     assert (original == style) == (scale == 0)
     kept = report["forgetting"]["kept"]
@@ -401,12 +334,6 @@ def test_what_is_wrong_with_the_flags_is_said_together(evaluate, tiny_model, tmp
         assert words in said
 
 
-def test_labels_that_differ_in_signs_alone_have_folders_of_their_own(evaluate, tiny_model, tmp_path):
-    arguments = ["--model", f"a b={tiny_model}", f"a-b={tiny_model}", "--metrics", "shapes", "--max_rows", 2]
-    assert evaluate(tmp_path, *arguments, "--general_prompts", "none", "--no-noise_floor") == 0
-    assert len(list((tmp_path / "images").glob("a-b*"))) == 2
-
-
 def test_nothing_is_written_into_what_is_read(evaluate, tiny_model, shapes_folder, capsys):
     for folder in (tiny_model, tiny_model / "report", shapes_folder / "report"):
         with pytest.raises(SystemExit):
@@ -414,11 +341,10 @@ def test_nothing_is_written_into_what_is_read(evaluate, tiny_model, shapes_folde
         assert "--output_dir" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("label", ["", "..", "?"])
-def test_a_label_that_names_no_folder_is_refused(label, evaluate, tiny_model, tmp_path, capsys):
+def test_a_label_that_names_no_folder_is_refused(evaluate, tiny_model, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        evaluate(tmp_path, "--model", f"{label}={tiny_model}")
-    assert f"the label '{label}' has no letter" in capsys.readouterr().err
+        evaluate(tmp_path, *(word for label in ("", "..", "?") for word in ("--model", f"{label}={tiny_model}")))
+    assert "the label '' and '..' and '?' has no letter" in capsys.readouterr().err
 
 
 def test_an_unreadable_image_and_a_missing_model_are_named(evaluate, shapes_folder, tmp_path, calls, capsys):
@@ -449,7 +375,8 @@ def test_one_row_is_too_few_for_a_loss_and_said_before_anything_is_generated(
 def test_a_user_types_it(run_script, tiny_model, tuned, shapes_folder, tmp_path):
     done = run_script(
         "evaluate_model.py", "--dataset", shapes_folder, "--split", "validation", "--model", f"original={tiny_model}",
-        "--model", f"tuned={tuned}", "--general_prompts", "none", "--output_dir", tmp_path, *QUICK,
+        "--model", f"tuned={tuned}", "--general_prompts", "none", "--metrics", "shapes", "--output_dir", tmp_path,
+        *QUICK,
     )  # fmt: skip
     assert f"the whole report: {tmp_path / 'report.html'}" in done.stdout
     assert [one["label"] for one in report_of(tmp_path)["models"]] == LABELS

@@ -49,13 +49,9 @@ def checkpoint(tmp_path):
 # -- atomic_folder ----------------------------------------------------------------------------------------------------
 
 
-def test_what_was_written_stands_under_its_name_and_nothing_else_does(checkpoint):
-    assert contents(checkpoint) == {"unet/weights": "old weights", "state.json": "{}"}
-    assert names(checkpoint.parent) == ["checkpoint-4"]
-    check_manifest(checkpoint)
-
-
 def test_a_new_folder_replaces_the_old_one_entirely(checkpoint):
+    assert contents(checkpoint) == {"unet/weights": "old weights", "state.json": "{}"}
+    check_manifest(checkpoint)
     with atomic_folder(checkpoint) as folder:
         (folder / "new").write_text("new")
         assert contents(checkpoint)["unet/weights"] == "old weights"  # until the new one is whole
@@ -133,28 +129,18 @@ def test_leftovers_of_one_folder_alone(checkpoint):
 # -- check_manifest ------------------------------------------------------------------------------------------------
 
 
-def damage_missing(folder):
-    (folder / "unet/weights").unlink()
-
-
-def damage_cut(folder):
-    (folder / "unet/weights").write_text("old wei")
-
-
-def damage_changed(folder):
-    (folder / "unet/weights").write_text("old weighty")  # as long as before
-
-
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("content", "said"),
     [
-        (damage_missing, "unet/weights is missing"),
-        (damage_cut, "unet/weights has 7 bytes, not 11"),
-        (damage_changed, "the content of unet/weights has changed"),
+        (None, "unet/weights is missing"),
+        ("old wei", "unet/weights has 7 bytes, not 11"),
+        ("old weighty", "the content of unet/weights has changed"),
     ],
 )
-def test_the_file_that_is_broken_is_named(damage, said, checkpoint):
-    damage(checkpoint)
+def test_the_file_that_is_broken_is_named(content, said, checkpoint):
+    (checkpoint / "unet/weights").unlink()
+    if content is not None:
+        (checkpoint / "unet/weights").write_text(content)
     with pytest.raises(BrokenFolder, match=said):
         check_manifest(checkpoint)
 
@@ -214,12 +200,14 @@ with atomic_file({str(tmp_path / "facts.json")!r}) as temporary:
     return tmp_path
 
 
-def test_a_kill_leaves_the_file_as_it_was_and_the_next_attempt_leaves_nothing_else(killed_while_writing):
+@pytest.mark.parametrize("clear", [remove_leftovers, lambda folder: write_json(folder / "facts.json", "before")])
+def test_a_kill_leaves_the_file_as_it_was_and_what_else_it_leaves_goes(killed_while_writing, clear):
+    """With the leftovers of a run, or with the next attempt."""
     folder = killed_while_writing
     assert json.loads((folder / "facts.json").read_text()) == "before" and len(list(folder.iterdir())) == 2
-    write_json(folder / "facts.json", "after")
+    clear(folder)
     assert [path.name for path in folder.iterdir()] == ["facts.json"]
-    assert json.loads((folder / "facts.json").read_text()) == "after"
+    assert json.loads((folder / "facts.json").read_text()) == "before"
 
 
 def test_an_exception_leaves_the_file_as_it_was(tmp_path):
@@ -229,11 +217,6 @@ def test_an_exception_leaves_the_file_as_it_was(tmp_path):
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
     assert json.loads((tmp_path / "facts.json").read_text()) == "before"
-
-
-def test_files_that_a_kill_left_half_written_are_leftovers_too(killed_while_writing):
-    remove_leftovers(killed_while_writing)
-    assert [path.name for path in killed_while_writing.iterdir()] == ["facts.json"]
 
 
 # -- atomic_result --------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import time
 
 import pytest
@@ -69,12 +68,8 @@ OFFICIAL_LORA = {name: default for name, default in OFFICIAL.items() if name not
 SCRIPTS = {"train_text_to_image.py": train_text_to_image, "train_lora.py": train_lora}
 
 
-def flags_of(args_class):
-    return {field.name: field for _, fields in cli.groups(args_class) for field in fields}
-
-
 def known_flags(script):
-    return flags_of(script.Args)
+    return cli.flags_of(script.Args)
 
 
 def test_every_flag_in_finetune_sh_exists_presets_included(root):
@@ -85,7 +80,7 @@ def test_every_flag_in_finetune_sh_exists_presets_included(root):
     assert ours - set(known_flags(train_text_to_image)) - set(known_flags(train_lora)) == set()
     # What it prints at the end are commands of the other scripts
     merging = (flags for flags, _ in merge_checkpoints.commands().values())
-    others = set().union(*map(flags_of, [generate_images.Args, evaluate_model.Args, *merging]))
+    others = set().union(*map(cli.flags_of, [generate_images.Args, evaluate_model.Args, *merging]))
     assert set(re.findall(r"--([a-z0-9_]+)", told)) - others == {"logdir"}
 
 
@@ -95,23 +90,15 @@ def test_the_commands_of_the_seeds_are_understood(command, root, monkeypatch):
     args, problems = cli.read(train_text_to_image.Args, "", SEED_COMMANDS[command].split())
     assert problems == []
     assert args.use_ema and args.lr_warmup_steps == 0 and args.learning_rate in (1e-4, 1e-5)
-
-
-def test_the_lora_command_of_the_seed_is_understood(root, monkeypatch):
-    monkeypatch.chdir(root)
     args, problems = cli.read(train_lora.Args, "", SEED_LORA.split())
     assert problems == []
     assert args.rank == 64 and args.prompts == ["Brown_couch"]
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_flags_and_defaults_of_the_official_script_are_kept(name):
-    assert known_flags(train_text_to_image)[name].default == OFFICIAL[name]
-
-
-@pytest.mark.parametrize("name", OFFICIAL_LORA)
-def test_flags_and_defaults_of_the_official_lora_script_are_kept(name):
-    assert known_flags(train_lora)[name].default == OFFICIAL_LORA[name]
+@pytest.mark.parametrize(("script", "official"), [(train_text_to_image, OFFICIAL), (train_lora, OFFICIAL_LORA)])
+def test_flags_and_defaults_of_the_official_scripts_are_kept(script, official):
+    ours = known_flags(script)
+    assert {name: ours[name].default for name in official} == official
 
 
 def test_models_that_have_left_the_hub_are_not_used(root):
@@ -179,27 +166,23 @@ def test_without_a_preset_it_is_the_miniature_on_chalk(root):
     assert args.output_dir.startswith("runs/chalk-lora/")
 
 
-def test_the_a6000_preset_is_the_run_of_the_experiment_log(root, shapes_folder):
-    args, _ = cli.read(
-        train_text_to_image.Args, "", launch_arguments(root, PRESET="sd14-a6000", TRAIN_DIR=shapes_folder)[1]
-    )
-    wanted, _ = cli.read(train_text_to_image.Args, "", SEED_COMMANDS["experiment log"].split())
-    different = {name for name, value in cli.as_dict(wanted).items() if getattr(args, name) != value}
-    assert different == {
-        "dataset_name", "train_data_dir", "output_dir", "seed", "checkpoints_total_limit",
-        "validation_prompts", "validation_steps",
-    }  # fmt: skip
+OF_THE_SEED = {"train_data_dir", "output_dir", "checkpoints_total_limit", "validation_prompts", "validation_steps"}
 
 
-def test_the_lora_preset_is_the_run_of_the_experiment_log(root, shapes_folder):
-    script, words = launch_arguments(root, PRESET="sd15-lora-t4", TRAIN_DIR=shapes_folder, RANK=64)
+@pytest.mark.parametrize(
+    ("settings", "command", "besides"),
+    [
+        ({"PRESET": "sd14-a6000"}, SEED_COMMANDS["experiment log"], {"dataset_name", "seed"}),
+        ({"PRESET": "sd15-lora-t4", "RANK": 64}, SEED_LORA,
+         {"pretrained_model_name_or_path", "save_kohya", "validation_prompt", "num_validation_images"}),
+    ],
+)  # fmt: skip
+def test_a_preset_is_the_run_of_the_experiment_log(root, shapes_folder, settings, command, besides):
+    script, words = launch_arguments(root, TRAIN_DIR=shapes_folder, **settings)
     args, _ = cli.read(script.Args, "", words)
-    wanted, _ = cli.read(train_lora.Args, "", SEED_LORA.split())
+    wanted, _ = cli.read(script.Args, "", command.split())
     different = {name for name, value in cli.as_dict(wanted).items() if getattr(args, name) != value}
-    assert different == {
-        "pretrained_model_name_or_path", "train_data_dir", "output_dir", "checkpoints_total_limit", "save_kohya",
-        "validation_prompt", "validation_prompts", "validation_steps", "num_validation_images",
-    }  # fmt: skip
+    assert different == OF_THE_SEED | besides
 
 
 def test_a_value_that_does_not_exist_is_named(root):
@@ -307,12 +290,12 @@ def test_method_lora_trains_adapters_and_says_how_to_generate_with_them(root, ti
     }  # fmt: skip
     done = finetune(root, **settings)
     assert done.returncode == 0, done.stderr
-    assert "load_lora_weights loads it" in done.stderr
-    [command] = re.findall(r"python (generate_images.py .*)", done.stdout)
+    assert "load_lora_weights loads it" in done.stderr and "this run is in fp32" in done.stderr
+    [command] = re.findall(r"python generate_images.py (.*)", done.stdout)
     assert f"--lora {tmp_path} --lora_scale 0 0.5 0.8 1" in command
-    generate = [sys.executable, *shlex.split(command), "--size", "32", "--num_inference_steps", "1"]
     generated = tmp_path.with_name(f"{tmp_path.name}-generated")  # not inside the LoRA's folder, which is read
-    subprocess.run([*generate, "--output_dir", str(generated)], cwd=root, check=True, timeout=600)
+    less = ["--size", "32", "--num_inference_steps", "1", "--output_dir", str(generated)]
+    assert generate_images.main([*shlex.split(command), *less]) == 0
     assert (tmp_path / "kohya_lora_weights.safetensors").is_file() and (generated / "grid.png").is_file()
 
 
@@ -324,6 +307,7 @@ def test_it_runs_with_variables_from_the_environment(root, tiny_model, shapes_fo
     }  # fmt: skip
     done = finetune(root, **settings)
     assert done.returncode == 0, done.stderr
+    assert "this run is in fp32" in done.stderr  # accelerate_config.yaml says fp16
     assert f"{tmp_path}/comparison.png" in done.stdout
     args = json.loads((tmp_path / "args.json").read_text())
     assert (args["max_train_steps"], args["learning_rate"], args["ema_decay"]) == (2, 1e-5, 0.5)

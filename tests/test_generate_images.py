@@ -24,19 +24,19 @@ def generate(folder, *arguments):
 
 def test_prompts_by_seeds_by_models_by_guidance_make_images_a_grid_and_a_record(tiny_model, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a blue square\n\na green star\n")
+    prompts.write_text("a blue square\n\n")
     models = ["--model", f"one={tiny_model}", f"two={tiny_model}"]
     records = generate(
         tmp_path / "out", *models, "--prompt", "a red circle", "--prompts_file", prompts, "--seed", 0, 1,
         "--guidance_scale", 1, 3,
     )  # fmt: skip
-    assert len(records) == 3 * 2 * 2 * 2
+    assert len(records) == 2 * 2 * 2 * 2
     assert len({record["file"] for record in records}) == len(records)
     for record in records:
         assert Image.open(tmp_path / "out" / record["file"]).size == (32, 32)
     assert "000_a-red-circle_two_seed1_g3_s2.png" in {record["file"] for record in records}
     width, height = Image.open(tmp_path / "out/grid.png").size
-    assert width > 4 * 160 and height > 6 * 160  # two models x two scales; three prompts x two seeds
+    assert width > 4 * 160 and height > 4 * 160  # two models x two scales; two prompts x two seeds
 
 
 def test_an_image_depends_on_its_seed_alone_not_on_the_batch(tiny_model, tmp_path):
@@ -66,15 +66,10 @@ def test_checkpoints_and_raw_weights_are_columns_too(tiny_model, shapes_folder, 
     assert pixels(tmp_path / "raw", raw[1]) != pixels(tmp_path / "ema", records[1])
 
 
-@pytest.mark.parametrize(
-    ("prompts", "models"),
-    [
-        (["a red circle " * 10 + "one", "a red circle " * 10 + "two", "日本", "中国"], ["m"]),
-        (["a"], ["日本", "中国", "🐈", "🐕"]),
-        (["a"], ["a+b", "a b", "a-b", "A B"]),
-        (["a"], ["x" * 300, "x" * 301]),
-    ],
-)
+@pytest.mark.parametrize(("prompts", "models"), [
+    (["a red circle " * 10 + "one", "a red circle " * 10 + "two", "日本", "中国"], ["m"]),
+    (["a"], ["日本", "🐈", "🐕", "a+b", "a b", "A B", "x" * 300, "x" * 301]),
+])  # fmt: skip
 def test_names_that_look_alike_keep_their_images_apart(prompts, models, tiny_model, tmp_path):
     models = [f"{label}={tiny_model}" for label in models]
     records = generate(tmp_path, "--model", *models, "--prompt", *prompts, "--guidance_scale", 1, 1.00000001)
@@ -159,13 +154,6 @@ def test_checkpoints_by_lora_scales_make_one_grid_whose_zero_is_the_base(tiny_mo
     for one in records:
         same = (tmp_path / "grid" / one["file"]).read_bytes() == base[one["prompt"], one["seed"]]
         assert same == (one["lora_scale"] == 0)
-
-
-def test_a_kohya_file_draws_what_the_diffusers_file_draws(tiny_model, lora_run, tmp_path):
-    files = [f"a={lora_run / 'pytorch_lora_weights.safetensors'}", f"b={lora_run / 'kohya_lora_weights.safetensors'}"]
-    one, other = generate(tmp_path, "--model", f"m={tiny_model}", "--lora", *files, "--prompt", "a red circle")
-    pixels = [np.asarray(Image.open(tmp_path / record["file"]), dtype=int) for record in (one, other)]
-    assert np.abs(pixels[0] - pixels[1]).max() <= 1
 
 
 def test_what_is_wrong_with_a_lora_is_one_clear_message(tiny_model, lora_run, tmp_path, capsys):

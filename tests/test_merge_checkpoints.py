@@ -143,13 +143,12 @@ def test_result_loads_and_is_the_mixture(tiny_model, tuned, merged, tensors):
 
 
 @pytest.mark.parametrize("method", ["weighted_sum", "slerp"])
-@pytest.mark.parametrize("ratio", [0, 1])
-def test_ratio_0_is_base_and_ratio_1_is_tuned_to_the_last_bit(tiny_model, tuned, merged, tensors, method, ratio):
+def test_ratio_0_is_base_and_ratio_1_is_tuned_to_the_last_bit(tiny_model, tuned, merged, tensors, method):
     parts = ["--components", "unet,text_encoder", "vae"]
-    out = merged("--base", tiny_model, "--tuned", tuned, "--ratio", ratio, "--method", method, *parts)
-    expected = tensors([tiny_model, tuned][ratio])
-    for file, result in tensors(out).items():
-        assert same(result, expected[file]), file
+    out = merged("--base", tiny_model, "--tuned", tuned, "--ratio", 0, 1, "--method", method, *parts)
+    for ratio, model in enumerate((tiny_model, tuned)):
+        found, expected = tensors(out / f"ratio-{ratio}"), tensors(model)
+        assert all(same(result, expected[file]) for file, result in found.items()), ratio
 
 
 def test_equal_models_come_out_as_they_were_also_minus_zero(tiny_model, copy, merged, tensors, capsys):
@@ -207,12 +206,8 @@ def test_single_file_loads_and_holds_what_the_folder_holds(tiny_model, tuned, me
 
 
 def test_single_file_is_as_good_an_input_as_the_folder(tiny_model, tuned, original, merged, tensors, tmp_path):
-    expected = tensors(merged("--base", tiny_model, "--tuned", tuned, "--components", "unet", "text_encoder", "vae"))
-    found = tensors(
-        merged(
-            "--base", tiny_model, "--tuned", original, "--components", "unet", "text_encoder", "vae", out=tmp_path / "b"
-        )
-    )
+    words = ["--base", tiny_model, "--components", "unet", "text_encoder", "vae", "--tuned"]
+    expected, found = (tensors(merged(*words, one, out=tmp_path / one.name)) for one in (tuned, original))
     assert all(same(found[file], expected[file]) for file in (UNET, TEXT_ENCODER, VAE))
 
 
@@ -321,47 +316,11 @@ def test_block_ratios_go_before_ratio(tiny_model, tuned, merged, tensors):
 # -- refused ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (["--ratio", "0.5", "0.5"], "--ratio 0.5 0.5"),
-        (["--ratio", "0.1234567", "0.1234568"], "--ratio 0.1234567 0.1234568"),
-        (["--ratio", "nan"], "--ratio nan"),
-        (["--ratio", "half"], "--ratio half"),
-        (["--components", "unet,clip"], "--components clip"),
-        (["--components", ","], "--components"),
-        (["--block_ratios", "much"], "--block_ratios much"),
-        (["--block_ratios", "unet.*=2", "--curve", "inverse_smoothstep"], "--block_ratios 2"),
-        (["--method", "add_difference"], "--origin"),
-        (["--density", "0.3"], "--density"),
-        (["--dtype", "int8"], "--dtype int8"),
-    ],
-)
-def test_wrong_flags_are_refused(tiny_model, tuned, refused, words, named):
-    assert named in refused("--base", tiny_model, "--tuned", tuned, *words, status=2)
-
-
 def test_all_that_is_wrong_with_the_flags_is_said_together(tiny_model, refused):
     message = refused("--base", tiny_model, "--tuned", "a", "b", "--ratio", 2, 2, "--components", "clip", status=2)
     assert all(named in message for named in ("--ratio 2.0 2.0", "--components clip", "--tuned names 2 models"))
     message = refused("merge", status=2, out=None)
     assert all(f"{name} is required" in message for name in ("--base", "--tuned", "--output_dir"))
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (without("conv_in.bias"), "lacks 1 tensor(s) of the unet: conv_in.bias"),
-        (lambda tensors: tensors | {"a": torch.ones(2)}, "1 tensor(s) of the unet: a"),
-        (lambda tensors: tensors | {"conv_in.weight": torch.ones(8, 9, 3, 3)}, "[8, 4, 3, 3] and [8, 9, 3, 3]"),
-    ],
-    ids=["missing", "extra", "shape"],
-)
-def test_models_that_do_not_fit_together_are_refused(tiny_model, tuned, refused, tmp_path, change, said):
-    other = tmp_path / "other.safetensors"  # which no configuration describes
-    save_file(change(load_file(tuned / UNET)), other)
-    message = refused("--base", tiny_model, "--tuned", other)
-    assert said in message and str(other) in message
 
 
 def test_what_is_no_model_is_refused_and_all_of_it_at_once(tiny_model, refused, tmp_path):
@@ -378,19 +337,16 @@ def test_what_is_no_model_is_refused_and_all_of_it_at_once(tiny_model, refused, 
         assert any(str(path) in line and said in line for line in message.splitlines()), path
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--base", "{tiny}", "--tuned", "{tuned}/unet", "--components", "text_encoder"], "/unet has no text_encoder"),
-        (["--base", "{tiny}/unet", "--tuned", "{tuned}", "--single_file"], "has no text_encoder, vae"),
-        (["--base", "{original}", "--tuned", "{tuned}"], "add --single_file, or --layout_from"),
-        (["--base", "{bare}", "--tuned", "{tuned}"], "--layout_from"),
-        (["--base", "{tiny}", "--tuned", "{tuned}", "--block_ratios", *"123"], "3 numbers, but this UNet has"),
-        (["--base", "{tiny}", "--tuned", "{tuned}", "--block_ratios", "unet.nose.*=1"], "unet.nose.* matches none"),
-        (["--base", "{tiny}", "--tuned", "{tuned}", "--variant", "fp16"], "no weights of the variant fp16"),
-        (["--base", "{tiny}", "--tuned", "{tuned}", "--method", "add_difference", "--origin", "none"], "none"),
-    ],
-)
+@pytest.mark.parametrize(("words", "said"), [
+    (["--base", "{tiny}", "--tuned", "{tuned}/unet", "--components", "text_encoder"], "/unet has no text_encoder"),
+    (["--base", "{tiny}/unet", "--tuned", "{tuned}", "--single_file"], "has no text_encoder, vae"),
+    (["--base", "{original}", "--tuned", "{tuned}"], "add --single_file, or --layout_from"),
+    (["--base", "{bare}", "--tuned", "{tuned}"], "--layout_from"),
+    (["--base", "{tiny}", "--tuned", "{tuned}", "--block_ratios", *"123"], "3 numbers, but this UNet has"),
+    (["--base", "{tiny}", "--tuned", "{tuned}", "--block_ratios", "unet.nose.*=1"], "unet.nose.* matches none"),
+    (["--base", "{tiny}", "--tuned", "{tuned}", "--variant", "fp16"], "no weights of the variant fp16"),
+    (["--base", "{tiny}", "--tuned", "{tuned}", "--method", "add_difference", "--origin", "none"], "none"),
+])  # fmt: skip
 def test_what_cannot_be_made_of_these_models_is_refused(tiny_model, tuned, original, refused, tmp_path, words, said):
     bare = tmp_path / "bare.safetensors"
     shutil.copyfile(tuned / UNET, bare)
@@ -398,7 +354,7 @@ def test_what_cannot_be_made_of_these_models_is_refused(tiny_model, tuned, origi
     assert said in refused(*(word.format(**names) for word in words))
 
 
-@pytest.mark.parametrize("place", ["base", "base/", "base/new", "linked", "linked/unet", ".", "base/unet"])
+@pytest.mark.parametrize("place", ["base/", "base/new", "linked/unet", "."])
 def test_output_that_is_an_input_or_around_or_inside_one_is_refused(tiny_model, tuned, copy, refused, tmp_path, place):
     base = copy(tiny_model, "base")
     write_json(base / "merge.json", {})  # also where the input is an earlier result
@@ -494,13 +450,6 @@ def test_failure_leaves_nothing_or_what_was_there(
     assert json.loads((tmp_path / "out/merge.json").read_text())["ratio"] == [0.5]
 
 
-def test_too_little_room_is_said_before_anything_is_written(tiny_model, tuned, refused, monkeypatch):
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    monkeypatch.setattr(os, "posix_fallocate", broken)
-    assert "0 MB left: free some" in refused("--base", tiny_model, "--tuned", tuned, "--ratio", 0.1, 0.2)
-
-
 SLOW = """
 import sys, time
 import merge_checkpoints
@@ -582,15 +531,10 @@ def test_replay_refuses_inputs_that_have_changed_by_name(tiny_model, tuned, copy
     assert f"{other / TEXT_ENCODER} is not the file of the recipe" in message and str(other / UNET) not in message
 
 
-@pytest.mark.parametrize(
-    ("flags", "command", "named"),
-    [
-        ({"warp": 9}, "merge", "warp"),
-        ({}, "mix", "mix"),
-        ({"ratio": [0.5, 0.5]}, "merge", "--ratio 0.5 0.5"),
-        ({"components": ["clip"]}, "merge", "--components clip"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "command", "named"), [
+    ({"warp": 9}, "merge", "warp"), ({}, "mix", "mix"), ({"ratio": [0.5, 0.5]}, "merge", "--ratio 0.5 0.5"),
+    ({"components": ["clip"]}, "merge", "--components clip"),
+])  # fmt: skip
 def test_replay_refuses_a_recipe_that_this_version_cannot_follow(
     tiny_model, tuned, merged, refused, flags, command, named
 ):

@@ -21,15 +21,11 @@ from prepare_dataset import main
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, lay):
     """Two images with metadata."""
-    source = tmp_path / "photos"
-    source.mkdir()
-    for i, name in enumerate(("a.png", "b.png")):
-        Image.new("RGB", (8, 6), (i, 0, 0)).save(source / name)
     rows = [json.dumps({"file_name": f"{name}.png", "text": f"image {name}"}) + "\n" for name in "ab"]
-    (source / "metadata.jsonl").write_text("".join(rows))
-    return source
+    images = {f"{name}.png": Image.new("RGB", (8, 6), (i, 0, 0)) for i, name in enumerate("ab")}
+    return lay(tmp_path / "photos", {**images, "metadata.jsonl": "".join(rows)})
 
 
 def convert(source, output, *more, kind="imagefolder"):
@@ -45,42 +41,29 @@ def captions(output):
 # Each source, a handful of images; tests/conversion has their schemas and oddities
 
 
-def lay(root, files):
-    """Write {name: text, or the red of an image}."""
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, int):
-            noise = np.random.default_rng(content).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-            noise[:, :, 0] = content
-            Image.fromarray(noise).save(path, "PNG")
-        else:
-            path.write_text(content, encoding="utf-8")
-
-
 def lines(*rows):
     return "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
 
 
-def imagefolder(root):
+def imagefolder(lay, root):
     rows = [{"file_name": name, "text": f"image {name}"} for name in ("train/1.png", "val/1.png")]
     lay(root, {"train/1.png": 10, "val/1.png": 20, "metadata.jsonl": lines(*rows)})
     return root, [], {"train/1.png": (10, "image train/1.png"), "validation/1.png": (20, "image val/1.png")}
 
 
-def sidecar(root):
+def sidecar(lay, root):
     lay(root, {"1_sks dog/1.png": 10, "1_sks dog/1.caption": "sks dog, asleep\n", "1_dog/1.png": 20})
     return root, ["--class_captions"], {
         "train/1_dog-1.png": (20, "dog"), "train/1_sks dog-1.png": (10, "sks dog, asleep"),
     }  # fmt: skip
 
 
-def parallel(root):
+def parallel(lay, root):
     lay(root, {"images/000.png": 10, "images/001.png": 20, "captions/000.txt": "a dog ", "captions/001.txt": "two"})
     return root, [], {"train/000.png": (10, "a dog"), "train/001.png": (20, "two")}
 
 
-def unsplash(root):
+def unsplash(lay, root):
     columns = ["photo_id", "photo_image_url", "photo_description", "ai_description"]
     rows = [["XMyPniM9LF0", "https://images/1", "", "brown dunes"], ["rDLBArZUl1c", "https://images/2", "My lake", ""]]
     lay(root, {"photos.csv000": lines(*("\t".join(row) for row in (columns, *rows)))})
@@ -89,7 +72,7 @@ def unsplash(root):
     return root, flags, {"train/XMyPniM9LF0.png": (10, "brown dunes"), "train/rDLBArZUl1c.png": (20, "My lake")}
 
 
-def sbu(root):
+def sbu(lay, root):
     urls, captions = ["http://host/1/a.jpg?zz=1", "http://host/2/b.jpg"], ["Egyptian cat .", "Man in a boat"]
     lists = {"urls": lines(*urls), "captions": lines(*captions)}
     lay(root, {f"dataset/SBU_captioned_photo_dataset_{name}.txt": content for name, content in lists.items()})
@@ -99,12 +82,13 @@ def sbu(root):
     }  # fmt: skip
 
 
-def stanford_dogs(root):
+def stanford_dogs(lay, root):
     box = "<bndbox><xmin>2</xmin><ymin>4</ymin><xmax>18</xmax><ymax>20</ymax></bndbox>"
     xml = f"<annotation><size><width>32</width><height>24</height></size><object>{box}</object></annotation>"
     dogs = ["n02085620-Chihuahua/n02085620_7", "n02099429-curly-coated_retriever/n02099429_1"]
     for number, (dog, split) in enumerate(zip(dogs, ("train", "test"), strict=True), 1):
-        lay(root, {f"Images/{dog}.jpg": 10 * number, f"Annotation/{dog}": xml})
+        image = Image.new("RGB", (32, 24), (10 * number, 0, 0))
+        lay(root, {f"Images/{dog}.jpg": image, f"Annotation/{dog}": xml})
         cells = np.array([[f"{dog}.jpg"]], dtype=object)
         savemat(root / f"{split}_list.mat", {"file_list": cells, "labels": np.ones((1, 1), np.uint8)})
     return root, ["--crop_to_dogs", "--lower_case_breeds"], {
@@ -113,7 +97,7 @@ def stanford_dogs(root):
     }  # fmt: skip
 
 
-def dreambooth(root):
+def dreambooth(lay, root):
     table = lines("Classes", "", "subject_name,class", "dog6,dog", "vase,vase", "", "Prompts", "", "Object Prompts")
     lay(root / "dataset", {"dog6/00.jpg": 10, "dog6/01.jpg": 20, "vase/00.jpg": 30, "prompts_and_classes.txt": table})
     return root, ["--subject", "dog6"], {
@@ -121,14 +105,14 @@ def dreambooth(root):
     }  # fmt: skip
 
 
-def webdataset(root):
+def webdataset(lay, root):
     lay(root, {"loose/0.png": 10, "loose/0.txt": "a dog", "loose/1.png": 20, "loose/1.json": '{"caption": "two"}'})
     with tarfile.open(root / "00000.tar", "w") as tar:
         tar.add(root / "loose", ".")
     return root / "{00000..00000}.tar", [], {"train/00000-0.png": (10, "a dog"), "train/00000-1.png": (20, "two")}
 
 
-def hub(root):
+def hub(lay, root):
     lay(root, {"10.png": 10, "20.png": 20})
     image = lambda red: {"bytes": (root / f"{red}.png").read_bytes(), "path": None}
     splits = {"train": (10, "a dog"), "test": (20, "two")}
@@ -146,9 +130,9 @@ SOURCES_OF = {
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_every_source_becomes_a_folder_that_training_accepts(kind, tmp_path, monkeypatch, capsys):
+def test_every_source_becomes_a_folder_that_training_accepts(kind, tmp_path, lay, monkeypatch, capsys):
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    path, flags, expected = SOURCES_OF[kind](tmp_path / "source")
+    path, flags, expected = SOURCES_OF[kind](lay, tmp_path / "source")
     output = tmp_path / "out"
     assert convert(path, output, *flags, kind=kind) == 0, capsys.readouterr().err
     findings, found = Findings(), {}
@@ -158,8 +142,8 @@ def test_every_source_becomes_a_folder_that_training_accepts(kind, tmp_path, mon
             found[f"{split}/{row.image.name}"] = (red, *row.captions)
     assert found == expected
     assert not findings.errors and not findings.warnings
-    assert open_rgb(next(output.glob("train/*.png"))).size == ((16, 16) if kind == "stanford-dogs" else (32, 24))
-    assert main(["check", str(output), "--resolution", "16"]) == 0
+    assert open_rgb(next(output.glob("train/*.png"))).size == ((16, 16) if kind == "stanford-dogs" else (4, 4))
+    assert main(["check", str(output), "--resolution", "8"]) == 0
     assert "training would accept it" in capsys.readouterr().out
 
 

@@ -19,16 +19,17 @@ POSITIONS = [
 ]
 
 
-def test_python_draws_repeat_at_their_place_and_differ_everywhere_else():
-    numbers = [python_random(*position).random() for position in POSITIONS]
-    assert numbers == [python_random(*position).random() for position in POSITIONS]
-    assert len(set(numbers)) == len(POSITIONS)
-
-
-def test_torch_draws_repeat_at_their_place_and_differ_everywhere_else():
-    draw = lambda position: torch.rand((), generator=torch_generator(*position)).item()
-    numbers = [draw(position) for position in POSITIONS]
-    assert numbers == [draw(position) for position in POSITIONS]
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda *position: python_random(*position).random(),
+        lambda *position: torch.rand((), generator=torch_generator(*position)).item(),
+    ],
+    ids=["python", "torch"],
+)
+def test_draws_repeat_at_their_place_and_differ_everywhere_else(draw):
+    numbers = [draw(*position) for position in POSITIONS]
+    assert numbers == [draw(*position) for position in POSITIONS]
     assert len(set(numbers)) == len(POSITIONS)
 
 

@@ -1,9 +1,7 @@
 """Every train_*.py on a stream, run as a user runs it: exact under resume, and with every error named."""
 
 import json
-import os
 import shutil
-import socket
 
 import datasets
 import pyarrow as pa
@@ -106,34 +104,14 @@ def test_a_pattern_names_the_shards(script, training, arguments, samples, shards
     assert json.loads((tmp_path / "run/args.json").read_text())["train_data_dir"] == pattern
 
 
-def on_two_processes(work):
-    """Call `work()` in two forked children that torch takes for one group, as its launcher would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = []
-    for rank in ("0", "1"):
-        pid = os.fork()
-        if pid == 0:
-            status = 99
-            try:
-                os.environ.update(group | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"})
-                status = work()
-            finally:
-                os._exit(status)
-        children.append(pid)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-
-
 def test_processes_read_shards_of_their_own_and_resume_exactly(
     script, training, arguments, samples, tars, tmp_path, tensors
 ):
     tars(samples)
     more = ("--max_train_steps", 4, "--resume_from_checkpoint", "latest")
-    assert on_two_processes(lambda: training.run(script, arguments, tmp_path / "straight", *more)) == [0, 0]
+    assert training.on_two_processes(script, arguments, tmp_path / "straight", *more) == [0, 0]
     shutil.copytree(tmp_path / "straight/checkpoint-2", tmp_path / "resumed/checkpoint-2")
-    assert on_two_processes(lambda: training.run(script, arguments, tmp_path / "resumed", *more)) == [0, 0]
+    assert training.on_two_processes(script, arguments, tmp_path / "resumed", *more) == [0, 0]
     assert json.loads((tmp_path / "resumed/args.json").read_text())["run"]["processes"] == 2
     straight, resumed = (tensors(tmp_path / name / "checkpoint-4") for name in ("straight", "resumed"))
     assert straight.keys() == resumed.keys() and straight
@@ -147,7 +125,7 @@ def test_fewer_shards_than_processes_are_refused(script, training, arguments, sa
     tars(samples[:2])
     for number in (1, 2):
         (shards / f"{number:05}.tar").unlink()
-    assert on_two_processes(lambda: training.run(script, arguments, tmp_path / "out")) == [1, 1]
+    assert training.on_two_processes(script, arguments, tmp_path / "out") == [1, 1]
     assert capfd.readouterr().err.count("has 1 shards for 2 processes") == 1
 
 

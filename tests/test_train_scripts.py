@@ -7,8 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,18 +22,6 @@ from finetuning.training.checkpoint import checkpoints_in
 FULL, LORA = "train_text_to_image", "train_lora"
 STEPS = 6
 BUCKETS = ("--aspect_buckets", "--bucket_step", 8)
-
-
-def in_child(work):
-    """Start `work()` in a forked child, which needs no second import; returns its process id."""
-    pid = os.fork()
-    if pid == 0:
-        status = 99
-        try:
-            status = work()
-        finally:
-            os._exit(status)
-    return pid
 
 
 def losses(training, folder):
@@ -80,7 +66,7 @@ def test_killed_at_random_moments_and_inside_saves_nothing_is_lost(
 
     killed_in_save = 0
     for new_checkpoints, in_save in [(0, True), (1, False), (1, True)]:
-        done, child = newest(), in_child(work)
+        done, child = newest(), training.in_child(work)
         while newest() < done + new_checkpoints or (in_save and not saving()):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.03))
@@ -88,7 +74,7 @@ def test_killed_at_random_moments_and_inside_saves_nothing_is_lost(
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         killed_in_save += saving()
     assert killed_in_save >= 1
-    assert os.waitstatus_to_exitcode(os.waitpid(in_child(work), 0)[1]) == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(training.in_child(work), 0)[1]) == 0
     assert not saving()
     training.assert_same(folder, whole_run(script))
 
@@ -125,18 +111,14 @@ def test_accumulation_and_batch_size_are_interchangeable(script, training, argum
         assert losses(training, tmp_path / str(batch)) == pytest.approx(losses(training, whole_run(script)), rel=1e-5)
 
 
-def test_two_processes_train_and_evaluate_as_one(script, training, arguments, root, tmp_path, tensors):
+def test_two_processes_train_and_evaluate_as_one(script, training, arguments, tmp_path, tensors):
     plain = shlex.split("""--learning_rate 1e-4 --max_train_steps 4 --center_crop --cache_latents
         --validation_prompts 'a red circle' 'a blue square' --validation_inference_steps 1""")
-    folders = {name: ("--cache_folder", tmp_path / f"cache of {name}") for name in ("one", "two")}
-    assert training.run(script, arguments, tmp_path / "one", *plain, *folders["one"]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", f"{script}.py"]
-    command += [*arguments, *plain, *folders["two"], "--gradient_accumulation_steps", "1"]
-    command += ["--output_dir", tmp_path / "two"]
+    words = {name: [*arguments, *plain, "--cache_folder", tmp_path / f"cache of {name}"] for name in ("one", "two")}
+    assert training.run(script, words["one"], tmp_path / "one") == 0
     # fp16 as in the shipped accelerate_config.yaml: asking whether there is a GPU must not make the processes one
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "fp16"}
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run = (script, words["two"], tmp_path / "two", "--gradient_accumulation_steps", 1)
+    assert training.on_two_processes(*run, ACCELERATE_MIXED_PRECISION="fp16") == [0, 0]
     facts = json.loads((tmp_path / "two/args.json").read_text())
     assert facts["run"]["processes"] == 2  # `accelerate launch --cpu --num_processes 2` was seen to start one
     one, two = tensors(tmp_path / "one/checkpoint-4"), tensors(tmp_path / "two/checkpoint-4")
@@ -167,7 +149,7 @@ def test_with_square_images_buckets_change_nothing(training, arguments, whole_ru
     training.assert_same(tmp_path, whole_run(FULL))
 
 
-@pytest.mark.parametrize("cut", ["buckets --center_crop", "--cached_crops 2"])
+@pytest.mark.parametrize(("script", "cut"), [(FULL, "buckets --center_crop"), (LORA, "--cached_crops 2")])
 def test_with_the_cache_a_run_trains_the_same_to_the_last_bit(script, training, arguments, bucketed, tmp_path, cut):
     words = [word for word in arguments if word != "--train_text_encoder"]
     words += ["--max_train_steps", 5, "--flip_captions", "swap", "--validation_prompt", "a red circle"]
@@ -455,13 +437,3 @@ def test_problems_of_the_dataset_are_named_together_before_the_first_step(
     message = capfd.readouterr().err
     assert all(word in message for word in ("00000.png", "gone.png", "orphan.png", "--on_bad_rows skip"))
     assert training.run(FULL, arguments, tmp_path / "out", *few, "--on_bad_rows", "skip") == 0
-
-
-def test_the_script_runs_under_accelerate_launch_as_in_the_seeds(script, arguments, root, tmp_path):
-    launcher = Path(sys.executable).with_name("accelerate")
-    command = [launcher, "launch", "--mixed_precision=fp16", f"{script}.py", *arguments, "--max_train_steps", "1"]
-    done = subprocess.run([*command, "--output_dir", tmp_path], cwd=root, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "this run is in fp32" in done.stderr
-    result = {FULL: "model_index.json", LORA: "pytorch_lora_weights.safetensors"}[script]
-    assert (tmp_path / result).is_file()

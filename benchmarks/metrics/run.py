@@ -96,12 +96,11 @@ def prepare_peer(folder):
 
 def prepare_sets(folder, workers, protocol):
     """A function that computes FID and KID as evaluate_model.py does, and returns the FID."""
-    from finetuning.evaluation.features import features_of
-    from finetuning.evaluation.networks import inception
+    from finetuning.evaluation.networks import features_of, inception
     from finetuning.evaluation.statistics import frechet, kernel_influence
 
     def figures():
-        network, weights = inception(folder / "inception.safetensors", protocol, "cpu")
+        network, weights = inception(folder / "inception.safetensors", "cpu")
         sets = []
         for name in ("drawn", "truth"):
             paths = sorted((folder / name).iterdir())

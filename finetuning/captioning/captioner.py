@@ -91,14 +91,11 @@ def open_model(model_class, name, device, dtype):
     except ModelError:
         raise
     except Exception as error:  # on broken folders the libraries also raise AttributeError, TypeError, ...
-        raise ModelError(
-            f"{name} cannot be opened: {error}\n  name a folder or a Hub model in safetensors with --model"
-        ) from error
+        fix = "name a folder or a Hub model in safetensors with --model"
+        raise ModelError(f"{name} cannot be opened: {error}\n  {fix}") from error
     if missing := sorted(loading["missing_keys"]):
-        raise ModelError(
-            f"{name} lacks {len(missing)} of its weights ({first_few(missing, 3)}): it is not whole, or kept for other "
-            "code than transformers' own; name another with --model"
-        )
+        lacking = f"{name} lacks {len(missing)} of its weights ({first_few(missing, 3)})"
+        raise ModelError(f"{lacking}: it is not whole, or made for other code than transformers'; take another --model")
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ModelError(f"{name} has no vocabulary: its tokenizer's files are missing; download them again")

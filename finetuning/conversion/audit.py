@@ -37,13 +37,8 @@ COMMON_WORDS = {
     "a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "is", "it", "of", "on", "or", "the", "to", "with",
 }  # fmt: skip
 CONCERNS = {  # code: (what the images have in common, why it matters and what helps), worst first
-    "same_leak": (
-        "the same image in several splits", "what is learned is also what is measured: --fix takes them from train",
-    ),
-    "near_leak": (
-        "near copies in several splits",
-        "resized, brighter or mirrored, they measure memory: --fix takes them from train",
-    ),
+    "same_leak": ("the same image in several splits", "they measure memory: --fix takes them from train"),
+    "near_leak": ("near copies in several splits", "resized, brighter, mirrored: --fix takes them from train"),
     "same_twice": ("the same image more than once in a split", "they count double: --fix keeps the first"),
     "near_twice": ("near copies within a split", "look at them, and keep the best one of each"),
     "tiny": ("tiny images", "more than {max_enlargement:g} x enlarged to fill {resolution}: --fix leaves them out"),
@@ -52,13 +47,8 @@ CONCERNS = {  # code: (what the images have in common, why it matters and what h
     "flat": ("flat images", f"no colour channel varies by {FLAT:g} of 255 (standard deviation)"),
     "blurred": ("blurred images", "sharpness below {blur_below:g} (--blur_below)"),
     "cut_caption": ("captions longer than {limit} tokens", "the end is not read: shorten them"),
-    "wrong_encoding": (
-        "captions of a wrong encoding", "the file was not read as UTF-8 once: --fix repairs what it can",
-    ),
-    "untidy_caption": (
-        "captions with invisible or unusual characters",
-        "control characters, doubled spaces, letters that are not in NFC: --fix writes them plainly",
-    ),
+    "wrong_encoding": ("captions of a wrong encoding", "once not read as UTF-8: --fix repairs what it can"),
+    "untidy_caption": ("captions with invisible characters, doubled spaces, letters not in NFC", "--fix tidies them"),
     "other_alphabet": ("captions in other alphabets", "Stable Diffusion's text encoder learned English"),
     "repeated_caption": ("captions that stand with several images", "they cannot tell these images apart"),
 }  # fmt: skip
@@ -161,10 +151,8 @@ class Audit:
         if not self.accepted:
             return "bad", "training would REFUSE it"
         if self.flagged:
-            return (
-                "doubtful",
-                f"training would accept it; worth a look: {self.flagged} of {counted(len(self.seen), 'image')}",
-            )
+            worth = f"{self.flagged} of {counted(len(self.seen), 'image')}"
+            return "doubtful", f"training would accept it; worth a look: {worth}"
         return "good", "training would accept it"
 
     def shown(self, seen):
@@ -183,9 +171,7 @@ def examine(args: AuditArgs):
         audit.refusal = str(problem)
         return audit
     if checked.images is not None:
-        raise DatasetError(
-            f"{args.path} holds its images in tables: `prepare_dataset.py convert hub` makes an image folder of it"
-        )
+        raise DatasetError(f"{args.path} holds its images in tables: first `prepare_dataset.py convert hub`")
     audit.findings = checked.findings
     columns = (args.image_column, args.caption_column, args.allow_outside_paths, audit.test_findings)
     try:

@@ -103,10 +103,8 @@ def _counted(originals, kinds, args, say):
     summary["train"] += f" ({originals['train']}{''.join(f' + {count} {kind}' for kind, count in kinds.items())})"
     say(f"{args.output}: {', '.join(summary.values())}")
     if not counts.get("validation"):
-        say(
-            "  - there is no validation split, and rows that training holds out (--validation_fraction) would have "
-            "copies in train: divide the images before (`prepare_dataset.py convert imagefolder`)"
-        )
+        fix = "first divide the images (`prepare_dataset.py convert imagefolder`)"
+        say(f"  - without a validation split, rows that --validation_fraction holds out have copies in train: {fix}")
     return counts
 
 
@@ -179,10 +177,8 @@ def _planned(rows, names, args, findings):
     there = {name.lower() for name in names.values()}
     taken = [copy.name for copies in plan.values() for copy in copies if copy.name.lower() in there]
     if taken:
-        raise DatasetError(
-            f"{args.path} has images with the names of copies ({', '.join(taken[:3])}): it seems to be augmented "
-            "already; start from the dataset without copies"
-        )
+        named = ", ".join(taken[:3])
+        raise DatasetError(f"{args.path} has images with the names of copies ({named}), as if augmented already")
     return plan
 
 

@@ -37,10 +37,7 @@ class RewriteArgs(CopyArgs):
             yield "--caption_column none leaves no captions to rewrite"
         changes = (self.drop, self.drop_regex, self.replace, self.template, self.keyword, self.prefix, self.suffix)
         if not any(changes) and not self.first:
-            yield (
-                "say what to do with the captions: --drop, --drop_regex, --replace, --template, --keyword, --prefix, "
-                "--suffix or --first"
-            )
+            yield "say what to do: --drop, --drop_regex, --replace, --template, --keyword, --prefix, --suffix, --first"
         if len(self.replace or []) % 2:
             yield f"--replace takes pairs OLD NEW; {self.replace[-1]!r} has no second half"
         if self.template is not None and "{caption}" not in self.template:

@@ -191,10 +191,8 @@ class Fetcher:
         status, pause = response.status_code, _retry_after(response)
         answer = f"HTTP {status} {response.reason_phrase}".rstrip()
         if status in TRY_AGAIN and pause is not None and pause > LONGEST_PAUSE:
-            raise DatasetError(
-                f"{response.url.host} asks to be left in peace for {pause:.0f} s ({answer}): give the same command "
-                "again then; what has been fetched is kept"
-            )
+            asks = f"{response.url.host} asks to be left in peace for {pause:.0f} s ({answer})"
+            raise DatasetError(f"{asks}: give the same command again then; what has been fetched is kept")
         if status in TRY_AGAIN:
             raise Unfetched(answer, another_try=True, pause=pause)
         if status != 200:

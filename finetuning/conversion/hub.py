@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetuning.cli import flag
 from finetuning.data.checking import load_splits
-from finetuning.data.findings import DatasetError, Findings, counted
+from finetuning.data.findings import DatasetError, counted
 from finetuning.data.folders import is_saved_dataset, split_meant
 from finetuning.data.reading import read_hub
 from finetuning.data.samples import Cell, Sample
@@ -37,12 +37,10 @@ def read(path, args, findings):
         if len(splits) > 1 and not meaning:
             findings.error("unknown_split", split, counted(len(dataset), "row"))
             continue
-        of_split = Findings()
-        rows = read_hub(dataset, args.image_column, args.caption_column, of_split)
-        findings.add(of_split, before=f"{split} ")  # rows are counted in each split from 0
+        rows = read_hub(dataset, args.image_column, args.caption_column, findings, split)
         column = dataset.select_columns(args.image_column).cast_column(args.image_column, Image(decode=False))
         column = column[args.image_column]
+        meaning = meaning if len(splits) > 1 else None
         for row in rows:
             image = Cell(column, row.image, folders)
-            where = f"{split} {row.origin}"
-            yield Sample(f"{split}/{row.image:08}", image, row.captions, where, meaning if len(splits) > 1 else None)
+            yield Sample(f"{split}/{row.image:08}", image, row.captions, row.origin, meaning)

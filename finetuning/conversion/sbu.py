@@ -57,10 +57,8 @@ def _line_pairs(urls, findings):
         raise DatasetError(f"{urls} needs {CAPTIONS} beside it, a line for each of its own")
     url_lines, caption_lines = _lines(urls), _lines(captions)
     if len(url_lines) != len(caption_lines):
-        raise DatasetError(
-            f"{urls.name} has {len(url_lines)} lines and {captions.name} {len(caption_lines)}: no one can know which "
-            "caption belongs to which image; fetch both again"
-        )
+        counts = f"{urls.name} has {len(url_lines)} lines and {captions.name} {len(caption_lines)}"
+        raise DatasetError(f"{counts}, so that no one knows which belong together: fetch both again")
     for number, (url, caption) in enumerate(zip(url_lines, caption_lines, strict=True), 1):
         where = f"{urls.name} line {number}"
         try:

@@ -72,10 +72,8 @@ def read_parallel(path, args, findings):
     missing = [str(root / args.images_folder)] if not tops else []
     missing += [str(folder) for top in tops if not (folder := top / args.captions_folder).is_dir()]
     if missing:
-        raise DatasetError(
-            f"there is no folder {' or '.join(missing)}: name the two folders with --images_folder "
-            "and --captions_folder"
-        )
+        fix = "name the two folders with --images_folder and --captions_folder"
+        raise DatasetError(f"there is no folder {' or '.join(missing)}: {fix}")
     images, texts = (
         {str(inside): file for top in tops for inside, file in _files(top, name, endings, root, args, findings)}
         for name, endings in ((args.images_folder, EXTENSIONS), (args.captions_folder, CAPTION_ENDINGS))

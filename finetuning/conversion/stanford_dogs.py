@@ -43,10 +43,8 @@ def read(path, args, findings):
     files = _files(existing_folder(path), args, findings)
     images = {name: file for name, file in files.items() if is_image_name(name)}
     if not images and not findings.errors:
-        raise DatasetError(
-            f"{path} has neither folders such as Images/n02085620-Chihuahua with images nor images.tar: "
-            "name the folder that holds them"
-        )
+        wanted = "folders such as Images/n02085620-Chihuahua with images nor images.tar"
+        raise DatasetError(f"{path} has neither {wanted}: name the folder that holds them")
     splits = _splits(path, files, images, findings) if args.use_lists else {}
     for name, image in sorted(images.items()):
         if splits and name not in splits:

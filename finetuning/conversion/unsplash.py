@@ -71,10 +71,7 @@ def _tables(root, args, findings):
     if "query" in args.caption_from:
         raise DatasetError("--caption_from query is for a manifest.json: the tables do not say what was searched for")
     if not args.images:
-        raise DatasetError(
-            "the dataset has addresses, not images: name the folder that has them with --images, or that shall have "
-            "them with --images and --download"
-        )
+        raise DatasetError(f"{root} has addresses, not images: --images names their folder, and --download fills it")
     columns = {"photo_id", *(COLUMNS[kind] for kind in args.caption_from if kind in COLUMNS)}
     columns |= {"photo_image_url", "photo_width", "photo_height"} if args.download else set()
     keywords = _keywords(root, args, findings) if "keywords" in args.caption_from else {}

@@ -84,9 +84,7 @@ def write_dataset(samples, args: WritingArgs, total=None, say=print):
     try:
         for source in (getattr(args, name, None) for name in ("path", "images")):
             if source and Path(source).exists() and overlap(folder, source):  # and would be read as part of it
-                raise DatasetError(
-                    f"--output {folder} and the source {source} lie one in the other: name a folder apart"
-                )
+                raise DatasetError(f"--output {folder} and {source} lie one in the other: name a folder apart")
         with _open_journal(folder, args) as journal:
             failed = _write_all(folder, samples, args, journal, total)
             if failed and args.on_bad_rows == "error":
@@ -97,9 +95,8 @@ def write_dataset(samples, args: WritingArgs, total=None, say=print):
         say(f"interrupted: what is done stands in {folder}, and the same command goes on")
         raise
     except (OSError, sqlite3.Error) as error:
-        raise DatasetError(
-            f"{folder} is not finished: {error}\n  what is done is kept: put that right and give the same command again"
-        ) from error
+        fix = "put that right and give the same command again: what is done is kept"
+        raise DatasetError(f"{folder} is not finished: {error}\n  {fix}") from error
     return counts
 
 
@@ -135,10 +132,8 @@ def _refuse_other_settings(journal, folder, args):
     before = dict(journal.execute("SELECT name, value FROM settings"))
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
     if changed:
-        raise DatasetError(
-            f"--output {folder} holds an interrupted conversion with other settings ({', '.join(changed)}): give the "
-            "same ones to go on, or name another folder"
-        )
+        holds = f"--output {folder} holds an interrupted conversion with other settings ({', '.join(changed)})"
+        raise DatasetError(f"{holds}: give the same ones to go on, or name another folder")
     journal.executemany("INSERT OR IGNORE INTO settings VALUES (?, ?)", now.items())
 
 

@@ -30,12 +30,9 @@ PROBLEMS = {  # code: (what the examples are, what helps or happens, "" where th
     "unreadable_split": ("splits that cannot be read", ""),
     "beside_splits": ("images beside the folders of splits", "move them into one"),
     "beside_train": ("images beside {train}/", "only what is inside is trained on"),
-    "unknown_split": (
-        "splits whose names say neither train, validation nor test", "give them such a name to have them taken",
-    ),
+    "unknown_split": ("splits whose names say neither train, validation nor test", "rename them"),
     # Rows of metadata
-    "not_json": ("metadata lines that are not JSON", ""),
-    "not_an_object": ("metadata lines that are not JSON objects", ""),
+    "not_json": ("metadata lines that are not JSON objects", ""),
     "too_many_fields": ("metadata rows with more fields than columns", "a caption with a comma needs quotes"),
     "no_image_named": ("rows that name no image", ""),
     "image_missing": ("rows whose image is not there", ""),
@@ -51,12 +48,8 @@ PROBLEMS = {  # code: (what the examples are, what helps or happens, "" where th
     "half_character": ("captions that are not valid text", "half a character"),
     "cut_caption": ("captions longer than {limit} tokens", "the end is not read"),
     "uncounted_captions": ("caption lengths are not counted", ""),
-    "says_a_side": (
-        "captions that say left or right: these images are not mirrored", "--flip_captions swap mirrors both",
-    ),
-    "several_lines": (
-        "caption files with several lines", "each line is a caption of its own; --caption_lines first or join",
-    ),
+    "says_a_side": ("captions that say left or right, not mirrored", "--flip_captions swap mirrors both"),
+    "several_lines": ("caption files with several lines", "each is a caption; or --caption_lines first or join"),
     "max_train_samples": ("--max_train_samples above the number of rows", "all are used"),
     # Caption files beside images
     "no_caption_file": ("images without a caption file, or with an empty one", ""),
@@ -101,16 +94,12 @@ PROBLEMS = {  # code: (what the examples are, what helps or happens, "" where th
     "several_dogs": ("images of several dogs", "cut to the box around all of them"),
     "empty_box": ("boxes with nothing of the image in them", ""),
     "outside_subjects": ("images outside a subject's folder", "make a folder for each subject"),
-    "equal_captions": (
-        "groups of subjects with equal captions, which training blends", "--subject, or {{subject}} in the prompt",
-    ),
+    "equal_captions": ("subjects of equal captions, which blend", "--subject, or {{subject}} in the prompt"),
     # Changed copies
     "first_caption_kept": ("rows of which only the first caption is kept", ""),
     "nothing_left": ("rows of whose captions nothing is left", ""),
     "caption_lost": ("rows that lose a caption of which nothing is left", ""),
-    "not_mirrored": (
-        "images that are not mirrored, as a caption says left or right", "--flip_captions swap exchanges the words",
-    ),
+    "not_mirrored": ("images that are not mirrored: a caption says left or right", "--flip_captions swap does"),
     "copy_left_out": ("copies that would show an image of validation or test, or just the original", "left out"),
     # Captioning
     "name_not_utf8": ("images whose name is not UTF-8", "rename them"),
@@ -118,9 +107,7 @@ PROBLEMS = {  # code: (what the examples are, what helps or happens, "" where th
     "absolute_name": ("rows with an absolute file name", "{advice}"),
     "not_text": ("rows whose {column!r} is no text", "name another key with --caption_column"),
     "foreign_row": ("metadata rows that name no image of this folder", "kept as they are"),
-    "caption_file_beside": (
-        "images with a caption file beside them", "gather these with {advice}, or leave them out with --overwrite",
-    ),
+    "caption_file_beside": ("images with a caption file beside them", "{advice} gathers them, --overwrite passes over"),
     "no_first_caption": ("images without a caption to begin with", ""),
     "silent_model": ("images that the model says nothing about", "try another --prompt"),
     "perhaps_cut": ("captions as long as --max_length allows, so perhaps cut short", ""),
@@ -163,12 +150,6 @@ class Findings:
     def warn(self, code, where, reason="", **fields):
         """One more example of something that is worth knowing."""
         self.warnings[code].append(Finding(str(where), str(reason), tuple(fields.items())))
-
-    def add(self, other, before=""):
-        """Take over what another Findings holds; `before` is put in front of where it stands."""
-        for ours, theirs in ((self.errors, other.errors), (self.warnings, other.warnings)):
-            for code, examples in theirs.items():
-                ours[code] += [Finding(before + one.where, one.reason, one.fields) for one in examples]
 
     def count(self):
         """How many errors there are."""

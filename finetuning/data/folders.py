@@ -153,10 +153,8 @@ def _holds_images(table):
 
 def what_else(folder):
     """What a folder without images holds in their place, as advice that may follow a message; "" where nothing."""
-    splits = [
-        f"{entry.name}/" for entry in sorted(Path(folder).iterdir()) if split_meant(entry.name) and has_images(entry)
-    ]
-    if splits:
+    entries = sorted(Path(folder).iterdir())
+    if splits := [f"{entry.name}/" for entry in entries if split_meant(entry.name) and has_images(entry)]:
         return f"; it has {first_few(splits)} alone: what is trained on belongs beside it or into train/"
     found = {".zip": [], ".tar": []}
     for _, _, names in os.walk(folder):

@@ -93,11 +93,9 @@ def _opened(source, max_pixels=MAX_PIXELS):
     try:
         with Image.open(source) if is_path else source as image:
             if image.width * image.height > max_pixels:
-                raise ValueError(
-                    f"{image.width} x {image.height} is {image.width * image.height / 1e6:.0f} million pixels, more "
-                    f"than the {max_pixels / 1e6:.0f} that are decoded at once: `prepare_dataset.py convert` makes it "
-                    "smaller with --max_side"
-                )
+                fix = "`prepare_dataset.py convert` makes it smaller with --max_side"
+                most = f"more than {max_pixels / 1e6:.0f} million pixels"
+                raise ValueError(f"{image.width} x {image.height} is {most}: {fix}")
             yield image
     except Exception as error:  # on broken files the decoders also raise IndexError, TypeError, struct.error, ...
         advice = "a Git LFS pointer, not the file itself: `git lfs pull` fetches it"

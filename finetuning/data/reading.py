@@ -87,18 +87,19 @@ def metadata_files(root):
     return sorted({file for base in bases for file in _SplitFolder(root, base).metadata})
 
 
-def read_hub(dataset, image_column, caption_column, findings):
+def read_hub(dataset, image_column, caption_column, findings, split=""):
     """The rows of a loaded Hugging Face dataset split; images stay in the dataset and are decoded when needed."""
     needed_columns(image_column, caption_column, dataset.column_names, "the dataset")
     refuse_no_images(dataset.features, image_column, "the dataset")
     captions = [""] * len(dataset) if caption_column == "none" else dataset[caption_column]
     rows = []
     for index, value in enumerate(captions):
-        texts = ("",) if caption_column == "none" else as_captions(value, f"row {index}", caption_column)
+        where = f"{split} row {index}".lstrip()
+        texts = ("",) if caption_column == "none" else as_captions(value, where, caption_column)
         if texts:
-            rows.append(Row(index, texts, f"row {index}"))
+            rows.append(Row(index, texts, where))
         else:
-            findings.error("no_caption", f"row {index}")
+            findings.error("no_caption", where)
     return Rows.of(rows)
 
 
@@ -106,10 +107,8 @@ def needed_columns(image_column, caption_column, names, where):
     """The columns that are read of a table. Raises DatasetError where one is not there."""
     needed = [image_column] if caption_column == "none" else [image_column, caption_column]
     if missing := [name for name in needed if name not in names]:
-        raise DatasetError(
-            f"{where} has no column {' or '.join(missing)}, only {', '.join(names)}: "
-            "name them with --image_column and --caption_column"
-        )
+        there = f"{where} has no column {' or '.join(missing)}, only {', '.join(names)}"
+        raise DatasetError(f"{there}: name them with --image_column and --caption_column")
     return needed
 
 
@@ -190,10 +189,8 @@ class _SplitFolder(_Images):
         for folder in sorted({above for one in with_images for above in (one, *one.parents)}):
             # To train on images/train beside images/test would be to train on both
             if self.base in folder.parents and split_meant(folder.name) in ("validation", "test"):
-                raise DatasetError(
-                    f"{folder} looks like a split that must not be trained on: name the folder that holds the splits, "
-                    f"{folder.parent}, or give {folder.name} another name"
-                )
+                fix = f"name the folder that holds the splits, {folder.parent}, or give {folder.name} another name"
+                raise DatasetError(f"{folder} looks like a split that must not be trained on: {fix}")
 
     def metadata_files(self):
         """Raises DatasetError where there are none, with what may be meant instead."""
@@ -350,9 +347,8 @@ def read_records(path, root, findings):
             elif record:
                 findings.error(record[0], where, *record[1:])
     except UnicodeDecodeError as error:
-        raise DatasetError(
-            f"{shown} is not UTF-8 (after line {number}: {error.reason}): save it again as UTF-8"
-        ) from error
+        reason = f"is not UTF-8 (after line {number}: {error.reason}): save it again as UTF-8"
+        raise DatasetError(f"{shown} {reason}") from error
     except (OSError, csv.Error) as error:
         raise DatasetError(f"{shown} cannot be read after row {number}: {error}") from error
 
@@ -370,7 +366,7 @@ def _json_records(path, shown):
             except (ValueError, RecursionError) as error:
                 yield "not_json", error
             else:
-                yield record if isinstance(record, dict) or not line.strip() else ("not_an_object",)
+                yield record if isinstance(record, dict) or not line.strip() else ("not_json", "no object")
 
 
 def _csv_records(path, shown):
@@ -396,15 +392,9 @@ def _check_columns(columns, image_column, caption_column, shown):
     """A column that no record has is a problem of the whole file. Raises DatasetError listing those there are."""
     there = ", ".join(columns) or "nothing"
     if columns and not any(name in columns for name in _file_name_columns(image_column)):
-        raise DatasetError(
-            f'{shown} names no images: it has {there}, and "file_name" is needed '
-            "(or name the column with --image_column)"
-        )
+        raise DatasetError(f'{shown}: it has {there}, and "file_name" is needed, or --image_column to name the column')
     if columns and caption_column not in columns:
-        raise DatasetError(
-            f"{shown} has no column {caption_column!r}, only {there}: "
-            "name the captions' column with --caption_column, or add it"
-        )
+        raise DatasetError(f"{shown} has no column {caption_column!r}, only {there}: name it with --caption_column")
 
 
 def _file_name_columns(image_column):

@@ -41,9 +41,8 @@ class Cell:
             raise UnreadableImage("the row has no image")
         path = Path(value["path"]).resolve()
         if self.folders and not any(folder in path.parents for folder in self.folders):
-            raise UnreadableImage(
-                f"{value['path']} is outside the dataset (--allow_outside_paths permits it for a file of this machine)"
-            )
+            permission = "--allow_outside_paths permits it for a file of this machine"
+            raise UnreadableImage(f"{value['path']} is outside the dataset ({permission})")
         return path.read_bytes()
 
 

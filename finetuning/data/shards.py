@@ -54,11 +54,8 @@ class Shards:
                     found[code].append(finding)
         self.left_out += new.count()
         if new.errors and not self.skips:
-            raise DatasetError(
-                f"the stream has {counted(new.count(), 'error')} here:\n{new.report()}\n"
-                "  correct them, or leave them out with --on_bad_rows skip; --resume_from_checkpoint latest goes on "
-                "from the last checkpoint"
-            )
+            fix = "correct them, or --on_bad_rows skip; --resume_from_checkpoint latest goes on"
+            raise DatasetError(f"the stream has {counted(new.count(), 'error')} here:\n{new.report()}\n  {fix}")
         if report := new.report():  # from every process: each reads other shards
             tqdm.write(f"stream, {self.left_out} left out so far:\n{report}", file=sys.stderr)
 
@@ -95,9 +92,8 @@ def _file_shards(source, args, say):
     folders = () if args.allow_outside_paths else (Path(top).resolve(),)
     tar_args = _tar_args(args)
     if args.caption_column == "none" and any(file.suffix != ".parquet" for file in training):
-        raise DatasetError(
-            "--caption_column none does not go with WebDataset tars: --proportion_empty_prompts 1 drops all captions"
-        )
+        fix = "--proportion_empty_prompts 1 drops all captions"
+        raise DatasetError(f"--caption_column none does not go with WebDataset tars: {fix}")
 
     def reader(number, findings):
         file = training[number]
@@ -122,10 +118,8 @@ def _files(source, args, findings):
     files = [file for file in found if file.suffix != ".parquet" or file.with_suffix("") not in tars]
     files = sorted(file for file in files if file.name.endswith(endings) and file.stem != "metadata")
     if not files:
-        raise DatasetError(
-            f"--streaming reads WebDataset tars and Parquet files, and {source} has none: images with metadata.jsonl "
-            "and what `datasets` saved as Arrow files need little memory as they are: leave --streaming out"
-        )
+        fix = "images with metadata.jsonl and Arrow files need little memory as they are: leave --streaming out"
+        raise DatasetError(f"--streaming reads WebDataset tars and Parquet files, and {source} has none: {fix}")
     return files
 
 

@@ -223,8 +223,6 @@ def open_stream(args, tokenize, seed, say=print, cache_dir=None):
 def stream_sampler(args, shards, **cut):
     """The order of a stream on this process. Raises DatasetError where it cannot be shared out."""
     if len(shards) < cut["processes"]:
-        raise DatasetError(
-            f"{shards.source} has {len(shards)} shards for {cut['processes']} processes, and each reads its own: start "
-            "at most as many processes, or write the dataset in more shards"
-        )
+        too_few = f"{shards.source} has {len(shards)} shards for {cut['processes']} processes, and each reads its own"
+        raise DatasetError(f"{too_few}: start at most as many processes, or write the dataset in more shards")
     return StreamBatchSampler(shards=shards, shuffle_buffer=args.shuffle_buffer, **cut)

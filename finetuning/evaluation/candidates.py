@@ -26,15 +26,11 @@ class CandidateArgs:
     chain: list[str] | None = flag(
         None, "label=MODEL,UPSCALER: images of a model that an upscaler enlarges", repeated=True
     )
-    images: list[str] | None = flag(
-        None, "label=FOLDER of images that were made elsewhere", repeated=True, was="pictures"
-    )
+    images: list[str] | None = flag(None, "label=FOLDER of images made elsewhere", repeated=True, was="pictures")
     by_order: bool = flag(False, "pair the --images with the captions by their order alone", requires="images")
     noise_floor: bool = flag(True, "generate with a second seed of the reference as well, to see what is noise")
     weights: str = flag("ema", "which weights of a run or checkpoint", choices=("ema", "raw"))
-    base: str | None = flag(
-        None, "the rest of the model for checkpoint folders (none: what the run started from)", reads=True
-    )
+    base: str | None = flag(None, "the rest of the model for checkpoint folders (none: their run's base)", reads=True)
     vae: str | None = flag(None, "another autoencoder, e.g. stabilityai/sd-vae-ft-mse", reads=True)
     dtype: str | None = flag(None, "none: fp16 on a GPU, fp32 without", choices=tuple(DTYPES))
 
@@ -82,26 +78,26 @@ class Candidate:
         return self.path if self.lora is None else f"{self.path} with {self.lora}"
 
     @property
+    def _last(self):
+        """What its images come from last."""
+        return Path(self.upscaler or self.lora or self.path)
+
+    @property
     def run(self):
         """The folder that it lies in, with the other steps or ratios."""
-        return Path(self._last).parent
+        return self._last.parent
 
     @property
     def step(self):
         """N of a checkpoint-N, of a model or a LoRA; or None."""
-        found = re.fullmatch(r"checkpoint-(\d+)", Path(self._last).name)
+        found = re.fullmatch(r"checkpoint-(\d+)", self._last.name)
         return int(found[1]) if found else None
-
-    @property
-    def _last(self):
-        """What its images come from last."""
-        return self.upscaler or self.lora or self.path
 
     @property
     def ratio(self):
         """The ratio that merge_checkpoints.py made the model at, or None."""
-        recipe = Path(self.path) / "merge.json"
-        if self._last != self.path or not recipe.is_file():
+        recipe = self._last / "merge.json"
+        if self.upscaler or self.lora or not recipe.is_file():
             return None
         ratios = json.loads(recipe.read_text(encoding="utf-8")).get("ratio", [])
         return ratios[0] if len(ratios) == 1 else None

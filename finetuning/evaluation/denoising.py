@@ -52,10 +52,9 @@ def row_losses(
     """The denoising loss of each of `rows`, float64 [rows], on the CPU.
 
     model     families.model.Model, on `device`
-    images  an ImageDataset, `rows` are indices into it
+    images    an ImageDataset, `rows` are indices into it
     schedule  NoiseSchedule
-    args      NoiseArgs; only the form of the loss counts, not what training does to it (offsets, perturbation, DREAM,
-              weights), nor its prediction type, which is the schedule's
+    args      NoiseArgs, of which only the form of the loss counts: not offsets, perturbation, DREAM, weights
     autocast  makes the context that the denoiser runs in
     only      those of `rows` that are to be computed; none: all
     """
@@ -86,8 +85,7 @@ def row_losses(
 def load_rows(folder, tokenize, size, *, split=None, max_rows=256, seed=0, caption_column="text", say=print):
     """(ImageDataset, the numbers of at most `max_rows` of its rows) of a folder with metadata.jsonl.
 
-    size   (height, width) in pixels; images are resized until they cover it, and the centre is taken
-    split  "train", "validation" or "test"; none: validation, or the folder itself where it has no splits
+    size  (height, width) in pixels, which images cover, cut in their centre. Other arguments: see read_rows.
 
     The rows, captions and crops are those of training's validation loss with the same seed. Raises DatasetError.
     """

@@ -11,12 +11,7 @@ from finetuning.data.folders import folder_problems
 from finetuning.data.reading import SPLIT_NAMES
 from finetuning.evaluation import generation, measuring, statistics
 from finetuning.evaluation.metrics import table
-from finetuning.evaluation.retention import (
-    RETENTION_MEASURES,
-    NothingToKeep,
-    learned_and_kept,
-    retention_measure,
-)
+from finetuning.evaluation.retention import RETENTION_MEASURES, NothingToKeep, learned_and_kept, retention_measure
 from finetuning.evaluation.words import note
 
 DRIFTS = {metric.drift_of: name for name, metric in table().items() if metric.drift_of}
@@ -28,20 +23,20 @@ class ForgettingArgs:
     """Forgetting"""
 
     general_prompts: str = flag(
-        "shipped", "prompts of what should not be forgotten: shipped, a file (text with one on each line, or JSON), or "
-        "none",
-    )  # fmt: skip
+        "shipped", "prompts of what should not be forgotten: shipped, none, or a .txt (one on each line) or .json file"
+    )
     retain_dataset: str | None = flag(
         None, "folder with metadata.jsonl of what should be kept, for its denoising loss", reads=True
     )
     retain_split: str | None = flag(
-        None, "its split (none: validation, or all of a folder without splits)", choices=tuple(SPLIT_NAMES),
+        None,
+        "its split (none: validation, or all without splits)",
+        choices=tuple(SPLIT_NAMES),
         requires="retain_dataset",
-    )  # fmt: skip
+    )
     fit_split: str | None = flag(
-        None, "split of the dataset whose loss is taken (none: --split)", choices=tuple(SPLIT_NAMES),
-        requires="retain_dataset",
-    )  # fmt: skip
+        None, "split of --dataset for the loss (none: --split)", choices=tuple(SPLIT_NAMES), requires="retain_dataset"
+    )
     loss_rows: int = flag(256, "rows of each dataset that the loss is taken over at most", min=2)
 
     def general_rows(self):
@@ -57,9 +52,6 @@ class ForgettingArgs:
             yield from folder_problems("--retain_dataset", self.retain_dataset)
 
 
-# -- the report's part -----------------------------------------------------------------------------------------------
-
-
 def forgetting(rows, images, opened, args, device="cpu", *, dataset=None, losses=None, folder="."):
     """The "forgetting" of report.json: {"prompts", "summary", "by", "learned", "kept", "words", "all", ...}.
 
@@ -71,8 +63,8 @@ def forgetting(rows, images, opened, args, device="cpu", *, dataset=None, losses
     losses    {"fit": {label: float64 [rows]}, "retain": {...}}, the reference first, or None
     folder    of the report: paths are relative to it
 
-    "all" has kept, and learned where it was measured, by every measure that there are values for; the rest of them by
-    the one that "by" names: the first that has both, or else the first.
+    "all" has kept, and learned where it was measured, by every measure that there are values for. "by" names the first
+    that has both, or else the first: the other entries are by it.
     """
     measured = _measured(rows, images, opened, args, device)
     values = _values(measured) | {f"{name}_loss": by_label for name, by_label in (losses or {}).items()}
@@ -160,17 +152,8 @@ def _judge(by, measure, fit, retain):
 def _records(measured, values, folder):
     """A line for each general prompt: {"row", "caption", "category", "images", "values"}."""
     of_prompts = {name: by_label for name, by_label in values.items() if not name.endswith("_loss")}
-    records = zip(measured.rows, measuring.row_records(measured, folder), strict=True)
-    return [
-        {
-            "row": record["row"],
-            "caption": record["caption"],
-            "category": row.category,
-            "images": record["images"],
-            "values": {
-                name: {label: float(own[index]) for label, own in by_label.items()}
-                for name, by_label in of_prompts.items()
-            },
-        }
-        for index, (row, record) in enumerate(records)
-    ]
+    records = measuring.row_records(measured, of_prompts, folder)
+    for record, row in zip(records, measured.rows, strict=True):
+        record["category"] = row.category
+        del record["truth"]  # the reference's image, which stands among the images
+    return records

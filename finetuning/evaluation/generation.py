@@ -23,23 +23,10 @@ from tqdm.auto import tqdm
 from finetuning.cli import SEEDS, first_few, flag
 from finetuning.data.findings import counted
 from finetuning.data.images import EXTENSIONS
-from finetuning.data.reading import (
-    METADATA_NAMES,
-    Findings,
-    as_captions,
-    named_image,
-    read_records,
-)
+from finetuning.data.reading import METADATA_NAMES, Findings, as_captions, named_image, read_records
 from finetuning.evaluation.denoising import SHOWN, open_all, read_rows
 from finetuning.evaluation.metrics import EvaluationError
-from finetuning.families.generation import (
-    UpscalerArgs,
-    generate,
-    parse_size,
-    size_problems,
-    upscale,
-    upscaling_facts,
-)
+from finetuning.families.generation import UpscalerArgs, generate, parse_size, size_problems, upscale, upscaling_facts
 from finetuning.families.lora_files import adaptable_components, attach, detach, read_lora, set_scale, weights_hash
 from finetuning.families.pipelines import SCHEDULERS
 from finetuning.families.table import family_of
@@ -70,9 +57,7 @@ class GenerationArgs(UpscalerArgs):
     num_inference_steps: int = flag(25, "sampling steps", min=1)
     scheduler: str | None = flag("dpm++", "sampler", choices=tuple(SCHEDULERS))
     size: str | None = flag(None, "side in pixels, or HEIGHTxWIDTH (none: the model's own)")
-    seed: int = flag(
-        0, "with the number of a row it gives the noise that its image starts from, for every model", **SEEDS
-    )
+    seed: int = flag(0, "gives, with a row's number, the noise that every model starts that row from", **SEEDS)
     batch_size: int = flag(4, "images generated together", min=1)
     negative_prompt: str | None = flag(None, "what to keep away from")
     lora_scale: float = flag(1.0, "how strongly a LoRA acts; 0 is the model without it, to the last bit")
@@ -88,61 +73,48 @@ class GenerationArgs(UpscalerArgs):
 def dataset_rows(dataset, split=None, caption_column="text", max_rows=None, seed=0, say=print):
     """The captioned images of a folder with metadata.jsonl, in the order of their paths: [Row, ...].
 
-    split  "train", "validation" or "test"; none: test, or the folder itself where it has no splits
-    max_rows  how many rows at most, chosen with the seed; they keep the numbers that they have among all
+    split     "train", "validation" or "test"; none: test, or the folder itself where it has no splits
+    max_rows  how many at most, chosen with the seed; they keep the numbers that they have among all
 
-    Of several captions of an image the first is taken. Every image is opened. Raises DatasetError with all that is
-    wrong.
+    The first of several captions is taken. Every image is opened. Raises DatasetError with all that is wrong.
     """
     every, chosen = read_rows(dataset, split, "test", caption_column, max_rows, seed, say, one_caption=True)
     return [Row(number, every[number].captions[0], every[number].image) for number in chosen]
 
 
 def general_rows(path=None):
-    """Prompts of no dataset: [Row, ...] without images, numbered in their order.
+    """Prompts of no dataset: [Row, ...] without images, numbered in their order. Raises EvaluationError.
 
     path  .txt with a prompt on each line, or .json with a list of {"caption", "category"}, the category may be left
           out; none: the 60 that come with the project, six of each of ten categories
-
-    Raises EvaluationError with all that is wrong.
     """
     path = Path(path or GENERAL_PROMPTS)
+    told, is_json = f"--general_prompts {path}", path.suffix == ".json"
     if path.suffix not in (".txt", ".json"):
-        raise EvaluationError(f"--general_prompts {path} must be a .txt with a prompt on each line, or a .json list")
+        raise EvaluationError(f"{told} must be a .txt with a prompt on each line, or a .json list")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        listed = json.loads(text) if path.suffix == ".json" else [{"caption": line} for line in text.splitlines()]
+        listed = json.loads(text) if is_json else [{"caption": line} for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"--general_prompts {path} cannot be read: {error}") from error
-    if path.suffix == ".json":
-        _check_prompts(path, listed)
-    asked = [(one["caption"].strip(), one.get("category")) for one in listed if one["caption"].strip()]
-    if not asked:
-        raise EvaluationError(f"--general_prompts {path} has no prompts in it")
-    return [Row(number, caption, None, category) for number, (caption, category) in enumerate(asked)]
-
-
-def _check_prompts(path, listed):
-    """Raises EvaluationError unless it is a list of captions and their categories."""
-    if not isinstance(listed, list):
-        raise EvaluationError(f'--general_prompts {path} must be a list of {{"caption": ..., "category": ...}}')
-    wrong = []
-    for number, one in enumerate(listed, 1):
-        caption, category = (one.get("caption"), one.get("category")) if isinstance(one, dict) else (None, None)
-        if not (isinstance(caption, str) and caption.strip()):
-            wrong.append(f"entry {number} must have a text as its caption")
-        if not isinstance(category, str | None):
-            wrong.append(f"the category of entry {number} must be text")
+        raise EvaluationError(f"{told} cannot be read: {error}") from error
+    wrong = ["all"] if not isinstance(listed, list) else [n for n, one in enumerate(listed, 1) if not _is_prompt(one)]
     if wrong:
-        raise EvaluationError(f"--general_prompts {path}: {'; '.join(wrong)}")
+        form = '{"caption": "a text", "category": "may be left out"}'
+        raise EvaluationError(f"{told} must be a list of {form}, and is not in entry {first_few(wrong)}")
+    if not listed:
+        raise EvaluationError(f"{told} has no prompts in it")
+    return [Row(number, one["caption"].strip(), None, one.get("category")) for number, one in enumerate(listed)]
+
+
+def _is_prompt(one):
+    caption, category = (one.get("caption"), one.get("category")) if isinstance(one, dict) else (None, None)
+    return isinstance(caption, str) and bool(caption.strip()) and isinstance(category, str | None)
 
 
 # -- generating ----------------------------------------------------------------------------------------------------
 
 
-def generate_rows(
-    pipeline, rows, folder, args, *, name, lora=None, weights="ema", upscaler=None, say=tqdm.write
-):  # fmt: skip
+def generate_rows(pipeline, rows, folder, args, *, name, lora=None, weights="ema", upscaler=None, say=tqdm.write):
     """A PNG for each row in `folder`, {row number: path}; images of these settings that are there stay.
 
     pipeline  is used as it is: with its scheduler, on its device, in its dtype
@@ -151,8 +123,7 @@ def generate_rows(
     lora      what read_lora reads, with `weights`, at args.lora_scale
     upscaler  a pipeline that enlarges the images, or None
 
-    Raises EvaluationError where the folder holds images of other settings or of somebody else; ModelError where a LoRA
-    cannot be opened, or an image has values that are not finite.
+    Raises EvaluationError where the folder holds images of other settings or of somebody else; ModelError.
     """
     folder = Path(folder)
     adapter = read_lora(lora, adaptable_components(pipeline), weights) if lora else None
@@ -164,22 +135,33 @@ def generate_rows(
     _claim(folder, rows, settings, args.overwrite, say)
     paths = {row.number: _path(folder, row.number) for row in rows}
     options = {key: settings[key] for key in ("guidance_scale", "num_inference_steps", "negative_prompt", "size")}
+
+    def make(part):
+        captions = [row.caption for row in rows[part]]
+        seeds = lambda purpose: [torch_generator(args.seed, purpose, row.number) for row in rows[part]]
+        images = generate(pipeline, captions, seeds("evaluation"), batch_size=len(captions), **options)
+        if upscaler is None:
+            return images
+        return upscale(upscaler, list(images), captions, seeds("upscaled"), args, args.batch_size)
+
     with with_lora(pipeline, adapter, args.lora_scale), tqdm(total=len(rows), desc=f"images of {folder.name}") as bar:
-        for start in range(0, len(rows), args.batch_size):
-            part = rows[start : start + args.batch_size]
-            missing = {row.number for row in part if not _is_whole(paths[row.number])}
-            # A batch is generated whole: with another number of rows it may round otherwise
-            if missing:
-                captions = [row.caption for row in part]
-                seeds = lambda purpose, part=part: [torch_generator(args.seed, purpose, row.number) for row in part]
-                images = generate(pipeline, captions, seeds("evaluation"), batch_size=len(part), **options)
-                if upscaler:
-                    images = upscale(upscaler, list(images), captions, seeds("upscaled"), args, args.batch_size)
-                for row, image in zip(part, images, strict=True):
-                    if row.number in missing:
-                        write_image(paths[row.number], image)
-            bar.update(len(part))
+        generate_missing(list(paths.values()), args.batch_size, make, bar.update)
     return paths
+
+
+def generate_missing(paths, batch_size, make, advance):
+    """Write the PNGs that are not there to their end; make(slice of paths) gives the images, advance(count) is told.
+
+    A batch is generated whole: with another number of rows it may round otherwise.
+    """
+    for start in range(0, len(paths), batch_size):
+        part = slice(start, start + batch_size)
+        missing = [path for path in paths[part] if not _is_whole(path)]
+        if missing:
+            for path, image in zip(paths[part], make(part), strict=True):
+                if path in missing:
+                    write_image(path, image)
+        advance(len(paths[part]))
 
 
 def _settings(pipeline, adapter, args):
@@ -307,17 +289,15 @@ def ready_images(source, rows, every, **how):
 
 
 def images_in(folder, rows, *, by_order=False, caption_column="text"):
-    """Images that somebody made, paired with `rows`: {row number: path}.
+    """Images that somebody made, paired with `rows`, all of the split: {row number: path}.
 
     An image's row is the one whose number it is named by (00003.png or 3.png), or whose true image has the same
     name, or whose caption the folder's metadata gives it: whichever of these pairs all images with all rows. An
-    image whose metadata gives it another caption is never paired. `rows` are all of the split, also where fewer will
-    be measured.
+    image whose metadata gives it another caption is never paired.
 
     by_order  pair the names in their order with the rows in theirs, whatever the names are
 
-    Raises EvaluationError that names every image and every row that stays alone, and what cannot be read; DatasetError
-    for metadata that cannot be.
+    Raises EvaluationError that names every image and every row that stays alone, and what cannot be read.
     """
     folder, findings = Path(folder), Findings()
     if not folder.is_dir():
@@ -327,25 +307,29 @@ def images_in(folder, rows, *, by_order=False, caption_column="text"):
     if not images:
         raise EvaluationError(f"there are no images in {folder} ({', '.join(sorted(EXTENSIONS))})")
     captions_of = _captions_in(folder, images, caption_column, findings)
-    captions = {row.number: row.caption for row in rows}
-    agrees = lambda number, path: captions[number] in captions_of.get(path, (captions[number],))
     if by_order:
         ways = [_by_order(folder, images, rows, findings)]
     else:
-        number, caption = lambda path: int(path.stem) if path.stem.isdecimal() else None, lambda row: row.caption
+        number = lambda path: int(path.stem) if path.stem.isdecimal() else None
+        caption = lambda path: next(iter(captions_of.get(path, ())), None)
         ways = [
             _paired(images, rows, number, lambda row: row.number),
             _paired(images, rows, lambda path: path.stem, lambda row: row.image and row.image.stem),
-            _paired(images, rows, lambda path: next(iter(captions_of.get(path, ())), None), caption),
+            _paired(images, rows, caption, lambda row: row.caption),
         ]
+    expected = {row.number: row.caption for row in rows}
+    agrees = lambda number, path: expected[number] in captions_of.get(path, (expected[number],))
     ways = [{number: path for number, path in way.items() if agrees(number, path)} for way in ways]
     full = [way for way in ways if len(way) == len(rows) == len(images)]
     pairs = full[0] if full else max(ways, key=len)
-    if any(way != pairs for way in full):
-        for number, path in pairs.items():
-            if any(way[number] != path for way in full):
-                findings.error("fits_two_rows", path.relative_to(folder))
-    _note_unpaired(folder, images, rows, pairs, captions_of, findings)
+    for number, path in pairs.items():
+        if any(way[number] != path for way in full):
+            findings.error("fits_two_rows", path.relative_to(folder))
+    for path in sorted({*images} - {*pairs.values()}):
+        findings.error("image_without_row", path.relative_to(folder), captions_of.get(path, ("",))[0])
+    for row in rows:
+        if row.number not in pairs:
+            findings.error("row_without_image", f"row {row.number}", row.caption)
     open_all([(path.relative_to(folder), path) for path in images], findings)
     if findings.errors:
         raise EvaluationError(
@@ -359,10 +343,9 @@ def images_in(folder, rows, *, by_order=False, caption_column="text"):
 def _by_order(folder, images, rows, findings):
     """The pairs {row number: path} by order alone; empty where the order is in doubt or the counts differ."""
     numeric = sorted(images, key=lambda path: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", str(path))])
-    if numeric != images:
-        for one, other in zip(images, numeric, strict=True):
-            if one != other:
-                findings.error("doubtful_order", one.relative_to(folder))
+    for one, other in zip(images, numeric, strict=True):
+        if one != other:
+            findings.error("doubtful_order", one.relative_to(folder))
     if numeric != images or len(images) != len(rows):
         return {}
     return dict(zip(sorted(row.number for row in rows), images, strict=True))
@@ -393,14 +376,3 @@ def _captions_in(folder, images, caption_column, findings):
     if not captions_of and (folder / SETTINGS).is_file():
         captions_of = {folder / f"{stem}.png": (caption,) for stem, caption in _read_settings(folder)[1].items()}
     return captions_of
-
-
-def _note_unpaired(folder, images, rows, pairs, captions_of, findings):
-    """What stays alone on either side, as errors."""
-    paired = {*pairs.values()}
-    for path in images:
-        if path not in paired:
-            findings.error("image_without_row", path.relative_to(folder), captions_of.get(path, ("",))[0])
-    for row in rows:
-        if row.number not in pairs:
-            findings.error("row_without_image", f"row {row.number}", row.caption)

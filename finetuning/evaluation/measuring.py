@@ -11,13 +11,14 @@ another seed, as one model more, shows how far two seeds lie apart: the noise fl
 import os
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from finetuning.cli import first_few, flag
-from finetuning.evaluation import features, networks, statistics
+from finetuning.evaluation import networks, statistics
 from finetuning.evaluation.checkers import load_checker
 from finetuning.evaluation.metrics import EvaluationError, dataset_metrics, table
 from finetuning.evaluation.preprocessing import POLICY, read_images
@@ -30,22 +31,17 @@ FEW = 50  # images; with fewer no metric is reliable
 class EvalNetworkArgs:
     """Metrics"""
 
-    checker: str | None = flag(
-        None, "a judge of images of your own: an importable module or a .py file with METRICS and scores() (see "
-        "docs/evaluation.md), e.g. finetuning.shapes.checker",
-    )  # fmt: skip
+    checker: str | None = flag(None, "a judge of images of your own: module or .py file (docs/evaluation.md)")
     metrics: list[str] | None = flag(
-        None, f"which metrics, of {', '.join(dataset_metrics())} and those of the --checker (none: all that can be "
-        "measured; the others are named with the reason)",
-    )  # fmt: skip
+        None, f"which, of {', '.join(dataset_metrics())} and those of the --checker (none: all that can be measured)"
+    )
     protocol: str = flag(
-        "clean", "how Inception is given its images: clean as clean-fid does, legacy as pytorch-fid does (the older "
-        "papers); metrics of the two are not comparable", choices=("clean", "legacy"),
+        "clean", "how Inception's images are prepared: as clean-fid does, or legacy, as pytorch-fid and older papers "
+        "do; metrics of the two are not comparable", choices=("clean", "legacy"),
     )  # fmt: skip
     resolutions: list[int] | None = flag(
-        None, "sides in pixels that all images are brought to first, each with its own metrics (none: the side of "
-        "the first model's images)", min=8,
-    )  # fmt: skip
+        None, "sides in pixels that all images are brought to, each measured (none: that of the first model's)", min=8
+    )
     inception_weights: str | None = flag(None, "file of FID's Inception weights (none: torch-fidelity's download)")
     lpips_trunk: str | None = flag(None, "file of AlexNet's weights for LPIPS (none: torchvision's download)")
     clip_model: str = flag(networks.CLIP, "CLIP: a folder, or a name on the Hub", reads=True)
@@ -126,7 +122,7 @@ def open_networks(args, device="cpu"):
     Raises EvaluationError where the weights of a metric that was asked for by name are not to be had.
     """
     openers = {
-        "inception": partial(networks.inception, args.inception_weights, args.protocol, device),
+        "inception": partial(networks.inception, args.inception_weights, device),
         "lpips": partial(networks.lpips_network, args.lpips_trunk, device),
         "clip": partial(networks.clip, args.clip_model, device),
     }
@@ -172,8 +168,8 @@ def measure(rows, images, opened, args, device="cpu", offered=None):
         if any(metric.network == "inception" for metric in metrics.values()):
             network, weights = opened.found["inception"]
             how = (side, network, args.protocol, weights, args.feature_cache, args.eval_batch_size, args.num_workers)
-            measured.truth[side] = features.features_of([row.image for row in rows], *how, device)
-            measured.features[side] = {label: features.features_of(own, *how, device) for label, own in paths.items()}
+            measured.truth[side] = networks.features_of([row.image for row in rows], *how, device)
+            measured.features[side] = {label: networks.features_of(own, *how, device) for label, own in paths.items()}
     _check_values(measured)
     measured.warnings = list(_warnings(measured, opened.found, sizes))
     return measured
@@ -181,17 +177,11 @@ def measure(rows, images, opened, args, device="cpu", offered=None):
 
 def _check(rows, images):
     """Raises EvaluationError with all that does not fit together."""
-    problems = []
+    problems, numbers = [], [row.number for row in rows]
     if len(rows) < 2:
         problems.append(f"{len(rows)} row(s): an interval needs at least 2 captions with their images")
-    numbers = [row.number for row in rows]
-    if len(set(numbers)) < len(numbers):
-        problems.append("two rows have the same number")
-    if not images:
-        problems.append("there is no model to measure: name one with --model")
     for label, own in images.items():
-        missing = [number for number in numbers if number not in own]
-        stray = sorted(own.keys() - set(numbers))
+        missing, stray = [number for number in numbers if number not in own], sorted(own.keys() - set(numbers))
         if missing:
             problems.append(f"{label}: no image for {len(missing)} of {len(rows)} captions: rows {first_few(missing)}")
         if stray:
@@ -278,13 +268,13 @@ def _batches(measured, side, args, with_truth):
 
 def _check_values(measured):
     """Raises EvaluationError where a value is not a finite number."""
-    problems = []
-    for metric, by_side in measured.values.items():
-        for side, by_label in by_side.items():
-            for label, values in by_label.items():
-                bad = [row.number for row, value in zip(measured.rows, values, strict=True) if not np.isfinite(value)]
-                if bad:
-                    problems.append(f"{metric} of {label} at {side} px is not a finite number: rows {first_few(bad)}")
+    problems = [
+        f"{metric} of {label} at {side} px is not a finite number: rows {first_few(bad)}"
+        for metric, by_side in measured.values.items()
+        for side, by_label in by_side.items()
+        for label, values in by_label.items()
+        if (bad := [measured.rows[index].number for index in np.flatnonzero(~np.isfinite(values))])
+    ]
     if problems:
         raise EvaluationError("\n".join(problems))
 
@@ -296,9 +286,14 @@ def _warnings(measured, found, sizes):
     if len(measured.rows) < FEW:
         yield note("few_images", images=len(measured.rows))
     if "fid" in measured.metrics:
-        for side in measured.sides:
-            for label, own in measured.features[side].items():
-                yield from _bias_warnings(label, side, own, measured.truth[side])
+        for side, label in product(measured.sides, measured.models):  # few images alone make an FID large
+            own, truth = measured.features[side][label], measured.truth[side]
+            images = min(len(own), len(truth))
+            if 4 <= images < statistics.ENOUGH:
+                bias, unbiased = statistics.frechet_bias(own, truth)
+                yield note("fid_bias", model=label, side=side, images=images, bias=bias, value=bias + unbiased)
+            elif images < 4:
+                yield note("fid_bias_unknown", model=label, side=side, images=images)
     for weights in measured.weights:
         if not weights.published:
             code = "unknown_weights" if weights.published is None else "not_published"
@@ -311,16 +306,6 @@ def _warnings(measured, found, sizes):
             own = _span([sizes[path] for path in paths])
             if own != true:
                 yield note("unlike_sizes", model=label, own=own, truth=true, sides=measured.sides)
-
-
-def _bias_warnings(label, side, own, truth):
-    """How much of an FID comes from the number of images alone, where there are few."""
-    images = min(len(own), len(truth))
-    if 4 <= images < statistics.ENOUGH:
-        bias, unbiased = statistics.frechet_bias(own, truth)
-        yield note("fid_bias", model=label, side=side, images=images, bias=bias, value=bias + unbiased)
-    elif images < 4:
-        yield note("fid_bias_unknown", model=label, side=side, images=images)
 
 
 def _span(sizes):
@@ -351,13 +336,14 @@ def summarise(measured, folder="."):
 
     Paths are written relative to `folder`, the report's.
     """
-    summary, differences = {}, {}
+    summary, differences, (reference, *others) = {}, {}, measured.models
+    values = {metric: by_side[measured.sides[-1]] for metric, by_side in measured.values.items()}
     for metric in measured.metrics:
         summary[metric], differences[metric] = {}, {}
         for side in measured.sides:
-            of, against = _estimators(measured, metric, side)
+            of = partial(_estimate, measured, metric, side)
             summary[metric][str(side)] = {label: of(label).as_dict() for label in measured.models}
-            found = {label: against(label, measured.models[0]) for label in measured.models[1:]}
+            found = {label: of(label, reference) for label in others}
             differences[metric][str(side)] = {
                 label: one.as_dict() | {"excludes_zero": bool(one.excludes_zero)} for label, one in found.items()
             }
@@ -365,19 +351,19 @@ def summarise(measured, folder="."):
         "protocol": measured.protocol,
         "policy": POLICY,
         "sides": measured.sides,
-        "reference": measured.models[0],
+        "reference": reference,
         "weights": [asdict(one) for one in measured.weights],
         "metrics": {name: asdict(metric) for name, metric in measured.table.items()},
         "left_out": measured.left_out,
         "warnings": measured.warnings,
         "summary": summary,
         "differences": differences,
-        "rows": row_records(measured, folder),
+        "rows": row_records(measured, values, folder),
     }
 
 
-def row_records(measured, folder="."):
-    """[{"row", "caption", "truth", "images", "values"}] at the last side; paths relative to `folder`."""
+def row_records(measured, values, folder="."):
+    """[{"row", "caption", "truth", "images", "values"}] of {metric: {label: [rows]}}; paths relative to `folder`."""
     relative = lambda path: Path(os.path.relpath(path, folder)).as_posix()
     return [
         {
@@ -385,25 +371,18 @@ def row_records(measured, folder="."):
             "caption": row.caption,
             "truth": row.image and relative(row.image),
             "images": {label: relative(paths[index]) for label, paths in measured.images.items()},
-            "values": {
-                metric: {label: float(values[index]) for label, values in by_side[measured.sides[-1]].items()}
-                for metric, by_side in measured.values.items()
-            },
+            "values": {name: {label: float(own[index]) for label, own in by.items()} for name, by in values.items()},
         }
         for index, row in enumerate(measured.rows)
     ]
 
 
-def _estimators(measured, metric, side):
-    """(label -> Estimate of the metric, (label, label) -> Estimate of the paired difference)."""
+def _estimate(measured, metric, side, label, reference=None):
+    """The Estimate of a metric of a model, or of its paired difference from that of the reference."""
     if measured.metrics[metric].per == "row":
-        values = measured.values[metric][side]
-        return (
-            lambda label: statistics.mean_of(values[label]),
-            lambda a, b: statistics.paired_difference(values[a], values[b]),
-        )
+        own = measured.values[metric][side]
+        return statistics.paired_difference(own[label], own[reference]) if reference else statistics.mean_of(own[label])
     own, truth = measured.features[side], measured.truth[side]
-    return (
-        lambda label: statistics.set_estimate(metric, own[label], truth),
-        lambda a, b: statistics.set_difference(metric, own[a], own[b], truth),
-    )
+    if reference:
+        return statistics.set_difference(metric, own[label], own[reference], truth)
+    return statistics.set_estimate(metric, own[label], truth)

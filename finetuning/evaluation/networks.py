@@ -1,31 +1,34 @@
 """The networks that metrics need: FID's Inception, LPIPS and CLIP, and which weights they were given.
 
-    network, weights = inception(None, "clean", "cpu")  # the published weights, downloaded once
-    network, weights = inception("inception.safetensors", "clean", "cpu")  # or those of a file
+    network, weights = inception(None, "cpu")  # the published weights, downloaded once
+    network, weights = inception("inception.safetensors", "cpu")  # or those of a file
 
-The layers are those of torch-fidelity, lpips and transformers. Their own loading is not used: it unpickles freely
-(torch-fidelity) or takes a file that fits only in part (lpips). Every network is in eval mode and fp32.
-
-A pickle is read only if it is one of the files that were published as nothing else: Inception, AlexNet, OpenAI's CLIP.
-They are known by their sha256, and nothing but tensors is loaded of them.
+The layers are those of torch-fidelity, lpips and transformers, in eval mode and fp32. Their own loading is not used: it
+unpickles freely (torch-fidelity) or takes a file that fits only in part (lpips). A pickle is read only if it is one of
+the files that were published as nothing else, Inception, AlexNet and OpenAI's CLIP, known by their sha256; and nothing
+but tensors is loaded of it.
 """
 
 import io
+import os
 import textwrap
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
+import xxhash
 from safetensors.torch import load_file
 from torch import nn
 
+from finetuning.data.tensor_store import KEY, TensorStore, written_in_shards
 from finetuning.evaluation.metrics import EvaluationError
-from finetuning.evaluation.preprocessing import PROTOCOLS
+from finetuning.evaluation.preprocessing import network_input, read_images
 from finetuning.families.folders import check_weights_files
 from finetuning.families.model_args import ModelError
 from finetuning.families.quiet import errors_only
@@ -37,6 +40,7 @@ ALEXNET_SHA256 = "7be5be79"
 CLIP_SHA256 = "a6308213"
 CLIP = "openai/clip-vit-base-patch32"
 CLIP_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # as transformers prefers them
+FEATURES_VERSION = 2  # to be raised when the same files would give other features than before
 SMALLEST_LPIPS = 31  # pixels: AlexNet's poolings leave nothing of a smaller image
 TOGETHER = 16  # images or captions that LPIPS and CLIP are given at once
 
@@ -58,31 +62,82 @@ class Weights:
 # -- Inception -------------------------------------------------------------------------------------------------------
 
 
-def inception(weights, protocol, device):
+def inception(weights, device):
     """(network, Weights): FID's Inception up to its 2048 features, [n, 3, 299, 299] -> [n, 2048].
 
     weights   a .safetensors file of torch-fidelity's (and pytorch-fid's) keys, or its published .pth; None: downloaded
-    protocol  that of images.network_input, which makes the input; the layers are the same for all
 
-    Raises EvaluationError; Unavailable where nothing was named and the download fails.
+    Its input is made by preprocessing.network_input; the layers are the same for all protocols. Raises
+    EvaluationError; Unavailable where nothing was named and the download fails.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-    if protocol not in PROTOCOLS:
-        raise EvaluationError(f"--protocol {protocol} must be one of {', '.join(PROTOCOLS)}")
-    path, origin = _located(weights, URL_INCEPTION_V3, INCEPTION_SHA256, "--inception_weights")
-    state = _state(path, "--inception_weights", INCEPTION_SHA256)
+    file = WeightsFile.located("--inception_weights", weights, URL_INCEPTION_V3, INCEPTION_SHA256)
     # The constructor unpickles what it is given: it gets bytes that were written here, of tensors alone.
     written = io.BytesIO()
-    torch.save(state, written)
+    torch.save(file.state(), written)
     written.seek(0)
-    with _strictly(path, "--inception_weights"):
+    with file.fitting():
         whole = FeatureExtractorInceptionV3("inception", ["2048"], written)
     layers = [layer for name, layer in whole.named_children() if name != "fc"]  # in the order of its forward
     network = nn.Sequential(*layers, nn.Flatten()).to(memory_format=torch.channels_last)  # faster on a CPU
-    digest = sha256(path)
-    found = Weights("inception", origin, digest, digest.startswith(INCEPTION_SHA256))
-    return _still(network, device), found
+    return _still(network, device), file.facts("inception")
+
+
+# -- features, kept by content: an image is never computed again, and never taken for another ------------------------
+
+
+def features_of(paths, side, network, protocol, weights, cache_dir, batch_size, workers, device):
+    """The network's features of image files, float64 [n, d]; files of the same content have the same row.
+
+    paths      each is brought to side x side pixels by preprocessing.matched
+    network    of networks.inception, on `device`; `weights` are its Weights
+    protocol   of preprocessing.network_input
+    cache_dir  where features are kept, in a data.tensor_store for each protocol, side and weights; None: nowhere
+    workers    processes that read and resize; 0: this one
+
+    Raises EvaluationError naming every image that cannot be read, or all whose features are not finite.
+    """
+    digests, rows = {path: _digest(path) for path in paths}, {}
+    cache = Path(cache_dir) / f"{protocol}-{side}-v{FEATURES_VERSION}-{weights.sha256}" if cache_dir else None
+    if cache:
+        store, every = TensorStore(cache), list(dict.fromkeys(digests.values()))
+        keys = np.array(every, KEY)
+        for path, why in store.damage(keys).items():
+            raise EvaluationError(f"the cache of features has a broken part, delete {path}: {why}")
+        if len(there := np.flatnonzero(store.find(keys) >= 0)):
+            found = store.read(keys[there])["features"].numpy()
+            rows = dict(zip([every[number] for number in there], found, strict=True))
+    new = [path for path, digest in digests.items() if digest not in rows]
+    if new:
+        computed = _computed(new, side, network, protocol, batch_size, workers, device)
+        fresh = {digests[path]: row for path, row in zip(new, computed, strict=True)}
+        if cache:
+            with written_in_shards(cache) as add:
+                for digest, row in fresh.items():
+                    add(np.frombuffer(digest, np.uint8), {"features": torch.from_numpy(row)})
+        rows |= fresh
+    return np.stack([rows[digests[path]] for path in paths]).astype(np.float64)
+
+
+def _digest(path):
+    """The hash of a file's bytes, or of its name where they cannot be read: opening it as an image says why."""
+    try:
+        return xxhash.xxh3_128_digest(Path(path).read_bytes())
+    except OSError:
+        return xxhash.xxh3_128_digest(os.fsencode(path))
+
+
+def _computed(paths, side, network, protocol, batch_size, workers, device):
+    """float32 [n, d]."""
+    parts = []
+    for inputs in read_images(paths, side, batch_size, workers, partial(network_input, protocol=protocol), "features"):
+        with exact(device):
+            parts.append(network(inputs.to(device)).float().cpu().numpy())
+    features = np.concatenate(parts)
+    if strange := [str(path) for path, row in zip(paths, features, strict=True) if not np.isfinite(row).all()]:
+        raise EvaluationError(f"the features of {len(strange)} image(s) are not finite: {', '.join(strange)}")
+    return features
 
 
 # -- LPIPS -----------------------------------------------------------------------------------------------------------
@@ -99,40 +154,26 @@ def lpips_network(trunk, device):
     import lpips
     from torchvision.models import AlexNet_Weights
 
-    url = AlexNet_Weights.IMAGENET1K_V1.url
-    path, origin = _located(trunk, url, ALEXNET_SHA256, "--lpips_trunk")
+    trunk = WeightsFile.located("--lpips_trunk", trunk, AlexNet_Weights.IMAGENET1K_V1.url, ALEXNET_SHA256)
     heads = Path(lpips.__file__).parent / "weights/v0.1/alex.pth"
+    heads = WeightsFile("the lpips package's", heads, f"lpips {version('lpips')}", "")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips calls torchvision in a way that is no longer liked
         network = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
     slices = [getattr(network.net, f"slice{number}") for number in range(1, network.net.N_slices + 1)]
     features = nn.Sequential(*(layer for part in slices for layer in part))  # numbered as in torchvision
-    state = _state(path, "--lpips_trunk", ALEXNET_SHA256)
-    with _strictly(path, "--lpips_trunk"):
-        convolutions = {name: value for name, value in state.items() if not name.startswith("classifier.")}
+    with trunk.fitting():
+        convolutions = {name: value for name, value in trunk.state().items() if not name.startswith("classifier.")}
         nn.ModuleDict({"features": features}).load_state_dict(convolutions)
-    with _strictly(heads, "the lpips package's"):
+    with heads.fitting():
         own = {f"lin{number}": head for number, head in enumerate(network.lins)}
-        nn.ModuleDict(own).load_state_dict(_state(heads, "the lpips package's"))
-    digest = sha256(path)
-    found = [
-        Weights("lpips trunk (AlexNet)", origin, digest, digest.startswith(ALEXNET_SHA256)),
-        Weights("lpips heads", f"lpips {version('lpips')}", sha256(heads), True),
-    ]
-    return _still(network, device), found
+        nn.ModuleDict(own).load_state_dict(heads.state())
+    return _still(network, device), [trunk.facts("lpips trunk (AlexNet)"), heads.facts("lpips heads")]
 
 
 def lpips_of(network, images_a, images_b):
-    """LPIPS of each pair of images, float64 [n]; PIL RGB images or uint8 arrays, all of one size.
-
-    Raises EvaluationError where the images do not pair or are smaller than AlexNet can see.
-    """
+    """LPIPS of each pair of images, float64 [n]: PIL RGB images or uint8 arrays, all of one size of SMALLEST_LPIPS."""
     a, b = (np.stack([np.asarray(image) for image in images]) for images in (images_a, images_b))
-    if a.shape != b.shape:
-        sizes = " and ".join(f"{len(one)} x {one.shape[2]}x{one.shape[1]}" for one in (a, b))
-        raise EvaluationError(f"LPIPS needs pairs of one size, not {sizes} images")
-    if min(a.shape[1:3]) < SMALLEST_LPIPS:
-        raise EvaluationError(f"LPIPS needs images of at least {SMALLEST_LPIPS} pixels: raise --resolutions")
     device = next(network.parameters()).device
     distances = []
     with exact(device):
@@ -271,18 +312,63 @@ def _still(network, device):
     return network.float().eval().requires_grad_(False).to(device)
 
 
-def _located(given, url, digest, flag):
-    """(path, origin) of weights: the named file, or the library's download, which is kept in torch.hub's folder."""
-    if given:
-        if not Path(given).is_file():
-            raise EvaluationError(f"{flag} {given}: there is no such file")
-        return Path(given), str(given)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
-    if not path.is_file():
-        _download(url, path, digest, flag)
-    if not sha256(path).startswith(digest):
-        raise EvaluationError(f"{path} is not the published file (sha256 {digest}...): delete it, or use {flag}")
-    return path, url
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file of weights, and the flag that takes it.
+
+    origin     the file as it was named, or the address
+    published  how the sha256 of the published file begins
+    """
+
+    flag: str
+    path: Path
+    origin: str
+    published: str
+
+    @classmethod
+    def located(cls, flag, given, url, published):
+        """The file that was named, or the library's download, which is kept in torch.hub's folder."""
+        if given:
+            if not Path(given).is_file():
+                raise EvaluationError(f"{flag} {given}: there is no such file")
+            return cls(flag, Path(given), str(given), published)
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+        if not path.is_file():
+            _download(url, path, published, flag)
+        if not sha256(path).startswith(published):
+            raise EvaluationError(f"{path} is not the published file (sha256 {published}...): delete it, or use {flag}")
+        return cls(flag, path, url, published)
+
+    def state(self):
+        """{name: tensor}, on the CPU: of safetensors, or of the published pickle. Raises EvaluationError."""
+        is_safe = self.path.suffix == ".safetensors"
+        if not (is_safe or sha256(self.path).startswith(self.published)):
+            raise EvaluationError(f"{self.flag} {pickled(self.path)}")
+        try:
+            state = load_file(self.path) if is_safe else torch.load(self.path, weights_only=True, map_location="cpu")
+        except Exception as error:  # on broken files the libraries raise more than OSError
+            reason = f"cannot be read as a file of tensors alone: {textwrap.shorten(str(error), 300)}"
+            raise EvaluationError(f"{self.flag} {self.path} {reason}") from error
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise EvaluationError(f"{self.flag} {self.path} is not a state dict, a mapping of names to tensors")
+        if broken := first_not_finite(state):
+            raise EvaluationError(f"{self.flag} {self.path} has weights that are not finite: {broken}")
+        return state
+
+    @contextmanager
+    def fitting(self):
+        """Turns the message of a strict load into one that names the file, with the keys that do not fit."""
+        try:
+            yield
+        except RuntimeError as error:
+            lines = [textwrap.shorten(line, 300) for line in str(error).splitlines()[1:6]]
+            told = f"{self.flag} {self.path} does not fit the network:"
+            raise EvaluationError("\n  ".join([told, *lines])) from error
+
+    def facts(self, name):
+        """Its Weights."""
+        digest = sha256(self.path)
+        return Weights(name, self.origin, digest, digest.startswith(self.published))
 
 
 def _download(url, path, digest, flag):
@@ -296,35 +382,3 @@ def _download(url, path, digest, flag):
         torch.hub.download_url_to_file(url, path, digest, progress=False)
     except (OSError, RuntimeError) as error:  # no connection; another file than expected
         raise Unavailable(f"{url} cannot be downloaded ({error}): {help}") from error
-
-
-def _state(path, flag, published=""):
-    """{name: tensor} of a file, on the CPU: of safetensors, or of the pickle whose sha256 begins with `published`.
-
-    Raises EvaluationError.
-    """
-    if path.suffix != ".safetensors" and not sha256(path).startswith(published):
-        raise EvaluationError(f"{flag} {pickled(path)}")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # on broken files the libraries raise more than OSError
-        reason = textwrap.shorten(str(error), 300)
-        raise EvaluationError(f"{flag} {path} cannot be read as a file of tensors alone: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise EvaluationError(f"{flag} {path} is not a state dict, a mapping of names to tensors")
-    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise EvaluationError(f"{flag} {path} has weights that are not finite: {', '.join(broken[:3])}")
-    return state
-
-
-@contextmanager
-def _strictly(path, flag):
-    """Turns the message of a strict load into one that names the file, with the keys that do not fit."""
-    try:
-        yield
-    except RuntimeError as error:
-        lines = [textwrap.shorten(line, 300) for line in str(error).splitlines()[1:6]]
-        raise EvaluationError("\n  ".join([f"{flag} {path} does not fit the network:", *lines])) from error

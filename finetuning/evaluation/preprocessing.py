@@ -20,11 +20,6 @@ POLICY = (
     "The centre square of every image, true or generated, is brought to the stated side by PIL's bicubic filter, "
     "antialiased; an image that has this side is left as it is."
 )
-PROTOCOLS = {
-    "clean": "clean-fid: PIL's bicubic, antialiased, on each channel in floats; (x - 128) / 128",
-    "legacy": "pytorch-fid: torch's bilinear, without antialiasing; x / 127.5 - 1",
-    "tf": "torch-fidelity: TensorFlow 1's bilinear, without antialiasing; (x - 128) / 128",
-}
 INCEPTION_SIDE = 299
 
 
@@ -40,22 +35,20 @@ def network_input(images, protocol):
     """What FID's Inception is given, float32 [n, 3, 299, 299].
 
     images  PIL RGB images or uint8 arrays [height, width, 3], all of one size
-    protocol  one of PROTOCOLS
+    protocol  "clean", of clean-fid: PIL's bicubic, antialiased, on each channel in floats; (x - 128) / 128
+              "legacy", of pytorch-fid: torch's bilinear, without antialiasing; x / 127.5 - 1
+              "tf", of torch-fidelity: TensorFlow 1's bilinear, without antialiasing; (x - 128) / 128
     """
     pixels = np.stack([np.asarray(image) for image in images])
+    if protocol == "clean":
+        return (torch.from_numpy(np.stack([_clean(one) for one in pixels])) - 128) / 128
     planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()  # [n, 3, height, width]
     size = (INCEPTION_SIDE, INCEPTION_SIDE)
-    match protocol:
-        case "clean":
-            return (torch.from_numpy(np.stack([_clean(one) for one in pixels])) - 128) / 128
-        case "legacy":
-            return 2 * F.interpolate(planes / 255, size=size, mode="bilinear", align_corners=False) - 1
-        case "tf":
-            from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+    if protocol == "legacy":
+        return 2 * F.interpolate(planes / 255, size=size, mode="bilinear", align_corners=False) - 1
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-            resized = interpolate_bilinear_2d_like_tensorflow1x(planes, size=size, align_corners=False)
-            return (resized - 128) / 128
-    raise EvaluationError(f"there is no protocol {protocol}, only {', '.join(PROTOCOLS)}")
+    return (interpolate_bilinear_2d_like_tensorflow1x(planes, size=size, align_corners=False) - 128) / 128
 
 
 class ImageFiles(Dataset):

@@ -26,18 +26,15 @@ class RetentionMeasure:
 # In the order of trust, after "checker": a report shows the first that can be measured.
 RETENTION_MEASURES = {
     "clip": RetentionMeasure(
-        "clip_score",
-        "clip_score",
+        "clip_score", "clip_score",
         "rise of the CLIP score on the dataset's captions, against the original, in points of 100",
         "CLIP score on the general prompts, divided by the original's",
     ),
     "loss": RetentionMeasure(
-        "fit_loss",
-        "retain_loss",
-        "1 - loss / the original's loss, on the dataset",
+        "fit_loss", "retain_loss", "1 - loss / the original's loss, on the dataset",
         "the original's loss / loss, on the dataset that should be kept",
     ),
-}
+}  # fmt: skip
 
 
 class NothingToKeep(EvaluationError):

@@ -4,15 +4,14 @@
     set_difference("fid", tuned, original, truth)       # paired: row i of all three is of the same caption
     frechet_bias(features, truth)                       # how much of this FID comes from the number of images alone
 
-An interval says how far the value would move with other captions and images, as many as these.
-
-It is made by resampling what each image adds to the value: its influence, the derivative of the value by the weight
-of the image (the infinitesimal jackknife; Jaeckel 1972). The images themselves cannot be resampled for FID: a
-repeated image adds nothing to the rank of the covariance, so the resampled FIDs are too large.
-The influence has no such bias, needs one decomposition instead of hundreds, and makes a paired difference a plain
-subtraction. In the simulations of the tests (10 to 200 images, 200 intervals each) the intervals held the expected
-FID in 95 to 99 % of cases and the expected KID in 94 to 100 %, the percentiles of resampled images in none of 40.
-Between equal distributions, as with two seeds of one model, they are up to half as wide again as need be.
+An interval says how far the value would move with other captions and images, as many as these. It resamples what each
+image adds to the value: its influence, the derivative of the value by the weight of the image (the infinitesimal
+jackknife; Jaeckel 1972). The images themselves cannot be resampled for FID: a repeated image adds nothing to the rank
+of the covariance, so resampled FIDs are too large. The influence has no such bias, needs one decomposition instead of
+hundreds, and makes a paired difference a plain subtraction. In simulations like those of the tests (10 to 200 images)
+the intervals held the expected FID in 95 to 99 % of cases and the expected KID in 94 to 100 %, the percentiles of
+resampled images in none of 40. Between equal distributions, as with two seeds of one model, they are up to half as wide
+again as need be.
 """
 
 from dataclasses import asdict, dataclass
@@ -80,7 +79,7 @@ def frechet(a, b):
     triangular factor [d, d] of its QR decomposition, which leaves the nuclear norm as it is. What rounding leaves of
     equal sets is 0.
 
-    Raises EvaluationError for NaN, infinity, sets of fewer than 2 images or of different width.
+    Raises EvaluationError for NaN, infinity, or fewer than 2 images.
     """
     a, b = _checked("images", a=a, b=b)
     corners = []
@@ -119,11 +118,9 @@ def frechet_bias(a, b, *, splits=5, seed=0):
     larger: for equal Gaussians of 2,048 features with variances 1/i the line found 1.36 of 3.84 at 500 images, and
     1.14 of 1.42 at 2,000.
 
-    Raises EvaluationError as frechet does, and for fewer than 4 images.
+    On halves, so of 4 images at least. Errors: see frechet.
     """
     a, b = _checked("images", a=a, b=b)
-    if min(len(a), len(b)) < 4:
-        raise EvaluationError("the bias of FID is measured on halves: it takes 4 images at least")
     whole, of_halves = frechet(a, b), []
     for split in range(splits):
         draw = _generator(seed, "halves", split)
@@ -195,9 +192,6 @@ def set_difference(metric, a, b, truth, *, seed=0):
 
     Paired: row i of a and b is of the same caption, and of truth where it has as many rows. Errors: see frechet.
     """
-    a, b, truth = _checked("images", a=a, b=b, truth=truth)
-    if len(a) != len(b):
-        raise EvaluationError(f"a has {len(a)} images and b {len(b)}: a difference is paired, caption by caption")
     (value_a, own_a, truth_a), (value_b, own_b, truth_b) = (INFLUENCES[metric](one, truth) for one in (a, b))
     return _estimate(value_a - value_b, *_joined([own_a - own_b, truth_a - truth_b]), seed=seed)
 
@@ -242,27 +236,14 @@ def _joined(sides):
 
 
 def _checked(what, **sets):
-    """Sets of "images" [images, features], or columns of "rows" [rows], as float64 arrays. Raises EvaluationError."""
-    sets = {name: np.asarray(one, dtype=np.float64) for name, one in sets.items()}
-    shape = "[images, features]" if what == "images" else "[rows]"
-    dimensions = 2 if what == "images" else 1
-    problems = [
-        f"{name} must be {shape}, not {list(one.shape)}" for name, one in sets.items() if one.ndim != dimensions
-    ]
-    if not problems:
-        if what == "images" and len({one.shape[1] for one in sets.values()}) > 1:
-            widths = ", ".join(f"{name} {one.shape[1]}" for name, one in sets.items())
-            problems.append(f"the sets must have features of one width, not {widths}: take one network for all")
-        if what == "rows" and len({len(one) for one in sets.values()}) > 1:
-            problems.append(
-                f"{' and '.join(f'{name} has {len(one)} rows' for name, one in sets.items())}: they must pair"
-            )
-        for name, one in sets.items():
-            if len(one) < 2:
-                problems.append(f"{name} has {len(one)} {what}: an interval takes 2 at least")
-            bad = np.flatnonzero(~np.isfinite(one).all(axis=tuple(range(1, dimensions))))
-            if len(bad):
-                problems.append(f"{name} has values that are not finite numbers in rows {first_few(bad, 10)}")
+    """Sets of "images" [images, features], or columns of "rows" [rows], as float64. Raises EvaluationError."""
+    sets, problems = {name: np.asarray(one, np.float64) for name, one in sets.items()}, []
+    for name, one in sets.items():
+        if len(one) < 2:
+            problems.append(f"{name} has {len(one)} {what}: an interval takes 2 at least")
+        bad = np.flatnonzero(~np.isfinite(one.reshape(len(one), -1)).all(1)) if len(one) else ()
+        if len(bad):
+            problems.append(f"{name} has values that are not finite numbers in rows {first_few(bad, 10)}")
     if problems:
         raise EvaluationError("\n".join(problems))
     return sets.values()

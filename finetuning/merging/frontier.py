@@ -76,10 +76,12 @@ def summary(ratios, learned, retained, *, seed=0):
 
     learned, retained  [ratios, rows], higher is better. A result of one row has no interval. `knee_share` is the share
                        of resamples in which a ratio is the knee; `no_knee_share` that of those without one.
-    Raises ValueError: ratios that do not ascend or lack 0 or 1, another number of rows than ratios, NaN.
+    `ratios` ascend. Raises ValueError where 0 or 1 is not among them, or a result is not a finite number.
     """
-    ratios = np.asarray(ratios, dtype=np.float64)
-    learned, retained = _checked(ratios, learned=learned, retained=retained)
+    ratios, learned, retained = (np.asarray(one, np.float64) for one in (ratios, learned, retained))
+    for name, values in (("learned", learned), ("retained", retained)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} has {(~np.isfinite(values)).sum()} values that are not finite numbers")
     means = learned.mean(1), retained.mean(1)
     # Each resample draws its rows once for all ratios, and those of learned and retained apart
     resampled = [resampled_means(rows, seed, "frontier", number).T for number, rows in enumerate((learned, retained))]
@@ -172,25 +174,7 @@ def _label(axes, text, point, color, taken):
 
 def _ends(ratios):
     """Where the base and the tuned model stand among the ratios."""
-    ratios = list(ratios)
-    if 0 not in ratios or 1 not in ratios:
-        given = ", ".join(f"{ratio:g}" for ratio in ratios)
-        raise ValueError(f"the ratios must have 0 (the base) and 1 (the tuned model) among them, not only {given}")
-    return ratios.index(0), ratios.index(1)
-
-
-def _checked(ratios, **results):
-    """The results as float64 arrays."""
-    _ends(ratios)
-    if (np.diff(ratios) <= 0).any():
-        raise ValueError(f"the ratios must ascend, each once, not {', '.join(f'{ratio:g}' for ratio in ratios)}")
-    for name, values in results.items():
-        results[name] = values = np.asarray(values, dtype=np.float64)
-        if values.ndim != 2 or len(values) != len(ratios) or not values.size:
-            raise ValueError(f"{name} must be [{len(ratios)} ratios, rows], not {list(values.shape)}")
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} has {(~np.isfinite(values)).sum()} values that are not finite numbers")
-    return results.values()
+    return [*ratios].index(0), [*ratios].index(1)
 
 
 def _interval(values, seed):
@@ -200,10 +184,11 @@ def _interval(values, seed):
 
 
 def _bars(points, what):
-    """How far the intervals reach below and above the means [2, ratios]."""
-    reach = [(p[what]["value"] - p[what]["low"], p[what]["high"] - p[what]["value"]) if p[what]["n"] > 1 else (0, 0)
-             for p in points]  # fmt: skip
-    return np.array(reach).T
+    """How far the intervals reach below and above the means [2, ratios]; without intervals, nowhere."""
+    value, low, high = (
+        np.array([point[what][key] for point in points], np.float64) for key in ("value", "low", "high")
+    )
+    return np.nan_to_num([value - low, high - value])
 
 
 def _cell(interval):

@@ -37,7 +37,7 @@ class CombineArgs(LoraOutputArgs, ScaleArgs, LoraModelArgs):
 
     method: str = flag("cat", "PEFT's combination_type: cat is the exact sum, of the sum of the ranks", choices=METHODS)
     rank: int | None = flag(
-        None, "rank of the result (none: the largest of the LoRAs); that of cat is the sum: resize it", min=1,
+        None, "rank of the result (none: the largest of the LoRAs; cat has their sum)", min=1,
         requires=tuple(f"method={name}" for name in METHODS if name != "cat"),
     )  # fmt: skip
     density: float | None = flag(

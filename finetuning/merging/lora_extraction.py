@@ -33,17 +33,14 @@ KEEP_ENERGY = "the smallest rank for each layer that keeps this share of its ene
 class ExtractArgs(LoraOutputArgs, BaseArgs):
     """Extract"""
 
-    tuned: str = flag(
-        REQUIRED, "the model that was trained further: what it has and --base has not is the LoRA", reads=True
-    )
+    tuned: str = flag(REQUIRED, "the model that was trained further: what --base lacks of it is the LoRA", reads=True)
     rank: int = flag(REQUIRED, "rank of the LoRA; a layer's smaller side where that is less", min=1)
     conv_rank: int | None = flag(None, "the same for convolutions larger than 1 x 1 (none: --rank)", min=1)
     keep_energy: float | None = flag(None, KEEP_ENERGY, above=0, max=1)
     components: list[str] = flag(list(ADAPTED), "components to compare, e.g. unet,text_encoder", was=("parts",))
     lora_target_modules: list[str] = flag(
-        ["all-linear", "conv"], "layers of the UNet that may get an adapter, as in train_lora.py: attention, "
-        "all-linear, conv, or ends of module names",
-    )  # fmt: skip
+        ["all-linear", "conv"], "UNet layers, as in train_lora.py: attention, all-linear, conv, or ends of module names"
+    )
     weights: str = flag("ema", "which weights of a tuned run or checkpoint", choices=("ema", "raw"))
     tuned_revision: str | None = flag(None, "git revision of a tuned model on the Hub")
     tuned_variant: str | None = flag(None, "weights' variant of the tuned model")

@@ -6,8 +6,8 @@
     resize    LoRA -> LoRA of another rank           lora_extraction.py
     combine   several LoRAs -> one                   lora_combination.py
 
-Each command's function takes its flags and returns what to print, a list of lines. What it did in full, layer by
-layer, is in the recipe beside the result (see recipe.py), under "run" and there "report".
+A command's function takes its flags and returns lines to print. What it did, layer by layer, is in the recipe beside
+the result, under "run" and there "report".
 """
 
 import json
@@ -53,11 +53,7 @@ ABOUT_THE_FILE = ("format", "sshs_model_hash", "sshs_legacy_hash", "lora_adapter
 class LoraModelArgs:
     """Model of the LoRA"""
 
-    base: str = flag(
-        REQUIRED,
-        "model that the LoRA is for: pipeline (whose configs are read), Hub name, single file or UNet",
-        reads=True,
-    )
+    base: str = flag(REQUIRED, "model that the LoRA is for: pipeline, Hub name, single file or UNet", reads=True)
     revision: str | None = flag(None, "git revision of the Hub model")
     weights: str = flag("ema", "which weights of a LoRA run: averaged or as trained", choices=("ema", "raw"))
     cache_dir: str | None = flag(None, "where models of the Hub are kept", affects_result=False)
@@ -96,9 +92,7 @@ class LoraOutputArgs(LoraFileArgs):
 class ScaleArgs:
     """LoRAs"""
 
-    lora: list[str] = flag(
-        REQUIRED, "LoRAs: files of diffusers, kohya or PEFT, folders of runs, or Hub names", reads=True
-    )
+    lora: list[str] = flag(REQUIRED, "LoRAs: .safetensors files, folders of runs, or Hub names", reads=True)
     scale: list[float] | None = flag(None, "how strongly each LoRA counts, one number for each (none: 1)")
 
     @property
@@ -139,14 +133,13 @@ def skeletons(name, revision=None, cache_dir=None):
     name   what open_source opens; of a pipeline only the configurations are read
     """
     try:
-        source = open_source(
-            name, revision=revision, cache_dir=cache_dir, only=ADAPTED, without_weights=ADAPTED, relatives=True
-        )
+        options = {"revision": revision, "cache_dir": cache_dir, "relatives": True}
+        source = open_source(name, only=ADAPTED, without_weights=ADAPTED, **options)
         if source.kind != "pipeline":
             return stand_ins(source.tensors)
         there = components_of_index(pipeline_index(source.folder))
-        return {one.name: skeleton_of(one, source.folder / one.name) for one in source.family.adaptable
-                if one.name in there}  # fmt: skip
+        adapted = [one for one in source.family.adaptable if one.name in there]
+        return {one.name: skeleton_of(one, source.folder / one.name) for one in adapted}
     except ModelError as error:
         raise ModelError(f"--base {error}") from error
 
@@ -195,11 +188,8 @@ class LoraFile:
 
 def lora_files(names, args):
     """[LoraFile, ...]. Raises ModelError with all that cannot be found or read."""
-
-    def found(name):
-        return LoraFile(name, (find_lora(name, args.weights, args.cache_dir),))
-
-    return open_all([partial(found, name) for name in names])
+    found = open_all([partial(find_lora, name, args.weights, args.cache_dir) for name in names])
+    return [LoraFile(name, (path,)) for name, path in zip(names, found, strict=True)]
 
 
 def read_loras(files, components, args):
@@ -207,12 +197,8 @@ def read_loras(files, components, args):
     try:
         return open_all([partial(read_lora, file.files[0], components) for file in files])
     except ModelError as problem:
-        lines = [f"--lora {problem}"]
-        if "text_encoder" not in components:
-            lines.append(
-                f"--base {args.base} has no text encoder: a LoRA that adapts one needs a base that is a whole pipeline"
-            )
-        raise ModelError("\n".join(lines)) from problem
+        hint = f"\n--base {args.base} has no text encoder: a LoRA that adapts one needs a base that is a whole pipeline"
+        raise ModelError(f"--lora {problem}{'' if 'text_encoder' in components else hint}") from problem
 
 
 def refuse_dora(loras, why):
@@ -323,12 +309,11 @@ def write_result(command, args, sources, layers, components, facts, report, name
             _check(folder / name, held if name == KOHYA_NAME else layers, components, args.dtype)
         recipe["run"]["report"] = report
         write_json(folder / RECIPE, recipe)
-    paths = {name: Path(args.output_dir) / name for name in names}
-    lines = [
-        f"{path}  {len(held if name == KOHYA_NAME else layers)} layers, {path.stat().st_size / 1e6:.2f} MB"
-        for name, path in paths.items()
-    ]
-    return lines + ([notice] if notice and KOHYA_NAME in names else [])
+    lines = [notice] if notice and KOHYA_NAME in names else []
+    for name in reversed(names):
+        path, count = Path(args.output_dir) / name, len(held if name == KOHYA_NAME else layers)
+        lines.insert(0, f"{path}  {count} layers, {path.stat().st_size / 1e6:.2f} MB")
+    return lines
 
 
 def _rounded(layer, dtype):
@@ -350,17 +335,13 @@ def _size_facts(layers):
 
 def _kohya_facts(layers):
     """The names under which sd-scripts looks for rank and alpha; "Dynamic" is its own word for ranks that differ."""
-    ranks = {layer.rank for layer in layers.values()}
-    rank = ranks.pop() if len(ranks) == 1 else "Dynamic"
-    alpha = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]  # as stored: see _rounded
+    ranks = Counter(layer.rank for layer in layers.values())
+    alpha = ranks.most_common(1)[0][0]  # as stored: see _rounded
+    rank = alpha if len(ranks) == 1 else "Dynamic"
     has_convolutions = any(layer.down[0].numel() > layer.down.shape[1] for layer in layers.values())
     dimensions = {"conv_dim": str(rank), "conv_alpha": str(alpha)} if has_convolutions else {}
-    return {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": rank,
-        "ss_network_alpha": alpha,
-        "ss_network_args": json.dumps(dimensions),
-    }
+    facts = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": alpha}
+    return facts | {"ss_network_args": json.dumps(dimensions)}
 
 
 def _check(path, layers, components, dtype):

@@ -69,15 +69,11 @@ class MergedPipeline:
 
 def _base_pipeline(base, variant, scheduler, device, dtype):
     """A pipeline of the base's layout; its weights are still to be put in."""
-    if base.folder is None:
-        raise ModelError(
-            f"{base.given} has no configuration and no tokenizer beside it: add --layout_from with the pipeline "
-            "(folder or Hub name) whose configuration and tokenizer go with it"
-        )
+    base.scheduler_config()  # refuses a base without a pipeline around it
     pipeline = open_pipeline(str(base.folder), variant=variant, scheduler=scheduler, device=device, dtype=dtype)
-    if base.prediction_type and base.prediction_type != pipeline.scheduler.config.prediction_type:
-        config = {**pipeline.scheduler.config, "prediction_type": base.prediction_type}
-        pipeline.scheduler = type(pipeline.scheduler).from_config(config)
+    if base.prediction_type:
+        one = pipeline.scheduler
+        pipeline.scheduler = type(one).from_config(one.config, prediction_type=base.prediction_type)
     return pipeline
 
 

@@ -60,8 +60,8 @@ class TunedArgs(BaseArgs):
     tuned_revision: str | None = flag(None, "git revision of tuned models on the Hub")
     tuned_variant: str | None = flag(None, "weights' variant of the tuned models")
     components: list[str] | None = flag(
-        None, "components that are merged, e.g. unet,text_encoder; the others are the base's (none: those two, where "
-        "all models have them)", was=("parts",),
+        None, "components that are merged, others are the base's (none: unet and text_encoder, where all have them)",
+        was=("parts",),
     )  # fmt: skip
     on_mismatch: str | None = flag(
         None, "whose tensors to take where names or shapes differ or values are not finite (none: refuse)",
@@ -93,8 +93,7 @@ class MixArgs(MethodArgs, TunedArgs):
     """Blocks"""
 
     block_ratios: list[str] | None = flag(
-        None,
-        "ratios of single blocks: 25 numbers (IN00..IN11 M00 OUT00..OUT11; SDXL: 19), or 'unet.mid_block.*=0.2'",
+        None, "ratios of blocks: 25 numbers (IN00..IN11 M00 OUT00..OUT11; SDXL: 19), or 'unet.mid_block.*=0.2'"
     )
 
     @property

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from finetuning.cli import REQUIRED, flag, size_text
+from finetuning.cli import REQUIRED, flag
 from finetuning.families.folders import (
     components_of_index,
     copy_component,
@@ -28,16 +28,13 @@ from finetuning.merging.merge_writer import MergeTask, OutputTensor, write_files
 from finetuning.merging.recipe import RECIPE, metadata_of, recipe_of
 
 SINGLE_FILE = "merged.safetensors"
-SPARE_BYTES = 64 * 2**20  # for configurations, tokenizer, recipe, and what the disk needs itself
 
 
 @dataclass
 class OutputArgs:
     """Output"""
 
-    output_dir: str = flag(
-        REQUIRED, "where the result goes; several results go into folders inside it", affects_result=False
-    )
+    output_dir: str = flag(REQUIRED, "where the result goes; several go into folders inside it", affects_result=False)
     single_file: bool = flag(False, f"write {SINGLE_FILE} in the original layout, which A1111 and ComfyUI load")
     dtype: str | None = flag(None, "precision of the files (none: the inputs' own)", choices=tuple(DTYPES))
 
@@ -75,7 +72,6 @@ def write_models(command, outputs, sources, matches, args: OutputArgs, *, whole=
         remove_leftovers(target.parent, target.name)  # of a merge that was killed
     read = [path for source in sources for path in (Path(source.given), source.folder, *source.files) if path]
     _check_targets(outputs, [*read, *also_read])
-    _check_room(matches, base, outputs, args)
     configs = {} if args.single_file else _config_folders(sources, matches)
     class_name = None if args.single_file or base.folder is None else _class_name(sources, matches)
     names = _names(matches, base, args.single_file)
@@ -251,18 +247,3 @@ def _foreign(target):
     except ValueError:
         return found
     return [name for name in found if name not in own]
-
-
-def _check_room(matches, base, outputs, args):
-    needed = sum(_written_dtype(one, args.dtype).itemsize * one.inputs[0].numel for one in matches) + SPARE_BYTES
-    if base.folder is not None and not args.single_file:
-        copied = set(components_of_index(pipeline_index(base.folder))) - {one.component for one in matches}
-        needed += sum(path.stat().st_size for name in copied for path in (base.folder / name).glob("*.safetensors"))
-    needed *= len(outputs)
-    where = next(path for path in outputs[0].target.resolve().parents if path.exists())
-    free = shutil.disk_usage(where).free
-    if needed > free:
-        raise ModelError(
-            f"the results take {size_text(needed)} and {where} has {size_text(free)} left: free some, choose "
-            "another --output_dir, fewer ratios, or --dtype fp16"
-        )

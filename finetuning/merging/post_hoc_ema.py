@@ -2,12 +2,10 @@
 
 EDM2 (arXiv 2312.02696, section 3 and appendix C) averages the weights of all steps with a weight that grows as
 step^gamma, and writes the width of that profile as sigma_rel, its standard deviation as a share of the run. A profile
-is what each step of the run contributes to an average: numbers for step 0 (what the average started from), 1, ... that
-sum to 1.
+is what each step of the run contributes to an average: numbers for step 0 (its start), 1, ... that sum to 1.
 
 A checkpoint holds the raw weights (all of the profile on one step) and, with --use_ema, an exponential average. Both
-profiles are known from training_state.json, so the wanted one is put together from them by least squares, and what
-cannot be met is reported as the misfit.
+profiles are known, so the wanted one is put together from them by least squares; what cannot be met is the misfit.
 """
 
 import json
@@ -34,17 +32,12 @@ NEGLIGIBLE = 1e-6  # a snapshot of less weight is not worth reading
 class PostHocArgs(OutputArgs):
     """Averages after the run (post-hoc EMA)"""
 
-    run_dir: str = flag(
-        REQUIRED, "folder of a run of train_text_to_image.py, with its checkpoint-N folders", positional=True
-    )
+    run_dir: str = flag(REQUIRED, "folder of a run of train_text_to_image.py, with its checkpoint-N", positional=True)
     sigma_rel: list[float] = flag(
         [0.05, 0.1], "widths of the averages as shares of the run, one model each; the largest is the plain mean of "
         "all steps", above=0, max=WIDEST,
     )  # fmt: skip
-    weights: str = flag(
-        "both", "which weights of the checkpoints are put together; both: those that are there",
-        choices=("both", "ema", "raw"),
-    )  # fmt: skip
+    weights: str = flag("both", "which weights of the checkpoints are put together", choices=("both", "ema", "raw"))
     at: int | None = flag(None, "step of the checkpoint at which the average ends (none: the last)", min=1)
 
     def problems(self):
@@ -138,9 +131,8 @@ def misfit_of(profile, wanted):
     """How far the mass of `profile` [steps + 1] has to be moved to give `wanted`, as a share of the run's length.
 
     Weights change little in a step, so profiles are compared by their sums up to each step (Wasserstein-1 distance
-    where no mass is negative): mass on the step beside the right one does no harm. The averages of a path of weights
-    differ by at most misfit * steps * the path's longest step. What an average started from may be other weights than
-    those that were trained, so step 0 counts as a whole run before step 1.
+    where no mass is negative), and the averages of a path of weights differ by at most misfit * steps * its longest
+    step. What an average started from may be other weights, so step 0 counts as a whole run before step 1.
     """
     difference, gaps = _differences(profile - wanted)
     return float((np.abs(difference) * gaps).sum())
@@ -149,20 +141,18 @@ def misfit_of(profile, wanted):
 def solve(profiles, wanted):
     """(weights [snapshots], misfit): the combination of `profiles` [snapshots, steps + 1] nearest to `wanted`.
 
-    Least squares over the sums up to each step, with weights that sum to 1: for a path of independent moves the
-    smallest expected error of the averaged weights. Weights may be negative: the difference of two averages is the
-    average between them. RIDGE keeps snapshots that are nearly equal from getting huge weights of opposite sign.
+    Least squares over the sums up to each step, with weights that sum to 1: the smallest expected error for a path of
+    independent moves. Weights may be negative: the difference of two averages is the average between them. RIDGE keeps
+    snapshots that are nearly equal from getting huge weights of opposite sign.
     """
     profiles = np.asarray(profiles, dtype=np.float64)
     count = len(profiles)
     differences, gaps = _differences(profiles - wanted)  # [snapshots, steps]
     differences = (differences * np.sqrt(gaps)).T
-    # weights = last + basis @ free sum to 1 whatever `free` is
-    basis = np.vstack([np.eye(count - 1), -np.ones(count - 1)])
-    last = np.eye(count)[-1]
+    basis, last = np.vstack([np.eye(count - 1), -np.ones(count - 1)]), np.eye(count)[-1]
     system = np.vstack([differences, RIDGE * np.eye(count)])
     free = np.linalg.lstsq(system @ basis, -system @ last, rcond=None)[0]
-    weights = last + basis @ free
+    weights = last + basis @ free  # which sum to 1 whatever `free` is
     weights[np.abs(weights) < NEGLIGIBLE] = 0
     weights /= weights.sum()
     return weights, misfit_of(weights @ profiles, wanted)
@@ -180,12 +170,13 @@ def _differences(profiles):
 def plan(args: PostHocArgs):
     """[Reconstruction, ...], one for each --sigma_rel. Raises ModelError."""
     found = snapshots(args.run_dir, args.weights)
-    steps = sorted({len(profile) - 1 for profile in found.values()})
+    steps = sorted({_step(folder) for folder, _ in found})
     end = args.at or steps[-1]
-    if end not in steps:
-        raise ModelError(f"--at {end}: {args.run_dir} has no checkpoint of that step, but of {first_few(steps, 12)}")
-    if end == steps[0]:
-        raise ModelError(f"--at {end} is the first checkpoint of {args.run_dir}: an average needs two or more")
+    if end not in steps[1:]:
+        raise ModelError(
+            f"--at {end}: an average ends at a checkpoint after the first. {args.run_dir} has those of steps "
+            f"{first_few(steps, 12)}"
+        )
     found = {one: np.pad(own, (0, end + 1 - len(own))) for one, own in found.items() if len(own) <= end + 1}
     plans = []
     for sigma_rel in args.sigma_rel:
@@ -223,15 +214,17 @@ def snapshots(run_folder, weights="both"):
         )
     states = {path: _state(path) for path in folders}
     _check_one_run(states)
-    found = {}
+    found, lacking = {}, []
     for path, state in states.items():
-        if weights != "ema" and (path / "unet").is_dir():
-            found[path, "raw"] = raw_profile(_step(path))
-        if weights != "raw" and (path / "unet_ema").is_dir():
-            found[path, "ema"] = _ema_profile_of(path, state)
-    if missing := [path for path in folders if path not in {folder for folder, _ in found}]:
+        held = {"raw": (path / "unet").is_dir(), "ema": (path / "unet_ema").is_dir()}
+        kinds = [kind for kind in held if held[kind] and weights in (kind, "both")]
+        lacking += [] if kinds else [path]
+        found |= {
+            (path, kind): raw_profile(_step(path)) if kind == "raw" else _average_in(path, state) for kind in kinds
+        }
+    if lacking:
         needed = "unet_ema/ (train with --use_ema)" if weights == "ema" else "unet/"
-        raise ModelError(f"there is no {needed} in {first_few(missing)}")
+        raise ModelError(f"there is no {needed} in {first_few(lacking)}")
     return found
 
 
@@ -250,18 +243,17 @@ def _state(folder):
     return state
 
 
-def _ema_profile_of(folder, state):
+def _average_in(folder, state):
+    """The profile of the exponential average that a checkpoint holds."""
     args, step = state["args"], _step(folder)
     if state["ema_updates"] != step:
         raise ModelError(
             f"{folder}: its average has {state['ema_updates']} updates after {step} steps, so what it is made of is "
             "not known: take --weights raw"
         )
-    start_kind = state.get("ema_start")
-    if start_kind is None:  # a checkpoint of an older version: what build_ema chose then
-        loaded_apart = args.get("non_ema_revision") or args.get("non_ema_variant")
-        start_kind = args["ema_start"] or ("warm" if loaded_apart else "ramp")
-    return ema_profile(args["ema_decay"], start_kind, step)
+    loaded_apart = args.get("non_ema_revision") or args.get("non_ema_variant")
+    chosen = args["ema_start"] or ("warm" if loaded_apart else "ramp")  # by build_ema, where no checkpoint says it
+    return ema_profile(args["ema_decay"], state.get("ema_start") or chosen, step)
 
 
 def _check_one_run(states):

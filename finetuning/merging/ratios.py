@@ -14,9 +14,6 @@ from finetuning.families.original import unet_blocks
 MOST = 1000  # ratios of one range: each is a whole model
 
 
-# -- lists of ratios -----------------------------------------------------------------------------------------------
-
-
 def parse_ratios(words: list[str]) -> list[float]:
     """Ratios of words like "0.3" and "0:1:0.1" (from, to, step), both ends included, in the order they were given.
 
@@ -62,30 +59,18 @@ def _decimal(text):
     return number
 
 
-# -- curves --------------------------------------------------------------------------------------------------------
-
-
-def linear(ratio: float) -> float:
-    """The ratio itself."""
-    return ratio
-
-
-def smoothstep(ratio: float) -> float:
-    """r^2 (3 - 2 r), for r in 0..1: the ends are taken in smaller steps. diffusers' mergers call it sigmoid."""
-    return ratio * ratio * (3 - 2 * ratio)
-
-
-def inverse_smoothstep(ratio: float) -> float:
-    """1/2 - sin(asin(1 - 2 r) / 3), for r in 0..1: undoes `smoothstep`, so the middle is taken in smaller steps."""
+def inverse_smoothstep(ratio):
+    """1/2 - sin(asin(1 - 2 r) / 3), for r in 0..1: undoes smoothstep, so the middle is taken in smaller steps."""
     if ratio in (0, 0.5, 1):
         return ratio  # the sine misses them by a rounding error, and 0 and 1 have to be exact
     return 0.5 - math.sin(math.asin(1 - 2 * ratio) / 3)
 
 
-CURVES = {"linear": linear, "smoothstep": smoothstep, "inverse_smoothstep": inverse_smoothstep}
-
-
-# -- ratios of blocks ----------------------------------------------------------------------------------------------
+CURVES = {
+    "linear": lambda ratio: ratio,
+    "smoothstep": lambda ratio: ratio * ratio * (3 - 2 * ratio),  # smaller steps at the ends; diffusers' "sigmoid"
+    "inverse_smoothstep": inverse_smoothstep,
+}
 
 
 def block_ratios(words, matches):

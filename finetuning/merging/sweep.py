@@ -1,17 +1,19 @@
 """The sweep: the same prompts and seeds at every ratio, side by side, and the ratio that gives most for what it costs.
 
-The merged weights are made in memory and put into one pipeline; none are written. What can be measured stands in
-sweep_metrics.py.
+The merged weights are made in memory and put into one pipeline; none are written.
 
 Writes to --output_dir: ratio-R/*.png, grid.png (a row for each prompt, a column for each ratio), sweep.json with all
 that made them and every row's results; with a metric also curve.png and frontier.md. The same command continues a sweep
 that was interrupted, and one with more ratios generates only those.
 """
 
+import hashlib
 import json
 import os
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -20,12 +22,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from finetuning.cli import REQUIRED, SEEDS, UserError, as_dict, flag, flags_of, flags_without_effect, paths_read
+from finetuning.evaluation.checkers import load_checker
+from finetuning.evaluation.metrics import EvaluationError
 from finetuning.families import generation
 from finetuning.families.model_args import ModelError
 from finetuning.families.pipelines import SCHEDULERS
-from finetuning.files import atomic_file, output_problems, write_image, write_json, write_text
+from finetuning.files import atomic_file, output_problems, read_text, sha256, write_image, write_json, write_text
 from finetuning.merging.methods import bound
-from finetuning.merging.model_flags import MixArgs
+from finetuning.merging.model_flags import MixArgs, open_all
 from finetuning.merging.ratios import parse_ratios
 from finetuning.merging.recipe import recipe_of
 from finetuning.rng import torch_generator
@@ -43,9 +47,8 @@ class SweepArgs(MixArgs):
     )
     ratios: list[str] = flag(["0:1:0.1"], "ratios to try: numbers, or FROM:TO:STEP", affects_result=False)
     prompts_in: list[str] | None = flag(
-        None, "prompts of what was trained: texts, or text files with one on each line (a value that names a file is "
-        "read)",
-    )  # fmt: skip
+        None, "prompts of what was trained: texts, or names of text files with one on each line"
+    )
     prompts_out: list[str] | None = flag(None, "prompts of what was not, which the base can generate; as --prompts_in")
     seed: list[int] = flag([0], "seeds of the images; each gives every prompt one", **SEEDS)
     guidance_scale: float = flag(7.5, "classifier-free guidance scale; 1 is none")
@@ -54,13 +57,12 @@ class SweepArgs(MixArgs):
     size: str | None = flag(None, "side in pixels, or HEIGHTxWIDTH (none: the model's own)")
     batch_size: int = flag(4, "images generated, or rows measured, together", min=1, affects_result=False)
     metric: str | None = flag(
-        None, "what is measured: loss on two datasets, what --checker reads off the images, or none (without the flag: "
-        f"what is given; shapes is --checker {SHAPES_CHECKER})",
+        None, f"what is measured (without the flag: what is given); shapes is --checker {SHAPES_CHECKER}",
         choices=("loss", "checker", "shapes", "none"), affects_result=False,
     )  # fmt: skip
     checker: str | None = flag(
-        None, "module or .py file that judges images, with a metric for what is learned on --prompts_in and one for "
-        "what is retained on --prompts_out (docs/evaluation.md says how to write one)", affects_result=False,
+        None, "module or .py file that judges images, with a metric for what is learned, on --prompts_in, and one for "
+        "what is retained, on --prompts_out (docs/evaluation.md)", affects_result=False,
     )  # fmt: skip
     fit_dataset: str | None = flag(
         None, "for loss: folder of what was trained; its validation split, or all of a folder without splits",
@@ -90,7 +92,7 @@ class SweepArgs(MixArgs):
 
     @property
     def measured_by(self):
-        """A key of sweep_metrics.METRICS, or "none"."""
+        """A key of METRICS, or "none"."""
         if self.metric == "shapes":
             return "checker"
         given = "checker" if self.checker else "loss" if self.fit_dataset and self.retain_dataset else "none"
@@ -115,19 +117,15 @@ class SweepArgs(MixArgs):
         if self.measured_by != "none" and self.ratio and not {0.0, 1.0} <= {*self.ratio}:
             yield f"--ratios {' '.join(self.ratios)}: a metric needs 0 (the base) and 1 (the tuned model) among them"
         for name in ("fit_dataset", "retain_dataset"):
-            given = getattr(self, name)
-            if self.measured_by == "loss" and not given:
-                yield f"--metric loss needs --{name}"
-            elif given and self.measured_by != "loss":
-                yield f"--{name} only goes with --metric loss, which needs both datasets"
-        if self.measured_by == "checker":
-            if not self.checker_named:
-                yield "--metric checker needs --checker"
+            if (self.measured_by == "loss") != bool(getattr(self, name)):
+                yield f"--{name} goes with --metric loss, which needs both datasets"
+        if self.measured_by == "checker" and not self.checker_named:
+            yield "--metric checker needs --checker"
+        elif self.measured_by == "checker":
             for name in ("prompts_in", "prompts_out"):
                 if not getattr(self, name):
                     yield f"--checker needs --{name}"
-            if self.checker_named:
-                yield from _checker_problems(self.checker_named, self.prompts_in, self.prompts_out)
+            yield from _checker_problems(self.checker_named, self.prompts_in or [], self.prompts_out or [])
 
 
 def sweep(args):
@@ -141,7 +139,6 @@ def sweep(args):
 def sweep_on(args, device="cpu", dtype=torch.float32):
     """The same with the device and the precision of the pipeline; merging itself is fp32 on the CPU."""
     from finetuning.merging.merged_pipeline import MergedPipeline
-    from finetuning.merging.sweep_metrics import METRICS
 
     sources, folder = args.open_models(args.origin), Path(args.output_dir)
     prompts = {"in": _prompts(args.prompts_in), "out": _prompts(args.prompts_out)}
@@ -189,28 +186,21 @@ def sweep_on(args, device="cpu", dtype=torch.float32):
 
 
 def _generate(args, merged, ratio, folder, kind, rows, bar):
-    """The PIL images of `rows` [(prompt, seed)]; those that are in the folder are read, the others generated.
+    """The PIL images of `rows` [(prompt, seed)]; those that are in the folder are read, the others generated."""
+    from finetuning.evaluation.generation import generate_missing
 
-    What was generated together is generated together again if any of it is missing: another number of rows may round
-    otherwise.
-    """
+    def make(part):
+        merged.set(ratio)
+        prompts, seeds = zip(*rows[part], strict=True)
+        generators = [torch_generator(seed, "picture") for seed in seeds]  # as generate_images.py has it
+        return generation.generate(
+            merged.pipeline, prompts, generators, batch_size=len(prompts), size=generation.parse_size(args.size),
+            guidance_scale=args.guidance_scale, num_inference_steps=args.num_inference_steps,
+        )  # fmt: skip
+
     paths = [folder / f"{kind}-{index // len(args.seed):03d}-seed{seed}.png" for index, (_, seed) in enumerate(rows)]
-    images = []
-    for start in range(0, len(rows), args.batch_size):
-        batch, places = rows[start : start + args.batch_size], paths[start : start + args.batch_size]
-        if not all(path.is_file() for path in places):
-            merged.set(ratio)
-            generators = [torch_generator(seed, "picture") for _, seed in batch]  # as generate_images.py has it
-            made = generation.generate(
-                merged.pipeline, [prompt for prompt, _ in batch], generators, batch_size=len(batch),
-                size=generation.parse_size(args.size), guidance_scale=args.guidance_scale,
-                num_inference_steps=args.num_inference_steps,
-            )  # fmt: skip
-            for path, image in zip(places, made, strict=True):
-                write_image(path, image)
-        images += [Image.open(path).convert("RGB") for path in places]
-        bar.update(len(batch))
-    return images
+    generate_missing(paths, args.batch_size, make, bar.update)
+    return [Image.open(path).convert("RGB") for path in paths]
 
 
 def _grid(args, rows, columns):
@@ -240,7 +230,7 @@ def _prompts(words):
     """The prompts of --prompts_in or --prompts_out, each once: lines of files, and texts."""
     found = []
     for word in words or []:
-        lines = Path(word).read_text(encoding="utf-8").splitlines() if os.path.isfile(word) else [word]
+        lines = read_text(word).splitlines() if os.path.isfile(word) else [word]
         found += [line.strip() for line in lines if line.strip()]
     return list(dict.fromkeys(found))
 
@@ -250,7 +240,7 @@ def _prompt_problems(name, words):
         try:
             if not _prompts([word]):
                 yield f"{name} {word} has no prompts in it"
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UserError) as error:
             yield f"{name} {word} cannot be read: {error}"
         if word.endswith(".txt") and not os.path.isfile(word):
             yield f"{name} {word}: there is no such file"
@@ -258,17 +248,88 @@ def _prompt_problems(name, words):
 
 def _checker_problems(name, *words):
     """What keeps a checker from judging the prompts."""
-    from finetuning.evaluation.checkers import load_checker
-
     try:
         checker = load_checker(name)
         checker.require_roles()
         checker.check([prompt for own in words for prompt in _prompts(own)])
-    except UserError as problem:
+    except EvaluationError as problem:
         yield str(problem)
-    except (OSError, UnicodeDecodeError):  # _prompt_problems names the file
+    except (OSError, UserError):  # _prompt_problems names the file
         return
 
+
+# -- what is measured ----------------------------------------------------------------------------------------------
+
+AXES = ("learned", "retained")
+
+
+@dataclass(frozen=True)
+class SweepMetric:
+    """A measure of both, for one sweep.
+
+    measure   (ratio, images of --prompts_in, images of --prompts_out) -> learned [rows] and retained [rows], float64,
+              higher is better, the same rows at every ratio. The images stand by prompt and then by seed
+    facts     what the results depend on besides the images, ready for JSON
+    learned, retained  words for the axes
+    """
+
+    measure: Callable
+    facts: dict
+    learned: str
+    retained: str
+
+
+def checker_metric(args, merged, prompts_in, prompts_out):
+    """The metrics of --checker with the roles "learned" and "retained". A row is a prompt: the mean over all seeds."""
+    checker = load_checker(args.checker_named)
+    checker.require_roles()
+    captions_in, captions_out = ([one for one in prompts for _ in args.seed] for prompts in (prompts_in, prompts_out))
+
+    def by_prompt(metric, images, captions):
+        return torch.from_numpy(checker.values(metric, images, captions)).view(-1, len(args.seed)).mean(1)
+
+    def measure(ratio, images_in, images_out):
+        return (
+            by_prompt(checker.learned, images_in, captions_in),
+            by_prompt(checker.retained, images_out, captions_out),
+        )
+
+    titles = (checker.metrics[name].title for name in (checker.learned, checker.retained))
+    return SweepMetric(measure, checker.facts, *(f"{what}: {title}" for what, title in zip(AXES, titles, strict=True)))
+
+
+def loss_metric(args, merged, prompts_in, prompts_out):
+    """Minus the denoising loss of each row of --fit_dataset (learned) and of --retain_dataset (retained)."""
+    from finetuning.evaluation.denoising import PipelineLoss
+
+    how = {
+        "size": generation.parse_size(args.size),
+        "max_rows": args.loss_rows,
+        "seed": args.seed[0],
+        "say": tqdm.write,
+    }
+    losses = open_all(
+        [partial(PipelineLoss, merged.pipeline, folder, **how) for folder in (args.fit_dataset, args.retain_dataset)]
+    )
+
+    def measure(ratio, images_in, images_out):
+        merged.set(ratio)
+        return [-loss(args.batch_size) for loss in losses]
+
+    facts = {"size": list(losses[0].size), "datasets": [_content(one.images, one.rows) for one in losses]}
+    words = (f"{what}: minus the loss on --{of}_dataset" for what, of in zip(AXES, ("fit", "retain"), strict=True))
+    return SweepMetric(measure, facts, *words)
+
+
+def _content(images, chosen):
+    """{"rows": ..., "sha256": ...} of the rows that are measured: their images and captions."""
+    digest = hashlib.sha256()
+    for row in (images.rows[number] for number in chosen):
+        digest.update(repr((sha256(row.image), row.captions)).encode())
+    return {"rows": chosen, "sha256": digest.hexdigest()}
+
+
+METRICS = {"loss": loss_metric, "checker": checker_metric}
 
 # -- results -----------------------------------------------------------------------------------------------------
 

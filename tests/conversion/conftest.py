@@ -27,17 +27,17 @@ def photo():
 
 @pytest.fixture(scope="session")
 def write_split():
-    """Write a split: its images {file name: (image, bytes or None, caption)}, and their metadata.jsonl."""
+    """Write rows of (file name, image or bytes or None, caption) and their metadata.jsonl."""
 
-    def write_split(folder, rows):
+    def write_split(folder, *rows):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, (image, _) in rows.items():
+        for name, image, _ in rows:
             (folder / name).parent.mkdir(exist_ok=True)
             if isinstance(image, bytes):
                 (folder / name).write_bytes(image)
             elif image is not None:
                 image.save(folder / name)
-        lines = [json.dumps({"file_name": name, "text": caption}) + "\n" for name, (_, caption) in rows.items()]
+        lines = [json.dumps({"file_name": name, "text": caption}) + "\n" for name, _, caption in rows]
         (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
     return write_split

@@ -2,9 +2,7 @@
 
 import base64
 import io
-import json
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,28 +10,18 @@ from finetuning.conversion.audit import AuditArgs, examine
 from finetuning.conversion.audit_report import GROUPS, OF_A_GROUP, SAMPLE, page
 
 
-def photo(seed, size=(40, 30)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
 @pytest.fixture
-def audit(tmp_path):
-    """Makes a dataset of [(name, image, caption), ...] and examines it."""
+def audit(tmp_path, write_split):
+    """Makes a dataset of (name, image, caption), ... and examines it."""
 
-    def make(*rows, **flags):
-        folder = tmp_path / "set" / "train"
-        folder.mkdir(parents=True)
-        for name, image, _ in rows:
-            if image:
-                image.save(folder / name)
-        lines = [json.dumps({"file_name": name, "text": caption}) + "\n" for name, _, caption in rows]
-        (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-        return examine(AuditArgs(path=str(tmp_path / "set"), workers=1, **{"resolution": "32", **flags}))
+    def audit(*rows):
+        write_split(tmp_path / "set/train", *rows)
+        return examine(AuditArgs(path=str(tmp_path / "set"), workers=1, resolution="32"))
 
-    return make
+    return audit
 
 
-def test_captions_and_names_are_text_not_markup(audit, read_page):
+def test_captions_and_names_are_text_not_markup(audit, read_page, photo):
     evil = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quotes"'
     name = "<b>&.png"
     shown = read_page(page(audit((name, photo(0), evil), ("b.png", photo(0), "plain"), ("<i>.png", None, "gone"))))
@@ -42,7 +30,7 @@ def test_captions_and_names_are_text_not_markup(audit, read_page):
     assert not [value for _, key, value in shown.attributes if key.startswith("on")]
 
 
-def test_nothing_is_asked_for_from_anywhere(audit, read_page):
+def test_nothing_is_asked_for_from_anywhere(audit, read_page, photo):
     text = page(audit(*((f"{n}.png", photo(n), f"http://example.com/x.png room {n}") for n in range(3))))
     shown = read_page(text)
     addresses = [value for _, key, value in shown.attributes if key in ("src", "href", "action", "data", "poster")]
@@ -53,7 +41,7 @@ def test_nothing_is_asked_for_from_anywhere(audit, read_page):
     assert policy.startswith("default-src 'none'")
 
 
-def test_thumbnails_are_small_and_show_the_image_upright(audit, read_page):
+def test_thumbnails_are_small_and_show_the_image_upright(audit, read_page, photo):
     image = Image.new("RGB", (400, 200), (255, 0, 0))
     image.paste((0, 0, 255), (200, 0, 400, 200))
     exif = Image.Exif()
@@ -68,7 +56,7 @@ def test_thumbnails_are_small_and_show_the_image_upright(audit, read_page):
     assert top[0] > 200 > 60 > top[2] and bottom[2] > 200 > 60 > bottom[0]
 
 
-def test_the_verdict_findings_and_concerns_are_on_the_page(audit, read_page):
+def test_the_verdict_findings_and_concerns_are_on_the_page(audit, read_page, photo):
     found = audit(("a.png", photo(0), "one"), ("b.png", photo(0), "two"), ("gone.png", None, "three"))
     text = read_page(page(found)).text
     assert "Training would REFUSE it." in text
@@ -79,7 +67,7 @@ def test_the_verdict_findings_and_concerns_are_on_the_page(audit, read_page):
     assert "Training would accept it." in read_page(page(examine(found.args))).text
 
 
-def test_of_many_a_few_are_shown_and_the_rest_is_counted(audit, read_page):
+def test_of_many_a_few_are_shown_and_the_rest_is_counted(audit, read_page, photo):
     copies = [(f"copy{n:02}.png", photo(0), f"copy {n}") for n in range(6)]
     flat = [(f"flat{n:02}.png", Image.new("RGB", (40, 30), (9 * n, 99, 99)), f"flat {n}") for n in range(20)]
     found = audit(*copies, *flat)
@@ -89,7 +77,7 @@ def test_of_many_a_few_are_shown_and_the_rest_is_counted(audit, read_page):
     assert "and 8 more" in shown.text and "and 2 more" in shown.text
 
 
-def test_an_image_that_went_away_meanwhile_leaves_its_name(audit, read_page):
+def test_an_image_that_went_away_meanwhile_leaves_its_name(audit, read_page, photo):
     found = audit(("a.png", photo(0), "one"), ("b.png", photo(1), "two"))
     (found.path / "train/a.png").unlink()
     shown = read_page(page(found))

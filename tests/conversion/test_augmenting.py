@@ -16,10 +16,6 @@ from finetuning.data.images import open_rgb
 from finetuning.data.reading import read_folder
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix not in ("", ".jsonl"))
 
@@ -145,7 +141,7 @@ def test_draws_are_a_function_of_seed_name_and_number(kind):
     assert len(set(forwards)) == len(places)
 
 
-def test_every_training_image_gets_its_copies_and_nothing_else_does(dataset):
+def test_every_training_image_gets_its_copies_and_nothing_else_does(dataset, lines):
     source = {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file()}
     said = []
     counts = augment(args(dataset, flip_captions="ignore"), said.append)
@@ -179,7 +175,7 @@ def test_every_training_image_gets_its_copies_and_nothing_else_does(dataset):
         ("skip", {"a~crop.png": "a dog on the left", "b~flip.png": "a bright cat"}),
     ],
 )
-def test_captions_of_mirrored_images(dataset, flip_captions, expected):
+def test_captions_of_mirrored_images(dataset, flip_captions, expected, lines):
     said = []
     augment(args(dataset, alter=["flip", "crop"], flip_captions=flip_captions), said.append)
     texts = {row["file_name"]: row["text"] for row in lines(dataset.parent / "new/train/metadata.jsonl")}
@@ -188,7 +184,7 @@ def test_captions_of_mirrored_images(dataset, flip_captions, expected):
     assert ("are not mirrored" in said[0] and "a.png" in said[0]) == (flip_captions == "skip")
 
 
-def test_one_caption_with_a_side_among_several_forbids_the_mirror_image(tmp_path):
+def test_one_caption_with_a_side_among_several_forbids_the_mirror_image(tmp_path, lines):
     write(tmp_path / "dogs/train", {"a": ["a dog", "a dog at the left"], "b": ["a cat", "cat"]})
     augment(args(tmp_path / "dogs", alter=["flip"]), quiet)
     assert names(tmp_path / "new/train") == ["a.png", "b.png", "b~flip.png"]
@@ -197,7 +193,7 @@ def test_one_caption_with_a_side_among_several_forbids_the_mirror_image(tmp_path
     assert texts["a~flip.png"] == ["a dog", "a dog at the right"]
 
 
-def test_all_rows_of_an_image_stand_for_its_copies_too(dataset):
+def test_all_rows_of_an_image_stand_for_its_copies_too(dataset, lines):
     with open(dataset / "train/metadata.jsonl", "a", encoding="utf-8") as file:
         file.write('{"file_name": "b.png", "text": "a cat on the right", "by": "blip"}\n')
     augment(args(dataset, alter=["flip"]), quiet)
@@ -215,7 +211,7 @@ def test_a_training_image_that_is_held_out_too_gets_no_copies(dataset):
     assert "just the original (2): b~flip.png; b~brightness.png" in said[0]
 
 
-def test_a_copy_that_would_equal_a_held_out_image_is_left_out(dataset):
+def test_a_copy_that_would_equal_a_held_out_image_is_left_out(dataset, lines):
     Image.fromarray(values(open_rgb(dataset / "train/b.png"))[:, ::-1].astype(np.uint8)).save(dataset / "test/d.png")
     augment(args(dataset, flip_captions="ignore"), quiet)
     assert names(dataset.parent / "new/train") == [

@@ -16,10 +16,6 @@ from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.reading import read_folder
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def write(folder, rows):
     """Images, all different, and their metadata.jsonl."""
     folder.mkdir(parents=True)
@@ -92,7 +88,7 @@ def test_changes_are_made_in_the_stated_order():
     assert rewritten("arafed dog", flags) == "sks, dog, photo of cat!"
 
 
-def test_copy_has_the_same_files_and_new_captions(dataset):
+def test_copy_has_the_same_files_and_new_captions(dataset, lines):
     source = {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file()}
     said = []
     assert rewrite(args(dataset, drop=["arafed"]), said.append) == 3
@@ -131,7 +127,7 @@ def test_dry_run_says_all_and_writes_nothing(dataset):
     assert sorted(dataset.parent.rglob("*")) == before
 
 
-def test_several_captions_are_all_rewritten_and_all_rows_become_lists(tmp_path):
+def test_several_captions_are_all_rewritten_and_all_rows_become_lists(tmp_path, lines):
     rows = [{"file_name": "a.png", "text": ["a dog", "arafed"]}, {"file_name": "b.png", "text": ["cat", "a cat"]}]
     write(tmp_path / "dogs", rows)
     said = []
@@ -143,7 +139,7 @@ def test_several_captions_are_all_rewritten_and_all_rows_become_lists(tmp_path):
     assert "nothing is left (1): metadata.jsonl line 1" in said[0]
 
 
-def test_first_keeps_the_first_and_says_so(tmp_path):
+def test_first_keeps_the_first_and_says_so(tmp_path, lines):
     write(
         tmp_path / "dogs", [{"file_name": "a.png", "text": ["a dog", "b"]}, {"file_name": "b.png", "text": ["a cat"]}]
     )
@@ -153,7 +149,7 @@ def test_first_keeps_the_first_and_says_so(tmp_path):
     assert "the first caption is kept (1): metadata.jsonl line 1" in said[0]
 
 
-def test_a_row_without_any_caption_left_is_refused_or_left_out(dataset):
+def test_a_row_without_any_caption_left_is_refused_or_left_out(dataset, lines):
     flags = {"drop_regex": ["^arafed dog.*"]}
     with pytest.raises(DatasetError, match=r"1 error:\n.*train/metadata.jsonl line 1"):
         rewrite(args(dataset, **flags), print)
@@ -193,7 +189,7 @@ def test_bad_flags_are_named(dataset, flags, named):
 # What every changed copy of a dataset has in common (copying.py)
 
 
-def test_all_splits_go_by_their_usual_names(tmp_path):
+def test_all_splits_go_by_their_usual_names(tmp_path, lines):
     for name in ("training", "dev", "test"):
         write(tmp_path / "dogs" / name, [{"file_name": "a.png", "text": name}])
     rewrite(args(tmp_path / "dogs", prefix="sks"), print)
@@ -201,7 +197,7 @@ def test_all_splits_go_by_their_usual_names(tmp_path):
     assert found == {"train": "sks training", "validation": "sks dev", "test": "sks test"}
 
 
-def test_other_columns_and_the_caption_columns_name_are_kept(tmp_path):
+def test_other_columns_and_the_caption_columns_name_are_kept(tmp_path, lines):
     write(tmp_path / "dogs", [
         {"file_name": "a.png", "prompt": "a dog", "text": "other", "origin": {"by": "blip", "n": 1}},
         {"file_name": "b.png", "prompt": "a cat"},
@@ -213,7 +209,7 @@ def test_other_columns_and_the_caption_columns_name_are_kept(tmp_path):
     ]
 
 
-def test_parquet_metadata_is_read_and_its_dates_become_text(tmp_path):
+def test_parquet_metadata_is_read_and_its_dates_become_text(tmp_path, lines):
     write(tmp_path / "dogs", [{"file_name": "a.png", "text": "a dog"}])
     (tmp_path / "dogs/metadata.jsonl").unlink()
     day = pyarrow.array([0], pyarrow.date32())
@@ -240,7 +236,7 @@ def test_what_training_refuses_is_refused_all_at_once(dataset):
     assert not (dataset.parent / "new/train/nobody.png").exists()
 
 
-def test_images_from_outside_with_one_name_are_kept_apart(tmp_path):
+def test_images_from_outside_with_one_name_are_kept_apart(tmp_path, lines):
     (tmp_path / "dogs").mkdir()
     for number, name in enumerate(("one/a.png", "two/a.png", "three/A.png")):
         (tmp_path / name).parent.mkdir()
@@ -266,7 +262,7 @@ def test_what_a_killed_run_left_is_cleared_and_an_empty_folder_is_taken(dataset)
     assert not (dataset.parent / ".new.part").exists()
 
 
-def test_origins_of_captions_go_with_them(tmp_path):
+def test_origins_of_captions_go_with_them(tmp_path, lines):
     """What caption_images.py writes beside them, so that a person's caption can be told from a model's."""
     write(tmp_path / "dogs", [
         {"file_name": "a.png", "text": ["arafed", "a dog"], "text_origin": ["given", "blip:large"]},

@@ -3,7 +3,6 @@
 import json
 import os
 
-import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
@@ -14,27 +13,6 @@ from finetuning.data.findings import DatasetError
 from finetuning.data.images import open_rgb
 
 ORIENTATION = 0x0112  # the EXIF tag
-
-
-def photo(seed, size=(48, 36)):
-    rng = np.random.default_rng(seed)
-    soft = Image.fromarray(rng.integers(40, 215, (6, 6, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    grain = rng.normal(0, 8, (size[1], size[0], 3))
-    return Image.fromarray(np.clip(np.asarray(soft) + grain, 0, 255).astype(np.uint8))
-
-
-def write(folder, *rows):
-    """Rows of (file name, image or bytes or None, caption) into a split."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for name, what, caption in rows:
-        if isinstance(what, bytes):
-            (folder / name).write_bytes(what)
-        elif what is not None:
-            (folder / name).parent.mkdir(exist_ok=True)
-            what.save(folder / name)
-        lines.append(json.dumps({"file_name": name, "text": caption}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def contents(folder):
@@ -65,9 +43,9 @@ def accepted(folder):
     return found.accepted, [concern.code for concern in found.concerns]
 
 
-def test_every_error_is_repaired_and_told(tmp_path, check):
+def test_every_error_is_repaired_and_told(tmp_path, check, write_split, photo):
     root = tmp_path / "set"
-    write(
+    write_split(
         root / "train",
         ("a.png", photo(0), "  a\u200b cafÃ©  room"),
         ("again.png", photo(0), "the same"),
@@ -79,8 +57,8 @@ def test_every_error_is_repaired_and_told(tmp_path, check):
         ("mute.png", photo(4), "\u200b"),
         ("tiny.png", photo(5, (12, 9)), "tiny"),
     )
-    write(root / "validation", ("a.png", photo(6), "held out"), ("leak.png", photo(7), "also in test"))
-    write(root / "test", ("x.png", photo(1), "x"), ("y.png", photo(2), "y"), ("z.png", photo(7), "z"))
+    write_split(root / "validation", ("a.png", photo(6), "held out"), ("leak.png", photo(7), "also in test"))
+    write_split(root / "test", ("x.png", photo(1), "x"), ("y.png", photo(2), "y"), ("z.png", photo(7), "z"))
     photo(8).save(root / "train/unnamed.png")
     before = contents(root)
     status, _, fixes = check()
@@ -115,28 +93,30 @@ def test_every_error_is_repaired_and_told(tmp_path, check):
     assert [fix["captions"] for fix in fixes if fix.get("image") == "train/again.png"] == [["the same"]]
 
 
-def test_a_sound_dataset_is_copied_as_it_is(tmp_path, check):
-    write(tmp_path / "set/train", ("a.png", photo(0), "one"), ("b.png", photo(1), "two"))
+def test_a_sound_dataset_is_copied_as_it_is(tmp_path, check, write_split, photo):
+    write_split(tmp_path / "set/train", ("a.png", photo(0), "one"), ("b.png", photo(1), "two"))
     status, said, fixes = check()
     assert status == 0 and fixes == [] and "nothing had to be changed" in said
     assert rows(tmp_path / "new/train") == {"a.png": "one", "b.png": "two"}
     assert (tmp_path / "new/train/a.png").read_bytes() == (tmp_path / "set/train/a.png").read_bytes()
 
 
-def test_images_beside_the_splits_are_told(tmp_path, check):
-    write(tmp_path / "set/train", ("a.png", photo(0), "one"))
+def test_images_beside_the_splits_are_told(tmp_path, check, write_split, photo):
+    write_split(tmp_path / "set/train", ("a.png", photo(0), "one"))
     photo(1).save(tmp_path / "set/loose.png")
     _, _, fixes = check()
     assert [(fix["change"], fix["where"]) for fix in fixes] == [("left out", "loose.png")]
     assert rows(tmp_path / "new/train") == {"a.png": "one"}
 
 
-def test_images_are_written_as_they_look_and_that_is_told(tmp_path, check):
+def test_images_are_written_as_they_look_and_that_is_told(tmp_path, check, write_split, photo):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     root = tmp_path / "set/train"
     moving = [photo(1), photo(2)]
-    write(root, ("a.jpg", None, "turned"), ("b.gif", None, "moving"), ("c.png", None, "glass"), ("d.bmp", None, "old"))
+    write_split(
+        root, ("a.jpg", None, "turned"), ("b.gif", None, "moving"), ("c.png", None, "glass"), ("d.bmp", None, "old")
+    )
     photo(0).save(root / "a.jpg", exif=exif, quality=95)
     moving[0].save(root / "b.gif", save_all=True, append_images=moving[1:])
     photo(3).convert("RGBA").save(root / "c.png")
@@ -158,9 +138,9 @@ def test_images_are_written_as_they_look_and_that_is_told(tmp_path, check):
     assert open_rgb(tmp_path / "new/train/d.png").tobytes() == photo(4).tobytes()
 
 
-def test_absolute_names_become_relative(tmp_path, check):
+def test_absolute_names_become_relative(tmp_path, check, write_split, photo):
     root = tmp_path / "set/train"
-    write(root, ("a.png", photo(0), "moved"), ("b.png", photo(1), "here"))
+    write_split(root, ("a.png", photo(0), "moved"), ("b.png", photo(1), "here"))
     lines = [{"file_name": "/home/ann/set/a.png", "text": "moved"}, {"file_name": str(root / "b.png"), "text": "here"}]
     (root / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     status, _, fixes = check()
@@ -169,16 +149,16 @@ def test_absolute_names_become_relative(tmp_path, check):
     assert rows(tmp_path / "new/train") == {"a.png": "moved", "b.png": "here"}
 
 
-def test_of_a_leak_whose_test_image_is_tiny_train_keeps_its_own(tmp_path, check):
-    write(tmp_path / "set/train", ("a.png", photo(0), "large"), ("b.png", photo(1), "other"))
+def test_of_a_leak_whose_test_image_is_tiny_train_keeps_its_own(tmp_path, check, write_split, photo):
+    write_split(tmp_path / "set/train", ("a.png", photo(0), "large"), ("b.png", photo(1), "other"))
     small = photo(0).resize((12, 9), Image.Resampling.LANCZOS)
-    write(tmp_path / "set/test", ("a.png", small, "small"), ("c.png", photo(2), "third"))
+    write_split(tmp_path / "set/test", ("a.png", small, "small"), ("c.png", photo(2), "third"))
     check()
     assert list(rows(tmp_path / "new/train")) == ["a.png", "b.png"]
     assert list(rows(tmp_path / "new/test")) == ["c.png"]
 
 
-def test_images_without_captions_are_repaired_too(tmp_path, check):
+def test_images_without_captions_are_repaired_too(tmp_path, check, photo):
     (tmp_path / "set/train").mkdir(parents=True)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         photo(seed).save(tmp_path / f"set/train/{name}.png")
@@ -186,16 +166,16 @@ def test_images_without_captions_are_repaired_too(tmp_path, check):
     assert rows(tmp_path / "new/train") == {"a.png": "", "c.png": ""}
 
 
-def test_what_cannot_be_read_is_not_mended(tmp_path, check):
-    write(tmp_path / "set/train", ("a.png", photo(0), "one"))
+def test_what_cannot_be_read_is_not_mended(tmp_path, check, write_split, photo):
+    write_split(tmp_path / "set/train", ("a.png", photo(0), "one"))
     (tmp_path / "set/train/metadata.jsonl").write_bytes(b"caf\xe9")
     with pytest.raises(DatasetError, match=r"nothing is written before .* is not UTF-8"):
         check()
     assert not (tmp_path / "new").exists()
 
 
-def test_an_interrupted_copy_is_gone_on_with(tmp_path, check, monkeypatch):
-    write(tmp_path / "set/train", *((f"{n}.png", photo(n), f"room  {n}") for n in range(4)))
+def test_an_interrupted_copy_is_gone_on_with(tmp_path, check, monkeypatch, write_split, photo):
+    write_split(tmp_path / "set/train", *((f"{n}.png", photo(n), f"room  {n}") for n in range(4)))
     real = repair.write_dataset
 
     def interrupted(samples, *args, **options):
@@ -216,8 +196,8 @@ def test_an_interrupted_copy_is_gone_on_with(tmp_path, check, monkeypatch):
 
 
 @pytest.mark.parametrize(("broken", "status"), [(False, 0), (True, 1)])
-def test_the_command_reports_and_returns_the_verdict(tmp_path, broken, status):
-    write(tmp_path / "set/train", ("a.png", photo(0), "one"), *([("b.png", b"", "two")] if broken else []))
+def test_the_command_reports_and_returns_the_verdict(tmp_path, broken, status, write_split, photo):
+    write_split(tmp_path / "set/train", ("a.png", photo(0), "one"), *([("b.png", b"", "two")] if broken else []))
     before = contents(tmp_path / "set"), os.stat(tmp_path / "set/train").st_mtime_ns
     said = []
     args = AuditArgs(path=str(tmp_path / "set"), resolution="32", html=str(tmp_path / "page.html"), workers=1)

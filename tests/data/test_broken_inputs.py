@@ -112,72 +112,38 @@ def cut(content, share=0.5):
     return content[: int(len(content) * share)]
 
 
-def link_outside(folder):
-    outside = folder.parent / "outside.png"
-    noise().save(outside)
-    (folder / "link.png").symlink_to(outside)
-    return [row("link.png")]
+@dataclass
+class Link:
+    """A link that leads there, from its own folder."""
+
+    target: str
 
 
-def link_inside(folder):
-    noise().save(folder / "target.png")
-    (folder / "link.png").symlink_to("target.png")
-    return [row("link.png"), row("target.png")]
+A_FOLDER = object()
+X_PNG = {"x.png": noise()}
 
 
-def dead_link(folder):
-    (folder / "dead.png").symlink_to("nowhere.png")
-    return [row("dead.png")]
+def files_case(files, *names):
+    """Files {name: image, text, Link or A_FOLDER}, and rows of these names; {folder} is where they stand."""
 
+    def make(folder):
+        for name, content in files.items():
+            if isinstance(content, Image.Image):
+                content.save(folder / name)
+            elif isinstance(content, str):
+                (folder / name).write_text(content)
+            elif content is A_FOLDER:
+                (folder / name).mkdir()
+            else:
+                (folder / name).symlink_to(content.target)
+        return [row(name.format(folder=folder)) for name in names]
 
-def above(folder):
-    noise().save(folder.parent / "above.png")
-    return [row("../above.png")]
-
-
-def absolute_outside(folder):
-    noise().save(folder.parent / "elsewhere.png")
-    return [row(str(folder.parent / "elsewhere.png"))]
-
-
-def absolute_inside(folder):
-    noise().save(folder / "x.png")
-    return [row(str(folder / "x.png"))]
-
-
-def other_machine(folder):
-    noise().save(folder / "x.png")
-    return [row("C:\\Users\\me\\images\\x.png")]
-
-
-def named_folder(folder):
-    (folder / "x.png").mkdir()
-    return [row("x.png")]
-
-
-def not_an_image(folder):
-    (folder / "notes.txt").write_text("no image")
-    return [row("notes.txt")]
-
-
-def unnamed(folder):
-    noise().save(folder / "alone.png")
-    return []
-
-
-def hidden(folder):
-    noise().save(folder / ".hidden.png")
-    return [row(".hidden.png")]
+    return make
 
 
 def twice(folder):
     noise().save(folder / "x.png")
     return [row("x.png", "one"), row("x.png", "two")]
-
-
-def unprintable(folder):
-    noise().save(folder / "a b'\u2028é.png")
-    return [row("a b'\u2028é.png")]
 
 
 def raw_metadata(content):
@@ -194,6 +160,7 @@ SOUND = json.dumps(row("sound.png", "sound")).encode()
 X = json.dumps(row("x.png")).encode()
 LATIN = '{"file_name": "x.png", "text": "ein Hündchen"}'.encode("latin-1")
 
+UNNAMED = files_case({"alone.png": noise()})
 CASES = {
     # images
     "truncated JPEG": (image_case("x.jpg", lambda: cut(encoded(noise((90, 80))))), COUNTED, UNREADABLE),
@@ -227,20 +194,24 @@ CASES = {
     ),
     "one pixel": (image_case("x.png", lambda: encoded(noise((1, 1)), "PNG")), LOADS, (1, 1)),
     # where they lie
-    "link to an image inside": (link_inside, LOADS, (10, 8)),
-    "link out of the folder": (link_outside, COUNTED, OUTSIDE),
-    "link to nothing": (dead_link, COUNTED, "dead_link"),
-    "../ in a name": (above, COUNTED, OUTSIDE),
-    "absolute name, outside": (absolute_outside, COUNTED, OUTSIDE),
-    "absolute name, inside": (absolute_inside, LOADS, (10, 8)),
-    "absolute name of another machine": (other_machine, LOADS, (10, 8)),
+    "link to an image inside": (
+        files_case({"target.png": noise(), "link.png": Link("target.png")}, "link.png", "target.png"), LOADS, (10, 8),
+    ),
+    "link out of the folder": (
+        files_case({"../outside.png": noise(), "link.png": Link("../outside.png")}, "link.png"), COUNTED, OUTSIDE,
+    ),
+    "link to nothing": (files_case({"dead.png": Link("nowhere.png")}, "dead.png"), COUNTED, "dead_link"),
+    "../ in a name": (files_case({"../above.png": noise()}, "../above.png"), COUNTED, OUTSIDE),
+    "absolute name, outside": (files_case({"../beside.png": noise()}, "{folder}/../beside.png"), COUNTED, OUTSIDE),
+    "absolute name, inside": (files_case(X_PNG, "{folder}/x.png"), LOADS, (10, 8)),
+    "absolute name of another machine": (files_case(X_PNG, "C:\\Users\\me\\images\\x.png"), LOADS, (10, 8)),
     "a URL": (row_case(row("https://example.org/x.png")), COUNTED, NOT_THERE),
     "an image that is not there": (row_case(row("gone.png")), COUNTED, NOT_THERE),
-    "a folder named as an image": (named_folder, COUNTED, NOT_THERE),
-    "a file that is no image": (not_an_image, COUNTED, "not_an_image"),
-    "an image without a row": (unnamed, COUNTED, NO_ROW),
-    "a hidden image": (hidden, COUNTED, "hidden"),
-    "a name with a space, a quote, U+2028": (unprintable, LOADS, (10, 8)),
+    "a folder named as an image": (files_case({"x.png": A_FOLDER}, "x.png"), COUNTED, NOT_THERE),
+    "a file that is no image": (files_case({"notes.txt": "no image"}, "notes.txt"), COUNTED, "not_an_image"),
+    "an image without a row": (UNNAMED, COUNTED, NO_ROW),
+    "a hidden image": (files_case({".hidden.png": noise()}, ".hidden.png"), COUNTED, "hidden"),
+    "a space, a quote, U+2028": (files_case({"a b'\u2028é.png": noise()}, "a b'\u2028é.png"), LOADS, (10, 8)),
     # rows
     "two rows of one image": (twice, LOADS, (10, 8)),
     "no file_name": (row_case({"text": "a thing"}), COUNTED, NO_IMAGE),
@@ -250,7 +221,7 @@ CASES = {
     "file_name is a number": (row_case({"file_name": 7, "text": "a thing"}), COUNTED, NO_IMAGE),
     "not JSON": (row_case("{'file_name': 'x.png'}"), COUNTED, NOT_JSON),
     "half a line": (row_case('{"file_name": "x.png", "te'), COUNTED, NOT_JSON),
-    "a list for a row": (row_case(["x.png", "a thing"]), COUNTED, "not_an_object"),
+    "a list for a row": (row_case(["x.png", "a thing"]), COUNTED, NOT_JSON),
     "caption is null": (text_case(None), COUNTED, EMPTY),
     "caption is empty": (text_case(""), COUNTED, EMPTY),
     "caption is blank": (text_case(" \t\n "), COUNTED, EMPTY),
@@ -323,7 +294,7 @@ def test_every_broken_thing_has_its_outcome(make, outcome, expected, tmp_path, t
     rows_told = {one.origin for one in found.rows}
     for place in lines:
         assert place in rows_told or place in told, f"{place} has vanished"
-    assert ("sound.png" in trained) == (expected != NO_ROW or make is unnamed)
+    assert ("sound.png" in trained) == (expected != NO_ROW or make is UNNAMED)
 
 
 # In one folder, what lies outside of a case's own folder is inside of the whole; and no metadata is no row at all.

@@ -344,7 +344,9 @@ def test_a_folder_that_cannot_be_read_says_why(tmp_path, lay, files, message):
         read(lay(tmp_path / "nothing", files))
 
 
-@pytest.mark.parametrize(("name", "advice"), [("shard.tar", "name a folder"), ("set.zip", "unpack it")])
+@pytest.mark.parametrize(
+    ("name", "advice"), [("a.jpg", "name a folder"), ("shard.tar", "--streaming"), ("set.zip", "unpack it")]
+)
 def test_a_file_in_place_of_a_folder_says_what_to_name(tmp_path, lay, name, advice):
     with pytest.raises(DatasetError, match=advice):
         read(lay(tmp_path, {name: "x"}) / name)

@@ -1,18 +1,15 @@
-"""FID and KID from image files to figure are those of torch-fidelity's command and of pytorch-fid, same weights."""
+"""FID and KID from image files to figure are those of torch-fidelity and of pytorch-fid, same weights."""
 
-import json
-import subprocess
-import sys
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
-import torch
+import torch_fidelity
 from PIL import Image
 from pytorch_fid import fid_score
 from pytorch_fid import inception as pytorch_fid_inception
-from safetensors.torch import save_file
-from torch_fidelity import feature_extractor_inceptionv3 as torch_fidelity_inception
+from safetensors.torch import load_file
 
 from finetuning.evaluation.generation import Row
 from finetuning.evaluation.measuring import EvalNetworkArgs, measure, open_networks, summarise
@@ -21,25 +18,6 @@ pytestmark = pytest.mark.run
 
 COUNT, SIDE = 8, 64
 SAME = pytest.approx
-
-
-@pytest.fixture(scope="session")
-def inception_file(tmp_path_factory):
-    """Random weights under torch-fidelity's keys that neither let the features vanish nor explode."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_fidelity_inception, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(torch_fidelity_inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        network = torch_fidelity_inception.FeatureExtractorInceptionV3("random", ["2048"])
-    torch.manual_seed(0)
-    for weights in network.parameters():
-        if weights.dim() > 1:
-            torch.nn.init.kaiming_normal_(weights, nonlinearity="relu")
-    # torch-fidelity's kernels are float32: large features keep a KID of some size out of their rounding
-    network.Conv2d_1a_3x3.conv.weight.data *= 4
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(network.state_dict(), path)  # for the peer
-    save_file(network.state_dict(), path.with_suffix(".safetensors"))
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -56,42 +34,35 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def figures(folders, inception_file):
+def figures(folders, metric_weights):
     """{"fid": ..., "kid": ...} of the drawn folder against the truth, by this project from files to summary."""
+    weights = str(metric_weights / "inception.safetensors")
+    args = EvalNetworkArgs(metrics=["kid", "fid"], inception_weights=weights)
+    opened = open_networks(args)
 
     @cache
     def of(protocol, drawn="drawn"):
         rows = [Row(number, f"image {number}", folders["truth"] / f"{number:05d}.png") for number in range(COUNT)]
         images = {"model": {row.number: folders[drawn] / row.image.name for row in rows}}
-        args = EvalNetworkArgs(
-            metrics=["kid", "fid"], protocol=protocol, inception_weights=str(inception_file.with_suffix(".safetensors"))
-        )
-        summary = summarise(measure(rows, images, open_networks(args), args))["summary"]
+        summary = summarise(measure(rows, images, opened, replace(args, protocol=protocol)))["summary"]
         return {metric: by_side[str(SIDE)]["model"]["value"] for metric, by_side in summary.items()}
 
     return of
 
 
-@pytest.fixture(scope="session")
-def torch_fidelity_says(folders, inception_file):
-    """What torch-fidelity's own command prints for the same folders and weights, KID over all images at once."""
-    command = [sys.executable, "-m", "torch_fidelity.fidelity", "--cpu", "--json", "--silent"]
-    command += ["--input1", folders["drawn"], "--input2", folders["truth"], "--fid", "--kid", "--no-cache"]
-    command += ["--kid-subsets", "1", "--kid-subset-size", str(COUNT), "--batch-size", str(COUNT)]
-    command += ["--feature-extractor-weights-path", inception_file]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_fid_and_kid_are_those_of_torch_fidelitys_command(figures, torch_fidelity_says):
+def test_fid_and_kid_are_torch_fidelitys(figures, folders, metric_weights):
+    wanted = torch_fidelity.calculate_metrics(
+        input1=str(folders["drawn"]), input2=str(folders["truth"]), fid=True, kid=True, kid_subsets=1, cache=False,
+        kid_subset_size=COUNT, batch_size=COUNT, cuda=False, verbose=False, samples_find_deep=False,
+        feature_extractor_weights_path=str(metric_weights / "inception.pth"),
+    )  # fmt: skip
     found = figures("tf")
-    assert found["fid"] == SAME(torch_fidelity_says["frechet_inception_distance"], rel=1e-5)
-    assert found["kid"] == SAME(torch_fidelity_says["kernel_inception_distance_mean"], rel=1e-5)
+    assert found["fid"] == SAME(wanted["frechet_inception_distance"], rel=1e-5)
+    assert found["kid"] == SAME(wanted["kernel_inception_distance_mean"], rel=1e-5)
 
 
-def test_legacy_fid_is_pytorch_fids(figures, folders, inception_file, monkeypatch):
-    load = lambda *_, **__: torch.load(inception_file, weights_only=True)
+def test_legacy_fid_is_pytorch_fids(figures, folders, metric_weights, monkeypatch):
+    load = lambda *_, **__: load_file(metric_weights / "inception.safetensors")
     monkeypatch.setattr(pytorch_fid_inception, "load_state_dict_from_url", load)
     network = pytorch_fid_inception.InceptionV3()
     sets = [

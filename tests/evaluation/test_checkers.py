@@ -69,20 +69,14 @@ def test_another_content_is_another_checker(written):
     assert first == same and first["checker"] == other["checker"] and first["sha256"] != other["sha256"]
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("1 / 0", "ZeroDivisionError"),
-        ("import nothing_of_this_name", "nothing_of_this_name"),
-        ("", "METRICS"),
-        ("", "scores(image, caption)"),
-        (REDNESS.replace('"red": Metric', '"fid": Metric'), "'fid'"),
-        (REDNESS.replace('"learned"', '"new"'), "'new'"),
-        (REDNESS.replace('role="learned"', 'better="lower", role="learned"'), "higher must be better"),
-        (REDNESS.replace('role="learned"', 'per="set"'), "per, network and needs_truth"),
-        (REDNESS.replace("}\n", ', "b": Metric("b", "b", role="learned")}\n', 1), "2 metrics with the role learned"),
-    ],
-)
+@pytest.mark.parametrize(("text", "words"), [
+    ("1 / 0", "ZeroDivisionError"), ("import nothing_of_this_name", "nothing_of_this_name"), ("", "METRICS"),
+    ("", "scores(image, caption)"), (REDNESS.replace('"red": Metric', '"fid": Metric'), "'fid'"),
+    (REDNESS.replace('"learned"', '"new"'), "'new'"),
+    (REDNESS.replace('role="learned"', 'better="lower", role="learned"'), "higher must be better"),
+    (REDNESS.replace('role="learned"', 'per="set"'), "per, network and needs_truth"),
+    (REDNESS.replace("}\n", ', "b": Metric("b", "b", role="learned")}\n', 1), "2 metrics with the role learned"),
+])  # fmt: skip
 def test_what_is_wrong_with_a_module_is_said(text, words, written):
     with pytest.raises(EvaluationError) as problem:
         load_checker(written(text))

@@ -52,9 +52,6 @@ def silence(model):
             parameter.zero_()
 
 
-# -- the loss --------------------------------------------------------------------------------------------------------
-
-
 def test_every_row_has_its_loss_by_hand(model, losses_of):
     """A denoiser that answers 0 leaves the mean square of each row's noise."""
     silence(model)
@@ -114,9 +111,6 @@ def test_rows_are_drawn_once_each_and_with_the_seed():
     chosen = chosen_rows(100, 10, seed=0)
     assert len(set(chosen)) == 10 and chosen == sorted(chosen) != chosen_rows(100, 10, seed=1)
     assert chosen_rows(3, 10, seed=0) == [0, 1, 2]
-
-
-# -- the rows --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("split", "below", "count"), [
@@ -179,9 +173,3 @@ def test_what_is_worth_knowing_is_said(model, copied):
         file.write('{"file_name": "00002.png", "text": "the same image once more"}\n')
     load_rows(copied, model.tokenize, (32, 32), say=told.append)
     assert len(told) == 1 and "named by more than one row" in told[0]
-
-
-def test_a_model_that_differs_is_told_apart_row_by_row(model, losses_of):
-    base = losses_of()
-    silence(model)
-    assert ((losses_of() - base).abs() > 1e-6).all()

@@ -9,17 +9,12 @@ import pytest
 from PIL import Image
 
 from finetuning.cli import read
-from finetuning.evaluation import networks
 from finetuning.evaluation.checkers import load_checker
 from finetuning.evaluation.denoising import PipelineLoss, load_rows, row_losses
-from finetuning.evaluation.forgetting import (
-    ForgettingArgs,
-    forgetting,
-)
+from finetuning.evaluation.forgetting import ForgettingArgs, forgetting
 from finetuning.evaluation.generation import Row, general_rows
 from finetuning.evaluation.measuring import EvalNetworkArgs, Networks
 from finetuning.evaluation.metrics import EvaluationError
-from finetuning.evaluation.networks import Weights
 from finetuning.evaluation.retention import RETENTION_MEASURES, learned_and_kept, ratio_of_means, retention_measure
 from finetuning.evaluation.words import note
 from finetuning.families.model import load_model
@@ -28,17 +23,8 @@ from finetuning.families.pipelines import open_pipeline
 from finetuning.shapes.drawing import draw
 from finetuning.shapes.scenes import parse
 
-CAPTIONS = [
-    "a small red circle on a white background",
-    "a large blue square on a white background",
-    "a large green star on a black background",
-    "a small purple cross on a white background",
-]
 SHAPES = load_checker("finetuning.shapes.checker")
 NOISE_FLOOR = "original, seed 2"
-
-
-# -- the two numbers -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("by", ["checker", *RETENTION_MEASURES])
@@ -93,9 +79,6 @@ def test_a_ratio_needs_something_to_be_a_share_of():
         ratio_of_means([1, 1, 1], [1, 1])
 
 
-# -- the loss --------------------------------------------------------------------------------------------------------
-
-
 def test_a_pipeline_has_the_loss_of_its_model(tiny_model, shapes_folder):
     model = load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0)
     pipeline = open_pipeline(tiny_model, scheduler="dpm++")
@@ -112,46 +95,14 @@ def test_a_pipeline_has_the_loss_of_its_model(tiny_model, shapes_folder):
     assert not np.isclose(other, found).any()
 
 
-# -- the report's part -----------------------------------------------------------------------------------------------
-
-
-class BrightnessClip:
-    """Stands in for ClipScorer: an image is an angle, from 0 for black to a right angle for white; so is a caption."""
-
-    truncated = 0
-
-    def images(self, images):
-        return self._vectors([np.asarray(image).mean() / 255 for image in images])
-
-    def texts(self, captions):
-        return self._vectors([0.0] * len(captions))
-
-    def _vectors(self, shares):
-        angles = np.array(shares) * np.pi / 2
-        return np.stack([np.cos(angles), np.sin(angles)], axis=1)
-
-
-def brightness(path):
-    return np.asarray(Image.open(path)).mean() / 255
-
-
 @pytest.fixture
-def opened(monkeypatch):
-    """Networks that cost nothing: LPIPS is the difference in brightness."""
-    difference = lambda network, a, b: np.array([abs(np.mean(x) - np.mean(y)) / 255 for x, y in zip(a, b, strict=True)])
-    monkeypatch.setattr(networks, "lpips_of", difference)
-    weights = lambda name: Weights(name, f"{name}.pth", "0" * 64, True)
-    return Networks({"lpips": (None, weights("lpips")), "clip": (BrightnessClip(), weights("clip"))}, {}, SHAPES)
-
-
-@pytest.fixture
-def general(tmp_path):
+def general(tmp_path, captions):
     """General prompts of the shapes world, and what three models drew: the tuned one has two of four wrong."""
-    rows = [Row(number, caption, None, "ab"[number % 2]) for number, caption in enumerate(CAPTIONS)]
+    rows = [Row(number, caption, None, "ab"[number % 2]) for number, caption in enumerate(captions)]
     images = {label: {} for label in ("original", "tuned", NOISE_FLOOR)}
     for label, drawn in images.items():
         for row in rows:
-            caption = CAPTIONS[0] if label == "tuned" and row.number in (1, 2) else row.caption
+            caption = captions[0] if label == "tuned" and row.number in (1, 2) else row.caption
             drawn[row.number] = tmp_path / f"{label}-{row.number}.png"
             draw(parse(caption), 7 if label == NOISE_FLOOR else 3).save(drawn[row.number])
     return rows, images
@@ -192,7 +143,7 @@ def test_the_shapes_world_is_judged_by_its_own_eyes(general, opened, args):
     assert found["all"]["loss"]["kept"]["tuned"]["value"] == pytest.approx(0.8)
 
 
-def test_drift_is_measured_from_the_originals_image(general, opened, args, tmp_path):
+def test_drift_is_measured_from_the_originals_image(general, opened, args, brightness, tmp_path):
     rows, images = general
     found = forgetting(rows, images, opened, args, folder=tmp_path)
     assert list(found["summary"]) == ["shapes", "clip_score", "drift_clip", "drift_lpips"]
@@ -205,7 +156,7 @@ def test_drift_is_measured_from_the_originals_image(general, opened, args, tmp_p
     assert "original" not in found["summary"]["drift_lpips"] and "original" in found["summary"]["clip_score"]
     assert found["summary"]["shapes"]["tuned"]["value"] == 0.5
     record = found["prompts"][1]
-    assert (record["row"], record["caption"], record["category"]) == (1, CAPTIONS[1], "b")
+    assert (record["row"], record["caption"], record["category"]) == (1, rows[1].caption, "b")
     assert record["images"]["tuned"] == "tuned-1.png"
     assert set(record["values"]["clip_score"]) == {"original", "tuned", NOISE_FLOOR}
 
@@ -220,7 +171,7 @@ def test_what_was_kept_needs_nothing_of_the_dataset_and_drift_stands_alone(gener
     assert list(found["summary"]) == ["drift_lpips"]
 
 
-def test_other_captions_are_judged_by_clip_and_without_it_by_the_loss(general, opened, args):
+def test_other_captions_are_judged_by_clip_and_without_it_by_the_loss(general, opened, args, brightness):
     rows, images = general
     rows = [replace(row, caption=f"a cat, {row.number}") for row in rows]
     found = forgetting(rows, images, opened, args, dataset=measured_of(clip_score=SCORES), losses=LOSSES)
@@ -266,9 +217,6 @@ def test_a_prompt_without_its_image_is_named(general, opened, args):
     del images["original"][2]
     with pytest.raises(EvaluationError, match="original: no image for 1 of 4 captions: rows 2"):
         forgetting(rows, images, opened, args)
-
-
-# -- flags -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -35,15 +35,10 @@ def test_cells_stand_in_rows_and_columns_a_gap_apart():
     assert box(sheet, BLUE) == (left, top + 30 + GAP, left + 40, top + 60 + GAP)
 
 
-def test_the_first_cell_may_be_empty():
-    sheet = labelled_grid([[None, plain(RED)]], [], [])
-    assert box(sheet, RED) == (GAP + 40 + GAP, 2 * GAP, GAP + 80 + GAP, 2 * GAP + 30)
-
-
-def test_rows_may_be_of_different_lengths():
-    sheet = labelled_grid([[plain(RED)], [plain(GREEN), plain(BLUE)]], [], [])
+def test_cells_may_be_empty_and_rows_of_different_lengths():
+    sheet = labelled_grid([[None, plain(RED)], [plain(BLUE)]], [], [])
     assert sheet.width == GAP + 2 * (40 + GAP)
-    assert box(sheet, BLUE)[0] == GAP + 40 + GAP
+    assert box(sheet, RED) == (GAP + 40 + GAP, 2 * GAP, GAP + 80 + GAP, 2 * GAP + 30) and box(sheet, BLUE)[0] == GAP
 
 
 @pytest.mark.parametrize(("scale_to", "side"), [(None, 8), (8, 8), (20, 16), (32, 32), (33, 32)])

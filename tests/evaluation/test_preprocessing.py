@@ -5,9 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from finetuning.data.images import UnreadableImage
 from finetuning.evaluation.metrics import EvaluationError
-from finetuning.evaluation.preprocessing import ImageFiles, matched, network_input, read_images
+from finetuning.evaluation.preprocessing import matched, network_input, read_images
 
 
 def noise(width, height, seed=0):
@@ -43,9 +42,6 @@ def broken(tmp_path):
     return [tmp_path / name for name in ("empty.png", "text.jpg", "half.png", "nan.tiff", "missing.png")]
 
 
-# -- matched ---------------------------------------------------------------------------------------------------------
-
-
 def test_an_image_that_fits_is_left_as_it_is():
     image = noise(48, 48)
     assert np.array_equal(matched(image, 48), image)
@@ -72,9 +68,6 @@ def test_reducing_is_antialiased():
     assert np.abs(np.asarray(matched(checkers, 32), float) - 127.5).max() < 4
 
 
-# -- protocols -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("side", [24, 299, 330])
 def test_clean_is_pils_bicubic_on_float_channels(side):
     image = edges(side) if side == 24 else noise(side, side)
@@ -85,58 +78,12 @@ def test_clean_is_pils_bicubic_on_float_channels(side):
     np.testing.assert_allclose(given[0].numpy(), wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("protocol", "scaled"),
-    [
-        ("clean", lambda x: (x - 128) / 128),
-        ("tf", lambda x: (x - 128) / 128),
-        ("legacy", lambda x: x / 127.5 - 1),
-    ],
-)
-def test_values_are_scaled_as_the_tools_do(protocol, scaled):
-    pixels = np.asarray(noise(299, 299))
-    wanted = scaled(pixels.astype(np.float64)).transpose(2, 0, 1)
-    np.testing.assert_allclose(network_input([pixels], protocol)[0].numpy(), wanted, atol=1e-6)
-
-
-def test_legacy_reads_between_pixel_centres_without_antialiasing():
-    """Output pixel i lies at (i + 0.5) side / 299 - 0.5 of the input, between two neighbours."""
-    side = 700
-    row = np.random.default_rng(0).integers(0, 256, side)
-    image = np.broadcast_to(row[None, :, None], (side, side, 3)).astype(np.uint8)
-    place = (np.arange(299) + 0.5) * side / 299 - 0.5
-    wanted = np.interp(place, np.arange(side), row) / 127.5 - 1
-    np.testing.assert_allclose(network_input([image], "legacy")[0, 1, 5].numpy(), wanted, atol=1e-3)
-
-
-def test_an_unknown_protocol_is_named():
-    with pytest.raises(EvaluationError, match="no protocol dirty, only clean, legacy, tf"):
-        network_input([noise(8, 8)], "dirty")
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
-
-
-def test_files_are_read_as_matched_arrays(folder):
-    paths = sorted(folder.iterdir())
-    files = ImageFiles(paths, 32)
-    assert len(files) == 5
-    for path, pixels in zip(paths, files, strict=True):
-        assert pixels.dtype == np.uint8 and pixels.shape == (32, 32, 3)
-        assert np.array_equal(pixels, matched(Image.open(path), 32))
-
-
-def test_a_broken_file_stands_in_its_place(broken):
-    for path, item in zip(broken, ImageFiles(broken, 32), strict=True):
-        assert isinstance(item, UnreadableImage) and path.name in str(item)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_come_in_batches_and_in_order(folder, workers):
+def test_images_come_matched_in_batches_and_in_order(folder, workers):
     paths = sorted(folder.iterdir())
     batches = list(read_images(paths, 32, 2, workers, make=np.stack))
-    assert [len(batch) for batch in batches] == [2, 2, 1]
-    assert np.array_equal(np.concatenate(batches), np.stack(list(ImageFiles(paths, 32))))
+    assert [len(batch) for batch in batches] == [2, 2, 1] and batches[0].dtype == np.uint8
+    assert np.array_equal(np.concatenate(batches), np.stack([matched(Image.open(path), 32) for path in paths]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -148,10 +95,3 @@ def test_every_broken_image_is_named_at_once(folder, broken, workers):
         next(read)
     assert all(path.name in str(problem.value) for path in broken)
     assert not any(path.name in str(problem.value).replace("half.png", "") for path in good)
-
-
-def test_nothing_is_yielded_after_a_broken_image(folder, broken):
-    seen = []
-    with pytest.raises(EvaluationError):
-        seen.extend(read_images([broken[0], *sorted(folder.iterdir())], 32, 1, 0))
-    assert seen == []

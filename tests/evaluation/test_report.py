@@ -51,7 +51,7 @@ def around(value, room, n, **more):
     return {"value": value, "low": value - room, "high": value + room, "n": n, **more}
 
 
-def example(folder, count=24, drawn=True):
+def example(folder, count=12, drawn=True):
     """A report as evaluate_model.py makes it, on scenes of the shapes world, with its images in `folder`."""
     rng = random.Random(7)
     values_of = lambda name, means, spread: {
@@ -312,16 +312,16 @@ def test_the_metrics_stand_in_the_summary_with_interval_n_and_mark(shown):
     assert "not comparable" in heads[-1] and "not comparable" in heads[-2] and "not comparable" not in heads[0]
     assert all(TABLE[name]["means"] in " ".join(heads) for name in report["summary"])
     kid = next(index for index, line in enumerate(lines) if len(line) == 1 and line[0].startswith("KID"))
-    assert lines[kid + 1] == ["original", "0.214 0.197 to 0.231", "24", "", "", "reference"]
+    assert lines[kid + 1] == ["original", "0.214 0.197 to 0.231", "12", "", "", "reference"]
     assert lines[kid + 2] == [
         "original, seed 2",
         "0.209 0.192 to 0.226",
-        "24",
+        "12",
         "-0.005 -0.022 to +0.012",
         "",
         "noise floor",
     ]
-    assert lines[kid + 3] == ["tuned", "0.038 0.021 to 0.055", "24", "-0.176 -0.193 to -0.159", "", "✓ better"]
+    assert lines[kid + 3] == ["tuned", "0.038 0.021 to 0.055", "12", "-0.176 -0.193 to -0.159", "", "✓ better"]
     assert text.count('class="forest"') == 3 * len(report["summary"])
     ends = re.findall(r'class="bar" x1="([^"]*)" y1="15" x2="([^"]*)"', text)
     assert all(6 <= float(end) <= 194 for pair in ends for end in pair)  # those of a metric share a scale
@@ -372,7 +372,7 @@ def test_all_that_makes_it_again_is_on_the_page(shown, read_page):
 def test_learned_kept_and_categories_are_tables(shown):
     report, _, text = shown
     assert cells(text, "<h2>Learned and kept</h2>")[1] == [
-        "tuned", "0.930 0.880 to 0.980 n 24", "0.810 0.740 to 0.880 n 9",
+        "tuned", "0.930 0.880 to 0.980 n 12", "0.810 0.740 to 0.880 n 9",
     ]  # fmt: skip
     lines = cells(text, "CLIP score by category</h3>")
     assert lines[0] == ["category", "n", *LABELS] and [line[0] for line in lines[1:]] == list(CATEGORIES)
@@ -441,10 +441,7 @@ def test_every_row_stands_in_the_table_with_its_values(shown):
     assert len(lines) == len(report["rows"])
     for line, row in zip(lines, report["rows"], strict=True):
         values = [float(value) if value else None for value in re.findall(r'data-value="([^"]*)"', line)]
-        assert values == [
-            row["row"],
-            *(row["values"][m][label] for label in LABELS for m in TABLE if m in ROW_METRICS),
-        ]
+        assert values == [row["row"], *(row["values"][m][label] for label in LABELS for m in TABLE if m in ROW_METRICS)]
         assert row["caption"] in line and line.count("<img") == 1 + len(LABELS)
 
 

@@ -1,6 +1,5 @@
 """FID, KID and their intervals: known answers, other programs' answers, and how often an interval holds the truth."""
 
-import inspect
 import math
 from functools import partial
 
@@ -19,7 +18,6 @@ from finetuning.evaluation.statistics import (
     frechet_influence,
     kernel_influence,
     mean_of,
-    paired_difference,
     resampled_means,
     set_difference,
     set_estimate,
@@ -78,17 +76,6 @@ def test_frechet_is_torch_fidelitys(size):
     assert frechet(a, b) == pytest.approx(fid_statistics_to_metric(*theirs, False)[KEY_METRIC_FID], rel=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_frechet_is_pytorch_fids():
-    if "disp" not in inspect.signature(sqrtm).parameters:
-        pytest.skip("pytorch-fid calls sqrtm as SciPy below 1.18 has it")
-    from pytorch_fid.fid_score import calculate_frechet_distance
-
-    a, b = pair(60, 25, 8)
-    moments = [moment for one in (a, b) for moment in (one.mean(0), np.cov(one, rowvar=False))]
-    assert frechet(a, b) == pytest.approx(calculate_frechet_distance(*moments), rel=1e-6)
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_frechet_is_symmetric_and_turns_moves_and_scales_with_the_features(size):
     a, b = pair(*size)
@@ -117,16 +104,9 @@ def test_kernel_distance_is_torch_fidelitys_over_the_full_set():
 
     a, b = pair(30, 30, 12)
     theirs = kid_features_to_metric(
-        *map(torch.from_numpy, (a, b)),
-        kid_subsets=1,
-        kid_subset_size=30,
-        kid_kernel="poly",
-        kid_kernel_poly_degree=3,
-        kid_kernel_poly_gamma=None,
-        kid_kernel_poly_coef0=1,
-        rng_seed=0,
-        verbose=False,
-    )
+        *map(torch.from_numpy, (a, b)), kid_subsets=1, kid_subset_size=30, kid_kernel="poly", kid_kernel_poly_degree=3,
+        kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1, rng_seed=0, verbose=False,
+    )  # fmt: skip
     assert kernel_distance(a, b) == pytest.approx(theirs[KEY_METRIC_KID_MEAN], rel=1e-10)
 
 
@@ -191,7 +171,7 @@ def test_influence_of_more_features_than_images_is_what_weights_change():
 # -- intervals -------------------------------------------------------------------------------------------------------
 
 
-def coverage(draw, estimate, expected, rounds=200):
+def coverage(draw, estimate, expected, rounds=100):
     """(share of the intervals that hold the expected value, their mean width)."""
     found = [estimate(*draw(seed)) for seed in range(1000, 1000 + rounds)]
     assert all(one.low <= one.value <= one.high for one in found)
@@ -210,7 +190,7 @@ WORLDS = {
     "few images": (24, 64, 1, 0.5),
     "ten images": (10, 64, 1, 0.5),
     "equal sets": (24, 64, 1, 0),
-    "equal sets, many images": (200, 6, 0, 0),
+    "equal sets, many images": (100, 6, 0, 0),
 }
 
 
@@ -231,7 +211,7 @@ def world(request):
 @pytest.mark.usefixtures("few_rounds")
 def test_interval_of_95_percent_holds_the_expected_figure(world, distance, estimate):
     """The expectation of the figure at this number of images."""
-    figures = [distance(*world(seed)) for seed in range(1000)]
+    figures = [distance(*world(seed)) for seed in range(400)]
     held, width = coverage(world, estimate, np.mean(figures))
     needed = np.subtract(*np.quantile(figures, (0.975, 0.025)))
     print(f"{distance.__name__}: {held:.3f} held, {width / needed:.2f} of the width needed")
@@ -242,9 +222,9 @@ def test_interval_of_95_percent_holds_the_expected_figure(world, distance, estim
 def test_resampling_the_images_themselves_would_put_fid_too_high():
     """Why the influences are resampled: percentiles over repeated images hold the figure almost never."""
     draw = lambda seed: (normal(24, 64, seed=2 * seed), normal(24, 64, seed=2 * seed + 1))
-    expected = np.mean([frechet(*draw(seed)) for seed in range(300)])
+    expected = np.mean([frechet(*draw(seed)) for seed in range(100)])
     held, above = [], []
-    for seed in range(1000, 1040):
+    for seed in range(1000, 1020):
         a, b = draw(seed)
         drawn = np.random.default_rng(seed).integers(24, size=(60, 2, 24))
         resampled = [frechet(a[one], b[other]) for one, other in drawn]
@@ -267,7 +247,7 @@ def test_difference_of_equal_models_rarely_excludes_zero_and_of_unequal_ones_doe
         truth = normal(50, 10, seed=seed + 10**6) if longer_truth else captions + 0.5 * true
         return captions + 0.5 * own + shift, captions + 0.5 * other, truth
 
-    equal = [difference(*draw(seed, 0)) for seed in range(200)]
+    equal = [difference(*draw(seed, 0)) for seed in range(100)]
     assert np.mean([one.excludes_zero for one in equal]) < 0.1
     shifted = [difference(*draw(seed, 1)) for seed in range(20)]
     assert np.mean([one.excludes_zero and one.value > 0 for one in shifted]) > 0.9
@@ -296,8 +276,8 @@ def test_difference_to_itself_is_exactly_0():
 @pytest.mark.parametrize("rows", [5, 10, 100])
 @pytest.mark.usefixtures("few_rounds")
 def test_interval_of_a_mean_is_as_wide_as_students_and_holds_it(rows):
-    held, width = coverage(lambda seed: [normal(rows, seed=seed)], mean_of, 0, rounds=300)
-    exact = np.mean([2 * t.ppf(0.975, rows - 1) * normal(rows, seed=s).std(ddof=1) for s in range(1000, 1300)])
+    held, width = coverage(lambda seed: [normal(rows, seed=seed)], mean_of, 0, rounds=150)
+    exact = np.mean([2 * t.ppf(0.975, rows - 1) * normal(rows, seed=s).std(ddof=1) for s in range(1000, 1150)])
     assert width == pytest.approx(exact / math.sqrt(rows), rel=0.15)
     assert held > 0.91
 
@@ -307,16 +287,6 @@ def test_mean_of_rows():
     assert (found.value, found.n) == (0.6, 100)
     assert 0.45 < found.low < 0.55 and 0.65 < found.high < 0.75
     assert mean_of(torch.ones(7)) == Estimate(1, 1, 1, 7)
-
-
-def test_paired_difference_sees_what_two_means_hide():
-    base = 10 * normal(50)
-    tuned = base + 0.2 + 0.1 * normal(50, seed=1)
-    found = paired_difference(tuned, base)
-    assert found.value == pytest.approx(np.mean(tuned) - np.mean(base))
-    assert found.excludes_zero and found.low > 0.1 and found.high < 0.3
-    assert paired_difference(base, tuned).excludes_zero
-    assert not paired_difference(tuned, normal(50, seed=2) * 10).excludes_zero
 
 
 def test_draws_are_the_same_every_time_and_leave_numpys_own_alone(monkeypatch):
@@ -374,23 +344,13 @@ def test_all_series_are_resampled_with_the_same_rows():
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("made", "said"),
-    [
-        (lambda: frechet(np.full((3, 2), np.nan), [[1, 2], [np.inf, 3]]), "a has .* rows 0, 1, 2\nb has .* rows 1"),
-        (lambda: kernel_distance(np.full((30, 2), np.nan), normal(5, 2)), "rows 0, 1, 2, .* 8, 9 and 20 more"),
-        (lambda: frechet_estimate(normal(1, 4), normal(5, 4)), "a has 1 images: .* takes 2 at least"),
-        (lambda: kernel_estimate(normal(5, 4), normal(5, 3)), "one width, not a 4, b 3"),
-        (lambda: frechet(normal(5), normal(5, 3)), r"a must be \[images, features\], not \[5\]"),
-        (lambda: frechet_difference(normal(5, 3), normal(4, 3), normal(5, 3)), "a has 5 images and b 4: .* paired"),
-        (lambda: frechet_bias(normal(3, 3), normal(9, 3)), "takes 4 images at least"),
-        (lambda: mean_of([1.0]), "values has 1 rows: .* takes 2 at least"),
-        (lambda: mean_of([]), "values has 0 rows"),
-        (lambda: mean_of(np.array([1, np.nan, 2, np.inf])), "not finite numbers in rows 1, 3"),
-        (lambda: mean_of(normal(3, 3)), r"values must be \[rows\], not \[3, 3\]"),
-        (lambda: paired_difference([1, 2], [1, 2, 3]), "a has 2 rows and b has 3 rows: they must pair"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("made", "said"), [
+    (lambda: frechet(np.full((3, 2), np.nan), [[1, 2], [np.inf, 3]]), "a has .* rows 0, 1, 2\nb has .* rows 1"),
+    (lambda: kernel_distance(np.full((30, 2), np.nan), normal(5, 2)), "rows 0, 1, 2, .* 8, 9 and 20 more"),
+    (lambda: frechet_estimate(normal(1, 4), normal(5, 4)), "a has 1 images: .* takes 2 at least"),
+    (lambda: mean_of([1.0]), "values has 1 rows: .* takes 2 at least"), (lambda: mean_of([]), "values has 0 rows"),
+    (lambda: mean_of(np.array([1, np.nan, 2, np.inf])), "not finite numbers in rows 1, 3"),
+])  # fmt: skip
 def test_bad_input_is_named(made, said):
     with pytest.raises(EvaluationError, match=f"(?s){said}"):
         made()

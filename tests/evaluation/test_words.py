@@ -179,18 +179,15 @@ def test_better_and_worse_beyond_the_noise_and_within_it_are_told_apart(report, 
     )
 
 
-@pytest.mark.parametrize(
-    ("figures", "said"),
-    [
-        ({"style": 0.9}, "has learned:"), ({"style": 0.1}, "has become worse:"),
-        ({"style": 0.9, "shapes": 0.1}, "has learned, but not in everything:"),
-        ({"style": 0.501}, "has not measurably learned: in chalk style any difference may be chance."),
-        ({"style": 0.56}, "has not measurably learned: it is better in chalk style (0.560 against 0.500), but no more"),
-        ({"style": 0.44}, "has not measurably learned: it is worse in chalk style (0.440 against 0.500), but no more"),
-        ({"style": 0.9, "shapes": 0.44}, "has learned: it is better"),
-        ({"kid": 0.1}, "has learned: it is better in KID (0.100 against 0.500)"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("figures", "said"), [
+    ({"style": 0.9}, "has learned:"), ({"style": 0.1}, "has become worse:"),
+    ({"style": 0.9, "shapes": 0.1}, "has learned, but not in everything:"),
+    ({"style": 0.501}, "has not measurably learned: in chalk style any difference may be chance."),
+    ({"style": 0.56}, "has not measurably learned: it is better in chalk style (0.560 against 0.500), but no more"),
+    ({"style": 0.44}, "has not measurably learned: it is worse in chalk style (0.440 against 0.500), but no more"),
+    ({"style": 0.9, "shapes": 0.44}, "has learned: it is better"),
+    ({"kid": 0.1}, "has learned: it is better in KID (0.100 against 0.500)"),
+])  # fmt: skip
 def test_what_is_within_the_noise_is_not_learned(report, compare, figures, said):
     for metric, value in figures.items():
         compare(metric, 0.5, noise=(0.5, 0.1), tuned=(value, 0.05))
@@ -225,16 +222,13 @@ def test_a_drift_alone_is_said_and_where_nothing_was_measured_what_helps(report)
     assert "LPIPS drift 0.30 (0.20 to 0.40)" in tuned and "CLIP" not in tuned and "--retain_dataset" in merged
 
 
-@pytest.mark.parametrize(
-    ("kept", "told"),
-    [
-        (around(0.9, 0.05), "It has forgotten:"),
-        (around(0.9, 0.2), "Whether it has forgotten anything is not clear:"),
-        (around(1.2, 0.1), "It has forgotten nothing that was measured:"),
-        (around(1.0, 0.0), "It has forgotten nothing that was measured:"),
-        ({"value": 0.5, "low": None, "high": None, "n": 1}, "Whether it has forgotten anything is not clear:"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("kept", "told"), [
+    (around(0.9, 0.05), "It has forgotten:"),
+    (around(0.9, 0.2), "Whether it has forgotten anything is not clear:"),
+    (around(1.2, 0.1), "It has forgotten nothing that was measured:"),
+    (around(1.0, 0.0), "It has forgotten nothing that was measured:"),
+    ({"value": 0.5, "low": None, "high": None, "n": 1}, "Whether it has forgotten anything is not clear:"),
+])  # fmt: skip
 def test_that_it_has_forgotten_is_said_by_the_interval(report, kept, told):
     report["forgetting"] = {"by": "checker", "retained_metric": "shapes", "kept": {"tuned": kept}}
     assert f" {told} on the general" in verdict(report)[0]

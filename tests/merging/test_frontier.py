@@ -25,9 +25,6 @@ def rows_of(learned, retained, noise=0.0, rows=(40, 60)):
     ]
 
 
-# -- the knee --------------------------------------------------------------------------------------------------------
-
-
 def test_ends_are_the_corners_of_the_normalised_frontier():
     learned, retained = normalised(RATIOS, *ROUND)
     assert learned == pytest.approx(RATIOS) and retained == pytest.approx(1 - RATIOS**3)
@@ -54,16 +51,11 @@ def test_straight_or_hollow_frontier_has_no_knee_and_says_so(frontier):
     assert "no ratio lies above the straight line" in found.sentence
 
 
-@pytest.mark.parametrize(
-    ("learned", "retained", "said"),
-    [
-        ([1.0, 2.0, 1.0], [3.0, 2.0, 1.0], "learned nothing"),
-        ([1.0, 2.0, 0.5], [3.0, 2.0, 1.0], "learned nothing"),
-        ([1.0, 2.0, 3.0], [3.0, 2.0, 3.0], "forgotten nothing"),
-        ([1.0, 2.0, 3.0], [3.0, 2.0, 4.0], "forgotten nothing"),
-        ([1.0, 1.0, 1.0], [3.0, 3.0, 3.0], "learned nothing.*forgotten nothing"),
-    ],
-)
+@pytest.mark.parametrize(("learned", "retained", "said"), [
+    ([1.0, 2.0, 1.0], [3.0, 2.0, 1.0], "learned nothing"), ([1.0, 2.0, 0.5], [3.0, 2.0, 1.0], "learned nothing"),
+    ([1.0, 2.0, 3.0], [3.0, 2.0, 3.0], "forgotten nothing"), ([1.0, 2.0, 3.0], [3.0, 2.0, 4.0], "forgotten nothing"),
+    ([1.0, 1.0, 1.0], [3.0, 3.0, 3.0], "learned nothing.*forgotten nothing"),
+])  # fmt: skip
 def test_where_there_is_no_trade_it_is_said_and_not_computed(learned, retained, said):
     means = [0.0, 0.5, 1.0], np.array(learned), np.array(retained)
     found = knee(*means)
@@ -81,9 +73,6 @@ def test_a_ratio_beyond_the_tuned_model_is_measured_against_the_same_chord():
     assert learned.tolist() == [0, 0.5, 1, 1.25] and retained.tolist() == [1, 0.75, 0, -1]
 
 
-# -- what is beaten --------------------------------------------------------------------------------------------------
-
-
 def test_a_ratio_is_beaten_by_one_as_good_in_both_and_better_in_one():
     ratios = [0.0, 0.25, 0.5, 0.75, 1.0]
     learned, retained = np.array([0.0, 0.3, 0.2, 0.6, 0.6]), np.array([1.0, 0.9, 0.8, 0.5, 0.4])
@@ -92,9 +81,6 @@ def test_a_ratio_is_beaten_by_one_as_good_in_both_and_better_in_one():
 
 def test_equal_points_do_not_beat_each_other():
     assert pareto([0.0, 0.5, 1.0], np.array([1.0, 1.0, 0.0]), np.array([1.0, 1.0, 1.0])) == [0.0, 0.5]
-
-
-# -- how sure ----------------------------------------------------------------------------------------------------------
 
 
 def test_resamples_draw_the_same_rows_at_every_ratio():
@@ -144,23 +130,12 @@ def test_a_knee_within_the_noise_is_said_to_be_chance():
     assert found["knee"]["ratio"] == pytest.approx(0.5) and "may be chance" in found["knee"]["sentence"]
 
 
-@pytest.mark.parametrize(
-    ("ratios", "learned", "retained", "said"),
-    [
-        ([0.1, 0.5, 1], np.ones((3, 4)), np.ones((3, 4)), "must have 0"),
-        ([0, 0.5, 0.9], np.ones((3, 4)), np.ones((3, 4)), "1 .the tuned model"),
-        ([0, 1, 0.5], np.ones((3, 4)), np.ones((3, 4)), "must ascend"),
-        ([0, 0.5, 1], np.ones((2, 4)), np.ones((3, 4)), r"learned must be \[3 ratios, rows\], not \[2, 4\]"),
-        ([0, 0.5, 1], np.ones((3, 4)), np.ones(3), "retained must be"),
-        ([0, 0.5, 1], np.ones((3, 4)), np.full((3, 4), np.nan), "retained has 12 values"),
-    ],
-)
-def test_results_that_cannot_be_read_are_refused(ratios, learned, retained, said):
+@pytest.mark.parametrize(("ratios", "value", "said"), [
+    ([0.1, 0.5, 1], 1, "0"), ([0, 0.5, 0.9], 1, "1"), ([0, 0.5, 1], np.nan, "retained has 12 values"),
+])  # fmt: skip
+def test_results_that_cannot_be_read_are_refused(ratios, value, said):
     with pytest.raises(ValueError, match=said):
-        summary(ratios, learned, retained)
-
-
-# -- what is shown -----------------------------------------------------------------------------------------------------
+        summary(ratios, np.ones((3, 4)), np.full((3, 4), value))
 
 
 def test_table_has_a_line_for_each_ratio_and_names_the_knee():
@@ -174,16 +149,14 @@ def test_table_has_a_line_for_each_ratio_and_names_the_knee():
     assert lines[-1].startswith("Ratio 0.6 has 60%")
 
 
-@pytest.mark.parametrize("count", [1, 6])
-def test_plot_writes_an_image_of_all_curves(tmp_path, count):
-    frontiers = [ROUND, STRAIGHT, HOLLOW]
-    curves = {f"run {index}": summary(RATIOS, *rows_of(*frontiers[index % 3], noise=0.1)) for index in range(count)}
+def test_plot_writes_an_image_of_all_curves(tmp_path):
+    curves = {f"run {at}": summary(RATIOS, *rows_of(*one, noise=0.1)) for at, one in enumerate((ROUND, STRAIGHT))}
     plot(curves, tmp_path / "frontier.png", "in chalk (%)", "right (%)")
     image = np.asarray(Image.open(tmp_path / "frontier.png").convert("RGB"))
     assert image.shape == (605, 880, 3)
     colours = {tuple(pixel) for pixel in np.unique(image.reshape(-1, 3), axis=0).tolist()}
-    matplotlibs = [(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75)]
-    assert [colour in colours for colour in matplotlibs] == [index < count for index in range(6)]
+    matplotlibs = [(31, 119, 180), (255, 127, 14), (44, 160, 44)]
+    assert [colour in colours for colour in matplotlibs] == [True, True, False]
 
 
 def test_ratios_in_the_plot_do_not_cover_one_another(tmp_path, monkeypatch):

@@ -9,14 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetuning.cli import read
-from finetuning.families.lora_files import (
-    DIFFUSERS_NAME,
-    KOHYA_NAME,
-    Layer,
-    adaptable,
-    read_lora,
-    write_diffusers,
-)
+from finetuning.families.lora_files import DIFFUSERS_NAME, KOHYA_NAME, Layer, adaptable, read_lora, write_diffusers
 from finetuning.families.model_args import ModelError
 from finetuning.families.opening import open_source
 from finetuning.merging.lora_extraction import (
@@ -249,14 +242,10 @@ def test_equal_models_have_nothing_to_extract(tiny_model, tmp_path):
         extract(args)
 
 
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({f"{TO_Q}.weight": lambda _: None}, rf"lacks 1 tensor\(s\) of the unet: {TO_Q.removeprefix('unet.')}.weight"),
-        ({f"{CONV_IN}.weight": lambda old: torch.cat([old, old], 1)}, r"shapes differ .*\[8, 4, 3, 3\] and \[8, 8, 3"),
-    ],
-    ids=["missing", "other shape"],
-)  # fmt: skip
+@pytest.mark.parametrize(("changes", "told"), [
+    ({f"{TO_Q}.weight": lambda _: None}, rf"lacks 1 tensor\(s\) of the unet: {TO_Q.removeprefix('unet.')}.weight"),
+    ({f"{CONV_IN}.weight": lambda old: torch.cat([old, old], 1)}, r"shapes differ .*\[8, 4, 3, 3\] and \[8, 8, 3"),
+], ids=["missing", "other shape"])  # fmt: skip
 def test_models_that_do_not_fit_are_refused_by_name(tiny_model, changed, extracting, changes, told):
     tuned = changed(changes) / "unet"
     (tuned / "config.json").unlink()  # with it, it would not be what that says
@@ -324,17 +313,12 @@ def test_a_dora_is_refused(large, resized):
 # -- flags -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "words", "named"),
-    [
-        (ExtractArgs, "--rank 0", "--rank"),
-        (ExtractArgs, "--rank 2 --conv_rank 0", "--conv_rank"),
-        (ExtractArgs, "--rank 2 --keep_energy 1.5", "--keep_energy"),
-        (ExtractArgs, "--rank 2 --components unet,vae", "--components vae"),
-        (ResizeArgs, "--keep_energy 0", "--keep_energy"),
-        (ResizeArgs, "", "resize needs --rank"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "words", "named"), [
+    (ExtractArgs, "--rank 0", "--rank"), (ExtractArgs, "--rank 2 --conv_rank 0", "--conv_rank"),
+    (ExtractArgs, "--rank 2 --keep_energy 1.5", "--keep_energy"),
+    (ExtractArgs, "--rank 2 --components unet,vae", "--components vae"),
+    (ResizeArgs, "--keep_energy 0", "--keep_energy"), (ResizeArgs, "", "resize needs --rank"),
+])  # fmt: skip
 def test_flags_that_cannot_work_are_named(kind, words, named):
     source = "--tuned" if kind is ExtractArgs else "--lora"
     (problem,) = read(kind, "", ["--base", "b", source, "t", "--output_dir", "new", *words.split()])[1]
@@ -352,10 +336,3 @@ def test_quantised_models_are_refused_by_name(tiny_model, changed, extracting):
     quantised = changed({NORM: lambda old: old, f"{TO_Q}.weight": lambda old: old.to(torch.int8)})
     with pytest.raises(ModelError, match=rf"{quantised}/unet/.* is quantised"):
         extracting(quantised, rank=2)
-
-
-def test_a_quantised_lora_is_refused_by_name(tiny_model, tmp_path):
-    save_file({"unet.a.lora_A.weight": torch.zeros(2, 2, dtype=torch.int8)}, tmp_path / "codes.safetensors")
-    args = ResizeArgs(base=str(tiny_model), lora=str(tmp_path / "codes.safetensors"), rank=1, output_dir="new")
-    with pytest.raises(ModelError, match=r"codes\.safetensors is quantised"):
-        resize(args)

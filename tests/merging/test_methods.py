@@ -189,11 +189,6 @@ def test_slerp_turns_unit_vectors_as_a_rotation_does(ratio):
     np.testing.assert_allclose(slerp(base, tuned, ratio=ratio).numpy(), expected, atol=1e-7)
 
 
-def test_slerp_of_tensors_of_different_length_goes_over_both():
-    result = slerp(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 4.0]]), ratio=0.5)
-    assert result.tolist() == [pytest.approx([2 / 2**0.5, 4 / 2**0.5])]
-
-
 @pytest.mark.parametrize(
     "tuned",
     [[0.0, 0.0], [3.0, 3.0], [-1.0, -1.0], [1.0, 1.00001]],
@@ -203,14 +198,6 @@ def test_slerp_without_an_angle_is_the_weighted_sum(tuned):
     base, tuned = torch.tensor([1.0, 1.0]), torch.tensor(tuned)
     assert torch.equal(slerp(base, tuned, ratio=0.3), weighted_sum(base, tuned, ratio=0.3))
     assert torch.equal(slerp(tuned, base, ratio=0.3), weighted_sum(tuned, base, ratio=0.3))
-
-
-def test_soup_is_the_mean_and_its_ratio_leads_there():
-    base, first, second = torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([6.0])
-    assert soup(base, first, second, ratio=1.0, weights=[0.5, 0.5]).tolist() == [4.0]
-    assert soup(base, first, second, ratio=1.0, weights=[0.75, 0.25]).tolist() == [3.0]
-    assert soup(base, first, second, ratio=0.25, weights=[0.5, 0.5]).tolist() == [1.75]
-    assert soup(base, first, second, ratio=0.5, weights=[0.5, 0.5]).tolist() == [2.5]
 
 
 def test_soup_of_one_model_at_one_is_that_model_however_far_the_base_is():
@@ -270,14 +257,6 @@ def test_ties_takes_evenly_spaced_ones_of_those_that_tie_at_the_threshold():
     tuned[5] = 2
     result = ties(torch.zeros(10), tuned, ratio=1.0, weights=[1.0], density=0.4)
     assert result.tolist() == [1, 0, 0, 1, 0, 2, 0, 1, 0, 0]
-
-
-def test_dare_drops_its_share_and_enlarges_the_others():
-    base, tuned = torch.zeros(100_000), torch.full((100_000,), 0.5)
-    result = dare(base, tuned, ratio=0.8, weights=[1.0], drop_rate=0.75, key=(0, "w"))
-    assert sorted(set(result.tolist())) == pytest.approx([0.0, 0.8 * 0.5 * 4])
-    assert (result == 0).float().mean().item() == pytest.approx(0.75, abs=0.01)
-    assert result.mean().item() == pytest.approx(0.8 * 0.5, rel=0.02)
 
 
 def test_dare_draws_for_each_model_and_adds_them_by_weight():
@@ -350,45 +329,33 @@ def problems_of(words):
     return read(MergeArgs, "", [*usual, "--base", "b", "--output_dir", "new", *words.split()])[1]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "",
-        "--ratio 0 1.2 -0.3",
-        "--method add_difference --origin c --ratio 1.5",
-        "--method ties --tuned a b --density 1 --tuned_weights 1 3",
-        "--method dare --drop_rate 0",
-        "--method slerp --ratio 0 1 --curve smoothstep",
-    ],
-)
+@pytest.mark.parametrize("words", [
+    "", "--ratio 0 1.2 -0.3", "--method add_difference --origin c --ratio 1.5",
+    "--method ties --tuned a b --density 1 --tuned_weights 1 3", "--method dare --drop_rate 0",
+    "--method slerp --ratio 0 1 --curve smoothstep",
+])  # fmt: skip
 def test_flags_that_can_work(words):
     assert problems_of(words) == []
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        ("--tuned a b", "--tuned names 2 models"),
-        ("--method add_difference", "--method add_difference needs --origin"),
-        ("--method soup --origin c", "--origin"),
-        ("--tuned_weights 1", "--tuned_weights"),
-        ("--method soup --tuned a b --tuned_weights 1", "--tuned_weights: 1 numbers for 2"),
-        ("--method soup --tuned_weights 0", "--tuned_weights 0"),
-        ("--method soup --tuned_weights nan", "--tuned_weights nan"),
-        ("--method soup --tuned_weights inf", "--tuned_weights inf"),
-        ("--method ties --density 0", "--density 0"),
-        ("--method ties --density 1.1", "--density 1.1"),
-        ("--density 0.5", "--density"),
-        ("--method dare --drop_rate 1", "--drop_rate 1"),
-        ("--method dare --drop_rate -0.1", "--drop_rate -0.1"),
-        ("--drop_rate 0.5", "--drop_rate"),
-        ("--drop_seed 5", "--drop_seed"),
-        ("--ratio 0.5 nan", "--ratio nan"),
-        ("--ratio inf --curve smoothstep", "--ratio inf"),
-        ("--method slerp --ratio 1.2", "--ratio 1.2 must be between 0 and 1 with --method slerp"),
-        ("--ratio -0.1 --curve smoothstep", "--ratio -0.1 must be between 0 and 1 with --curve smoothstep"),
-    ],
-)
+@pytest.mark.parametrize(("words", "named"), [
+    ("--tuned a b", "--tuned names 2 models"),
+    ("--method add_difference", "--method add_difference needs --origin"), ("--method soup --origin c", "--origin"),
+    ("--tuned_weights 1", "--tuned_weights"),
+    ("--method soup --tuned a b --tuned_weights 1", "--tuned_weights: 1 numbers for 2"),
+    ("--method soup --tuned_weights 0", "--tuned_weights 0"),
+    ("--method soup --tuned_weights nan", "--tuned_weights nan"),
+    ("--method soup --tuned_weights inf", "--tuned_weights inf"), ("--method ties --density 0", "--density 0"),
+    ("--method ties --density 1.1", "--density 1.1"), ("--density 0.5", "--density"),
+    ("--method dare --drop_rate 1", "--drop_rate 1"), ("--method dare --drop_rate -0.1", "--drop_rate -0.1"),
+    ("--drop_rate 0.5", "--drop_rate"), ("--drop_seed 5", "--drop_seed"), ("--ratio 0.5 0.5", "--ratio 0.5 0.5"),
+    ("--ratio 0.1234567 0.1234568", "--ratio 0.1234567 0.1234568"), ("--block_ratios much", "--block_ratios much"),
+    ("--block_ratios unet.*=2 --curve inverse_smoothstep", "--block_ratios 2"), ("--dtype int8", "--dtype int8"),
+    ("--ratio half", "--ratio half"), ("--ratio 0.5 nan", "--ratio nan"),
+    ("--ratio inf --curve smoothstep", "--ratio inf"),
+    ("--method slerp --ratio 1.2", "--ratio 1.2 must be between 0 and 1 with --method slerp"),
+    ("--ratio -0.1 --curve smoothstep", "--ratio -0.1 must be between 0 and 1 with --curve smoothstep"),
+])  # fmt: skip
 def test_flags_that_cannot_work_are_named(words, named):
     (problem,) = problems_of(words)
     assert problem.startswith(named)

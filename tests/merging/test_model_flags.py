@@ -1,14 +1,10 @@
 """The flags that name models: what is passed on to whom, and that all problems come together."""
 
-import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
-from safetensors.torch import load_file
 
 from finetuning.cli import read
-from finetuning.families.model_args import ModelError
 from finetuning.merging import model_flags
 from finetuning.merging.model_flags import TunedArgs, open_all
 
@@ -45,14 +41,6 @@ def test_base_is_its_average_also_where_raw_tuned_weights_are_asked_for(tiny_mod
     assert names == ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.non_ema.safetensors"]
 
 
-def test_problems_of_all_models_come_in_one_message(tiny_model, tmp_path):
-    args = TunedArgs(base=str(tmp_path / "one"), tuned=[str(tiny_model), str(tmp_path / "two")])
-    with pytest.raises(ModelError) as refusal:
-        args.open_models(str(tmp_path / "three"))
-    lines = str(refusal.value).splitlines()
-    assert len(lines) == 3 and all(name in line for name, line in zip(("one", "two", "three"), lines, strict=True))
-
-
 def test_other_errors_are_not_taken_for_problems_of_a_model():
     with pytest.raises(ZeroDivisionError):
         open_all([lambda: 1, lambda: 1 / 0])
@@ -71,23 +59,3 @@ def test_components_are_separated_by_commas_or_spaces_and_stay_as_they_were_give
 def test_components_that_are_none_are_named(words):
     _, problems = read(TunedArgs, "", ["--base", "a", "--tuned", "b", "--components", *words])
     assert len(problems) == 1 and problems[0].startswith("--components") and "text_encoder" in problems[0]
-
-
-@pytest.mark.parametrize(("on_mismatch", "index"), [(None, None), ("base", 0), ("tuned", 1)])
-def test_fallback_is_the_place_among_the_sources(on_mismatch, index):
-    assert TunedArgs(base="a", tuned=["b"], on_mismatch=on_mismatch).fallback == index
-
-
-def test_match_follows_parts_and_on_mismatch(tiny_model, tmp_path):
-    other = shutil.copytree(tiny_model, tmp_path / "other")
-    config = other / "scheduler/scheduler_config.json"
-    args = TunedArgs(base=str(tiny_model), tuned=[str(other)], components=["vae"])
-    matches, _ = args.match(args.open_models())
-    merged = {one.component: len(one.inputs) for one in matches}
-    assert merged == {"unet": 1, "text_encoder": 1, "vae": 2}
-    assert len([one for one in matches if one.component == "vae"]) == len(
-        load_file(next((other / "vae").glob("*.safetensors")))
-    )
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
-    with pytest.raises(ModelError, match="predict different things"):
-        args.match(args.open_models())

@@ -8,12 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetuning import files
 from finetuning.families.model_args import ModelError
 from finetuning.families.opening import open_source
-from finetuning.files import check_manifest, write_json
+from finetuning.files import write_json
 from finetuning.merging.methods import weighted_sum
-from finetuning.merging.model_writer import SPARE_BYTES, MergeOutput, OutputArgs, output_folder, write_models
+from finetuning.merging.model_writer import MergeOutput, OutputArgs, write_models
 from finetuning.merging.tensor_matching import match
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -56,34 +55,12 @@ def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-# -- results ---------------------------------------------------------------------------------------------------------
-
-
-def test_several_results_each_have_their_own_weights_and_recipe(unet, write, tmp_path):
-    targets = {ratio: tmp_path / f"new/{ratio}" for ratio in (0.25, 0.75)}
-    lines = write([unet("base"), unet("tuned", value=3.0)], *(output(path, r) for r, path in targets.items()))
-    assert lines == [str(path) for path in targets.values()]
-    for ratio, folder in targets.items():
-        assert (load_file(folder / WEIGHTS)["conv_in.weight"] == 1 + 2 * ratio).all()
-        recipe = json.loads((folder / "merge.json").read_text())
-        assert recipe["ratio"] == [ratio] and recipe["run"]["command"] == "merge" and "output_dir" not in recipe
-        assert json.loads((folder / "config.json").read_text()) == {"name": "base"}
-        check_manifest(folder)
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["0.25", "0.75"]
-
-
-@pytest.mark.parametrize(
-    ("kinds", "dtype", "written"),
-    [
-        (["float16", "float16"], None, "float16"),
-        (["float16", "float32"], None, "float32"),
-        (["bfloat16", "float16"], None, "float32"),  # neither holds the other
-        (["float32", "float64"], None, "float64"),
-        (["float8_e4m3fn", "float8_e4m3fn"], None, "float8_e4m3fn"),
-        (["float8_e4m3fn", "float16"], None, "float32"),
-        (["float64", "float16"], "bf16", "bfloat16"),
-    ],
-)
+@pytest.mark.parametrize(("kinds", "dtype", "written"), [
+    (["float16", "float16"], None, "float16"), (["float16", "float32"], None, "float32"),
+    (["bfloat16", "float16"], None, "float32"),  # neither holds the other
+    (["float32", "float64"], None, "float64"), (["float8_e4m3fn", "float8_e4m3fn"], None, "float8_e4m3fn"),
+    (["float8_e4m3fn", "float16"], None, "float32"), (["float64", "float16"], "bf16", "bfloat16"),
+])  # fmt: skip
 def test_precision_is_the_finest_of_the_inputs_or_as_asked(unet, write, tmp_path, kinds, dtype, written):
     base, tuned = (unet(f"{place} {kind}", getattr(torch, kind), place + 1.0) for place, kind in enumerate(kinds))
     write([base, tuned], dtype=dtype)
@@ -100,14 +77,6 @@ def test_compute_gets_whole_tensors_where_it_wants_them(unet, write, tmp_path):
 
     write([unet("base"), unet("tuned")], output(tmp_path / "out", compute=compute), whole=True)
     assert sorted(shapes) == [(2, 3), (4,)]
-
-
-def test_an_output_has_a_folder_of_its_own_only_where_there_are_several():
-    assert output_folder("out", "ratio-1", [1]) == Path("out")
-    assert output_folder("out", "ratio-1", [0, 1]) == Path("out/ratio-1")
-
-
-# -- what stands beside ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -193,42 +162,6 @@ def test_a_bare_unet_of_other_channels_does_not_say_which_class_and_is_refused(t
     assert not (tmp_path / "out").exists()
 
 
-# -- room ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{}, {"dtype": "fp16"}, {"single_file": True}])
-def test_room_is_asked_for_what_is_written_and_copied_and_no_more(
-    tiny_model, pipeline, write, tmp_path, monkeypatch, options
-):
-    sources = [open_source(str(pipeline)), open_source(str(tiny_model))]
-    pair = [output(tmp_path / f"new/{ratio}", ratio) for ratio in (0.1, 0.2)]
-    free, usage = {}, shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[str(path)]))
-    free[str(tmp_path)] = 2 * SPARE_BYTES
-    with pytest.raises(ModelError, match="free some"):
-        write(sources, *pair, **options)
-    assert not (tmp_path / "new").exists()
-    free[str(tmp_path)] += 1 << 20  # what lies in checkpoint-1 alone; the results take less
-    write(sources, *pair, **options)
-    size = sum(path.stat().st_size for path in (tmp_path / "new").rglob("*.safetensors"))
-    shutil.rmtree(tmp_path / "new")
-    free[str(tmp_path)] = 2 * SPARE_BYTES + size // 2
-    with pytest.raises(ModelError, match="free some"):
-        write(sources, *pair, **options)
-
-
-# -- whole or not there ----------------------------------------------------------------------------------------------
-
-
-def test_result_whose_folder_cannot_be_finished_is_not_there(unet, write, tmp_path, monkeypatch):
-    sources = [unet("base"), unet("tuned")]
-    before = names(tmp_path)
-    monkeypatch.setattr(files, "write_manifest", lambda folder: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        write(sources, output(tmp_path / "one"), output(tmp_path / "two"))
-    assert names(tmp_path) == before and not list(tmp_path.glob(".*"))
-
-
 def test_all_places_that_are_taken_are_named_before_anything_is_read(unet, write, tmp_path):
     sources = [unet("base"), unet("tuned")]
     (tmp_path / "taken").mkdir()
@@ -261,11 +194,3 @@ def test_folder_with_a_recipe_but_not_of_an_earlier_result_stays(unet, write, tm
         (out / "manifest.json").write_text(manifest)
     with pytest.raises(ModelError, match=r"no earlier result of this script \(m"):
         write([unet("base"), unet("tuned")])
-
-
-def test_earlier_result_is_replaced_as_a_whole(unet, write, tmp_path):
-    write([unet("base"), unet("tuned")])
-    write([unet("other", value=5.0), unet("again", value=5.0)], dtype="fp16")
-    assert (load_file(tmp_path / "out" / WEIGHTS)["conv_in.weight"] == 5).all()
-    assert json.loads((tmp_path / "out/config.json").read_text()) == {"name": "other"}
-    assert not list(tmp_path.glob(".*"))

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,15 +12,18 @@ from safetensors.torch import load_file, save_file
 
 from finetuning.cli import flags_of, read
 from finetuning.evaluation import grid
+from finetuning.evaluation.denoising import load_rows, row_losses
 from finetuning.families import generation
-from finetuning.families.model_args import ModelError
+from finetuning.families.model import load_model
+from finetuning.families.model_args import ModelArgs, ModelError
 from finetuning.families.pipelines import open_pipeline
-from finetuning.merging import merged_pipeline, sweep_metrics
+from finetuning.merging import merged_pipeline
 from finetuning.merging import sweep as sweep_module
 from finetuning.merging.model_flags import MixArgs
-from finetuning.merging.sweep import SweepArgs, sweep_on
-from finetuning.merging.sweep_metrics import SweepMetric
+from finetuning.merging.sweep import SweepArgs, SweepMetric, checker_metric, loss_metric, sweep_on
 from finetuning.rng import torch_generator
+from finetuning.shapes.drawing import draw
+from finetuning.shapes.scenes import parse
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 PROMPTS_IN = ["a large red circle on a white background", "a small blue square on a gray background"]
@@ -82,7 +86,7 @@ def known_frontier(monkeypatch):
 
         return SweepMetric(measure, {"kind": "known"}, "learned: a", "retained: b")
 
-    monkeypatch.setitem(sweep_metrics.METRICS, "checker", known)
+    monkeypatch.setitem(sweep_module.METRICS, "checker", known)
     return asked
 
 
@@ -187,18 +191,14 @@ def test_an_image_that_a_kill_left_half_is_not_taken(swept, calls, tmp_path, mon
     assert len(list((tmp_path / "sweep").rglob("*.png"))) == 4
 
 
-@pytest.mark.parametrize(("changes", "named"), [
-    ({"guidance_scale": 3.0}, "guidance_scale"), ({"seed": [1]}, "seed"),
-    ({"prompts_out": ["a cat"]}, "prompts_out"), ({"method": "slerp", "size": "40"}, "method, size"),
-])  # fmt: skip
-def test_a_folder_of_other_settings_is_refused(changes, named, swept):
+def test_a_folder_of_other_settings_or_models_is_refused(swept, tuned):
     swept(ratios=["0"])
-    with pytest.raises(ModelError, match=f"other settings \\({named}\\)"):
-        swept(ratios=["0"], **changes)
-
-
-def test_a_model_that_has_changed_is_other_settings(swept, tuned):
-    swept(ratios=["0"])
+    for changes, named in (
+        ({"guidance_scale": 3.0}, "guidance_scale"), ({"seed": [1]}, "seed"),
+        ({"prompts_out": ["a cat"]}, "prompts_out"), ({"method": "slerp", "size": "40"}, "method, size"),
+    ):  # fmt: skip
+        with pytest.raises(ModelError, match=f"other settings \\({named}\\)"):
+            swept(ratios=["0"], **changes)
     save_file({k: v + 1 for k, v in load_file(tuned / UNET).items()}, tuned / UNET, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"other settings \(inputs\)"):
         swept(ratios=["0"])
@@ -302,6 +302,74 @@ def test_loss_follows_the_ratio(swept, shapes_folder, tmp_path):
     assert len({tuple(values["learned"]) for values in rows.values()}) == 3
 
 
+CIRCLE = "a large red circle on a white background"
+STAR = "a large blue star on a gray background"
+
+
+def drawn(caption, style, count=1):
+    return [draw(parse(caption), seed, style) for seed in range(count)]
+
+
+def test_learned_and_retained_are_read_off_the_images_and_the_seeds_of_a_prompt_are_one_row():
+    args = SimpleNamespace(seed=[0, 1], checker_named="finetuning.shapes.checker")
+    metric = checker_metric(args, None, [CIRCLE, STAR], [CIRCLE, CIRCLE.replace("red", "blue")])
+    shown = drawn(CIRCLE, "chalk") + drawn(CIRCLE, "filled") + drawn(STAR, "filled", 2)
+    learned, retained = metric.measure(0.5, shown, [*drawn(CIRCLE, "filled", 2), *drawn(CIRCLE, "chalk", 2)])
+    assert learned.tolist() == [0.5, 0.0] and retained.tolist() == [1.0, 0.0] and learned.dtype == torch.float64
+    assert metric.facts["checker"] == "finetuning.shapes.checker" and len(metric.facts["sha256"]) == 64
+    assert metric.learned.startswith("learned: ") and metric.retained.startswith("retained: ")
+
+
+@pytest.fixture
+def loss(tiny_model, shapes_folder):
+    """measure, facts and the ratios that were set, of tiny_model on the validation and training rows of the shapes."""
+
+    def prepare(dtype=torch.float32, fit=shapes_folder, retain=shapes_folder / "train", **flags):
+        ratios = []
+        pipeline = open_pipeline(str(tiny_model), scheduler="dpm++", dtype=dtype)
+        known = {"seed": [0], "size": "32", "batch_size": 4, "loss_rows": 5}
+        args = SimpleNamespace(fit_dataset=str(fit), retain_dataset=str(retain), **known | flags)
+        metric = loss_metric(args, SimpleNamespace(pipeline=pipeline, set=ratios.append), [], [])
+        return metric.measure, metric.facts, ratios
+
+    return prepare
+
+
+def test_loss_is_minus_that_of_each_row_in_the_precision_of_the_pipeline(loss, tiny_model, shapes_folder):
+    model = load_model(ModelArgs(pretrained_model_name_or_path=str(tiny_model)), None, seed=0)
+    measure, facts, ratios = loss()
+    found = measure(0.5, [], [])
+    assert ratios == [0.5]
+    for values, folder, one in zip(found, ("validation", "train"), facts["datasets"], strict=True):
+        images, rows = load_rows(shapes_folder / folder, model.tokenize, (32, 32), max_rows=5)
+        expected = row_losses(model, images, rows, model.schedule)
+        # the same weights elsewhere in memory may round differently
+        torch.testing.assert_close(values, -expected, rtol=1e-6, atol=0)
+        assert one["rows"] == rows
+    for one, other in zip(found, loss(torch.bfloat16)[0](0.0, [], []), strict=True):
+        assert not torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize(("size", "taken"), [("32", [32, 32]), (None, [32, 32]), ("24x40", [24, 40])])
+def test_loss_without_a_size_is_taken_at_the_models_own(size, taken, loss):
+    assert loss(size=size)[1]["size"] == taken
+
+
+def test_other_images_under_the_same_names_are_other_facts(loss, tmp_path):
+    facts = []
+    for style in ("filled", "chalk"):
+        drawn(CIRCLE, style)[0].save(tmp_path / "a.png")
+        (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "{CIRCLE}"}}\n')
+        facts.append(loss(fit=tmp_path)[1]["datasets"])
+    assert facts[0][0] != facts[1][0] and facts[0][1] == facts[1][1]
+
+
+def test_what_is_wrong_with_both_datasets_is_said_at_once(loss, tmp_path):
+    with pytest.raises(ModelError, match=r"(?s)no folder .*first.*no folder .*second"):
+        loss(fit=tmp_path / "first", retain=tmp_path / "second")
+
+
 # -- the flags -------------------------------------------------------------------------------------------------------
 
 
@@ -323,7 +391,7 @@ def test_wrong_flags_are_named_all_at_once(tmp_path, monkeypatch):
     expected = [
         "--ratios 0:1:0.3", "--block_ratios x=y", "--prompts_in empty.txt", "--prompts_in missing.txt",
         "--prompts_in latin.txt", "--size 33", "--batch_size 0", "--seed 1 1", "--output_dir A/new",
-        "--metric loss needs --retain_dataset",
+        "--retain_dataset goes with --metric loss",
     ]  # fmt: skip
     for words in expected:
         assert len([problem for problem in problems if problem.startswith(words)]) == 1, (words, problems)
@@ -336,7 +404,7 @@ def test_wrong_flags_are_named_all_at_once(tmp_path, monkeypatch):
     (["--prompts_in", "a cat", "--checker", "finetuning.shapes.checker"], "--checker needs --prompts_out"),
     (["--prompts_in", "a cat", "--metric", "shapes"], "--checker finetuning.shapes.checker cannot judge"),
     (["--prompts_in", "a cat", "--checker", "no_such_module"], "--checker no_such_module"),
-    (["--prompts_in", "a cat", "--fit_dataset", "D"], "--fit_dataset only goes with --metric loss"),
+    (["--prompts_in", "a cat", "--fit_dataset", "D"], "--fit_dataset goes with --metric loss"),
     (["--fit_dataset", "D", "--retain_dataset", "E", "--ratios", "0:0.5:0.1"], "--ratios 0:0.5:0.1"),
     (["--prompts_in", "a cat", "--curve", "smoothstep", "--ratios", "0", "1.2"], "--ratios 1.2"),
 ])  # fmt: skip
@@ -356,14 +424,8 @@ def test_what_is_given_says_what_is_measured(given, by):
 
 
 def test_the_command_names_every_flag_of_a_merge(flags):
-    given = {
-        "method": "dare",
-        "drop_rate": 0.5,
-        "drop_seed": 3,
-        "weights": "raw",
-        "tuned": ["B", "C"],
-        "tuned_weights": [1, 2],
-    }
+    given = {"method": "dare", "drop_rate": 0.5, "drop_seed": 3, "weights": "raw", "tuned": ["B", "C"]}
+    given["tuned_weights"] = [1, 2]
     words = sweep_module._merge_command(SweepArgs(**flags | given), 0.3)
     for text in ("--method dare", "--drop_rate 0.5", "--drop_seed 3", "--weights raw", "--tuned B C", "--tuned_wei"):
         assert text in words

@@ -53,14 +53,6 @@ class Args(RunArgs, OptimArgs, NoiseArgs, BucketArgs, DataArgs, LoraArgs, ModelA
     resolution: str = "32"
 
 
-class FakeRun(SimpleNamespace):
-    """A run without accelerate; `said` holds what the person at the terminal reads."""
-
-    def __init__(self, dtype):
-        super().__init__(device=torch.device("cpu"), weights_dtype=dtype, said=[])
-        self.say = self.said.append
-
-
 @pytest.fixture(scope="module")
 def base(tiny_model):
     """The model as it comes: read once for the same flags, and copied."""
@@ -78,12 +70,12 @@ def base(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def adapt(tiny_model, base):
+def adapt(tiny_model, base, fake_run):
     """Adapters with these flags, on few layers unless they name some; `said` is what the run was told."""
 
     def make(dtype=torch.float32, **flags):
         flags = {"lora_target_modules": ["to_v", "attn2.to_k"], **flags}
-        args, run = Args(pretrained_model_name_or_path=str(tiny_model), **flags), FakeRun(dtype)
+        args, run = Args(pretrained_model_name_or_path=str(tiny_model), **flags), fake_run(dtype=dtype)
         adapted = add_adapters(args, base(**flags), run)
         adapted.said = run.said
         return adapted

@@ -52,17 +52,8 @@ class FakeModel:
         return {"unet.w": torch.load(folder / "unet_ema/w.pt", weights_only=True)} if ema else None
 
 
-class FakeRun(SimpleNamespace):
-    """A run without accelerate; `said` holds what the person at the terminal reads."""
-
-    def __init__(self):
-        accelerator = SimpleNamespace(mixed_precision="no", num_processes=1)
-        super().__init__(accelerator=accelerator, is_main=True, scaler=None, said=[])
-        self.say, self.wait_for_everyone = self.said.append, lambda: None
-
-
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, fake_run):
     """A Checkpointer in the one output folder of the test."""
 
     def make(fingerprint="rows", steps_per_epoch=3, run=None, **flags):
@@ -74,7 +65,7 @@ def start(tmp_path):
             batch_sampler=SimpleNamespace(steps_per_epoch=steps_per_epoch),
             training=SimpleNamespace(fingerprint=lambda: fingerprint),
         )
-        return Checkpointer(args, model, ema, optimizer, run or FakeRun(), data)
+        return Checkpointer(args, model, ema, optimizer, run or fake_run(), data)
 
     return make
 
@@ -126,14 +117,11 @@ def test_a_checkpoint_is_due_by_steps_epochs_and_the_clock(flags, due, start):
     assert [step for step in range(1, 10) if one.due(step)] == due
 
 
-def test_the_limit_keeps_the_newest_and_other_folders_are_nobodys(left, tmp_path):
+@pytest.mark.parametrize(("limit", "kept"), [(2, [3, 10]), (None, [1, 2, 3, 10])])
+def test_the_limit_keeps_the_newest_and_other_folders_are_nobodys(limit, kept, left, tmp_path):
     (tmp_path / "out/checkpoint-best").mkdir(parents=True)
-    assert names(left(1, 2, 3, 10, checkpoints_total_limit=2)) == ["checkpoint-3", "checkpoint-10"]
+    assert names(left(1, 2, 3, 10, checkpoints_total_limit=limit)) == [f"checkpoint-{step}" for step in kept]
     assert (tmp_path / "out/checkpoint-best").is_dir()
-
-
-def test_without_a_limit_all_stay(left):
-    assert names(left(1, 2, 3)) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
 # -- whole or not there ------------------------------------------------------------------------------------------------
@@ -166,22 +154,21 @@ def test_what_a_kill_leaves_is_cleared_away_by_the_next_run(left, start):
     assert [path.name for path in one.folder.iterdir()] == ["checkpoint-1"]
 
 
-def test_weights_that_are_not_finite_reach_no_checkpoint(left):
-    one = left(1)
+@pytest.mark.parametrize(
+    ("before", "number", "advice"),
+    [
+        ((1,), torch.nan, "checkpoint-1 is complete: --resume_from_checkpoint latest"),
+        ((), torch.inf, "no checkpoint yet"),
+    ],
+)
+def test_weights_that_are_not_finite_reach_no_checkpoint(left, before, number, advice):
+    one = left(*before)
     with torch.no_grad():
-        one.model.weight[2] = torch.nan
-    with pytest.raises(NonFinite, match=r"unet\.w.*checkpoint-1 .*--resume_from_checkpoint latest"):
+        one.model.weight[2] = number
+    with pytest.raises(NonFinite, match=r"unet\.w") as problem:
         one.save(2)
-    assert names(one) == ["checkpoint-1"]
-
-
-def test_before_the_first_checkpoint_nobody_is_sent_to_one(start):
-    one = start()
-    with torch.no_grad():
-        one.model.weight[0] = torch.inf
-    with pytest.raises(NonFinite) as problem:
-        one.save(1)
-    assert "--resume_from_checkpoint" not in str(problem.value) and "no checkpoint yet" in str(problem.value)
+    assert advice in str(problem.value) and ("--resume_from_checkpoint" in str(problem.value)) is bool(before)
+    assert names(one) == [f"checkpoint-{step}" for step in before]
 
 
 # -- going on ----------------------------------------------------------------------------------------------------------
@@ -320,11 +307,11 @@ def changes(one):
     return said.split("have changed", 1)[1] if "have changed" in said else ""
 
 
-def test_what_changes_the_result_is_named(left, start, monkeypatch):
+def test_what_changes_the_result_is_named(left, start, monkeypatch, fake_run):
     left(1)
     monkeypatch.setattr(checkpoint.torch, "__version__", "9.9")
     flags = {"adam_weight_decay": 0.5, "learning_rate": 0.0, "max_train_steps": 9, "checkpointing_steps": 1}
-    run = FakeRun()
+    run = fake_run()
     run.accelerator.num_processes = 2
     said = changes(start(resume_from_checkpoint="latest", fingerprint="others", run=run, **flags))
     for words in (
@@ -339,15 +326,17 @@ def test_what_changes_the_result_is_named(left, start, monkeypatch):
     assert "max_train_steps" not in said  # the constant schedule does not depend on it
 
 
-def test_a_longer_run_is_a_change_where_the_schedule_depends_on_it(left, start):
-    left(1, lr_scheduler="cosine", max_train_steps=4)
-    one = start(resume_from_checkpoint="latest", lr_scheduler="cosine", max_train_steps=9)
-    assert "--max_train_steps 4 -> 9" in changes(one)
-
-
-def test_the_same_run_has_no_changes(left, start):
-    left(1)
-    assert changes(start(resume_from_checkpoint="latest", checkpoints_total_limit=5)) == ""
+@pytest.mark.parametrize(
+    ("before", "now", "change"),
+    [
+        ({"lr_scheduler": "cosine", "max_train_steps": 4}, {"max_train_steps": 9}, "--max_train_steps 4 -> 9"),
+        ({}, {"checkpoints_total_limit": 5}, ""),
+    ],
+)
+def test_a_longer_run_is_a_change_where_the_schedule_depends_on_it(left, start, before, now, change):
+    left(1, **before)
+    said = changes(start(resume_from_checkpoint="latest", **before | now))
+    assert (change in said) if change else not said
 
 
 @pytest.mark.parametrize(("center_crop", "named"), [(False, True), (True, False)])

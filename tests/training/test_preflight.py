@@ -51,15 +51,6 @@ class Args(
     """The flags of a training script, as far as they are looked at here."""
 
 
-class FakeRun(SimpleNamespace):
-    """A run without accelerate; `said` holds what the person at the terminal reads."""
-
-    def __init__(self, output_dir=None, device="cpu", dtype=torch.float32):
-        accelerator = SimpleNamespace(mixed_precision="no")
-        super().__init__(output_dir=output_dir, device=torch.device(device), accelerator=accelerator, said=[])
-        self.weights_dtype, self.say, self.any = dtype, self.said.append, bool
-
-
 NOTHING_CACHED = SimpleNamespace(bytes_needed=0)
 
 
@@ -75,12 +66,12 @@ def data_of(total_steps, buckets=()):
 
 
 @pytest.fixture
-def check(model, tmp_path):
+def check(model, tmp_path, fake_run):
     """check_before_start for 11 rows in steps of 2 x 2; returns what was said."""
 
     def run_check(model=model, total_steps=6, buckets=(), encoder=NOTHING_CACHED, **flags):
         args = Args(output_dir="runs/x", train_batch_size=2, gradient_accumulation_steps=2, **flags)
-        run = FakeRun(tmp_path / "not" / "there" / "yet")
+        run = fake_run(tmp_path / "not" / "there" / "yet")
         check_before_start(args, run, model, data_of(total_steps, buckets), encoder)
         return "\n".join(run.said)
 
@@ -186,7 +177,9 @@ def mini_sd(root):
     ("optimizer", "precision"),
     [("adamw", "fp32"), ("adamw8bit", "fp32"), ("adafactor", "fp32"), ("prodigy", "fp32"), ("adafactor", "bf16")],
 )
-def test_the_sizes_that_are_said_are_those_in_memory_and_on_disk(optimizer, precision, mini_sd, tmp_path, monkeypatch):
+def test_the_sizes_that_are_said_are_those_in_memory_and_on_disk(
+    optimizer, precision, mini_sd, tmp_path, monkeypatch, fake_run
+):
     output, mini_sd = tmp_path / "run", copy.deepcopy(mini_sd)
     flags = {"optimizer": optimizer, "weights_precision": precision, "use_ema": True, "learning_rate": 1.0, "seed": 0}
     args = Args(**flags, output_dir=str(output), resolution="64")
@@ -205,8 +198,7 @@ def test_the_sizes_that_are_said_are_those_in_memory_and_on_disk(optimizer, prec
     steps.zero_grad()
     assert memory_of(args, mini_sd) == pytest.approx(measured, rel=0.1)
 
-    run = FakeRun(output)
-    run.is_main, run.scaler, run.accelerator.num_processes, run.wait_for_everyone = True, None, 1, lambda: None
+    run = fake_run(output)
     run.accelerator.mixed_precision = precision.replace("fp32", "no")
     data = data_of(6)
     data.training = SimpleNamespace(fingerprint=lambda: "rows")
@@ -230,11 +222,11 @@ def test_the_sizes_that_are_said_are_those_in_memory_and_on_disk(optimizer, prec
         ((8, 0), {"allow_tf32": True, "dtype": torch.bfloat16}, ""),
     ],
 )
-def test_what_the_card_could_do_and_was_not_asked_for_is_said(capability, flags, said, monkeypatch):
+def test_what_the_card_could_do_and_was_not_asked_for_is_said(capability, flags, said, monkeypatch, fake_run):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A6000")
-    run = FakeRun(device="cuda", dtype=flags.pop("dtype", torch.float16))
+    run = fake_run(device="cuda", dtype=flags.pop("dtype", torch.float16))
     _advise_on_precision(Args(**flags), run)
     assert len(run.said) == bool(said) and said in "".join(run.said).replace("also has", "has")
 
@@ -361,28 +353,28 @@ def switched_on(run, model, monkeypatch, **flags):
     return calls
 
 
-def test_xformers_without_a_gpu_is_one_line_and_pytorchs_attention(model, monkeypatch):
-    run = FakeRun()
+def test_xformers_without_a_gpu_is_one_line_and_pytorchs_attention(model, monkeypatch, fake_run):
+    run = fake_run()
     assert switched_on(run, model, monkeypatch, enable_xformers_memory_efficient_attention=True) == []
     assert len(run.said) == 1 and FLAG in run.said[0]
 
 
-def test_nothing_is_switched_on_that_was_not_asked_for(model, monkeypatch):
-    assert switched_on(FakeRun(), model, monkeypatch) == []
-    assert switched_on(FakeRun(), model, monkeypatch, compile=True, channels_last=True) == ["compile"]
+def test_nothing_is_switched_on_that_was_not_asked_for(model, monkeypatch, fake_run):
+    assert switched_on(fake_run(), model, monkeypatch) == []
+    assert switched_on(fake_run(), model, monkeypatch, compile=True, channels_last=True) == ["compile"]
 
 
 @pytest.mark.parametrize("faster", [True, False])
-def test_xformers_is_switched_on_where_it_is_faster(faster, model, monkeypatch):
+def test_xformers_is_switched_on_where_it_is_faster(faster, model, monkeypatch, fake_run):
     monkeypatch.setattr(preflight, "_probe_xformers", lambda run, denoiser: None)
     monkeypatch.setattr(preflight, "_xformers_is_faster", lambda args, run, model: faster)
     flags = {"enable_xformers_memory_efficient_attention": True}
-    assert switched_on(FakeRun(device="meta"), model, monkeypatch, **flags) == ["xformers"] * faster
+    assert switched_on(fake_run(device="meta"), model, monkeypatch, **flags) == ["xformers"] * faster
 
 
 @pytest.mark.parametrize("slow", ["xformers", "pytorch"])
-def test_attention_is_timed_where_it_has_the_most_tokens(slow, model, monkeypatch):
-    shapes, run = set(), FakeRun()
+def test_attention_is_timed_where_it_has_the_most_tokens(slow, model, monkeypatch, fake_run):
+    shapes, run = set(), fake_run()
 
     def as_slow_as(name):
         def function(query, key, value):
@@ -428,14 +420,14 @@ def no_kernel(query, key, value):
 
 
 @pytest.fixture
-def probe(model, monkeypatch):
+def probe(model, monkeypatch, fake_run):
     """Try a function in the place of xformers' attention; the rest of xformers needs a GPU and is not imported."""
 
     def run_probe(function):
         ops = SimpleNamespace(memory_efficient_attention=function)
         monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(ops=ops))
         monkeypatch.setitem(sys.modules, "xformers.ops", ops if function else None)
-        _probe_xformers(FakeRun(), model.denoiser.denoiser)
+        _probe_xformers(fake_run(), model.denoiser.denoiser)
 
     return run_probe
 

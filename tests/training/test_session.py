@@ -13,10 +13,11 @@ from finetuning.training.checkpoint import checkpoints_in
 from finetuning.training.run import Run
 from finetuning.training.session import Session
 
+FULL, LORA = "train_text_to_image", "train_lora"  # which have the same Session
 LOUD = ("--learning_rate", "1e30", "--lr_scheduler", "constant", "--max_grad_norm", 0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("script", "number"), [(FULL, signal.SIGTERM), (LORA, signal.SIGINT)])
 def test_a_signal_ends_the_run_with_a_checkpoint_and_its_own_status(
     script, training, arguments, whole_run, tmp_path, number, monkeypatch, capfd
 ):
@@ -118,7 +119,7 @@ def test_a_step_looked_at_later_is_named_by_its_own_rows_and_what_came_of_it_is_
     assert "checkpoint-2 is complete: --resume_from_checkpoint latest" in messages[0]
 
 
-@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(("script", "resumed"), [(LORA, False), (FULL, True)])
 def test_what_a_gpu_does_besides_changes_nothing(
     script, resumed, training, arguments, whole_run, tmp_path, capfd, monkeypatch
 ):
@@ -168,24 +169,12 @@ def test_too_little_memory_is_one_message_with_what_would_help(
     assert message.index("--use_8bit_adam") < message.index("--gradient_checkpointing")
 
 
-def test_dropout_is_a_function_of_seed_step_and_process(training, arguments, tmp_path, monkeypatch):
-    """torch's own dropout draws from torch's generator: it is seeded once for each step, so a resume repeats it."""
-    seeds = []
-    monkeypatch.setattr(torch, "manual_seed", _noted(seeds, torch.manual_seed))
-
-    def run(name, *more):
-        seeds.clear()
-        words = ("--lora_dropout", 0.5, "--max_train_steps", 3, "--checkpointing_steps", 1, *more)
-        assert training.run("train_lora", arguments, tmp_path / name, *words) == 0
-        return seeds[-3:], [line["train_loss"] for line in training.steps(tmp_path / name)]
-
-    first = run("first")
-    torch.rand(5)
-    assert run("again") == first and len(set(first[0])) == 3
-    assert run("other seed", "--seed", 4)[0] != first[0]
-    plain = ("--lora_dropout", 0)
-    assert run("plain", *plain)[1] != first[1]
-
-
-def _noted(seeds, real):
-    return lambda seed: (seeds.append(seed), real(seed))[1]
+def test_dropout_draws_from_a_generator_that_is_seeded_by_seed_and_step(training, arguments, tmp_path, monkeypatch):
+    """torch's own: so a resume repeats it, which test_train_lora.py compares."""
+    seeds, of_steps, real = [], [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), real(seed))[1])
+    for seed in (3, 4):
+        words = ("--lora_dropout", 0.5, "--max_train_steps", 2, "--validation_loss_rows", 0, "--seed", seed)
+        assert training.run("train_lora", arguments, tmp_path / str(seed), *words) == 0
+        of_steps += seeds[-2:]
+    assert len(set(of_steps)) == 4
