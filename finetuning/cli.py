@@ -267,6 +267,8 @@ def load_command(entry):
 
 
 def _run(function, args):
+    if "WORLD_SIZE" not in os.environ:  # left in a shell, without a launcher: accelerate would wait for the others
+        os.environ.pop("LOCAL_RANK", None)
     try:
         return function(args) or 0
     except KeyboardInterrupt:

@@ -162,6 +162,7 @@ BROKEN = {
     "model_index.json is cut": (MODEL, content("model_index.json", CUT), "model_index.json", "JSON"),
     "model_index.json is a list": (MODEL, content("model_index.json", b"[]"), "model_index.json"),
     "model_index.json is an LFS pointer": (MODEL, content("model_index.json", LFS), "model_index.json", "git lfs pull"),
+    "model_index.json names no class": (MODEL, settings("model_index.json", _class_name=["a"]), "['a']"),
     "no SDXL": (WHOLE, settings("model_index.json", _class_name="StableDiffusionXLPipeline"),
                 "StableDiffusionXLPipeline"),
     "a refiner": (WHOLE, settings("model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline"),
@@ -186,6 +187,12 @@ BROKEN = {
         WHOLE, settings("model_index.json", scheduler=["diffusers", "NoScheduler"]), "NoScheduler"),
     "scheduler that diffusers refuses": (
         WHOLE, settings("scheduler/scheduler_config.json", beta_schedule="none"), "scheduler"),
+    "a schedule without a step": (
+        WHOLE, settings("scheduler/scheduler_config.json", num_train_timesteps=0), "scheduler_config.json"),
+    "a prediction of nothing": (
+        WHOLE, settings("scheduler/scheduler_config.json", prediction_type="x"), "predict"),
+    **{f"a scaling factor of {what}": (WHOLE, settings("vae/config.json", scaling_factor=what), "scaling_factor")
+       for what in (None, "x", 0)},
     "a component is not there": (MODEL, lambda model: shutil.rmtree(model / "vae"), "vae"),
     # Tokenizers
     "tokenizer without words": (
@@ -195,6 +202,13 @@ BROKEN = {
         "pipeline tokenizer", content("tokenizer/tokenizer_config.json", CUT), "tokenizer_config.json", "JSON"),
     "tokenizer without a longest text": (
         "pipeline tokenizer", settings("tokenizer/tokenizer_config.json", model_max_length=None), "model_max_length"),
+    "tokenizer of longer texts": (
+        "pipeline", settings("tokenizer/tokenizer_config.json", model_max_length=100), "100", "text_encoder"),
+    "tokenizer of more words": (
+        "pipeline", both(settings("text_encoder/config.json", vocab_size=9), tensors(TEXT, value(
+            "text_model.embeddings.token_embedding.weight", lambda one: one[:9]))), "text_encoder", "9"),
+    "tokenizer of no text": (
+        "pipeline tokenizer", settings("tokenizer/tokenizer_config.json", model_max_length=-1), "model_max_length"),
     "a tokenizer that is none": (
         "pipeline tokenizer", settings("model_index.json", tokenizer=["transformers", "CLIPModel"]), "CLIPModel"),
     # What is no model

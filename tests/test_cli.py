@@ -1,6 +1,7 @@
 """Flags from dataclasses: three sources of values, and every problem at once."""
 
 import json
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -532,3 +533,9 @@ def test_flag_table():
 | `--seed` | 0 | of everything random; at least 0 and at most 18446744073709551615 |
 """
     )
+
+
+def test_a_rank_that_a_shell_has_kept_is_nobodys(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert run_script(AverageFlags, "", lambda args: "LOCAL_RANK" in os.environ, []) == 0

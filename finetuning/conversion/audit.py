@@ -25,7 +25,7 @@ from finetuning.conversion.measures import (
 from finetuning.data.buckets import BucketArgs
 from finetuning.data.captions import CaptionArgs
 from finetuning.data.checking import read_checked
-from finetuning.data.findings import DatasetError, Findings
+from finetuning.data.findings import DatasetError, Findings, counted
 from finetuning.data.folders import folder_problems
 from finetuning.data.images import UnreadableImage, open_rgb
 from finetuning.data.reading import read_folder
@@ -151,8 +151,8 @@ class Audit:
         if not self.accepted:
             return "bad", "training would REFUSE it"
         if self.flagged:
-            worth = f"{self.flagged} of {len(self.seen)} images are worth a look"
-            return "doubtful", f"training would accept it, but {worth}"
+            worth = f"{self.flagged} of {counted(len(self.seen), 'image')}"
+            return "doubtful", f"training would accept it; worth a look: {worth}"
         return "good", "training would accept it"
 
     def shown(self, seen):

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from finetuning.cli import first_few
+from finetuning.diffusion.objective import PREDICTION_TYPES
 from finetuning.families.family import Family
 from finetuning.families.folders import (
     OTHER_FORMATS,
@@ -137,8 +138,17 @@ class Source:
         return replace(self, components=self.components | open_vae(name, self.family, cache_dir)) if name else self
 
     def tokenizers(self):
-        """{text encoder: its tokenizer}. Raises ModelError."""
-        return {encoder: self.tokenizer(folder) for encoder, folder in self.family.tokenizers.items()}
+        """{text encoder: its tokenizer}. Raises ModelError, also where the two are of different models."""
+        found = {encoder: self.tokenizer(folder) for encoder, folder in self.family.tokenizers.items()}
+        for encoder, tokenizer in found.items():
+            config = self.check(encoder).config
+            longest = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+            if len(tokenizer) > config.vocab_size or tokenizer.model_max_length > longest:
+                raise ModelError(
+                    f"{self.given}: its tokenizer has {len(tokenizer)} tokens, texts of {tokenizer.model_max_length}; "
+                    f"its {encoder} takes {config.vocab_size}, and {longest}: they are of different models"
+                )
+        return found
 
     def tokenizer(self, name="tokenizer"):
         """The tokenizer in a folder of the pipeline. Raises ModelError."""
@@ -146,8 +156,12 @@ class Source:
 
     def scheduler_config(self):
         """The scheduler's configuration, with what the denoiser predicts. Raises ModelError."""
-        config = read_json(self._pipeline_folder() / "scheduler" / "scheduler_config.json")
-        return config | {"prediction_type": self.prediction_type or config.get("prediction_type", "epsilon")}
+        path = self._pipeline_folder() / "scheduler" / "scheduler_config.json"
+        config = read_json(path)
+        predicts = self.prediction_type or config.get("prediction_type", "epsilon")
+        if predicts not in PREDICTION_TYPES:
+            raise ModelError(f"{path}: a prediction_type {predicts} is none of {', '.join(PREDICTION_TYPES)}")
+        return config | {"prediction_type": predicts}
 
     def scheduler(self, part="scheduler", class_name=None):
         """A scheduler that the pipeline names, or of another of diffusers' classes. Raises ModelError."""
@@ -159,12 +173,15 @@ class Source:
         if not str(named).endswith("Scheduler") or not hasattr(diffusers, named):
             raise ModelError(f"{folder.parent} names the {part} {named}, which diffusers does not have")
         with _one_line(folder), errors_only():
-            return getattr(diffusers, class_name or named).from_config(config)
+            made = getattr(diffusers, class_name or named).from_config(config)
+        if not len(getattr(made, "alphas_cumprod", "?")):
+            raise ModelError(f"{folder / 'scheduler_config.json'} describes a schedule without a step")
+        return made
 
     def settings(self):
         """What else model_index.json says of the pipeline, e.g. {"force_zeros_for_empty_prompt": True}."""
         index = pipeline_index(self._pipeline_folder())
-        return {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)}
+        return {key: value for key, value in index.items() if isinstance(value, bool | int | float)}
 
     def _class_of(self, name):
         entry = pipeline_index(self._pipeline_folder()).get(name)  # [library, class]
@@ -245,7 +262,8 @@ def open_tokenizer(folder, class_name="CLIPTokenizer"):
         tokenizer = getattr(transformers, class_name).from_pretrained(folder)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ModelError(f"{folder} holds a tokenizer without words: copy or download its files again")
-    if tokenizer.model_max_length > 1_000_000:  # what transformers says where nothing is said
+    longest = tokenizer.model_max_length
+    if type(longest) is not int or not 0 < longest < 1_000_000:  # what transformers says where nothing is said
         raise ModelError(f"{folder / 'tokenizer_config.json'} does not say how long a text may be (model_max_length)")
     return tokenizer
 
@@ -505,7 +523,7 @@ def _config(lent, component):
 
 
 def _family(name, index, relatives):
-    class_name = index.get("_class_name")
+    class_name = str(index.get("_class_name"))
     family = FAMILIES.get(RELATIVES.get(class_name, class_name))
     if why := family and family.refusal(key for key, value in index.items() if value):
         raise ModelError(f"{name}: {why}")

@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x: one text encoder, a UNet over latents of 4 channels, an autoencoder."""
 
+import math
 from types import MappingProxyType
 
 from finetuning.families.family import Component, Family
@@ -40,6 +41,8 @@ class StableDiffusion(Family):
                 f"the UNet takes {unet.in_channels} channels and gives {unet.out_channels}, and the autoencoder has "
                 f"{vae.latent_channels}: an inpainting or upscaling model is not trained by this script"
             )
+        if not (type(vae.scaling_factor) in (int, float) and 0 < vae.scaling_factor < math.inf):
+            yield f"the autoencoder's config.json has a scaling_factor of {vae.scaling_factor}, which scales nothing"
         if unet.cross_attention_dim != encoder.hidden_size:
             yield (
                 f"the UNet expects text of width {unet.cross_attention_dim} and the text encoder gives "

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from finetuning.cli import flag, size_text
 from finetuning.data.cache import folder_of
+from finetuning.data.findings import counted
 from finetuning.families.model_args import ModelError
 from finetuning.rng import queues
 from finetuning.training.optim import update_problems
@@ -150,8 +151,9 @@ def check_before_start(args, run, model, data, encoder):
     run.say(
         f"{model.summary()}\n"
         f"dataset: {data.summary()}\n"
-        f"schedule: {total_steps} steps of {sampler.total_batch_size} rows ({args.train_batch_size} x "
-        f"{args.gradient_accumulation_steps} accumulated x {sampler.processes} processes){epochs}\n"
+        f"schedule: {counted(total_steps, 'step')} of {counted(sampler.total_batch_size, 'row')} "
+        f"({args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x {sampler.processes} "
+        f"process{'es' if sampler.processes > 1 else ''}){epochs}\n"
         f"device: {run.device}, activations {run.accelerator.mixed_precision.replace('no', 'fp32')}; in memory besides "
         f"these: {_listed(memory)}\n"
         f"disk: a checkpoint takes about {size_text(needed)}, {(limit or 1) + 1} of them and the result "
@@ -165,8 +167,8 @@ def check_before_start(args, run, model, data, encoder):
         )
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= total_steps:
         run.say(
-            f"--lr_warmup_steps {args.lr_warmup_steps} is not shorter than the run of {total_steps} steps: the "
-            "learning rate never reaches --learning_rate"
+            f"--lr_warmup_steps {args.lr_warmup_steps} is not shorter than the run of {counted(total_steps, 'step')}: "
+            "the learning rate never reaches --learning_rate"
         )
     kept = total_steps // args.checkpointing_steps if args.checkpointing_steps and limit is None else 0
     if kept * needed + exported > free:
@@ -288,7 +290,7 @@ def clock(device):
 
 def forecast(device, rows, seconds, steps):
     """What a step of so many rows, that took so long, says of a run of so many steps, in words."""
-    took = f"a step of {rows} rows takes {seconds:.2f} s"
+    took = f"a step of {counted(rows, 'row')} takes {seconds:.2f} s"
     if queues(device):
         peak, whole = torch.accelerator.max_memory_reserved(device), torch.accelerator.get_memory_info(device)[1]
         took += f" and {size_text(peak)} of the GPU's {size_text(whole)} at its peak: it fits"

@@ -141,7 +141,7 @@ def test_the_plan_is_said_in_numbers(check):
     said = check(resolution="32", total_steps=6)
     assert "dataset: 11 rows, 3 held out" in said
     # 11 rows make three steps of at most 4
-    assert "6 steps of 4 rows (2 x 2 accumulated x 1 processes), 2.0 epochs" in said
+    assert "6 steps of 4 rows (2 x 2 accumulated x 1 process), 2.0 epochs" in said
     assert "trained: unet" in said and "frozen: text_encoder" in said and "activations fp32" in said
 
 
@@ -163,7 +163,7 @@ def test_steps_that_buckets_leave_short_are_said(check):
     # 6 + 5 rows in steps of 4: 4 + 2 and 4 + 1
     said = check(resolution="32", total_steps=8, buckets="aaaaaabbbbb", aspect_buckets=True)
     assert "buckets: 2, and every step is of one: 2 of the 4 steps of an epoch have fewer than 4 rows" in said
-    assert "8 steps of 4 rows (2 x 2 accumulated x 1 processes), 2.0 epochs" in said
+    assert "8 steps of 4 rows (2 x 2 accumulated x 1 process), 2.0 epochs" in said
     assert "buckets" not in check(resolution="32")
 
 
