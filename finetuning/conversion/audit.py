@@ -285,8 +285,8 @@ def _measure_captions(audit, tokenizer):
         lengths = [len(ids) for ids in tokenizer([text for _, text in pairs], verbose=False).input_ids] if pairs else []
         for (one, text), length in zip(pairs, lengths, strict=True):
             audit.lengths.append(length)
-            audit.words.update({word for word in re.findall(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*", text.casefold())}
-                               - COMMON_WORDS)  # fmt: skip
+            words = set(re.findall(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*", text.casefold()))
+            audit.words.update(sorted(words - COMMON_WORDS))  # sorted: words of one count in one order
             of_text[text.casefold()].append(one)
             for code in [*oddities(text), *(["cut_caption"] if length > limit else [])]:
                 if not found[code] or found[code][-1] != (one,):
