@@ -30,6 +30,7 @@ import inspect
 import math
 import operator
 import os
+import signal
 import sys
 import types
 import typing
@@ -43,6 +44,7 @@ LIMITS = (
     ("max", "at most", operator.le), ("below", "below", operator.lt),
 )  # fmt: skip
 SEEDS = {"min": 0, "max": 2**64 - 1}  # the range of a seed's flag: what torch takes; -1 is no drawn one, as elsewhere
+DASHES = ("-", "\N{EN DASH}", "\N{EM DASH}", "\N{MINUS SIGN}")  # what a web page makes of --
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -243,7 +245,7 @@ def run_script(args_class, description, function, argv=None):
 
     2    something is wrong with the flags: every problem is printed
     1    a UserError, an OSError or too little GPU memory: one message, no traceback
-    130  Ctrl-C
+    130  Ctrl-C; 143 SIGTERM
     Any other exception keeps its traceback: it is an error of this code.
     """
     return _run(function, parse(args_class, description, argv))
@@ -269,11 +271,21 @@ def load_command(entry):
 def _run(function, args):
     if "WORLD_SIZE" not in os.environ:  # left in a shell, without a launcher: accelerate would wait for the others
         os.environ.pop("LOCAL_RANK", None)
+    process, signals = os.getpid(), []
+
+    def stop(number, _frame):
+        """End as Ctrl-C does: what was begun is cleaned up, and a line says why."""
+        if os.getpid() != process:  # a forked worker, about which nobody needs to hear
+            os._exit(128 + number)
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         return function(args) or 0
     except KeyboardInterrupt:
-        report("interrupted")
-        return 130
+        report("stopped by SIGTERM" if signals else "interrupted")
+        return 128 + signals[0] if signals else 130
     except BrokenPipeError:  # whoever read the output is gone: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -291,6 +303,8 @@ def _run(function, args):
         advice = getattr(args, "memory_advice", str)()
         report(f"error: the GPU has too little memory: {reason}\n{advice}".rstrip(": \n"), from_any_process=True)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def report(message, from_any_process=False):
@@ -399,7 +413,7 @@ class _Reading:
 
     def unknown(self, word, where=""):
         spelled = word.split("=")[0]
-        name = spelled.lstrip("-").replace("-", "_").removeprefix("no_")
+        name = spelled.lstrip("".join(DASHES)).replace("-", "_").removeprefix("no_")
         near = difflib.get_close_matches(name, [n for n, one in self.flags.items() if not one.positional], n=1)
         self.wrong(f"{where}unknown flag {spelled}" + (f"; did you mean --{near[0]}?" if near else ""), *near)
 
@@ -502,7 +516,7 @@ def _take_values(words):
 
 def _is_flag(word):
     """Whether a word is a flag rather than a value: -1, -1e-3, "-" and "- with spaces" are values."""
-    if not word.startswith("-") or word == "-" or " " in word.partition("=")[0]:
+    if not word.startswith(DASHES) or word == "-" or " " in word.partition("=")[0]:
         return False
     try:
         float(word)

@@ -104,8 +104,8 @@ def overlap(one, other):
     return one == other or one in other.parents or other in one.parents
 
 
-def output_problems(output_dir, inputs, around=False):
-    """Yield why results cannot go to --output_dir: it is, or lies in, something that is read. `inputs` are paths.
+def output_problems(output_dir, inputs, around=False, flag="--output_dir"):
+    """Yield why results cannot go to what `flag` names: it is, or lies in, something that is read. `inputs` are paths.
 
     around  whether it may not hold something that is read either: what it holds is replaced
     """
@@ -115,9 +115,9 @@ def output_problems(output_dir, inputs, around=False):
         if not Path(path).exists():
             continue
         if read == output or read in output.parents:
-            yield f"--output_dir {output_dir} lies in {path}, which is read: name a folder outside of it"
+            yield f"{flag} {output_dir} lies in {path}, which is read: name a folder outside of it"
         elif around and output in read.parents:
-            yield f"--output_dir {output_dir} holds {path}, which is read: name another folder"
+            yield f"{flag} {output_dir} holds {path}, which is read: name another folder"
 
 
 def read_text(path):

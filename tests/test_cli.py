@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from dataclasses import dataclass
 
 import pytest
@@ -161,7 +162,9 @@ def test_parse_prints_the_problems_and_exits_with_2(capsys):
     ]
 
 
-@pytest.mark.parametrize("argv", [["--learning-rate", "1"], ["--learning-rate=1"], ["--learning", "1"]])
+@pytest.mark.parametrize("argv", [
+    ["--learning-rate", "1"], ["--learning-rate=1"], ["--learning", "1"], ["\N{EN DASH}-learning_rate", "1"],
+])  # fmt: skip
 def test_unknown_flag_suggests_the_nearest(argv):
     assert wrong(*argv) == [f"unknown flag {argv[0].split('=')[0]}; did you mean --learning_rate?"]
 
@@ -340,6 +343,8 @@ def test_flags_without_effect_and_redeclared_flags():
 
 def failing(error):
     def function(args):
+        if isinstance(error, signal.Signals):
+            signal.raise_signal(error)
         raise error
 
     return function
@@ -355,6 +360,7 @@ def failing(error):
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 1, "CUDA out of memory"),
         (torch.OutOfMemoryError(), 1, "memory"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM"),
     ],
 )
 def test_a_script_ends_with_one_message_and_a_status(capsys, error, status, message):

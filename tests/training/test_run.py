@@ -14,7 +14,8 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
-from finetuning.cli import UserError
+import train_lora
+from finetuning.cli import UserError, read
 from finetuning.families.model_args import ModelError
 from finetuning.training.checkpoint import CheckpointArgs
 from finetuning.training.hub import build_upload
@@ -294,3 +295,10 @@ def test_flags_that_cannot_work_are_named(flags, monkeypatch, problems_of):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (problem,) = problems_of(RunArgs, **{"report_to": "none", **flags})
     assert problem.startswith(f"--{next(iter(flags))} ")
+
+
+def test_logs_do_not_go_into_what_is_read(tmp_path):
+    (tmp_path / "data").mkdir()
+    words = ["--pretrained_model_name_or_path", tmp_path, "--train_data_dir", tmp_path / "data", "--output_dir", "out"]
+    _, problems = read(train_lora.Args, "", [*map(str, words), "--logging_dir", str(tmp_path / "data/logs")])
+    assert any(one.startswith(f"--logging_dir {tmp_path / 'data/logs'} lies in") for one in problems)
