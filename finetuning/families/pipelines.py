@@ -71,8 +71,8 @@ def check_models(names, loras=(), upscalers=(), *, weights="ema", base=None, vae
     for name, enlarges in dict.fromkeys(named):
         family, (modules, *_) = _parts(name, Source.check, weights, base=base, vae=None if enlarges else vae)
         if family.needs_image != enlarges:
-            does = "enlarges images and makes none: it is an upscaler" if family.needs_image else "is no upscaler"
-            raise ModelError(f"{name} is a {family.pipeline}, which {does}")
+            what = "enlarges images and makes none: name it as the --upscaler of a model"
+            raise ModelError(f"{name}: a {family.pipeline} {what if family.needs_image else 'is no upscaler'}")
         for lora in () if enlarges else loras:
             read_lora(lora, {component.name: modules[component.name] for component in family.adaptable}, weights)
 

@@ -366,7 +366,7 @@ def test_other_images_under_the_same_names_are_other_facts(loss, tmp_path):
 
 
 def test_what_is_wrong_with_both_datasets_is_said_at_once(loss, tmp_path):
-    with pytest.raises(ModelError, match=r"(?s)no folder .*first.*no folder .*second"):
+    with pytest.raises(ModelError, match=r"(?s)first: there is no such folder.*second: there is no"):
         loss(fit=tmp_path / "first", retain=tmp_path / "second")
 
 
