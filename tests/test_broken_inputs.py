@@ -335,6 +335,7 @@ BROKEN |= {
 
 CAPTIONER = "model.safetensors"
 BROKEN |= {
+    "no such captioner": ("captioner", lambda captioner: captioner / "nowhere", "nowhere: there is no such folder"),
     "a cut captioner": ("captioner", content(CAPTIONER, CUT), CAPTIONER, "damaged"),
     "an empty captioner": ("captioner", content(CAPTIONER, b""), CAPTIONER, "empty"),
     "an LFS pointer as a captioner": ("captioner", content(CAPTIONER, LFS), CAPTIONER, "git lfs pull"),

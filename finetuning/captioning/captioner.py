@@ -9,6 +9,7 @@ from finetuning.cli import first_few
 from finetuning.data.findings import Findings
 from finetuning.families.folders import check_weights_files
 from finetuning.families.model_args import ModelError
+from finetuning.families.opening import HUB_NAME
 from finetuning.families.quiet import errors_only
 from finetuning.families.tensors import refuse_not_finite
 from finetuning.rng import torch_generator
@@ -81,6 +82,8 @@ def open_model(model_class, name, device, dtype):
     try:
         if Path(name).is_dir():
             check_weights_files(Path(name))
+        elif not HUB_NAME.fullmatch(str(name)):
+            raise ModelError(f"{name}: there is no such folder")
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         _check_kind(model_class, name, config)
         with errors_only():
