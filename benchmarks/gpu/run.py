@@ -4,7 +4,7 @@
 
 Runs the scripts by their command lines, each case in a process of its own. A case that fails is a result. Writes
 RESULTS/CARD-DATE.json again after every case, and beside it, in a folder of that name, the end of every case's output
-and the profiles. --small runs everything in miniature, one case after the other: that works on a CPU.
+and the profiles. --small, and a machine without a GPU, runs everything in miniature, one case after the other.
 README.md says what the cases are and how to read them.
 """
 
@@ -82,6 +82,9 @@ class Check:
             sys.exit(f"PyTorch does not run here:\n{found.stderr[-2000:]}")
         self.facts = json.loads(found.stdout.splitlines()[-1])
         self.on_gpu = self.facts["card"] != "CPU"
+        if not self.on_gpu and not self.args.small:
+            print("no GPU here: everything in miniature, which shows that it runs", flush=True)
+            self.args.small = True
         if shutil.which("nvidia-smi"):
             ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             self.facts["driver"] = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
