@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from finetuning.cli import UserError, as_dict, flag, flags_without_effect
+from finetuning.families.tensors import read_json
 from finetuning.files import (
     BrokenFolder,
     atomic_folder,
@@ -98,7 +99,7 @@ def seed_of_resumed_run(args):
     for folder in [*named, *(path for _, path in reversed(checkpoints_in(args.output_dir)))]:
         try:
             return json.loads((folder / "training_state.json").read_text(encoding="utf-8"))["args"]["seed"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # a broken checkpoint is reported when it is loaded
     return None
 
@@ -188,7 +189,7 @@ class Checkpointer:
         if folder is None:
             self.say(f"there is no checkpoint in {self.folder}: starting afresh")
             return 0
-        state = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
+        state = self._state_in(folder)
         if state["step"] > total_steps:
             raise CheckpointError(
                 f"{folder} has {state['step']} steps done and this run would end at {total_steps}: raise "
@@ -232,6 +233,15 @@ class Checkpointer:
             "processes": self.run.accelerator.num_processes,
             "args": as_dict(self.args) | {"hub_token": None},
         }
+
+    def _state_in(self, folder):
+        """What a checkpoint says of its run. Raises CheckpointError or ModelError where no run has written that."""
+        path = folder / "training_state.json"
+        state, present = read_json(path), self._state(0)
+        needed = ("step", "dataset", "versions", "precision", "processes", "args")
+        if odd := [name for name in needed if not isinstance(state.get(name), type(present[name]))]:
+            raise CheckpointError(f"{path} does not say the {', '.join(odd)} of its run: take another checkpoint")
+        return state
 
     def _all(self):
         return checkpoints_in(self.folder)
@@ -310,8 +320,8 @@ class Checkpointer:
             changed.append("how random crops and dropout are drawn, in a newer version of this project")
         if state["dataset"] != self.dataset_id:
             changed.append("the dataset's rows, captions or buckets")
-        if state["versions"]["torch"] != torch.__version__:
-            changed.append(f"torch {state['versions']['torch']} -> {torch.__version__}")
+        if (version := state["versions"].get("torch")) != torch.__version__:
+            changed.append(f"torch {version} -> {torch.__version__}")
         if changed:
             self.say(
                 "since the checkpoint these have changed, so the result will differ from an uninterrupted run: "

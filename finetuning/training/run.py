@@ -286,9 +286,14 @@ class Run:
         """A run that resumes writes what came after its checkpoint again: later steps, and its step's validation."""
         path = self.output_dir / "metrics.jsonl"
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-            kept = [line for line, one in whole if one["step"] < step or (one["step"] == step and "train_loss" in one)]
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+                kept = [
+                    text for text, one in whole if one["step"] < step or (one["step"] == step and "train_loss" in one)
+                ]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} is not what a run writes ({error}): move it away, then resume") from error
             write_text(path, "".join(kept))
 
 

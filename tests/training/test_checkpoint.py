@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetuning import files
-from finetuning.cli import flag
+from finetuning.cli import UserError, flag
 from finetuning.training import checkpoint
 from finetuning.training.checkpoint import (
     CheckpointArgs,
@@ -347,6 +347,15 @@ def test_a_run_of_an_older_version_is_told_that_its_crops_are_drawn_anew(left, s
     path.write_text(json.dumps(state))
     files.write_manifest(path.parent)
     assert ("crops" in changes(start(resume_from_checkpoint="latest", center_crop=center_crop))) is named
+
+
+@pytest.mark.parametrize("change", [{"step": "x"}, {"args": [1]}, {"versions": None}, None], ids=str)
+def test_a_state_that_no_run_has_written_is_named(left, start, change):
+    path = left(1).folder / "checkpoint-1/training_state.json"
+    path.write_text("[1]" if change is None else json.dumps(json.loads(path.read_text()) | change))
+    files.write_manifest(path.parent)
+    with pytest.raises(UserError, match=f"training_state.json.*{next(iter(change or ['']))}"):
+        start(resume_from_checkpoint="latest").resume(10)
 
 
 def test_the_seed_that_a_run_drew_is_found_again(left, tmp_path):

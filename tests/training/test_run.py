@@ -155,6 +155,15 @@ def test_a_resumed_run_forgets_the_steps_that_it_will_write_again(start):
     assert logged(resumed)[-1] == {"step": 4, "train_loss": 7.0}
 
 
+@pytest.mark.parametrize("content", [b"\x80\n", b"[1]\n", b"{}\n"])
+def test_metrics_that_no_run_has_written_are_named(start, content):
+    run = start()
+    run.output_dir.mkdir()
+    (run.output_dir / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        run.begin(3, 10)
+
+
 def test_args_json_holds_the_flags_and_no_token(start):
     run = start(hub_token="hf_secret", num_train_epochs=3)
     run.begin(0, 10)
