@@ -30,6 +30,7 @@ import inspect
 import math
 import operator
 import os
+import re
 import signal
 import sys
 import types
@@ -269,6 +270,9 @@ def load_command(entry):
 
 
 def _run(function, args):
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks: \xe9
     if "WORLD_SIZE" not in os.environ:  # left in a shell, without a launcher: accelerate would wait for the others
         os.environ.pop("LOCAL_RANK", None)
     process, signals = os.getpid(), []
@@ -585,6 +589,10 @@ def _convert_one(raw, flag, kind, whole):
         value = str(raw)
         if not value and (flag.required or flag.reads or flag.default):  # of a shell's variable that is not set
             raise wrong("must not be empty", '""')
+        if re.search("[\ud800-\udfff]", value) and not os.path.lexists(value):
+            raise wrong(
+                "is not text in this terminal's encoding: LC_ALL=C.UTF-8 before the command helps", ascii(value)
+            )
     if flag.choices and value not in flag.allowed:
         near = difflib.get_close_matches(str(value), [str(choice) for choice in flag.allowed], n=1)
         hint = f"; did you mean {near[0]}?" if near and len(flag.allowed) > 5 else ""

@@ -1,8 +1,10 @@
 """Flags from dataclasses: three sources of values, and every problem at once."""
 
+import io
 import json
 import os
 import signal
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -369,6 +371,13 @@ def test_a_script_ends_with_one_message_and_a_status(capsys, error, status, mess
     assert message in printed and len(printed.splitlines()) == 1
 
 
+def test_a_terminal_that_lacks_a_letter_shows_its_code(monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert run_script(AverageFlags, "", lambda args: print("caf\xe9"), []) == 0
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"caf\\xe9\n"
+
+
 def test_errors_of_the_code_keep_their_traceback():
     for error in (KeyError("x"), RuntimeError("x"), ValueError("x")):
         with pytest.raises(type(error)):
@@ -455,6 +464,13 @@ def test_config_problems_are_reported_with_those_of_the_command_line(config):
 )
 def test_config_values_of_the_wrong_type_are_named(config, line, problem):
     assert wrong(*config(line + "\n")) == [problem]
+
+
+def test_a_text_of_another_encoding_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "encoding" in read(Args, "", ["--folder", "caf\udce9"])[1][0]
+    (tmp_path / "caf\udce9").mkdir()
+    assert read(Args, "", ["--folder", "caf\udce9"])[1] == []
 
 
 def test_a_path_that_is_required_is_not_empty():
