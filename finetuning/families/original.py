@@ -94,6 +94,11 @@ def original_names(component, keys):
     Raises ModelError for a key that the layout has no name for.
     """
     keys = list(keys)
+    if not component.original_prefixes:
+        raise ModelError(
+            f"a single file is in Stable Diffusion's layout, which has no place for this {component.name}: leave "
+            "--single_file out"
+        )
     prefix = component.original_prefixes[0]
     if component.is_text_encoder and not _is_open_clip(prefix):
         if _count(r"(?:text_model\.)?encoder\.layers\.(\d+)\.", keys) == SD2_LAYERS:
@@ -139,12 +144,18 @@ def place(component, key, name, shape):
 
 
 def unet_blocks(keys):
-    """{canonical key: block} of a UNet's tensors, as per-block ratios count them: IN00 .., M00, OUT00 .., or BASE."""
+    """{canonical key: block} of a UNet's tensors, as per-block ratios count them: IN00 .., M00, OUT00 .., or BASE.
+
+    Raises ModelError where the UNet has layers that Stable Diffusion's have not (DeepFloyd IF's, say).
+    """
     inside = [key for key in keys if key.startswith(("conv_in.", "down_blocks.", "mid_block.", "up_blocks."))]
     blocks = dict.fromkeys(keys, "BASE")
     modules = dict(_unet_modules(*_canonical_blocks(inside)))
     for key in inside:
-        way, number = re.match(r"(in|middle|out)\w*\.(\d+)", _renamed(key, modules) or "").groups()
+        place = re.match(r"(in|middle|out)\w*\.(\d+)", _renamed(key, modules) or "")
+        if place is None:
+            raise ModelError(f"blocks are numbered in Stable Diffusion's UNets alone, and this one has a {key}")
+        way, number = place.groups()
         blocks[key] = "M00" if way == "middle" else f"{way.upper()}{int(number):02d}"
     return blocks
 

@@ -79,10 +79,12 @@ def _base_pipeline(base, variant, scheduler, device, dtype):
 
 def _parameters(pipeline, components):
     """{canonical name: tensor} of the pipeline's components; what is copied into these, the pipeline has."""
+    modules = {component: getattr(pipeline, component) for component in components}
     return {
         f"{component}.{key}": tensor
-        for component in components
-        for key, tensor in getattr(pipeline, component).state_dict().items()
+        for component, module in modules.items()
+        for key, tensor in module.state_dict().items()
+        if key not in (getattr(module, "_tied_weights_keys", None) or ())  # other names of what is there already
     }
 
 

@@ -79,12 +79,11 @@ def block_ratios(words, matches):
     Raises ModelError where a pattern fits none of them, or there are not as many numbers as blocks in the UNet.
     """
     merged = [one for one in matches if not one.is_copy]
-    blocks = unet_blocks([one.key for one in merged if one.component == "unet"])
-    order = sorted(set(blocks.values()) - {"BASE"})  # IN.., M00, OUT..: as the alphabet has them
     ratios, unused = {}, []
     for pattern, given in block_rules(words):
         if pattern is None:
-            by_block = _one_for_each(order, given)
+            blocks = unet_blocks([one.key for one in merged if one.component == "unet"])
+            by_block = _one_for_each(sorted(set(blocks.values()) - {"BASE"}), given)  # IN.., M00, OUT..
             found = {f"unet.{key}": by_block[block] for key, block in blocks.items() if block in by_block}
         else:
             found = dict.fromkeys((one.name for one in merged if fnmatchcase(one.name, pattern)), given[0])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,15 +11,18 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import evaluate_model
 import generate_images
+import merge_checkpoints
 from finetuning.families.deepfloyd_if import downscaled
 from finetuning.families.generation import UpscalerArgs, back_projected, generate, upscale
 from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs, ModelError, UpscalingArgs
 from finetuning.families.pipelines import SCHEDULERS, open_pipeline
+from finetuning.merging.merged_pipeline import MergedPipeline
+from finetuning.merging.sweep import SweepArgs
 from models import pixel_start
 
 TINY = {"block_out_channels": (8, 16), "attention_head_dim": 4, "norm_num_groups": 4, "sample_size": 16}
@@ -52,6 +56,41 @@ def batch_of(captions, model):
         captions=captions, tokens=model.tokenize(captions), step=3, rows=list(range(len(captions))),
         sizes=torch.zeros(len(captions), 6),
     )  # fmt: skip
+
+
+@pytest.fixture
+def tuned(folders, tmp_path):
+    """The base with another denoiser and another text encoder."""
+    target = shutil.copytree(folders["base"], tmp_path / "tuned")
+    for path in target.glob("*/*.safetensors"):
+        tensors = {key: value + 0.1 * torch.ones_like(value) for key, value in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    return target
+
+
+def test_it_is_merged_into_a_pipeline_and_not_into_a_single_file(folders, tuned, tmp_path, capsys):
+    words = ["--base", folders["base"], "--tuned", tuned, "--ratio", 0.5, "--output_dir"]
+    assert merge_checkpoints.main([*map(str, words), str(tmp_path / "merged")]) == 0
+    for component in ("unet", "text_encoder"):
+        base, merged = (
+            next((folder / component).glob("*.safetensors")) for folder in (folders["base"], tmp_path / "merged")
+        )
+        for key, value in load_file(merged).items():
+            torch.testing.assert_close(value, load_file(base)[key] + 0.05)
+    IFPipeline.from_pretrained(tmp_path / "merged")
+    for flags, said in ((["--single_file"], "leave --single_file out"), (["--block_ratios", "0", "1"], "blocks")):
+        assert merge_checkpoints.main([*map(str, words), str(tmp_path / "no"), *flags]) == 1
+        assert said in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_it_is_mixed_in_memory_with_its_tied_weights(folders, tuned):
+    args = SweepArgs(base=str(folders["base"]), tuned=[str(tuned)], output_dir="unused")
+    mixed = MergedPipeline(args, args.open_models(args.origin), "dpm++")
+    mixed.set(1.0)
+    expected = open_pipeline(str(tuned))
+    for component in ("unet", "text_encoder"):
+        found = getattr(mixed.pipeline, component).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in getattr(expected, component).state_dict().items())
 
 
 @torch.no_grad()
