@@ -17,7 +17,7 @@ test: $(VENV)/.ready
 test-fast: $(VENV)/.ready
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -n $(JOBS) -m "not run"
 
-# Speed and memory, each beside a limit measured in the same run; under an hour. The READMEs in benchmarks/ have the
+# Speed and memory, each beside a limit measured in the same run; half an hour. The READMEs in benchmarks/ have the
 # commands that repeat more often and take larger sets.
 bench: $(VENV)/.ready
 	$(PYTHON) benchmarks/startup/run.py --repeats 2
