@@ -42,7 +42,8 @@ def read_split(folder, split, usual, caption_column, findings):
     wanted = split or (usual if there else "train")  # a folder without splits is read as its own train
     rows = read_folder(folder, wanted, "image", caption_column, False, findings)
     if rows is None:
-        raise DatasetError(f"{folder} has no split {wanted}, only {', '.join(there) or 'the folder itself'}")
+        only = ", ".join(there) or "the folder itself"
+        raise DatasetError(f"{folder} has no split {wanted}, only {only}{'' if there else what_else(folder)}")
     return rows
 
 

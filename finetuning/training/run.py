@@ -65,8 +65,9 @@ class RunArgs:
         if Path(self.output_dir).is_file():
             yield f"--output_dir {self.output_dir} is a file"
         yield from output_problems(self.output_dir, paths_read(self), around=True)
-        if Path(self.logging_dir).is_absolute():
-            yield from output_problems(self.logging_dir, paths_read(self), flag="--logging_dir")
+        logs = Path(self.output_dir, self.logging_dir).resolve()
+        if not logs.is_relative_to(Path(self.output_dir).resolve()):
+            yield from output_problems(logs, paths_read(self), flag="--logging_dir")
 
 
 class Run:

@@ -306,8 +306,11 @@ def test_flags_that_cannot_work_are_named(flags, monkeypatch, problems_of):
     assert problem.startswith(f"--{next(iter(flags))} ")
 
 
-def test_logs_do_not_go_into_what_is_read(tmp_path):
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_logs_do_not_go_into_what_is_read(tmp_path, is_relative):
     (tmp_path / "data").mkdir()
-    words = ["--pretrained_model_name_or_path", tmp_path, "--train_data_dir", tmp_path / "data", "--output_dir", "out"]
-    _, problems = read(train_lora.Args, "", [*map(str, words), "--logging_dir", str(tmp_path / "data/logs")])
+    words = ["--pretrained_model_name_or_path", tmp_path / "data", "--train_data_dir", tmp_path / "data"]
+    words += ["--output_dir", tmp_path / "out", "--logging_dir"]
+    logs = "../data/logs" if is_relative else tmp_path / "data/logs"
+    _, problems = read(train_lora.Args, "", [*map(str, words), str(logs)])
     assert any(one.startswith(f"--logging_dir {tmp_path / 'data/logs'} lies in") for one in problems)
