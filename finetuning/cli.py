@@ -33,6 +33,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import types
 import typing
 from pathlib import Path
@@ -284,7 +285,8 @@ def _run(function, args):
         signals.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    is_main = threading.current_thread() is threading.main_thread()  # elsewhere Python takes no handler
+    before = signal.signal(signal.SIGTERM, stop) if is_main else None
     try:
         return function(args) or 0
     except KeyboardInterrupt:
@@ -308,7 +310,8 @@ def _run(function, args):
         report(f"error: the GPU has too little memory: {reason}\n{advice}".rstrip(": \n"), from_any_process=True)
         return 1
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        if is_main:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def report(message, from_any_process=False):

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -376,6 +377,11 @@ def test_a_terminal_that_lacks_a_letter_shows_its_code(monkeypatch):
     assert run_script(AverageFlags, "", lambda args: print("caf\xe9"), []) == 0
     sys.stdout.flush()
     assert sys.stdout.buffer.getvalue() == b"caf\\xe9\n"
+
+
+def test_a_script_may_be_called_in_a_thread():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run_script, AverageFlags, "", lambda args: 7, []).result() == 7
 
 
 def test_errors_of_the_code_keep_their_traceback():
