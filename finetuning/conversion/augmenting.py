@@ -41,7 +41,9 @@ class AugmentArgs(MirrorArgs, CopyArgs):
     copies: int = flag(1, "how many copies of each kind, each drawn anew", min=1)
     brightness: float = flag(0.3, "brighter or darker by up to this share, and at least half of it", above=0, below=1)
     crop: float = flag(0.1, "cut up to this share off height and width, and at least half of it", above=0, below=1)
-    rotate: float = flag(5.0, "turn by up to so many degrees, and at least half; corners are cut", above=0, below=45)
+    rotate: float = flag(
+        5.0, "turn by up to so many degrees, and at least half; empty corners are cut off", above=0, below=45
+    )
     noise: float = flag(0.02, "Gaussian noise of up to this deviation, at least half (white is 1)", above=0, below=1)
     seed: int = flag(0, "seed of the draws", **SEEDS)
     workers: int | None = flag(None, "threads that decode and encode (none: one a core)", min=1, affects_result=False)

@@ -39,7 +39,7 @@ class DownloadArgs:
     download_workers: int = flag(8, "threads that fetch", min=1, affects_result=False)
     download_tries: int = flag(4, "times to ask for an image where site or network fails", min=1, affects_result=False)
     download_timeout: float = flag(60.0, "seconds that one try may take", above=0, affects_result=False)
-    download_max_mb: float = flag(100.0, "larger files are not taken, in 10^6 bytes", above=0, affects_result=False)
+    download_max_mb: float = flag(100.0, "take no file larger than this, in MB", above=0, affects_result=False)
 
     def problems(self):
         if self.images and not self.download and not Path(self.images).is_dir():

@@ -32,7 +32,9 @@ class UnsplashArgs:
         "search; none leaves an empty text, for caption_images.py to fill",
         choices=("ai_description", "description", "keywords", "query", "none"),
     )  # fmt: skip
-    keyword_confidence: float = flag(50.0, "leave out keywords of which the AI was less sure than this", min=0, max=100)
+    keyword_confidence: float = flag(
+        50.0, "leave out keywords of which the AI was less sure than this; a person's stay", min=0, max=100
+    )
     keyword_count: int = flag(10, "at most so many keywords for a photo, the surest first", min=1)
     download_side: int = flag(1024, "shorter side of photos fetched by the tables, in pixels (0: as they are)", min=0)
 

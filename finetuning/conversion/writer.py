@@ -63,9 +63,13 @@ class WritingArgs:
     max_side: int | None = flag(None, "make larger images smaller, to this longest side in pixels", min=1)
     image_format: str = flag("keep", "write all images as this", choices=("keep", *FORMATS))
     link: bool = flag(True, "hard-link images that need no change, where that can be; else copy", affects_result=False)
-    validation_fraction: float = flag(0.05, "share for validation, where the source has no splits", min=0, below=1)
+    validation_fraction: float = flag(
+        0.05, "share of the images for validation, where the source has no splits", min=0, below=1
+    )
     test_fraction: float = flag(0.05, "share for test; an image's content decides, so no copy leaks", min=0, below=1)
-    on_bad_rows: str = flag("error", "where some cannot be taken", choices=("error", "skip"), affects_result=False)
+    on_bad_rows: str = flag(
+        "error", "what to do with images that cannot be taken", choices=("error", "skip"), affects_result=False
+    )
     limit: int | None = flag(None, "take only this many samples, the first in the source's order", min=1)
     workers: int | None = flag(None, "threads that decode and encode (none: one a core)", min=1, affects_result=False)
 

@@ -17,13 +17,22 @@ class BucketArgs:
     """Aspect-ratio buckets"""
 
     aspect_buckets: bool = flag(
-        False, "train each image at the nearest of several shapes, each of at most --resolution x --resolution pixels"
+        False,
+        "train each image at the nearest of several shapes, each of at most --resolution x --resolution pixels; "
+        "every step has one shape",
     )
     bucket_step: int = flag(64, "the buckets' sides are multiples of this, in pixels", min=1, requires="aspect_buckets")
-    min_side: int | None = flag(None, "shortest side (none: half of --resolution)", min=1, requires="aspect_buckets")
-    max_side: int | None = flag(None, "longest side (none: twice --resolution)", min=1, requires="aspect_buckets")
+    min_side: int | None = flag(
+        None, "shortest side of a bucket (none: half of --resolution)", min=1, requires="aspect_buckets"
+    )
+    max_side: int | None = flag(
+        None, "longest side of a bucket (none: twice --resolution)", min=1, requires="aspect_buckets"
+    )
     max_upscale: float = flag(
-        1.5, "enlarge no image more than this: too small ones go to a smaller bucket", min=1, requires="aspect_buckets"
+        1.5,
+        "enlarge no image more than this, 1: none; too small ones go to a smaller bucket",
+        min=1,
+        requires="aspect_buckets",
     )
 
     def problems(self):

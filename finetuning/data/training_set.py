@@ -37,10 +37,12 @@ class DataArgs:
     image_column: str = flag("image", "column of a Hub dataset that holds the image; in a folder, file_name")
     caption_column: str = flag("text", 'column or metadata key of the caption or list of captions; "none": no captions')
     max_train_samples: int | None = flag(None, "train on this many rows, drawn with the seed", min=1)
-    on_bad_rows: str = flag("error", "rows that cannot be trained on", choices=("error", "skip"), affects_result=False)
+    on_bad_rows: str = flag(
+        "error", "what to do with rows that cannot be trained on", choices=("error", "skip"), affects_result=False
+    )
     check_images: str = flag(
         "full", "before the first step decode images to their end; or, in folders, read only headers (does not detect "
-        "truncated files); or none: a broken image stops the run when its turn comes",
+        "truncated files); or none: a million rows start at once, and a broken image stops the run when its turn comes",
         choices=("full", "header", "none"), affects_result=False, was="check_pictures",
     )  # fmt: skip
     allow_outside_paths: bool = flag(False, "let metadata and links reach images outside the dataset's folder")
@@ -56,10 +58,15 @@ class DataArgs:
     )
     image_interpolation_mode: str = flag("lanczos", "how images are resized", choices=INTERPOLATIONS)
     proportion_empty_prompts: float = flag(
-        0.0, "share of captions dropped, 0.1 for Stable Diffusion's usual training (GLIDE's uncond_p)", min=0, max=1
+        0.0,
+        "share of captions dropped for classifier-free guidance; 0.1 as SD 1.x was trained (GLIDE's uncond_p)",
+        min=0,
+        max=1,
     )
     train_batch_size: int = flag(16, "rows per process and forward pass", min=1)
-    dataloader_num_workers: int = flag(0, "processes that decode images; 0: its own", min=0, affects_result=False)
+    dataloader_num_workers: int = flag(
+        0, "processes that decode images; 0: the training process does", min=0, affects_result=False
+    )
 
     @property
     def size(self):

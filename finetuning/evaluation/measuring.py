@@ -31,16 +31,22 @@ FEW = 50  # images; with fewer no metric is reliable
 class EvalNetworkArgs:
     """Metrics"""
 
-    checker: str | None = flag(None, "a judge of images of your own: module or .py file (docs/evaluation.md)")
+    checker: str | None = flag(
+        None, "a judge of images of your own: a module or .py file with METRICS and scores() (docs/evaluation.md), "
+        "e.g. finetuning.shapes.checker",
+    )  # fmt: skip
     metrics: list[str] | None = flag(
         None, f"which, of {', '.join(dataset_metrics())} and those of the --checker (none: all that can be measured)"
     )
     protocol: str = flag(
-        "clean", "how Inception's images are prepared: as clean-fid does, or legacy, as pytorch-fid and older papers "
-        "do; metrics of the two are not comparable", choices=("clean", "legacy"),
+        "clean", "how images are prepared for Inception: clean as clean-fid does, legacy as pytorch-fid and older "
+        "papers do; metrics of the two are not comparable", choices=("clean", "legacy"),
     )  # fmt: skip
     resolutions: list[int] | None = flag(
-        None, "sides in pixels that all images are brought to, each measured (none: that of the first model's)", min=8
+        None,
+        "sides in pixels that all images are brought to, each measured apart (none: the side of the "
+        "first model's images)",
+        min=8,
     )
     inception_weights: str | None = flag(None, "file of FID's Inception weights (none: torch-fidelity's download)")
     lpips_trunk: str | None = flag(None, "file of AlexNet's weights for LPIPS (none: torchvision's download)")

@@ -57,7 +57,8 @@ class SweepArgs(MixArgs):
     size: str | None = flag(None, "side in pixels, or HEIGHTxWIDTH (none: the model's own)")
     batch_size: int = flag(4, "images generated, or rows measured, together", min=1, affects_result=False)
     metric: str | None = flag(
-        None, f"what is measured (without the flag: what is given); shapes is --checker {SHAPES_CHECKER}",
+        None, "what is measured: loss on two datasets, what --checker reads off the images, or none (without the flag: "
+        f"what is given; shapes is --checker {SHAPES_CHECKER})",
         choices=("loss", "checker", "shapes", "none"), affects_result=False,
     )  # fmt: skip
     checker: str | None = flag(
