@@ -92,7 +92,7 @@ def train(args):
         session.after(step)
 
     # What is handed over
-    save = lambda folder: model.save_lora(folder, ema.shadow, session.facts())
+    save = lambda *result: model.save_lora(*result, session.facts())
     return session.finish(save, key=DIFFUSERS_NAME, loads="load_lora_weights")
 
 

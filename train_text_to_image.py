@@ -59,6 +59,7 @@ def train(args):
     encoder = build_encoder(args, run, model, data)
     check_before_start(args, run, model, data, encoder)
     set_up_kernels(args, run, model)
+    run.shard(model)
 
     parameters = model.trained_parameters()
     ema = build_ema(args, parameters, model.take_ema_start())
@@ -85,7 +86,7 @@ def train(args):
         session.after(step)
 
     # What is handed over
-    return session.finish(lambda folder: model.save_pipeline(folder, ema.shadow))
+    return session.finish(model.save_pipeline)
 
 
 if __name__ == "__main__":

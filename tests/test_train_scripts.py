@@ -121,15 +121,55 @@ def test_two_processes_train_and_evaluate_as_one(script, training, arguments, tm
     assert training.on_two_processes(*run, ACCELERATE_MIXED_PRECISION="fp16") == [0, 0]
     facts = json.loads((tmp_path / "two/args.json").read_text())
     assert facts["run"]["processes"] == 2  # `accelerate launch --cpu --num_processes 2` was seen to start one
-    one, two = tensors(tmp_path / "one/checkpoint-4"), tensors(tmp_path / "two/checkpoint-4")
+    assert_close(training, tensors, tmp_path / "two", tmp_path / "one")
+    assert (tmp_path / "two/comparison.png").is_file()
+
+
+def assert_close(training, tensors, folder, other, atol=1e-6):
+    """Two runs of four steps computed the same but for rounding."""
+    one, two = tensors(folder / "checkpoint-4"), tensors(other / "checkpoint-4")
+    assert one.keys() == two.keys()
     for part, weights in one.items():
         for name, value in weights.items():
-            torch.testing.assert_close(two[part][name], value, rtol=0, atol=1e-6, msg=f"{part} {name}")
-    evaluated = [[line for line in training.metrics(tmp_path / name) if "validation_loss" in line]
-                 for name in ("one", "two")]  # fmt: skip
+            torch.testing.assert_close(two[part][name], value, rtol=0, atol=atol, msg=f"{part} {name}")
+    evaluated = [[line for line in training.metrics(run) if "validation_loss" in line] for run in (folder, other)]
     for single, shared in zip(*evaluated, strict=True):
         assert shared == {name: pytest.approx(value, abs=1e-5) for name, value in single.items()}
-    assert (tmp_path / "two/comparison.png").is_file()
+
+
+@pytest.mark.parametrize(("model", "reshards"), [("tiny_model", "true"), ("tiny_sdxl", "false")])
+def test_two_processes_that_shard_the_weights_train_as_one(
+    model, reshards, training, arguments, tmp_path, tensors, request
+):
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": reshards}
+    words = [*arguments, *shlex.split("""--learning_rate 1e-4 --max_train_steps 4 --validation_prompts 'a red circle'
+        --validation_inference_steps 1 --validation_steps 2""")]  # fmt: skip
+    words += ["--pretrained_model_name_or_path", request.getfixturevalue(model)]
+    assert training.run(FULL, words, tmp_path / "one") == 0
+    split = [*words, "--train_batch_size", 1]
+    assert training.on_two_processes(FULL, split, tmp_path / "two", **fsdp) == [0, 0]
+    assert_close(training, tensors, tmp_path / "two", tmp_path / "one", atol=2e-5)
+    # Its checkpoint is one like any other
+    for name in ("sharded again", "by one process"):
+        shutil.copytree(tmp_path / "two", tmp_path / name, ignore=shutil.ignore_patterns("checkpoint-4"))
+    on = ("--resume_from_checkpoint", "latest")
+    assert training.on_two_processes(FULL, split, tmp_path / "sharded again", *on, **fsdp) == [0, 0]
+    training.assert_same(tmp_path / "sharded again", tmp_path / "two")
+    assert training.run(FULL, words, tmp_path / "by one process", *on) == 0
+    assert_close(training, tensors, tmp_path / "by one process", tmp_path / "two", atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("which", "flags", "named"),
+    [(FULL, ("--use_8bit_adam", "--offload_ema"), "FSDP goes with --optimizer adamw, no --offload_ema here"),
+     (FULL, ("--channels_last", "--compile"), "FSDP goes with no --compile, no --channels_last here"),
+     (LORA, (), "adapters are small: launch with accelerate_config.yaml")],
+)  # fmt: skip
+def test_what_does_not_go_with_sharded_weights_is_named(which, flags, named, training, arguments, tmp_path, capfd):
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    assert training.on_two_processes(which, arguments, tmp_path / "run", *flags, **fsdp) == [1, 1]
+    assert named in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="session")

@@ -453,7 +453,7 @@ def fast(check, which="fast"):
         command = ["benchmarks/gpu/sd15.py", "train", model, "--batch", batch, *flags.split()]
         return case(name, batch, command, limit)
 
-    rank, script = "--rank 16", "train_lora.py"
+    rank, script = f"--rank {4 if small else 16}", "train_lora.py"  # of layers that are 8 wide in miniature
     if which == "compile":
         return [
             ours("full-8-cached-compile", 8, "--cache_latents --compile", limit=300),

@@ -22,6 +22,7 @@ from finetuning.families.folders import (
 from finetuning.families.model_args import ModelArgs, ModelError, StartArgs, UpscalingArgs
 from finetuning.families.opening import misfits, open_source
 from finetuning.families.quiet import errors_only
+from finetuning.families.sharding import like
 from finetuning.families.table import family_of
 from finetuning.files import read_text, writing
 
@@ -205,8 +206,8 @@ class Model:
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
-    def save_trained(self, folder, suffix="", weights=None):
-        """Write each trained component into its folder plus `suffix`: as it is now, or `weights` by parameter name."""
+    def save_trained(self, folder, weights, suffix=""):
+        """Write `weights`, by parameter name, of each trained component into its folder plus `suffix`."""
         for name, module in self.trained_modules.items():
             target = Path(folder) / f"{name}{suffix}"
             target.mkdir(parents=True)
@@ -227,7 +228,9 @@ class Model:
             if problems := misfits(module, weights):
                 raise ModelError(f"{path} holds the weights of another {name} than this run's. Tensors: {problems}")
             tied = getattr(module, "_tied_weights_keys", None) or {}
-            module.load_state_dict(weights | {key: weights[source] for key, source in tied.items()})
+            weights |= {key: weights[source] for key, source in tied.items()}
+            now = module.state_dict()
+            module.load_state_dict({key: like(now[key], value) for key, value in weights.items()})
         if not ema:
             return None
         return {
@@ -238,11 +241,11 @@ class Model:
 
     # -- the finished pipeline -------------------------------------------------------------------------------------
 
-    def save_pipeline(self, folder, shadow):
+    def save_pipeline(self, folder, weights, average):
         """Write a pipeline that from_pretrained loads: averaged weights, and the raw ones beside them as `non_ema`.
 
-        `shadow` are the averaged weights by parameter name; None writes the raw ones alone. Components that were not
-        trained are copied from the base byte for byte.
+        `weights` and `average` are those of the trained components, by parameter name; without an average, None, the
+        raw ones are written alone. Components that were not trained are copied from the base byte for byte.
         """
         folder = Path(folder)
         index = pipeline_index(self.folder)
@@ -252,15 +255,15 @@ class Model:
                 copy_component(self.folders.get(name, self.folder / name), folder / name)
         prediction_type = self.scheduler.config.prediction_type
         write_scheduler(self.folder / "scheduler", folder / "scheduler", prediction_type)
-        self.save_trained(folder, weights=shadow)
-        if shadow is not None:
+        self.save_trained(folder, weights if average is None else average)
+        if average is not None:
             for name in self.trained:
-                self._write_weights(name, folder / name, None, "non_ema")
+                self._write_weights(name, folder / name, weights, "non_ema")
 
     def _write_weights(self, name, target, chosen, variant=None):
         from safetensors.torch import save_file
 
-        chosen, component, module = chosen or {}, self.family.by_name[name], self.components[name]
+        component, module = self.family.by_name[name], self.components[name]
         tied = getattr(module, "_tied_weights_keys", None) or ()  # transformers' other names of what is written once
         weights = {
             key: chosen.get(f"{name}.{key}", value) for key, value in module.state_dict().items() if key not in tied

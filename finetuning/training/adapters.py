@@ -141,10 +141,9 @@ class AdaptedModel(Model):
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
-    def layers(self, weights=None):
-        """{layer name: Layer} of the adapters as they are now, or of `weights` by parameter name."""
-        now = {name: value.detach() for name, value in self.trained_parameters().items()} | (weights or {})
-        found = {}
+    def layers(self, weights):
+        """{layer name: Layer} of the adapters, of `weights` by parameter name."""
+        now, found = {name: value.detach() for name, value in weights.items()}, {}
         for name, module in self.adapters.items():
             magnitude = now.get(f"{name}.lora_magnitude_vector.weight")
             found[name] = Layer(
@@ -155,8 +154,8 @@ class AdaptedModel(Model):
             )
         return found
 
-    def save_trained(self, folder, suffix="", weights=None):
-        """Write the adapters as they are trained into the folder lora plus `suffix`, in diffusers' format."""
+    def save_trained(self, folder, weights, suffix=""):
+        """Write adapters of `weights`, by parameter name, into the folder lora plus `suffix`, in diffusers' format."""
         target = Path(folder) / f"lora{suffix}"
         target.mkdir(parents=True)
         write_diffusers(target / DIFFUSERS_NAME, self.layers(weights), self._base_facts(), self.family)
@@ -177,7 +176,10 @@ class AdaptedModel(Model):
         from safetensors.torch import load_file
 
         stored, values = load_file(path), {}
-        expected = {key: value.shape for key, value in diffusers_tensors(self.layers(), self.family).items()}
+        expected = {
+            key: value.shape
+            for key, value in diffusers_tensors(self.layers(self.trained_parameters()), self.family).items()
+        }
         if expected != {key: value.shape for key, value in stored.items()}:
             raise ModelError(
                 f"{folder.parent} holds other adapters than the flags ask for: give the same --rank, "
@@ -193,18 +195,18 @@ class AdaptedModel(Model):
 
     # -- the finished files ----------------------------------------------------------------------------------------
 
-    def save_lora(self, folder, shadow, facts):
+    def save_lora(self, folder, weights, average, facts):
         """Write the LoRA (averaged if there is an average, the raw one then beside it) and check every file.
 
         Each is loaded into a fresh pipeline and must act there as the adapters here. Raises ModelError if one does
-        not. `facts`: what else the metadata should say.
+        not. `weights` and `average` are by parameter name; `facts`: what else the metadata should say.
         """
         facts = {**facts, **self._base_facts(), **adapter_facts(self.args, self.layout)}
-        exported, fresh = self.layers(shadow), load_model(self.args)
+        exported, fresh = self.layers(weights if average is None else average), load_model(self.args)
         written = {DIFFUSERS_NAME: exported}
         write_diffusers_for_all(folder / DIFFUSERS_NAME, exported, facts, self.family)
-        if shadow is not None:
-            written[RAW_NAME] = self.layers()
+        if average is not None:
+            written[RAW_NAME] = self.layers(weights)
             write_diffusers_for_all(folder / RAW_NAME, written[RAW_NAME], facts, self.family)
         if self.args.save_kohya:
             written[KOHYA_NAME], _ = for_kohya(exported, self.family, fresh.components)
@@ -233,6 +235,8 @@ def _precision_problems(args, run):
             f"--base_precision {args.base_precision} goes with activations of the same precision, and this run has "
             f"{now}: add --mixed_precision {args.base_precision} (fp16 needs a GPU), or leave --base_precision out"
         )
+    if run.is_sharded:
+        yield "FSDP shards what is trained, and adapters are small: launch with accelerate_config.yaml"
     if args.weights_precision != "fp32":
         yield "--weights_precision bf16: adapters are small and stay fp32; --base_precision bf16 is for what is frozen"
     if args.base_precision == "int8" and args.use_dora and run.device.type == "cpu":

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from finetuning.cli import UserError, as_dict, flag, flags_without_effect
+from finetuning.families.sharding import gathered, local
 from finetuning.families.tensors import read_json
 from finetuning.files import (
     BrokenFolder,
@@ -146,15 +147,18 @@ class Checkpointer:
         The main process writes; the others wait, because one that ends first would have the launcher end them all.
         """
         self.written_at = time.monotonic()
-        broken = [name for name, value in self.model.trained_parameters().items() if not value.isfinite().all()]
+        weights = self.model.trained_parameters()
+        broken = self.run.gathered([name for name, value in weights.items() if not local(value).isfinite().all()])
         if broken:
             raise NonFinite(
-                f"after step {step} {len(broken)} weights are not finite, {broken[0]} first: no checkpoint is written. "
-                f"Lower --learning_rate. {self.advice()}"
+                f"after step {step} {len(set(broken))} weights are not finite, {broken[0]} first: no checkpoint is "
+                f"written. Lower --learning_rate. {self.advice()}"
             )
-        if self.run.is_main and self.last_saved != step:
-            self._write(step)
-            self._prune(step)
+        if self.last_saved != step:
+            state = gathered([weights, self.ema.shadow, self.optimizer.state_dict()], keep=self.run.is_main)
+            if self.run.is_main:
+                self._write(step, *state)
+                self._prune(step)
         self.last_saved = step
         self.run.wait_for_everyone()
 
@@ -165,13 +169,13 @@ class Checkpointer:
             return "There is no checkpoint yet: start again in a new --output_dir, or delete this one"
         return f"{newest[0][1]} is complete: --resume_from_checkpoint latest goes on from it"
 
-    def _write(self, step):
+    def _write(self, step, weights, average, optimizer):
         scaler = self.run.scaler
         with atomic_folder(self.folder / f"checkpoint-{step}") as folder:
-            self.model.save_trained(folder)
-            if self.ema.shadow is not None:
-                self.model.save_trained(folder, "_ema", self.ema.shadow)
-            state = {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+            self.model.save_trained(folder, weights)
+            if average is not None:
+                self.model.save_trained(folder, average, "_ema")
+            state = {"optimizer": optimizer, "scaler": scaler.state_dict() if scaler else None}
             with writing(folder / "optimizer.pt"):
                 torch.save(state, folder / "optimizer.pt")
             write_json(folder / "training_state.json", self._state(step))
@@ -210,7 +214,7 @@ class Checkpointer:
         saved = _read_state(folder / "optimizer.pt")
         try:
             load_optimizer(self.optimizer, saved["optimizer"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder} holds the state of an optimizer of other weights ({error}): give the flags that its run "
                 "had (--train_text_encoder, say), or start a new run"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from finetuning.cli import flag
+from finetuning.families.sharding import like
 
 TOGETHER = 32  # tensors in one of torch's multi-tensor operations
 
@@ -51,9 +52,9 @@ class AveragedWeights:
     def __init__(self, parameters, decay, start_kind, start=None, device=None):
         self.parameters = dict(parameters)
         self.decay, self.start_kind, self.updates = decay, start_kind, 0
-        start = start or {}
+        first = self.parameters | {name: like(self.parameters[name], value) for name, value in (start or {}).items()}
         self.shadow = {
-            name: start.get(name, parameter).detach().to(device or parameter.device, torch.float32, copy=True)
+            name: first[name].detach().to(device or parameter.device, torch.float32, copy=True)
             for name, parameter in self.parameters.items()
         }
 
@@ -88,7 +89,7 @@ class AveragedWeights:
     def load(self, shadow, updates):
         """Go on from a checkpoint's shadow weights. Raises KeyError where one is missing."""
         for name, value in self.shadow.items():
-            value.copy_(shadow[name])
+            value.copy_(like(value, shadow[name]))
         self.updates = updates
 
     @torch.no_grad()

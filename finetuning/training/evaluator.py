@@ -182,7 +182,7 @@ class Evaluator:
         if not kinds:
             return False
         self.done = step, kinds | (self.done[1] if self.done[0] == step else set())
-        with self.ema.averaged_weights(), self.model.loaded(), torch.no_grad():
+        with self.ema.averaged_weights(), self.model.loaded(), self.run.forward_passes(), torch.no_grad():
             losses = self.losses_of(*self.held_out) if "loss" in kinds else None
             values = self.measure.values(losses) if "retention" in kinds else (None, None)
             if "images" in kinds:

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from finetuning.cli import flag
+from finetuning.families.sharding import like
 from finetuning.rng import torch_generator
 
 SCHEDULES = (  # diffusers' SchedulerType
@@ -189,6 +190,16 @@ def update_problems(args: OptimArgs, run):
             "--fused_backward_pass updates weights before the loss scaler of fp16 could pass over a step: take "
             "--mixed_precision bf16"
         )
+    if run.is_sharded:
+        missing = {
+            "--optimizer adamw": args.optimizer != "adamw" or args.use_8bit_adam,
+            "--weights_precision fp32": args.weights_precision != "fp32",
+            "no --offload_ema": args.offload_ema,
+            "no --compile": args.compile,
+            "no --channels_last": args.channels_last,
+        }
+        if any(missing.values()):
+            yield f"FSDP goes with {', '.join(what for what, is_missing in missing.items() if is_missing)} here"
     if args.fused_backward_pass and run.processes > 1:
         yield (
             "--fused_backward_pass updates weights before the gradients of "
@@ -210,7 +221,12 @@ def load_optimizer(optimizer, state):
     AdamW is fused on a GPU alone, wherever the checkpoint was made."""
     own = [{key: group[key] for key in OWN_SETTINGS if key in group} for group in optimizer.param_groups]
     groups = [saved | one for saved, one in zip(state["param_groups"], own, strict=True)]
-    optimizer.load_state_dict(state | {"param_groups": groups})
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    moments = {
+        number: {key: like(weights[number], value) if key != "step" else value for key, value in one.items()}
+        for number, one in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": moments, "param_groups": groups})
 
 
 def build_schedule(args: OptimArgs, optimizer, total_steps, first_step=0):

@@ -18,6 +18,7 @@ from finetuning.cli import flag, size_text
 from finetuning.data.cache import folder_of
 from finetuning.data.findings import counted
 from finetuning.families.model_args import ModelError
+from finetuning.families.sharding import local
 from finetuning.rng import queues
 from finetuning.training.optim import update_problems
 
@@ -136,6 +137,8 @@ def check_before_start(args, run, model, data, encoder):
             f"{size_text(room)}, and the disk of --output_dir {args.output_dir} has {size_text(free)} left: free "
             "some, name another folder, or lower --checkpoints_total_limit"
         )
+    if run.is_sharded:
+        memory = {what: size // run.processes for what, size in memory.items()}
     at_least = sum(memory.values()) - memory["average"] * args.offload_ema
     if args.assumed_bytes and at_least > args.assumed_bytes:
         problems.append(
@@ -243,11 +246,11 @@ def largest_step(sampler, images):
 
 def undoing(parameters, ema, owners):
     """A call that puts weights {name: parameter}, their average and all that has a state_dict back as they are now."""
-    weights = {name: weight.detach().to("cpu", copy=True) for name, weight in parameters.items()}
+    weights = {name: local(weight).detach().to("cpu", copy=True) for name, weight in parameters.items()}
 
     def as_it_is(name, average):
         """Kept apart from its weight only where it is another: the CPU's memory may be small too."""
-        now, weight = average.to("cpu", copy=True), weights[name]
+        now, weight = local(average).to("cpu", copy=True), weights[name]
         return weight if now.dtype == weight.dtype and now.equal(weight) else now
 
     averages = ema.shadow or {}
@@ -258,7 +261,7 @@ def undoing(parameters, ema, owners):
     @torch.no_grad()
     def undo():
         for tensor, before in zip(tensors, kept, strict=True):
-            tensor.copy_(before)
+            local(tensor).copy_(before)
         for owner, state in zip(owners, states, strict=True):
             owner.load_state_dict(state)
         ema.updates = updates

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from finetuning.cli import SEEDS, UserError, as_dict, flag, paths_read
+from finetuning.families.sharding import full, shard
 from finetuning.files import output_problems, write_json, write_text, writing
 from finetuning.rng import queues
 from finetuning.training.checkpoint import seed_of_resumed_run
@@ -23,7 +24,7 @@ TRACKERS = ("tensorboard", "wandb", "all", "none")
 
 # What accelerate would read besides the flags, and what would change the result without a word
 PRECISIONS = ("no", "fp16", "bf16")
-WAYS_NOT_TAKEN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
+WAYS_NOT_TAKEN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "FSDP_OFFLOAD_PARAMS")
 ENVIRONMENT_OF_OTHERS = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
 
 
@@ -83,9 +84,15 @@ class Run:
         wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         unknown = [f"{name}=true" for name in WAYS_NOT_TAKEN if parse_flag_from_env(name)]
         unknown += [f"ACCELERATE_MIXED_PRECISION={wanted}"] if wanted not in PRECISIONS else []
+        fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+        unknown += ["FSDP_VERSION=1"] if fsdp and os.environ.get("FSDP_VERSION") != "2" else []
         if unknown:
-            raise UserError(f"accelerate asks for what is not done here: {', '.join(unknown)}. Set it up without, by "
-                            "`accelerate config`, or launch with this project's accelerate_config.yaml")  # fmt: skip
+            raise UserError(
+                f"accelerate asks for what is not done here: {', '.join(unknown)}. Set it up without, by `accelerate "
+                "config`, or launch with accelerate_config.yaml, or accelerate_fsdp2.yaml for FSDP and ZeRO"
+            )
+        # accelerate itself would shard in `prepare`, when average and optimizer hold whole weights, and not on a CPU
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
         # Asked here first, accelerate would keep the answer: it has to hear of --cpu and use_cpu now.
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
         _check_processes(state)
@@ -103,6 +110,8 @@ class Run:
         )
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.processes, self.process = self.accelerator.num_processes, self.accelerator.process_index
+        self.is_sharded = fsdp and self.processes > 1
+        self.reshards, self.shards = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", True), []
         self.autocast = self.accelerator.autocast
         self.bar = None
         self.stop_signal = None
@@ -159,12 +168,33 @@ class Run:
             smoothing=0.05,
         )
 
+    def shard(self, model):
+        """Divide the trained weights among the processes, where accelerate_fsdp2.yaml asks for it."""
+        if self.is_sharded:
+            for module in model.trained_modules.values():
+                self.shards += shard(module, self.reshards)
+
+    @contextmanager
+    def forward_passes(self):
+        """Around forward passes. Weights of a sharded model may stay gathered for a backward pass that never comes,
+        and would not hear of a change to their shards."""
+        yield
+        for module in self.shards:
+            module.reshard()
+
     def prepare(self, model, optimizer):
         """Both for this run's devices and precision; the optimizer's state already lies where it belongs."""
-        return self.accelerator.prepare(model, optimizer, device_placement=[True, False])
+        # A sharded model is where it belongs, and DistributedDataParallel, which copies weights, does not go around it
+        model = self.accelerator.prepare_model(
+            model, device_placement=not self.is_sharded, evaluation_mode=self.is_sharded
+        )
+        return model, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
 
     def accumulate(self, model, batch):
-        """Gradients are exchanged between processes at the last micro-batch of a step only."""
+        """Gradients are exchanged between processes at the last micro-batch of a step only; sharded ones at each, or
+        every process would hold all of them until then."""
+        if self.is_sharded:
+            return self.forward_passes()
         return nullcontext() if batch.ends_step else self.accelerator.no_sync(model)
 
     def backward(self, row_losses, weights):
@@ -176,7 +206,7 @@ class Run:
 
     def clip(self, parameters):
         """Clip the whole gradient at --max_grad_norm; returns its norm before."""
-        return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm or float("inf"))
+        return full(self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm or float("inf")))
 
     def total(self, value):
         """Sum of a scalar tensor over the processes."""
@@ -217,7 +247,12 @@ class Run:
         return gather_object(items)
 
     def shared(self, items, compute):
-        """compute(items), a list of a result for each item; the processes share the items out, and all get all."""
+        """compute(items), a list of a result for each item; the processes share the items out, and all get all.
+
+        A sharded model computes on all of them together.
+        """
+        if self.is_sharded:
+            return compute(items)
         parts = self.gathered([compute(items[self.process :: self.processes])])
         results = [None] * len(items)
         for process, part in enumerate(parts):

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from finetuning.families.sharding import gathered
 from finetuning.files import atomic_result
 from finetuning.rng import key, queues
 from finetuning.training.checkpoint import Checkpointer, NonFinite
@@ -118,8 +119,9 @@ class Session:
             self.unread.popleft().settle()
 
     def finish(self, write, key="model_index.json", loads="from_pretrained"):
-        """Let `write(folder)` make the finished result, compare it with the base, and return the exit status.
+        """Make the finished result, compare it with the base, and return the exit status.
 
+        write  called with (folder, the trained weights by parameter name, their average likewise or None)
         key    the file by which readers know the result
         loads  what loads it, for the message
         """
@@ -132,8 +134,9 @@ class Session:
             run.say(f"stopped after step {self.step} of {self.total_steps}: --resume_from_checkpoint latest goes on")
             return 128 + (run.stop_signal or 15)
         self.evaluator.evaluate(self.step, last=True)
+        trained = gathered([self.model.trained_parameters(), self.ema.shadow], keep=run.is_main)
         if run.is_main:
-            atomic_result(run.output_dir, write, key)
+            atomic_result(run.output_dir, lambda folder: write(folder, *trained), key)
             run.say(f"finished: {run.output_dir} ({loads} loads it)")
             if grid := self.evaluator.compare(self.step):
                 run.say(f"base beside fine-tuned: {grid}")

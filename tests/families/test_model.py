@@ -281,7 +281,7 @@ def test_nothing_of_a_pickle_is_loaded_or_copied(copied, output, bomb):
     for name, stem in stems.items():
         for pickle in (f"{stem}.bin", "pytorch_model.bin"):
             torch.save(bomb, copied / name / pickle)
-    load(copied).save_pipeline(output, None)
+    load(copied).save_pipeline(output, {}, None)
     assert not list(output.rglob("*.bin"))
     (copied / "vae" / MAIN).unlink()
     with pytest.raises(ModelError, match=r"vae.*safetensors"):
@@ -320,8 +320,8 @@ def test_trained_weights_and_their_average_come_back_from_a_checkpoint(with_text
     model = load(tiny_model, train_text_encoder=with_text)
     average = average_of(model)
     trained = {name: value.detach().clone() for name, value in model.trained_parameters().items()}
-    model.save_trained(output)
-    model.save_trained(output, "_ema", average.shadow)
+    model.save_trained(output, model.trained_parameters())
+    model.save_trained(output, average.shadow, "_ema")
     assert {path.name for path in output.iterdir()} == {
         f"{name}{end}" for name in model.trained for end in ("", "_ema")
     }
@@ -343,7 +343,7 @@ def test_trained_weights_and_their_average_come_back_from_a_checkpoint(with_text
 )
 def test_a_checkpoint_of_another_run_is_named(before, now, named, tiny_model, output):
     if before is not None:
-        load(tiny_model, **before).save_trained(output)
+        load(tiny_model, **before).save_trained(output, {})
     with pytest.raises(ModelError, match=named) as caught:
         load(tiny_model, **now).load_trained(output, ema=False)
     assert len(str(caught.value)) < 1000
@@ -356,7 +356,7 @@ def test_components_that_were_not_trained_are_copied_byte_for_byte(tiny_model, o
     model = load(tiny_model)
     model.to_device("cpu", torch.bfloat16)  # as in a run: the frozen components in memory are not what is handed over
     train_a_little(model)
-    model.save_pipeline(output, None)
+    model.save_pipeline(output, model.trained_parameters(), None)
     for name in ("vae", "tokenizer", "text_encoder", "scheduler"):
         assert hashes(output / name) == hashes(tiny_model / name)
     assert {"vocab.json", "merges.txt", "tokenizer.json"} <= hashes(output / "tokenizer").keys()
@@ -374,7 +374,7 @@ def test_the_scheduler_says_what_was_trained_and_stays_of_its_class(base, flag, 
     edit(path, **settings, prediction_type=base)
     model = load(copied, prediction_type=flag)
     assert model.scheduler.config.prediction_type == model.schedule.prediction_type == (flag or base)
-    model.save_pipeline(output, None)
+    model.save_pipeline(output, model.trained_parameters(), None)
     saved, before = (folder / "scheduler/scheduler_config.json" for folder in (output, copied))
     assert json.loads(saved.read_text()) == json.loads(before.read_text()) | {"prediction_type": flag or base}
     assert flag or saved.read_bytes() == before.read_bytes()
@@ -384,7 +384,7 @@ def test_the_average_is_the_pipeline_and_the_raw_weights_are_its_variant(tiny_mo
     model = load(tiny_model, non_ema_variant="non_ema", train_text_encoder=True)
     average = average_of(model)
     trained = {name: {key: value.clone() for key, value in weights_of(model, name).items()} for name in model.trained}
-    model.save_pipeline(output, average.shadow)
+    model.save_pipeline(output, model.trained_parameters(), average.shadow)
     pipeline = StableDiffusionPipeline.from_pretrained(output)
     for name, cls in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
         averaged = getattr(pipeline, name).state_dict()
@@ -398,7 +398,7 @@ def test_the_average_is_the_pipeline_and_the_raw_weights_are_its_variant(tiny_mo
 def test_a_trained_text_encoder_is_written_under_the_names_that_every_tool_knows(tiny_model, output):
     model = load(tiny_model, train_text_encoder=True)
     train_a_little(model)
-    model.save_pipeline(output, None)
+    model.save_pipeline(output, model.trained_parameters(), None)
     written = load_file(output / "text_encoder/model.safetensors")
     assert written.keys() == load_file(tiny_model / "text_encoder/model.safetensors").keys()
     assert all(name.startswith("text_model.") for name in written)

@@ -80,7 +80,7 @@ def test_an_autoencoder_that_overflows_in_fp16_stays_fp32_whatever_the_run_compu
 
 def test_another_autoencoder_is_trained_with_and_handed_over(tiny_sdxl, tiny_model, tmp_path):
     model = load_model(ModelArgs(str(tiny_sdxl), pretrained_vae_model_name_or_path=str(tiny_model)))
-    model.save_pipeline(tmp_path, None)
+    model.save_pipeline(tmp_path, model.trained_parameters(), None)
     for of, same in ((tiny_model, True), (tiny_sdxl, False)):
         config, weights = (of / "vae" / name for name in ("config.json", "diffusion_pytorch_model.safetensors"))
         assert (config.read_bytes() == (tmp_path / "vae/config.json").read_bytes()) is same

@@ -53,6 +53,11 @@ class Args(RunArgs, OptimArgs, NoiseArgs, BucketArgs, DataArgs, LoraArgs, ModelA
     resolution: str = "32"
 
 
+def save(adapted, folder, average=None):
+    """The finished files of adapters as they are now."""
+    adapted.save_lora(folder, adapted.trained_parameters(), average, FACTS)
+
+
 @pytest.fixture(scope="module")
 def base(tiny_model):
     """The model as it comes: read once for the same flags, and copied."""
@@ -274,7 +279,7 @@ def test_adapters_on_a_quantized_base_are_trained_and_saved(precision, dora, ada
     forward(adapted).square().mean().backward()
     ups = [parameter for name, parameter in adapted.trained_parameters().items() if "lora_B" in name]
     assert all(up.dtype == torch.float32 and up.grad.any() for up in ups)
-    scramble(adapted).save_lora(tmp_path, None, FACTS)
+    save(scramble(adapted), tmp_path)
     assert distance(by_diffusers(tmp_path), prediction(adapted)) < 0.15
 
 
@@ -350,7 +355,7 @@ def old(train, tmp_path_factory):
     def make(**flags):
         if (key := repr(flags)) not in folders:
             folders[key] = tmp_path_factory.mktemp("old")
-            train(save_kohya="use_dora" not in flags, **flags).save_lora(folders[key], None, FACTS)
+            save(train(save_kohya="use_dora" not in flags, **flags), folders[key])
         return folders[key]
 
     return make
@@ -427,9 +432,9 @@ def kind(request, train, tmp_path_factory):
     adapted = train(save_kohya=not flags.get("use_dora"), **flags)
     average = {name: value + 0.1 for name, value in values(adapted).items()}
     folder, finished = tmp_path_factory.mktemp("checkpoint"), tmp_path_factory.mktemp("finished")
-    adapted.save_trained(folder)
-    adapted.save_trained(folder, "_ema", average)
-    adapted.save_lora(finished, None, FACTS)
+    adapted.save_trained(folder, adapted.trained_parameters())
+    adapted.save_trained(folder, average, "_ema")
+    save(adapted, finished)
     return SimpleNamespace(
         flags=flags, folder=folder, average=average, finished=finished, values=values(adapted),
         prediction=prediction(adapted), said=adapted.said,
@@ -462,7 +467,8 @@ def test_every_finished_file_does_what_the_run_did(kind, by_diffusers):
 @pytest.fixture(scope="module")
 def plain_checkpoint(train, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
-    train().save_trained(folder)
+    adapted = train()
+    adapted.save_trained(folder, adapted.trained_parameters())
     return folder
 
 
@@ -482,7 +488,7 @@ def test_a_checkpoint_of_other_adapters_is_refused_with_the_flags(now, plain_che
 
 
 def test_a_checkpoint_of_a_model_trained_whole_is_refused(base, adapt, tmp_path):
-    base().save_trained(tmp_path)
+    base().save_trained(tmp_path, {})
     with pytest.raises(ModelError, match=f"^{tmp_path} holds no adapters"):
         adapt().load_trained(tmp_path, ema=False)
 
@@ -495,7 +501,7 @@ def test_the_averaged_weights_are_exported_and_the_raw_ones_lie_beside_them(trai
     average = AveragedWeights(adapted.trained_parameters(), 0.5, "warm")
     scramble(adapted, seed=2)
     average.update()
-    adapted.save_lora(tmp_path, average.shadow, FACTS)
+    save(adapted, tmp_path, average.shadow)
     raw = prediction(adapted)
     with average.averaged_weights():
         averaged = prediction(adapted)
@@ -505,7 +511,7 @@ def test_the_averaged_weights_are_exported_and_the_raw_ones_lie_beside_them(trai
 
 
 def test_files_for_all_readers_have_an_alpha_that_is_the_rank(train, base, tmp_path):
-    train(rank=4, lora_alpha=3.0, lora_rank_pattern=["attn2.to_v=2"], save_kohya=True).save_lora(tmp_path, None, FACTS)
+    save(train(rank=4, lora_alpha=3.0, lora_rank_pattern=["attn2.to_v=2"], save_kohya=True), tmp_path)
     layers = read_lora(tmp_path / DIFFUSERS_NAME, {"unet": base().denoiser.denoiser}).layers
     assert all(layer.alpha == layer.rank == (2 if name.endswith("attn2.to_v") else 4) for name, layer in layers.items())
     alphas = [value.item() for name, value in load_file(tmp_path / KOHYA_NAME).items() if name.endswith(".alpha")]
@@ -515,7 +521,7 @@ def test_files_for_all_readers_have_an_alpha_that_is_the_rank(train, base, tmp_p
 @pytest.mark.parametrize("precision", [None, "nf4"])
 def test_the_file_says_what_it_was_made_of(precision, train, base, tiny_model, tmp_path):
     adapted = train(rank=4, lora_alpha=3.0, lora_target_modules=["to_q", "to_k"], base_precision=precision)
-    adapted.save_lora(tmp_path, None, FACTS)
+    save(adapted, tmp_path)
     told = metadata(tmp_path / DIFFUSERS_NAME)
     expected = {
         "format": "pt", "base_model": str(tiny_model), "base_model_hash": weights_hash(base().denoiser.denoiser),
@@ -546,7 +552,7 @@ def test_parameter_groups_are_lists_so_that_clipping_sees_what_is_trained(adapt)
 
 def test_parameters_are_named_as_in_the_files(train, tmp_path):
     adapted = train(train_text_encoder=True)
-    adapted.save_trained(tmp_path)
+    adapted.save_trained(tmp_path, adapted.trained_parameters())
     names = {name.replace("text_encoder.", "text_encoder.text_model.") for name in adapted.trained_parameters()}
     assert names == load_file(tmp_path / "lora" / DIFFUSERS_NAME).keys()
     assert "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_v.lora_B.weight" in names

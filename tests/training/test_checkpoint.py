@@ -42,9 +42,9 @@ class FakeModel:
     def trained_parameters(self):
         return {"unet.w": self.weight}
 
-    def save_trained(self, folder, suffix="", weights=None):
+    def save_trained(self, folder, weights, suffix=""):
         (folder / f"unet{suffix}").mkdir()
-        torch.save((weights or self.trained_parameters())["unet.w"].detach(), folder / f"unet{suffix}/w.pt")
+        torch.save(weights["unet.w"].detach(), folder / f"unet{suffix}/w.pt")
 
     def load_trained(self, folder, ema):
         with torch.no_grad():

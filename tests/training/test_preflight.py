@@ -205,7 +205,7 @@ def test_the_sizes_that_are_said_are_those_in_memory_and_on_disk(
     Checkpointer(args, mini_sd, average, steps, run, data).save(1)
     files = lambda folder: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     checkpoint = files(output / "checkpoint-1")
-    mini_sd.save_pipeline(tmp_path, average.shadow)
+    mini_sd.save_pipeline(tmp_path, mini_sd.trained_parameters(), average.shadow)
     needed = 2 * checkpoint + files(tmp_path) - files(output)
     for free, enough in ((0.9 * needed, False), (1.1 * needed, True)):
         monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))

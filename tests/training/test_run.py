@@ -114,12 +114,20 @@ def test_what_accelerate_reads_besides_the_flags_does_not_change_them(start, mon
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("ACCELERATE_USE_DEEPSPEED", "true"), ("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_MIXED_PRECISION", "fp8")],
-)
+    [("ACCELERATE_USE_DEEPSPEED", "true"), ("FSDP_VERSION", "1"), ("FSDP_OFFLOAD_PARAMS", "true"),
+     ("ACCELERATE_MIXED_PRECISION", "fp8")],
+)  # fmt: skip
 def test_what_accelerate_is_set_to_and_is_not_done_here_is_named(name, value, start, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str("FSDP" in name))
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=rf"{name}.*accelerate config"):
         start()
+
+
+def test_one_process_has_nobody_to_shard_with(start, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert not start().is_sharded
 
 
 def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch):
