@@ -149,6 +149,10 @@ def test_two_processes_that_shard_the_weights_train_as_one(
     split = [*words, "--train_batch_size", 1]
     assert training.on_two_processes(FULL, split, tmp_path / "two", **fsdp) == [0, 0]
     assert_close(training, tensors, tmp_path / "two", tmp_path / "one", atol=2e-5)
+    for config in (tmp_path / "one").rglob("config.json"):  # by which readers know its classes
+        assert json.loads((tmp_path / "two" / config.relative_to(tmp_path / "one")).read_text()) == json.loads(
+            config.read_text()
+        )
     # Its checkpoint is one like any other
     for name in ("sharded again", "by one process"):
         shutil.copytree(tmp_path / "two", tmp_path / name, ignore=shutil.ignore_patterns("checkpoint-4"))

@@ -6,25 +6,23 @@ shards by `like`: so a checkpoint does not tell how many processes it was sharde
 """
 
 
-def shard(module, reshard_after_forward):
+def shard(module, mesh, reshard_after_forward):
     """Shard a module's parameters, block by block; returns its torch.distributed.fsdp.FSDPModules.
 
+    mesh                   torch's DeviceMesh of the processes
     reshard_after_forward  whether the parameters of a block are gathered anew for its backward pass: less memory
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     names = getattr(module, "_no_split_modules", None) or ()  # diffusers' and transformers' word for blocks
     blocks = [block for block in module.modules() if type(block).__name__ in names]
-    blocks.reverse()  # those inside others first
-    if hasattr(module, "_can_record_outputs"):
-        # transformers knows by its class what a model records (hidden states), and fully_shard changes the class: in
-        # place of the whole model, each layer that is in no block
-        inside = {layer for block in blocks for layer in block.modules()}
-        blocks += [layer for layer in module.modules() if layer not in inside and [*layer.parameters(recurse=False)]]
-    else:
-        blocks.append(module)
-    for block in blocks:
-        fully_shard(block, reshard_after_forward=reshard_after_forward)
+    for block in [*reversed(blocks), module]:  # those inside others first
+        kind = type(block)
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+        # It is of another class now, FSDP and the name, which diffusers would write into config.json, and by which
+        # transformers would not find what a model records (hidden states)
+        for name in ("__name__", "__qualname__", "__module__"):
+            setattr(type(block), name, getattr(kind, name))
     return [block for block in module.modules() if isinstance(block, FSDPModule)]
 
 

@@ -52,10 +52,10 @@ class AveragedWeights:
     def __init__(self, parameters, decay, start_kind, start=None, device=None):
         self.parameters = dict(parameters)
         self.decay, self.start_kind, self.updates = decay, start_kind, 0
-        first = self.parameters | {name: like(self.parameters[name], value) for name, value in (start or {}).items()}
+        start = start or {}
+        first = {name: like(one, start[name]) if name in start else one for name, one in self.parameters.items()}
         self.shadow = {
-            name: first[name].detach().to(device or parameter.device, torch.float32, copy=True)
-            for name, parameter in self.parameters.items()
+            name: one.detach().to(device or one.device, torch.float32, copy=True) for name, one in first.items()
         }
 
     def decay_at(self, update):

@@ -8,6 +8,7 @@ import signal
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +25,9 @@ TRACKERS = ("tensorboard", "wandb", "all", "none")
 
 # What accelerate would read besides the flags, and what would change the result without a word
 PRECISIONS = ("no", "fp16", "bf16")
-WAYS_NOT_TAKEN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "FSDP_OFFLOAD_PARAMS")
+WAYS_NOT_TAKEN = (
+    "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING",
+)  # fmt: skip
 ENVIRONMENT_OF_OTHERS = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
 
 
@@ -94,7 +97,8 @@ class Run:
         # accelerate itself would shard in `prepare`, when average and optimizer hold whole weights, and not on a CPU
         os.environ.pop("ACCELERATE_USE_FSDP", None)
         # Asked here first, accelerate would keep the answer: it has to hear of --cpu and use_cpu now.
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        # The others wait while the main process writes a checkpoint, of dozens of gigabytes perhaps
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=2))
         _check_processes(state)
         for name in ENVIRONMENT_OF_OTHERS:
             os.environ.pop(name, None)
@@ -111,7 +115,7 @@ class Run:
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.processes, self.process = self.accelerator.num_processes, self.accelerator.process_index
         self.is_sharded = fsdp and self.processes > 1
-        self.reshards, self.shards = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", True), []
+        self.shards = []
         self.autocast = self.accelerator.autocast
         self.bar = None
         self.stop_signal = None
@@ -171,8 +175,12 @@ class Run:
     def shard(self, model):
         """Divide the trained weights among the processes, where accelerate_fsdp2.yaml asks for it."""
         if self.is_sharded:
+            from torch.distributed.device_mesh import DeviceMesh
+
+            mesh = DeviceMesh.from_group(torch.distributed.group.WORLD, self.device.type)
+            reshards = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
             for module in model.trained_modules.values():
-                self.shards += shard(module, self.reshards)
+                self.shards += shard(module, mesh, reshards)
 
     @contextmanager
     def forward_passes(self):
@@ -252,7 +260,7 @@ class Run:
         A sharded model computes on all of them together.
         """
         if self.is_sharded:
-            return compute(items)
+            return self.gathered([compute(items)])[0]  # they must not come to different decisions by a last bit
         parts = self.gathered([compute(items[self.process :: self.processes])])
         results = [None] * len(items)
         for process, part in enumerate(parts):

@@ -139,6 +139,27 @@ def test_noise_levels_reach_from_nothing_to_the_most(folders):
     assert sorted(set(levels.tolist())) == [0, 1, 2, 3]
 
 
+def test_a_sharded_t5_is_trained_like_a_whole_one_although_two_of_its_weights_are_one(
+    folders, training, shapes_folder, tmp_path
+):
+    words = f"""
+        --pretrained_model_name_or_path {folders["base"]} --train_data_dir {shapes_folder} --resolution 16 --seed 3
+        --train_batch_size 2 --max_train_steps 2 --train_text_encoder --learning_rate 1e-4 --lr_warmup_steps 0
+        --validation_epochs 0 --validation_loss_rows 0 --report_to none
+    """.split()
+    script, fsdp = "train_text_to_image", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    # Both on two processes: its dropout draws for each
+    assert training.on_two_processes(script, words, tmp_path / "whole") == [0, 0]
+    assert training.on_two_processes(script, words, tmp_path / "sharded", **fsdp) == [0, 0]
+    start, whole, sharded = (
+        load_file(folder / "text_encoder/model.safetensors")
+        for folder in (folders["base"], tmp_path / "whole", tmp_path / "sharded")
+    )
+    assert not torch.equal(sharded["shared.weight"], start["shared.weight"])
+    for name, value in whole.items():
+        torch.testing.assert_close(sharded[name], value, rtol=0, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("flags", ["", "--train_text_encoder"], ids=["unet", "all"])
 def test_it_is_trained_saved_resumed_and_handed_over(script, training, kind, folder, shapes_folder, tmp_path, flags):
     if script == "train_lora" and flags:
