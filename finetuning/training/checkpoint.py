@@ -211,7 +211,7 @@ class Checkpointer:
         ema_shadow = self.model.load_trained(folder, ema=self.ema.shadow is not None)
         if ema_shadow is not None:
             self.ema.load(ema_shadow, state["ema_updates"])
-        saved = _read_state(folder / "optimizer.pt")
+        saved = _read_state(folder / "optimizer.pt", mmap=self.run.is_sharded)
         try:
             load_optimizer(self.optimizer, saved["optimizer"])
         except (LookupError, TypeError, ValueError) as error:
@@ -333,8 +333,9 @@ class Checkpointer:
             )
 
 
-def _read_state(path):
+def _read_state(path, mmap):
+    """What optimizer.pt holds; with `mmap` it stays on the disk until it is read, where each process takes a part."""
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
     except Exception as error:  # of a file that holds something else torch raises errors of many kinds
         raise CheckpointError(f"{path} holds no state of an optimizer: {error}") from error
