@@ -55,7 +55,8 @@ class AveragedWeights:
         start = start or {}
         first = {name: like(one, start[name]) if name in start else one for name, one in self.parameters.items()}
         self.shadow = {
-            name: one.detach().to(device or one.device, torch.float32, copy=True) for name, one in first.items()
+            name: first[name].detach().to(device or one.device, torch.float32, copy=True)
+            for name, one in self.parameters.items()
         }
 
     def decay_at(self, update):
