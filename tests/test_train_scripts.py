@@ -137,41 +137,49 @@ def assert_close(training, tensors, folder, other, atol=1e-6):
         assert shared == {name: pytest.approx(value, abs=1e-5) for name, value in single.items()}
 
 
-@pytest.mark.parametrize(("model", "reshards"), [("tiny_model", "true"), ("tiny_sdxl", "false")])
-def test_two_processes_that_shard_the_weights_train_as_one(
-    model, reshards, training, arguments, tmp_path, tensors, request
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("model", "launcher"),
+    [("tiny_model", FSDP), ("tiny_sdxl", FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}), ("tiny_model", ZERO)],
+    ids=("fsdp", "fsdp-sdxl", "zero"),
+)
+def test_two_processes_that_divide_what_they_train_do_as_one(
+    model, launcher, training, arguments, tmp_path, tensors, request
 ):
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": reshards}
     words = [*arguments, *shlex.split("""--learning_rate 1e-4 --max_train_steps 4 --validation_prompts 'a red circle'
         --validation_inference_steps 1 --validation_steps 2""")]  # fmt: skip
     words += ["--pretrained_model_name_or_path", request.getfixturevalue(model)]
     assert training.run(FULL, words, tmp_path / "one") == 0
     split = [*words, "--train_batch_size", 1]
-    assert training.on_two_processes(FULL, split, tmp_path / "two", **fsdp) == [0, 0]
+    assert training.on_two_processes(FULL, split, tmp_path / "two", **launcher) == [0, 0]
     assert_close(training, tensors, tmp_path / "two", tmp_path / "one", atol=2e-5)
     for config in (tmp_path / "one").rglob("config.json"):  # by which readers know its classes
         assert json.loads((tmp_path / "two" / config.relative_to(tmp_path / "one")).read_text()) == json.loads(
             config.read_text()
         )
     # Its checkpoint is one like any other
-    for name in ("sharded again", "by one process"):
+    for name in ("divided again", "by one process"):
         shutil.copytree(tmp_path / "two", tmp_path / name, ignore=shutil.ignore_patterns("checkpoint-4"))
     on = ("--resume_from_checkpoint", "latest")
-    assert training.on_two_processes(FULL, split, tmp_path / "sharded again", *on, **fsdp) == [0, 0]
-    training.assert_same(tmp_path / "sharded again", tmp_path / "two")
+    assert training.on_two_processes(FULL, split, tmp_path / "divided again", *on, **launcher) == [0, 0]
+    training.assert_same(tmp_path / "divided again", tmp_path / "two")
     assert training.run(FULL, words, tmp_path / "by one process", *on) == 0
     assert_close(training, tensors, tmp_path / "by one process", tmp_path / "two", atol=2e-5)
 
 
 @pytest.mark.parametrize(
-    ("which", "flags", "named"),
-    [(FULL, ("--use_8bit_adam", "--offload_ema"), "FSDP goes with --optimizer adamw, no --offload_ema here"),
-     (FULL, ("--channels_last", "--compile"), "FSDP goes with no --compile, no --channels_last here"),
-     (LORA, (), "adapters are small: launch with accelerate_config.yaml")],
+    ("launcher", "which", "flags", "named"),
+    [(FSDP, FULL, ("--use_8bit_adam", "--offload_ema"), "FSDP goes with --optimizer adamw, no --offload_ema here"),
+     (ZERO, FULL, ("--channels_last", "--compile"), "DeepSpeed goes with no --compile, no --channels_last here"),
+     (FSDP, LORA, (), "adapters are small: launch with accelerate_config.yaml")],
 )  # fmt: skip
-def test_what_does_not_go_with_sharded_weights_is_named(which, flags, named, training, arguments, tmp_path, capfd):
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    assert training.on_two_processes(which, arguments, tmp_path / "run", *flags, **fsdp) == [1, 1]
+def test_what_does_not_go_with_divided_weights_is_named(
+    launcher, which, flags, named, training, arguments, tmp_path, capfd
+):
+    assert training.on_two_processes(which, arguments, tmp_path / "run", *flags, **launcher) == [1, 1]
     assert named in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 

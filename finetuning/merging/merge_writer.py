@@ -1,9 +1,10 @@
 """Merged tensors into safetensors files: a thread reads the next chunk while this one computes and writes.
 
 A chunk of every input comes in, and one of every output goes out, so memory does not depend on the model. Two more
-threads hash the inputs meanwhile.
+threads hash the inputs at the same pace, so that each is read from the disk once.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -19,9 +20,9 @@ import torch
 from finetuning.data.threads import in_order
 from finetuning.families.model_args import ModelError
 from finetuning.families.tensors import DTYPES, TensorReference
-from finetuning.files import sha256
 
 CHUNK = 1 << 19  # elements
+PACE = 1 << 26  # bytes written between two looks at how far the hashes are
 UNKNOWN = "0" * 64  # stands for a hash until it is known
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -86,8 +87,7 @@ def write_files(tasks, metadata, hashed=(), advance=lambda count: None):
     headers = {path: _header(layout, texts.get(path)) for path, layout in layouts.items()}
     with ExitStack() as stack:
         stack.enter_context(_one_torch_thread())
-        hashers = stack.enter_context(ThreadPoolExecutor(2))
-        hashing = {path: hashers.submit(sha256, path) for path in hashed}
+        hashing = _Hashing(hashed, sum(map(_size, layouts.values())), stack.enter_context(ThreadPoolExecutor(2)))
         files = {path: stack.enter_context(open(path, "xb", buffering=0)) for path in layouts}
         for path, layout in layouts.items():
             with _naming(path):
@@ -96,6 +96,7 @@ def write_files(tasks, metadata, hashed=(), advance=lambda count: None):
         def write(output, first, content):
             start = len(headers[output.path]) + layouts[output.path][output.key]["data_offsets"][0]
             _write(files[output.path], start + (output.first + first) * output.dtype.itemsize, content)
+            hashing.follow(len(content))
             advance(len(content))
 
         # The tensors; those that are not finite are written again from their fallback
@@ -110,7 +111,7 @@ def write_files(tasks, metadata, hashed=(), advance=lambda count: None):
             raise NotFinite({name: set().union(*why.values(), *worse[name].values()) for name, why in refused.items()})
 
         # The headers
-        hashes = {path: one.result() for path, one in hashing.items()}
+        hashes = hashing.result()
         texts = metadata(hashes)
         for path, layout in layouts.items():
             header = _header(layout, texts.get(path))
@@ -194,6 +195,43 @@ def _one_torch_thread():
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class _Hashing:
+    """sha256 of input files, as far along as the outputs are: what one reads of them, the other finds in memory."""
+
+    def __init__(self, paths, to_write, pool):
+        self.to_write, self.pool, self.written, self.share, self.underway = to_write, pool, 0, 0, []
+        self.inputs = [(path, os.stat(path).st_size, hashlib.sha256()) for path in paths]
+
+    def follow(self, count):
+        """Another `count` bytes are written."""
+        self.written += count
+        if self.written >= self.share * self.to_write + PACE:
+            self._go_on(min(1, self.written / self.to_write))
+
+    def result(self):
+        """{path: sha256}."""
+        self._go_on(1)
+        self._go_on(1)
+        return {path: digest.hexdigest() for path, _, digest in self.inputs}
+
+    def _go_on(self, share):
+        """Wait for the share before, and have the next one hashed."""
+        for one in self.underway:
+            one.result()
+        self.underway = [
+            self.pool.submit(_hash, path, digest, int(self.share * size), int(share * size))
+            for path, size, digest in self.inputs
+        ]
+        self.share = share
+
+
+def _hash(path, digest, first, last):
+    with open(path, "rb", buffering=0) as file:
+        file.seek(first)
+        while block := file.read(min(1 << 20, last - file.tell())):
+            digest.update(block)
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

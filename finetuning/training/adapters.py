@@ -235,8 +235,8 @@ def _precision_problems(args, run):
             f"--base_precision {args.base_precision} goes with activations of the same precision, and this run has "
             f"{now}: add --mixed_precision {args.base_precision} (fp16 needs a GPU), or leave --base_precision out"
         )
-    if run.is_sharded:
-        yield "FSDP shards what is trained, and adapters are small: launch with accelerate_config.yaml"
+    if run.is_sharded or run.zero_stage:
+        yield "FSDP and DeepSpeed divide what is trained, and adapters are small: launch with accelerate_config.yaml"
     if args.weights_precision != "fp32":
         yield "--weights_precision bf16: adapters are small and stay fp32; --base_precision bf16 is for what is frozen"
     if args.base_precision == "int8" and args.use_dora and run.device.type == "cpu":

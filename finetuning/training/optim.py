@@ -190,16 +190,18 @@ def update_problems(args: OptimArgs, run):
             "--fused_backward_pass updates weights before the loss scaler of fp16 could pass over a step: take "
             "--mixed_precision bf16"
         )
-    if run.is_sharded:
+    if run.is_sharded or run.zero_stage:
         missing = {
             "--optimizer adamw": args.optimizer != "adamw" or args.use_8bit_adam,
             "--weights_precision fp32": args.weights_precision != "fp32",
-            "no --offload_ema": args.offload_ema,
+            "no --offload_ema": args.offload_ema and run.is_sharded,
             "no --compile": args.compile,
             "no --channels_last": args.channels_last,
+            "--mixed_precision bf16": precision == "fp16" and run.zero_stage,
         }
         if any(missing.values()):
-            yield f"FSDP goes with {', '.join(what for what, is_missing in missing.items() if is_missing)} here"
+            name = "FSDP" if run.is_sharded else "DeepSpeed"
+            yield f"{name} goes with {', '.join(what for what, is_missing in missing.items() if is_missing)} here"
     if args.fused_backward_pass and run.processes > 1:
         yield (
             "--fused_backward_pass updates weights before the gradients of "

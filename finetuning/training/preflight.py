@@ -139,6 +139,9 @@ def check_before_start(args, run, model, data, encoder):
         )
     if run.is_sharded:
         memory = {what: size // run.processes for what, size in memory.items()}
+    elif run.zero_stage:  # which keeps its part of the weights twice
+        memory["optimizer"] = (memory["optimizer"] + trained) // run.processes
+        memory["gradients"] //= run.processes if run.zero_stage == 2 else 1
     at_least = sum(memory.values()) - memory["average"] * args.offload_ema
     if args.assumed_bytes and at_least > args.assumed_bytes:
         problems.append(

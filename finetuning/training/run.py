@@ -20,14 +20,22 @@ from finetuning.families.sharding import full, shard
 from finetuning.files import output_problems, write_json, write_text, writing
 from finetuning.rng import queues
 from finetuning.training.checkpoint import seed_of_resumed_run
+from finetuning.training.zero import ZeroAdamW
 
 TRACKERS = ("tensorboard", "wandb", "all", "none")
 
-# What accelerate would read besides the flags, and what would change the result without a word
 PRECISIONS = ("no", "fp16", "bf16")
-WAYS_NOT_TAKEN = (
-    "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING",
-)  # fmt: skip
+TAKEN = {  # what a launcher may ask for besides the flags: {variable: what of it is done here}
+    "ACCELERATE_MIXED_PRECISION": PRECISIONS,
+    "ACCELERATE_USE_MEGATRON_LM": ("false",),
+    "FSDP_VERSION": ("2",),
+    "FSDP_OFFLOAD_PARAMS": ("false",),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false",),
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("1", "2"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("none",),
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("none",),
+}
+# What accelerate would read besides, and what would change the result without a word
 ENVIRONMENT_OF_OTHERS = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
 
 
@@ -85,17 +93,21 @@ class Run:
         # A shell starts what it puts in the background with Ctrl-C ignored: until `begin`, it ends the process.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        unknown = [f"{name}=true" for name in WAYS_NOT_TAKEN if parse_flag_from_env(name)]
-        unknown += [f"ACCELERATE_MIXED_PRECISION={wanted}"] if wanted not in PRECISIONS else []
-        fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
-        unknown += ["FSDP_VERSION=1"] if fsdp and os.environ.get("FSDP_VERSION") != "2" else []
+        fsdp, zero = (parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+        asked = {"ACCELERATE_MIXED_PRECISION": wanted, **({"FSDP_VERSION": "1"} if fsdp else {}), **os.environ}
+        unknown = [f"{k}={asked[k]}" for k in TAKEN if asked.get(k) and asked[k].lower() not in TAKEN[k]]
         if unknown:
             raise UserError(
                 f"accelerate asks for what is not done here: {', '.join(unknown)}. Set it up without, by `accelerate "
-                "config`, or launch with accelerate_config.yaml, or accelerate_fsdp2.yaml for FSDP and ZeRO"
+                "config`, or launch with accelerate_config.yaml, accelerate_fsdp2.yaml (FSDP, and what ZeRO-3 is for) "
+                "or accelerate_zero2.yaml (DeepSpeed)"
             )
-        # accelerate itself would shard in `prepare`, when average and optimizer hold whole weights, and not on a CPU
-        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        if zero and importlib.util.find_spec("deepspeed") is None:
+            raise UserError("accelerate asks for DeepSpeed, and it is not installed: pip install deepspeed")
+        # accelerate itself would take both in `prepare`: FSDP when average and optimizer hold whole weights, and not
+        # on a CPU; DeepSpeed with weights in bf16, and with checkpoints of its own
+        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+            os.environ.pop(name, None)
         # Asked here first, accelerate would keep the answer: it has to hear of --cpu and use_cpu now.
         # The others wait while the main process writes a checkpoint, of dozens of gigabytes perhaps
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=2))
@@ -115,7 +127,9 @@ class Run:
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.processes, self.process = self.accelerator.num_processes, self.accelerator.process_index
         self.is_sharded = fsdp and self.processes > 1
-        self.shards = []
+        zero = zero and self.processes > 1
+        self.zero_stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)) if zero else 0
+        self.shards, self.zero = [], None
         self.autocast = self.accelerator.autocast
         self.bar = None
         self.stop_signal = None
@@ -190,30 +204,39 @@ class Run:
         for module in self.shards:
             module.reshard()
 
+    def divide(self, optimizer, model):
+        """The optimizer with its state divided among the processes, where accelerate_zero2.yaml asks for it."""
+        if self.zero_stage:
+            self.zero = ZeroAdamW(model.denoiser, optimizer, self.zero_stage, self.args.max_grad_norm)
+        return self.zero or optimizer
+
     def prepare(self, model, optimizer):
         """Both for this run's devices and precision; the optimizer's state already lies where it belongs."""
-        # A sharded model is where it belongs, and DistributedDataParallel, which copies weights, does not go around it
-        model = self.accelerator.prepare_model(
-            model, device_placement=not self.is_sharded, evaluation_mode=self.is_sharded
-        )
+        # Divided weights are where they belong, and DistributedDataParallel, which copies weights, does not go around
+        divided = self.is_sharded or bool(self.zero)
+        model = self.accelerator.prepare_model(model, device_placement=not divided, evaluation_mode=divided)
+        if self.zero:
+            return self.zero.engine, self.zero  # which calls that model
         return model, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
 
     def accumulate(self, model, batch):
-        """Gradients are exchanged between processes at the last micro-batch of a step only; sharded ones at each, or
+        """Gradients are exchanged between processes at the last micro-batch of a step only; divided ones at each, or
         every process would hold all of them until then."""
         if self.is_sharded:
             return self.forward_passes()
-        return nullcontext() if batch.ends_step else self.accelerator.no_sync(model)
+        return nullcontext() if batch.ends_step or self.zero else self.accelerator.no_sync(model)
 
     def backward(self, row_losses, weights):
         """Add the gradient of the weighted loss; returns its value on this process, a detached scalar."""
         loss = (row_losses * weights).sum()
         # Processes' gradients are averaged, and the weights of a step sum to 1 over all of them.
-        self.accelerator.backward(loss * self.accelerator.num_processes)
+        (self.zero or self.accelerator).backward(loss * self.accelerator.num_processes)
         return loss.detach()
 
     def clip(self, parameters):
         """Clip the whole gradient at --max_grad_norm; returns its norm before."""
+        if self.zero:
+            return self.zero.take_gradient_norm()
         return full(self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm or float("inf")))
 
     def total(self, value):

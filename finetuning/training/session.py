@@ -34,7 +34,8 @@ class Session:
 
     def __init__(self, args, run, model, data, encoder, ema, optimizer):
         self.args, self.run, self.model, self.data, self.ema = args, run, model, data, ema
-        self.encode, self.optimizer = encoder, optimizer  # encode(batch) -> latents [n, c, h, w], conditioning
+        self.optimizer = optimizer = run.divide(optimizer, model)
+        self.encode = encoder  # encode(batch) -> latents [n, c, h, w], conditioning
         self.total_steps = data.total_steps
         self.checkpoints = Checkpointer(args, model, ema, optimizer, run, data)
         self.first_step = self.step = self.checkpoints.resume(self.total_steps)

@@ -240,7 +240,7 @@ def test_a_fallback_that_is_not_finite_itself_is_refused(tmp_path, model):
 # -- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", ["method", "sha256", "_read"])
+@pytest.mark.parametrize("by", ["method", "_hash", "_read"])
 def test_an_exception_stops_all_and_is_raised(tmp_path, model, monkeypatch, by):
     done = []
 

@@ -14,7 +14,8 @@ class FakeRun(SimpleNamespace):
         super().__init__(
             output_dir=output_dir, device=torch.device(device), weights_dtype=dtype, is_main=is_main, scaler=None,
             accelerator=SimpleNamespace(mixed_precision="no", num_processes=1), autocast=nullcontext, any=bool,
-            said=[], logged={}, shown=[], processes=1, is_sharded=False, gathered=list, forward_passes=nullcontext,
+            said=[], logged={}, shown=[], processes=1, is_sharded=False, zero_stage=0, gathered=list,
+            forward_passes=nullcontext,
         )  # fmt: skip
         self.say = self.said.append
 

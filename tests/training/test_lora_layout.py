@@ -50,7 +50,8 @@ def adapt(tiny_model):
 
     def make(**flags):
         args = Args(pretrained_model_name_or_path=str(tiny_model), **flags)
-        run = SimpleNamespace(device=torch.device("cpu"), weights_dtype=torch.float32, is_sharded=False, say=print)
+        run = SimpleNamespace(device=torch.device("cpu"), weights_dtype=torch.float32, is_sharded=False, zero_stage=0)
+        run.say = print
         return add_adapters(args, load_model(args), run).adapters
 
     return make

@@ -189,7 +189,8 @@ def test_rounding_is_a_function_of_seed_step_and_weight():
     ],
 )
 def test_devices_and_precisions_that_do_not_go_with_it_are_named(flags, precision, processes, named):
-    run = SimpleNamespace(accelerator=SimpleNamespace(mixed_precision=precision), processes=processes, is_sharded=False)
+    accelerator = SimpleNamespace(mixed_precision=precision)
+    run = SimpleNamespace(accelerator=accelerator, processes=processes, is_sharded=False, zero_stage=0)
     problems = list(update_problems(OptimArgs(**flags), run))
     assert len(problems) == bool(named) and all(re.match(named, problem) for problem in problems)
 

@@ -114,8 +114,8 @@ def test_what_accelerate_reads_besides_the_flags_does_not_change_them(start, mon
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("ACCELERATE_USE_DEEPSPEED", "true"), ("FSDP_VERSION", "1"), ("FSDP_OFFLOAD_PARAMS", "true"),
-     ("ACCELERATE_MIXED_PRECISION", "fp8")],
+    [("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3"), ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu"),
+     ("FSDP_VERSION", "1"), ("FSDP_OFFLOAD_PARAMS", "true"), ("ACCELERATE_MIXED_PRECISION", "fp8")],
 )  # fmt: skip
 def test_what_accelerate_is_set_to_and_is_not_done_here_is_named(name, value, start, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str("FSDP" in name))
