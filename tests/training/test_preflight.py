@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 import sys
 import time
 from contextlib import nullcontext
@@ -69,9 +70,10 @@ def data_of(total_steps, buckets=()):
 def check(model, tmp_path, fake_run):
     """check_before_start for 11 rows in steps of 2 x 2; returns what was said."""
 
-    def run_check(model=model, total_steps=6, buckets=(), encoder=NOTHING_CACHED, **flags):
+    def run_check(model=model, total_steps=6, buckets=(), encoder=NOTHING_CACHED, launcher=None, **flags):
         args = Args(output_dir="runs/x", train_batch_size=2, gradient_accumulation_steps=2, **flags)
         run = fake_run(tmp_path / "not" / "there" / "yet")
+        vars(run).update(launcher or {})
         check_before_start(args, run, model, data_of(total_steps, buckets), encoder)
         return "\n".join(run.said)
 
@@ -111,6 +113,19 @@ def test_every_problem_is_named_at_once_also_a_disk_without_room(check, monkeypa
         check(resolution="60")
     with pytest.raises(ModelError, match=r"^2 checkpoints of .*--output_dir runs/x"):
         check(resolution="32")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "shares"),
+    [({}, (1, 1, 2, 1)), ({"is_sharded": True}, (0.5, 0.5, 1, 0.5)), ({"zero_stage": 1}, (1, 1, 1.5, 1)),
+     ({"zero_stage": 2}, (1, 0.5, 1.5, 1))],
+)  # fmt: skip
+def test_what_two_processes_divide_is_counted_as_each_of_them_has_it(check, mini_sd, launcher, shares):
+    trained = 4 * sum(weight.numel() for weight in mini_sd.trained_parameters().values())
+    said = check(mini_sd, resolution="32", use_ema=True, launcher={"processes": 2, **launcher})
+    for name, share in zip(("weights", "gradients", "optimizer", "average"), shares, strict=True):
+        (size,) = re.findall(rf"{name} ([\d.]+) MB", said)
+        assert float(size) == pytest.approx(share * trained / 1e6, abs=0.06), name
 
 
 @pytest.mark.parametrize(("cache_latents", "free"), [("on", 3e9), ("on", 2e9), ("auto", 3e9), ("auto", 2e9)])
