@@ -111,9 +111,10 @@ def test_accumulation_and_batch_size_are_interchangeable(script, training, argum
         assert losses(training, tmp_path / str(batch)) == pytest.approx(losses(training, whole_run(script)), rel=1e-5)
 
 
-def test_two_processes_train_and_evaluate_as_one(script, training, arguments, tmp_path, tensors):
+def test_two_processes_train_and_evaluate_as_one(script, training, arguments, tiny_sdxl, tmp_path, tensors):
     plain = shlex.split("""--learning_rate 1e-4 --max_train_steps 4 --center_crop --cache_latents
         --validation_prompts 'a red circle' 'a blue square' --validation_inference_steps 1""")
+    plain += ["--pretrained_model_name_or_path", tiny_sdxl]  # some of its weights get no gradient
     words = {name: [*arguments, *plain, "--cache_folder", tmp_path / f"cache of {name}"] for name in ("one", "two")}
     assert training.run(script, words["one"], tmp_path / "one") == 0
     # fp16 as in the shipped accelerate_config.yaml: asking whether there is a GPU must not make the processes one
@@ -143,8 +144,8 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
 
 @pytest.mark.parametrize(
     ("model", "launcher"),
-    [("tiny_model", FSDP), ("tiny_sdxl", FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}), ("tiny_model", ZERO)],
-    ids=("fsdp", "fsdp-sdxl", "zero"),
+    [("tiny_model", FSDP), ("tiny_sdxl", FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}), ("tiny_sdxl", ZERO)],
+    ids=("fsdp", "fsdp-sdxl", "zero-sdxl"),
 )
 def test_two_processes_that_divide_what_they_train_do_as_one(
     model, launcher, training, arguments, tmp_path, tensors, request
@@ -161,13 +162,15 @@ def test_two_processes_that_divide_what_they_train_do_as_one(
             config.read_text()
         )
     # Its checkpoint is one like any other
-    for name in ("divided again", "by one process"):
-        shutil.copytree(tmp_path / "two", tmp_path / name, ignore=shutil.ignore_patterns("checkpoint-4"))
+    for name, of in (("divided again", "two"), ("by one process", "two"), ("of one process", "one")):
+        shutil.copytree(tmp_path / of, tmp_path / name, ignore=shutil.ignore_patterns("checkpoint-4"))
     on = ("--resume_from_checkpoint", "latest")
     assert training.on_two_processes(FULL, split, tmp_path / "divided again", *on, **launcher) == [0, 0]
     training.assert_same(tmp_path / "divided again", tmp_path / "two")
     assert training.run(FULL, words, tmp_path / "by one process", *on) == 0
     assert_close(training, tensors, tmp_path / "by one process", tmp_path / "two", atol=2e-5)
+    assert training.on_two_processes(FULL, split, tmp_path / "of one process", *on, **launcher) == [0, 0]
+    assert_close(training, tensors, tmp_path / "of one process", tmp_path / "one", atol=2e-5)
 
 
 @pytest.mark.parametrize(

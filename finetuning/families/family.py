@@ -57,6 +57,7 @@ class Family:
     text_length: int | None = None  # tokens that are read of a caption; none: as its tokenizer says
     needs_image = False  # an upscaler: its pipeline takes the images that it enlarges
     kohya_kind = ("stable-diffusion", "sd_other")  # modelspec's and sd-scripts' words for it
+    skips_weights = False  # whether `encode_text` has no use for some weights, which then get no gradient
     marks: tuple[str, ...] = ()  # how tensors begin that only this family's bare UNets and single files have
 
     @cached_property

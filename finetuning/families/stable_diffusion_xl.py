@@ -32,6 +32,7 @@ class StableDiffusionXL(Family):
     tokenizers = MappingProxyType({"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"})
     pipeline_options = MappingProxyType({"add_watermarker": False})
     upcast = ("vae",)
+    skips_weights = True  # of the first text encoder: what comes after its last layer but one
     kohya_kind = ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")
     marks = ("add_embedding.linear_1.", "model.diffusion_model.label_emb.", "conditioner.embedders.")
 

@@ -211,7 +211,7 @@ class Checkpointer:
         ema_shadow = self.model.load_trained(folder, ema=self.ema.shadow is not None)
         if ema_shadow is not None:
             self.ema.load(ema_shadow, state["ema_updates"])
-        saved = _read_state(folder / "optimizer.pt", mmap=self.run.is_sharded)
+        saved = _read_state(folder / "optimizer.pt", mmap=self.run.is_sharded or self.run.zero_stage > 0)
         try:
             load_optimizer(self.optimizer, saved["optimizer"])
         except (LookupError, TypeError, ValueError) as error:

@@ -139,9 +139,10 @@ def check_before_start(args, run, model, data, encoder):
         )
     if run.is_sharded:
         memory = {what: size // run.processes for what, size in memory.items()}
-    elif run.zero_stage:  # which keeps its part of the weights twice
+    elif run.zero_stage:  # a process keeps its part of the weights twice, and adds up its part of the gradients apart
         memory["optimizer"] = (memory["optimizer"] + trained) // run.processes
-        memory["gradients"] //= run.processes if run.zero_stage == 2 else 1
+        summed = memory["gradients"] // run.processes
+        memory["gradients"] = summed + (summed if run.zero_stage == 2 else memory["gradients"])
     at_least = sum(memory.values()) - memory["average"] * args.offload_ema
     if args.assumed_bytes and at_least > args.assumed_bytes:
         problems.append(

@@ -33,6 +33,7 @@ TAKEN = {  # what a launcher may ask for besides the flags: {variable: what of i
     "FSDP_ACTIVATION_CHECKPOINTING": ("false",),
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("1", "2"),
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("none",),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("none",),
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("none",),
 }
 # What accelerate would read besides, and what would change the result without a word
@@ -94,7 +95,7 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         fsdp, zero = (parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
-        asked = {"ACCELERATE_MIXED_PRECISION": wanted, **({"FSDP_VERSION": "1"} if fsdp else {}), **os.environ}
+        asked = {"FSDP_VERSION": "1" if fsdp else None, **os.environ, "ACCELERATE_MIXED_PRECISION": wanted}
         unknown = [f"{k}={asked[k]}" for k in TAKEN if asked.get(k) and asked[k].lower() not in TAKEN[k]]
         if unknown:
             raise UserError(
@@ -103,7 +104,7 @@ class Run:
                 "or accelerate_zero2.yaml (DeepSpeed)"
             )
         if zero and importlib.util.find_spec("deepspeed") is None:
-            raise UserError("accelerate asks for DeepSpeed, and it is not installed: pip install deepspeed")
+            raise UserError("accelerate asks for DeepSpeed, and it is not installed: pip install -r requirements.txt")
         # accelerate itself would take both in `prepare`: FSDP when average and optimizer hold whole weights, and not
         # on a CPU; DeepSpeed with weights in bf16, and with checkpoints of its own
         for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
@@ -212,6 +213,10 @@ class Run:
 
     def prepare(self, model, optimizer):
         """Both for this run's devices and precision; the optimizer's state already lies where it belongs."""
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        if model.family.skips_weights and model.text_encoders:  # or processes wait for gradients that never come
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         # Divided weights are where they belong, and DistributedDataParallel, which copies weights, does not go around
         divided = self.is_sharded or bool(self.zero)
         model = self.accelerator.prepare_model(model, device_placement=not divided, evaluation_mode=divided)

@@ -9,6 +9,8 @@ import os
 
 import torch
 
+from finetuning.cli import UserError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 50_000_000  # gradients that are exchanged at once; DeepSpeed's own 500 million take 2 GB of each GPU
 
@@ -37,10 +39,13 @@ class ZeroAdamW(torch.optim.Optimizer):
             "train_micro_batch_size_per_gpu": 1,  # of no effect: it multiplies what is logged
             "managed_gradient_accumulation": False,  # a step ends where `step` is called
             "gradient_clipping": float(max_grad_norm or 0),
+            "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at every forward pass
             "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET},
         }
         deepspeed.init_distributed()
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.inner, config=config)
+        if getattr(self.engine, "managed_gradient_accumulation", lambda: True)():
+            raise UserError(f"DeepSpeed {deepspeed.__version__} is another than that of requirements.txt: install that")
         # Moments of 0 after step 0, as AdamW itself would make them at its first step; DeepSpeed notes where they lie
         for group in self.inner.param_groups:
             (part,) = group["params"]
@@ -66,27 +71,35 @@ class ZeroAdamW(torch.optim.Optimizer):
         """Nothing: DeepSpeed keeps no gradient."""
 
     def state_dict(self):
-        """That of torch's AdamW on one process, on the CPU; every process has to call it."""
+        """That of torch's AdamW on one process, on the CPU, in full on the main process alone; all have to call it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         groups, first = [], 0
         for group in self.param_groups:
             groups.append(group | {"params": list(range(first, first + len(group["params"])))})
             first += len(group["params"])
-        step = next(iter(self.inner.state.values()))["step"]
-        moments = lambda weight: {name: safe_get_full_optimizer_state(weight, name).cpu() for name in MOMENTS}
-        state = {number: {"step": step.cpu().clone()} | moments(weight) for number, weight in enumerate(self.weights)}
+        step, state, is_main = (
+            next(iter(self.inner.state.values()))["step"].cpu(),
+            {},
+            torch.distributed.get_rank() == 0,
+        )
+        for number, weight in enumerate(self.weights if step else ()):
+            whole = {name: safe_get_full_optimizer_state(weight, name) for name in MOMENTS}
+            state[number] = {"step": step.clone(), **({k: v.cpu() for k, v in whole.items()} if is_main else {})}
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state):
-        """Take over a whole state, and the weights as the module has them now."""
+        """Take over a whole state, which every process has, and the weights as the module has them now."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self.engine.optimizer.refresh_fp32_params()
+        steps = [one["step"] for one in state["state"].values()]
         for part in self.inner.state.values():
-            part["step"].copy_(state["state"][0]["step"])
-        for number, weight in enumerate(self.weights):
+            part["step"].fill_(max(steps, default=0))
             for name in MOMENTS:
-                safe_set_full_optimizer_state(weight, state["state"][number][name], name)
+                part[name].zero_()
+        for number, moments in state["state"].items():  # without those of weights that never had a gradient
+            for name in MOMENTS:
+                safe_set_full_optimizer_state(self.weights[number], moments[name], name)
         for group, loaded in zip(self.param_groups, state["param_groups"], strict=True):
             group |= {key: value for key, value in loaded.items() if key != "params"}

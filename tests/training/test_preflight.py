@@ -117,8 +117,8 @@ def test_every_problem_is_named_at_once_also_a_disk_without_room(check, monkeypa
 
 @pytest.mark.parametrize(
     ("launcher", "shares"),
-    [({}, (1, 1, 2, 1)), ({"is_sharded": True}, (0.5, 0.5, 1, 0.5)), ({"zero_stage": 1}, (1, 1, 1.5, 1)),
-     ({"zero_stage": 2}, (1, 0.5, 1.5, 1))],
+    [({}, (1, 1, 2, 1)), ({"is_sharded": True}, (0.5, 0.5, 1, 0.5)), ({"zero_stage": 1}, (1, 1.5, 1.5, 1)),
+     ({"zero_stage": 2}, (1, 1, 1.5, 1))],
 )  # fmt: skip
 def test_what_two_processes_divide_is_counted_as_each_of_them_has_it(check, mini_sd, launcher, shares):
     trained = 4 * sum(weight.numel() for weight in mini_sd.trained_parameters().values())
