@@ -6,6 +6,7 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import yaml
@@ -25,6 +26,7 @@ from finetuning.families.quiet import errors_only
 from finetuning.families.sharding import like
 from finetuning.families.table import family_of
 from finetuning.files import read_text, writing
+from finetuning.rng import torch_generator
 
 
 @dataclass
@@ -75,6 +77,18 @@ class Model:
     def encode_text(self, tokens):
         """What the frozen text encoders make of {text encoder: token ids [n, k]}: {name: [n, ...]}."""
         return self.family.encode_text(self.frozen_encoders, tokens)
+
+    @torch.no_grad()
+    def prediction(self):
+        """The denoiser's output [2, c, h, w] for two captions at two timesteps, at the smallest size that it takes."""
+        side = 2 ** len(self.denoiser.denoiser.config.block_out_channels)
+        noisy = torch.randn(2, self.codec.channels, side, side, generator=torch_generator(0, "a prediction"))
+        captions = ["a photo of a dog", "a red circle"]
+        batch = SimpleNamespace(
+            captions=captions, tokens=self.tokenize(captions), sizes=torch.zeros(2, 6), step=0, rows=[0, 1]
+        )
+        noisy, conditioning = self.condition(batch, noisy)
+        return self.denoiser(noisy, torch.tensor([200, 700]), **conditioning)
 
     def condition(self, batch, latents, seed=0, text=None):
         """(latents that are trained on, what the denoiser is called with besides them and the timesteps): text,
@@ -318,10 +332,23 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
             _recompute_activations(module)
     folders = {name: files.config for name, files in source.components.items()}
     schedulers = {name: source.scheduler(name) for name in family.schedulers if name != "scheduler"}
-    return Model(
+    model = Model(
         family, source.folder, components, Tokenizers(source.tokenizers(), family), scheduler, trained, schedulers,
         args if isinstance(args, UpscalingArgs) else UpscalingArgs(), source.settings(), ema_start, folders,
     )  # fmt: skip
+    if start.unet_config:
+        _try(model, start.unet_config)
+    return model
+
+
+def _try(model, overrides):
+    """Raises ModelError where the denoiser that --unet_config describes can be built and not be used."""
+    try:
+        found, side = model.prediction(), 2 ** len(model.denoiser.denoiser.config.block_out_channels)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"--unet_config {overrides}: such a model cannot be used here: {error}") from error
+    if found.shape[-2:] != (side, side):
+        raise ModelError(f"--unet_config {overrides}: of {side} x {side} it makes {tuple(found.shape[-2:])}")
 
 
 def _decode_in_fp32(vae):

@@ -1,14 +1,12 @@
 """Whether a LoRA file does, where it is loaded, what it was trained to do."""
 
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import torch
 
 from finetuning.families.lora_files import adaptable
 from finetuning.families.model_args import ModelError
 from finetuning.families.quiet import errors_only
-from finetuning.rng import torch_generator
 
 
 def check_files(folder, written, fresh):
@@ -24,29 +22,16 @@ def check_files(folder, written, fresh):
             pipeline.load_lora_weights(str(folder), weight_name=name, adapter_name="lora")
             added = max(_distance(module.get_delta_weight("lora"), layers[key].delta())
                         for key, module in adapters_in(components).items())  # fmt: skip
-            count, loaded = len(adapters_in(components)), _prediction(fresh)
+            count, loaded = len(adapters_in(components)), fresh.prediction()
             pipeline.unload_lora_weights()
             with _fused(components, layers):
-                off = _distance(loaded, _prediction(fresh))
+                off = _distance(loaded, fresh.prediction())
             if count != len(layers) or not max(added, off) < 1e-4:
                 raise ModelError(
                     f"{name} does not do in a fresh pipeline what the adapters do here ({count} of {len(layers)} "
                     f"layers loaded, their weights differ by {added:.1e}, the prediction by {off:.1e}): nothing is "
                     "handed over. The last checkpoint holds the adapters"
                 )
-
-
-@torch.no_grad()
-def _prediction(model):
-    """The denoiser's output for two captions at two timesteps, at the smallest size that it takes."""
-    side = 2 ** len(model.denoiser.denoiser.config.block_out_channels)
-    noisy = torch.randn(2, model.codec.channels, side, side, generator=torch_generator(0, "check of a LoRA file"))
-    captions = ["a photo of a dog", "a red circle"]
-    batch = SimpleNamespace(
-        captions=captions, tokens=model.tokenize(captions), sizes=torch.zeros(2, 6), step=0, rows=[0, 1]
-    )
-    noisy, conditioning = model.condition(batch, noisy)
-    return model.denoiser(noisy, torch.tensor([200, 700]), **conditioning)
 
 
 @contextmanager

@@ -262,6 +262,12 @@ def test_components_that_do_not_go_together_are_refused(copied):
         ({"unet_config": "{out_channels: 3}"}, ["3", "4"]),
         ({"unet_config": "{layers_per_block: 0}"}, ["--unet_config", "layers_per_block 0"]),
         ({"unet_config": "{time_embedding_dim: -1}"}, ["--unet_config", "time_embedding_dim -1"]),
+        # What diffusers builds, and what only a forward pass tells
+        ({"unet_config": "{num_class_embeds: 3}"}, ["--unet_config {num_class_embeds: 3}", "class_labels"]),
+        ({"unet_config": "{encoder_hid_dim: 5}"}, ["--unet_config {encoder_hid_dim: 5}", "cannot be used"]),
+        ({"unet_config": "{dual_cross_attention: true}"}, ["--unet_config {dual_cross_attention: true}"]),
+        ({"unet_config": "{downsample_padding: 3}"}, ["--unet_config {downsample_padding: 3}"]),
+        ({"unet_config": "{conv_out_kernel: 4}"}, ["--unet_config {conv_out_kernel: 4}", "4 x 4", "(3, 3)"]),
     ],
 )
 def test_flags_that_cannot_be_followed_are_named(flags, names, tiny_model):
