@@ -215,7 +215,8 @@ class Run:
         """Both for this run's devices and precision; the optimizer's state already lies where it belongs."""
         from accelerate.utils import DistributedDataParallelKwargs
 
-        if model.family.skips_weights and model.text_encoders:  # or processes wait for gradients that never come
+        skips = (model.family.skips_weights and model.text_encoders) or getattr(self.args, "unet_config", None)
+        if skips:  # or processes wait for gradients that never come
             self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         # Divided weights are where they belong, and DistributedDataParallel, which copies weights, does not go around
         divided = self.is_sharded or bool(self.zero)
