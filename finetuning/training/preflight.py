@@ -59,6 +59,9 @@ class PreflightArgs:
         divisor = next(number for number in range(2, batch + 2) if batch % number == 0 or number > batch)
         fixed = bool(self.cached_crops) or self.center_crop
         cached = self.cache_latents == "on" or (self.cache_latents == "auto" and fixed)
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        fsdp, zero = (several and name in os.environ for name in ("FSDP_VERSION", "ACCELERATE_DEEPSPEED_ZERO_STAGE"))
+        divided = fsdp or zero  # they refuse some of the others
         smaller = f"--train_batch_size {batch // divisor} --gradient_accumulation_steps "
         smaller += f"{self.gradient_accumulation_steps * divisor}, with the same result"
         ways = {
@@ -66,15 +69,16 @@ class PreflightArgs:
                 (self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) == "no"
             ),
             "--cache_latents" + " --center_crop" * (not fixed): not cached and not self.streaming,
-            "--use_8bit_adam": self.optimizer == "adamw" and not self.use_8bit_adam,
-            "--offload_ema": self.use_ema and not self.offload_ema,
+            "--use_8bit_adam": self.optimizer == "adamw" and not self.use_8bit_adam and not divided,
+            "--offload_ema": self.use_ema and not self.offload_ema and not fsdp,
             "a smaller --train_batch_size" if self.fused_backward_pass else smaller: batch > 1,
             "--gradient_checkpointing": not self.gradient_checkpointing,
+            "accelerate_fsdp2.yaml, which shards the weights over the GPUs": several and not (lora or fsdp),
             "--optimizer adafactor --fused_backward_pass --max_grad_norm 0, without accumulation, fp16 or --compile": (
-                not lora and not self.fused_backward_pass
+                not (lora or several) and not self.fused_backward_pass
             ),
             "--weights_precision bf16, with activations in bf16 too": (
-                not lora and self.weights_precision == "fp32"
+                not (lora or divided) and self.weights_precision == "fp32"
             ),
             "--base_precision int8, or nf4": lora and self.base_precision not in ("int8", "nf4"),
             "train_lora.py in place of train_text_to_image.py": not lora,

@@ -347,6 +347,21 @@ def test_advice_names_only_what_is_not_set_yet(flags, gone, monkeypatch):
     assert "--train_batch_size 3 --gradient_accumulation_steps 3" in before  # the same rows in a step
 
 
+@pytest.mark.parametrize(
+    ("launcher", "gone", "there"),
+    [
+        ({}, {"fused"}, {"fsdp2", "8bit", "offload", "weights_precision"}),
+        ({"FSDP_VERSION": "2"}, {"fsdp2", "fused", "8bit", "offload", "weights_precision"}, set()),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, {"fused", "8bit", "weights_precision"}, {"fsdp2", "offload"}),
+    ],
+)
+def test_advice_to_several_processes_names_only_what_goes_with_them(launcher, gone, there, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", **launcher}.items():
+        monkeypatch.setenv(name, value)
+    advice = Args(use_ema=True).memory_advice()
+    assert {word for word in gone | there if word in advice} == there
+
+
 @pytest.mark.parametrize("other", [{"gradient_accumulation_steps": 2}, {"compile": True}])
 def test_what_makes_gradients_live_longer_does_not_go_with_updates_in_the_backward_pass(other, problems_of):
     flags = {"train_data_dir": "datasets/chalk", "pretrained_model_name_or_path": "models/mini-sd", "max_grad_norm": 0}
