@@ -58,10 +58,12 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what opens a model or starts a script as `run`: `make test-fast` leaves it out."""
+    """Mark what opens a model or starts a script as `run`: `make test-fast` leaves it out. These come first, so that at
+    the end no worker waits for another's long file."""
     for item in items:
         if {"tiny_model", "tiny_sdxl", "run_script", "training"} & set(item.fixturenames):
             item.add_marker("run")
+    items.sort(key=lambda item: item.get_closest_marker("run") is None)
 
 
 def pytest_generate_tests(metafunc):
@@ -312,6 +314,7 @@ class Training:
         if pid == 0:
             status = 99
             try:
+                torch.set_num_threads(1)  # renews torch's pool of threads; two threads at once have crashed in doing so
                 status = work()
             finally:
                 os._exit(status)

@@ -6,9 +6,12 @@
 Only safetensors are read. A component whose weights are not exactly those that its class expects is refused.
 """
 
+import copy
+import json
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -109,8 +112,7 @@ class Source:
     def check(self, name):
         """Compare a component's tensors with those that its class expects; no weights are read.
 
-        Returns the module without weights, on the meta device. Raises ModelError naming what is missing, what nothing
-        knows, and what has another shape.
+        Returns its skeleton. Raises ModelError naming what is missing, what nothing knows, and what has another shape.
         """
         if name not in self.components:
             return self._holder(name).check(name)
@@ -441,7 +443,10 @@ def module_name(component, key):
 
 
 def skeleton_of(component, folder):
-    """The module of a component's folder without weights, on the meta device. Raises ModelError."""
+    """The module of a component's folder without weights, on the meta device. Others get the same one: never change it.
+
+    Raises ModelError.
+    """
     path = folder / "config.json"
     config = read_json(path)
     if config.get("quantization_config"):
@@ -449,10 +454,18 @@ def skeleton_of(component, folder):
     named = config.get("_class_name", component.class_name)
     if named != component.class_name:
         raise ModelError(f"{path} describes a {named}, where a {component.class_name} belongs")
-    with _one_line(path), errors_only(), torch.device("meta"):
+    with _one_line(path):
+        return _skeleton(component, folder, json.dumps(config))
+
+
+@lru_cache(maxsize=32)
+def _skeleton(component, folder, config):
+    from transformers.initialization import no_init_weights
+
+    with errors_only(), no_init_weights(), torch.device("meta"):
         if component.is_text_encoder:
             return component.cls(component.cls.config_class.from_pretrained(folder))
-        return component.cls.from_config(config)
+        return component.cls.from_config(json.loads(config))
 
 
 def misfits(module, tensors):
@@ -472,8 +485,9 @@ def _filled(skeleton, tensors, dtype):
     """The module of a skeleton, with its weights."""
     with errors_only():
         if hasattr(skeleton, "load_config"):  # diffusers; its modules have no buffers
-            skeleton.load_state_dict(tensors, assign=True)
-            return skeleton
+            module = copy.deepcopy(skeleton)
+            module.load_state_dict(tensors, assign=True)
+            return module
         # transformers, whose modules have buffers that no file holds
         return type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=tensors, dtype=dtype)
 

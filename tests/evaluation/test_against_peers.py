@@ -16,7 +16,7 @@ from finetuning.evaluation.measuring import EvalNetworkArgs, measure, open_netwo
 
 pytestmark = pytest.mark.run
 
-COUNT, SIDE = 8, 64
+COUNT, SIDE = 5, 64
 SAME = pytest.approx
 
 

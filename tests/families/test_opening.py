@@ -124,6 +124,20 @@ def test_a_pipeline_folder_gives_all_its_components(tiny_model, kind, name):
         assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_component_opened_twice_is_two_modules(tiny_model, name):
+    source = open_source(tiny_model)
+    first, second = source.open(name), source.open(name)
+    with torch.no_grad():
+        for weight in first.parameters():
+            weight.zero_()
+    if name != "text_encoder":
+        first.register_to_config(sample_size=1)
+        assert second.config.sample_size == source.check(name).config.sample_size != 1
+    assert not equal(first, second)
+    assert all(weight.is_meta for weight in source.check(name).parameters())
+
+
 def test_a_module_does_what_the_libraries_own_does(tiny_model):
     source = open_source(tiny_model)
     component = source.family.by_name["text_encoder"]
