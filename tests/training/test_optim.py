@@ -333,6 +333,26 @@ def test_adamw_is_fused_where_its_own_device_wants_it_wherever_the_checkpoint_wa
     assert seen == [fused] and after.param_groups[0]["fused"] is fused
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("formats", [("channels_last", "contiguous_format"), ("contiguous_format", "channels_last")])
+def test_moments_lie_in_memory_as_the_weights_of_the_run_that_resumes(formats, precision):
+    """A checkpoint may be of a run with the other choice of --channels_last; the fused kernel goes by memory alone."""
+    values, ways = torch.randn(6, 4, 3, 3), {"weights_precision": precision}
+    kernels = [
+        torch.nn.Parameter(values.clone(memory_format=getattr(torch, one)))
+        for one in ("contiguous_format", *formats)
+    ]  # fmt: skip
+    straight, before, after = optimizers = [optimizer_for("adamw", [kernel], **ways) for kernel in kernels]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["fused"] = True
+    take_steps(straight, kernels[:1], 2)
+    take_steps(before, kernels[1:2], 1)
+    load_optimizer(after, through_a_file(before.state_dict()))
+    kernels[2].data.copy_(kernels[1])
+    take_steps(after, kernels[2:], 1)
+    torch.testing.assert_close(kernels[2].data, kernels[0].data, rtol=1e-6, atol=0)
+
+
 def test_a_changed_learning_rate_is_used_by_the_schedule_after_a_resume():
     before, args = two_groups(), schedule_args("cosine")
     build_schedule(
