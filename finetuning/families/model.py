@@ -181,7 +181,7 @@ class Model:
         self.schedules = {name: schedule.to(device) for name, schedule in self.schedules.items()}
         for name, module in self.components.items():
             module.to(device)
-            if name in self.family.upcast and frozen_dtype == torch.float16 and module.config.force_upcast:
+            if frozen_dtype == torch.float16 and self._overflows(name):
                 _decode_in_fp32(module)
             elif name not in self.trained:
                 with errors_only():  # diffusers asks not to cast modules that have to be fp32: see below
@@ -189,6 +189,22 @@ class Model:
                     for part, layer in module.named_modules():  # T5's, whose sums leave fp16's range
                         if part.rpartition(".")[2] in (getattr(module, "_keep_in_fp32_modules", None) or ()):
                             layer.float()
+
+    def _overflows(self, name):
+        """Whether the component overflows in fp16: its family's pipeline keeps it in fp32 then."""
+        return name in self.family.upcast and self.components[name].config.force_upcast
+
+    @contextmanager
+    def encodes_in_fp32(self):
+        """What overflows in fp16 and was opened in it, with a whole pipeline, is fp32 for as long as this lasts."""
+        small = [one for name, one in self.components.items() if self._overflows(name) and one.dtype == torch.float16]
+        try:
+            for module in small:
+                module.float()
+            yield
+        finally:
+            for module in small:
+                module.half()
 
     @contextmanager
     def pipeline(self):
