@@ -62,6 +62,13 @@ class OptimArgs:
             yield f"--optimizer prodigy finds the learning rate itself: set --learning_rate 1, not {self.learning_rate}"
         if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
             yield f"--use_8bit_adam and --optimizer {self.optimizer} name two optimizers: give one"
+        of_8_bits = self.use_8bit_adam or self.optimizer == "adamw8bit"
+        whole = self.weights_precision == "fp32" and not hasattr(self, "rank")  # what is trained are the weights
+        if of_8_bits and whole and getattr(self, "channels_last", False):
+            yield (
+                "--channels_last: bitsandbytes' 8-bit Adam lays the weights out as usual again at its first step: "
+                "leave one of the two out"
+            )
         if self.optimizer == "prodigy" and set(self.text_encoder_lr or ()) - {self.learning_rate}:
             yield "--text_encoder_lr: --optimizer prodigy finds one learning rate for all: leave the flag out"
         if (self.lr_scheduler == "piecewise_constant") != (self.lr_step_rules is not None):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.optimization import SchedulerType
 
+from finetuning.families.model_args import ModelArgs
 from finetuning.rng import torch_generator
 from finetuning.training.optim import (
     OneByOne,
@@ -33,6 +34,11 @@ class Args(OptimArgs):
     """The flags that an optimizer reads."""
 
     seed: int = 0
+
+
+@dataclass
+class OptimAndModelArgs(OptimArgs, ModelArgs):
+    """The same beside those of the model."""
 
 
 def weights():
@@ -285,6 +291,16 @@ def test_rates_by_hand():
 def test_a_warm_up_as_long_as_the_run_ends_like_any_other(kind):
     """diffusers' polynomial schedule divides by the steps that are left after the warm-up."""
     assert len(rates(schedule_args(kind, lr_warmup_steps=TOTAL), 0)) == TOTAL
+
+
+@pytest.mark.parametrize(("flags", "keeps"), [({}, True), ({"use_8bit_adam": True}, False), (
+    {"use_8bit_adam": True, "weights_precision": "bf16"}, True)])  # fmt: skip
+def test_channels_last_is_refused_where_the_optimizer_undoes_it(flags, keeps, problems_of):
+    kernel = torch.nn.Parameter(torch.randn(64, 64, 3, 3).to(memory_format=torch.channels_last))
+    take_steps(optimizer_for("adamw", [kernel], **flags), [kernel], 1)
+    assert kernel.is_contiguous(memory_format=torch.channels_last) is keeps
+    flags |= {"pretrained_model_name_or_path": "models/mini-sd", "channels_last": True}
+    assert len(problems_of(OptimAndModelArgs, **flags)) == (not keeps)
 
 
 # -- going on from a checkpoint --------------------------------------------------------------------------------------
