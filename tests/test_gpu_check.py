@@ -1,6 +1,8 @@
 """benchmarks/gpu/run.py in miniature: it runs where there is no GPU, and writes what it found. Nothing is timed."""
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -31,3 +33,20 @@ def test_a_case_is_run_and_written_down(root, tmp_path):
         assert case["steps"] == 8 and case["images_per_second"] > 0
         assert f"pass {name}" in done.stdout
     assert not list((tmp_path / written.stem).glob("*/checkpoint-*"))
+
+
+@pytest.mark.parametrize(("cores", "gigabytes", "right", "fits"), [
+    (2, 15.8, 1, 1), (8, 15.8, 4, 1), (16, 51.0, 7, 1), (16, 150.8, 7, 3),
+])  # fmt: skip
+def test_as_many_cases_run_side_by_side_as_cores_and_card_have_room_for(
+    cores, gigabytes, right, fits, root, tmp_path, monkeypatch
+):
+    """Two on one card would each be out of memory for the other's sake."""
+    spec = importlib.util.spec_from_file_location("gpu_check", root / "benchmarks/gpu/run.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_check", module)  # its dataclasses look there
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores))
+    check = module.Check(None, tmp_path)
+    check.facts = {"gb": gigabytes}
+    assert (check.side_by_side(7), check.side_by_side(3, module.A6000)) == (right, fits)
