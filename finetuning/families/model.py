@@ -182,13 +182,13 @@ class Model:
         for name, module in self.components.items():
             module.to(device)
             if frozen_dtype == torch.float16 and self._overflows(name):
-                _decode_in_fp32(module)
+                _in_fp32(module, "decode")
             elif name not in self.trained:
                 with errors_only():  # diffusers asks not to cast modules that have to be fp32: see below
                     module.to(frozen_dtype)
                     for part, layer in module.named_modules():  # T5's, whose sums leave fp16's range
                         if part.rpartition(".")[2] in (getattr(module, "_keep_in_fp32_modules", None) or ()):
-                            layer.float()
+                            _in_fp32(layer.float(), "forward")
 
     def _overflows(self, name):
         """Whether the component overflows in fp16: its family's pipeline keeps it in fp32 then."""
@@ -367,15 +367,15 @@ def _try(model, overrides):
         raise ModelError(f"--unet_config {overrides}: of {side} x {side} it makes {tuple(found.shape[-2:])}")
 
 
-def _decode_in_fp32(vae):
-    """Keep autocast out of what makes images of latents: in fp16 the autoencoder overflows."""
-    decode = vae.decode
+def _in_fp32(module, name):
+    """Keep autocast out of a method that gives what fp16 overflows with: an autoencoder's images, T5's sums."""
+    method = getattr(module, name)
 
-    def decoded(latents, *args, **options):
-        with torch.autocast(latents.device.type, enabled=False):
-            return decode(latents.float(), *args, **options)
+    def in_fp32(values, *args, **options):
+        with torch.autocast(values.device.type, enabled=False):
+            return method(values.float(), *args, **options)
 
-    vae.decode = decoded
+    setattr(module, name, in_fp32)
 
 
 def _recompute_activations(module):
