@@ -167,6 +167,7 @@ class Check:
                 break
         else:
             wait(case.against)
+            result |= attention(output)
             result["text"] = output
             try:
                 result |= case.check(result) or {}
@@ -245,6 +246,13 @@ def speed(report):
         report["step_seconds"] = round(statistics.median(warm), 4)
         report["step_seconds_mean"] = round(statistics.mean(warm), 4)
     return report
+
+
+def attention(output):
+    """Milliseconds of xformers' attention and of PyTorch's, where a case says that it has compared them; it runs with
+    the faster, whatever its name."""
+    found = re.search(r"attention: xformers takes ([\d.e+-]+) ms and PyTorch ([\d.e+-]+),", output)
+    return {"xformers_ms": float(found[1]), "pytorch_ms": float(found[2])} if found else {}
 
 
 def line(name, result):
