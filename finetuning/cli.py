@@ -241,6 +241,8 @@ def flag_table(args_class, besides=None):
 
 # -- a script --------------------------------------------------------------------------------------------------------
 
+FULL_GPU = re.compile(r"CUDA error: out of memory|(CUDNN|CUBLAS|CUSOLVER|CUFFT)_(STATUS_)?ALLOC_FAILED")
+
 
 def run_script(args_class, description, function, argv=None):
     """Parse, call `function(args)`, and return the exit status: what it returns (None is 0).
@@ -303,7 +305,8 @@ def _run(function, args):
         return 1
     except RuntimeError as error:
         torch = sys.modules.get("torch")
-        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        # The second is what CUDA and its libraries say where they, and not PyTorch's allocator, find no memory left
+        if torch is None or not (isinstance(error, torch.OutOfMemoryError) or FULL_GPU.search(str(error))):
             raise
         reason = str(error).partition("\n")[0]
         advice = getattr(args, "memory_advice", str)()

@@ -362,6 +362,12 @@ def failing(error):
         (OSError("no such model\n  on the Hub"), 1, "error: no such model on the Hub"),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 1, "CUDA out of memory"),
         (torch.OutOfMemoryError(), 1, "memory"),
+        (
+            torch.AcceleratorError("CUDA error: out of memory\nSearch for"),
+            1,
+            "too little memory: CUDA error: out of",
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"), 1, "too little memory: CUDA error"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (signal.SIGTERM, 143, "stopped by SIGTERM"),
     ],

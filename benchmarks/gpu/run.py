@@ -96,7 +96,7 @@ class Check:
         self.logs = self.path.with_suffix("")
         self.logs.mkdir(parents=True)
         self.write()
-        print(f"{self.facts['card']}, bf16 {self.facts.get('bf16_matmul_tflops')} TFLOP/s -> {self.path}", flush=True)
+        print(f"{self.facts['card']}, matrices {self.facts.get('matmul_tflops')} TFLOP/s -> {self.path}", flush=True)
 
     def write(self):
         """All results so far; the file is whole at every moment."""
@@ -116,6 +116,13 @@ class Check:
         return time.time() - self.start > self.args.seconds
 
     # -- cases -----------------------------------------------------------------------------------------------------
+
+    def side_by_side(self, most, gigabytes=None):
+        """How many cases run at a time, at most `most`: each wants two cores, and its gigabytes of the card."""
+        rooms = [most, len(os.sched_getaffinity(0)) // 2]
+        if gigabytes:
+            rooms.append(int(self.facts.get("gb", 0) // gigabytes))
+        return max(1, min(rooms))
 
     def run_all(self, cases, at_once):
         """Each case once those that it needs are done; `at_once` of them side by side."""
@@ -160,6 +167,7 @@ class Check:
                 break
         else:
             wait(case.against)
+            result |= attention(output)
             result["text"] = output
             try:
                 result |= case.check(result) or {}
@@ -238,6 +246,13 @@ def speed(report):
         report["step_seconds"] = round(statistics.median(warm), 4)
         report["step_seconds_mean"] = round(statistics.mean(warm), 4)
     return report
+
+
+def attention(output):
+    """Milliseconds of xformers' attention and of PyTorch's, where a case says that it has compared them; it runs with
+    the faster, whatever its name."""
+    found = re.search(r"attention: xformers takes ([\d.e+-]+) ms and PyTorch ([\d.e+-]+),", output)
+    return {"xformers_ms": float(found[1]), "pytorch_ms": float(found[2])} if found else {}
 
 
 def line(name, result):
@@ -436,14 +451,14 @@ def fast(check, which="fast"):
             facts = {"images_per_second": round(images, 2)}
             if check.on_gpu:
                 facts["tflops"] = round(images * flop, 1)
-                facts["share_of_matmul"] = round(images * flop / check.facts["bf16_matmul_tflops"], 3)
+                facts["share_of_matmul"] = round(images * flop / check.facts["matmul_tflops"], 3)
             return facts
 
         stop = 8 if small else {1: 60, 4: 35}.get(batch, 25)
         env = {"GPU_CHECK_STOP_AFTER": str(stop), **lock}
         if "profile" in name:
             env["GPU_CHECK_PROFILE"] = str(check.logs / f"{name}-operations.txt")
-        return Case(name, [[*CHILD, *command]], rate, env, limit=limit)
+        return Case(name, [[*CHILD, *command]], rate, env, limit=3 * limit)  # up to three wait for each other's turn
 
     def ours(name, batch, flags="", script="train_text_to_image.py", precision="fp16", limit=150):
         output = ["--output_dir", check.scratch / name, "--mixed_precision", precision]
@@ -537,7 +552,7 @@ def main():
     parser.add_argument("--only", nargs="+", default=[], help="names of cases; what they need is added")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--seconds", type=float, default=3600, help="no case is started after this time")
-    parser.add_argument("--jobs", type=int, default=7, help="cases of `right` that run side by side")
+    parser.add_argument("--jobs", type=int, help="cases of `right` that run side by side (none: by cores, up to 7)")
     parser.add_argument("--small", action="store_true", help="everything in miniature, one case after the other")
     parser.add_argument("--official", type=Path, help="diffusers' own train_text_to_image.py, to compare with")
     args = parser.parse_args()
@@ -549,8 +564,10 @@ def main():
         make_three_shapes(scratch / "three-shapes")
         make_loud(scratch / "loud-sd")
         plan = {
-            "right": (right(check), args.jobs), "fast": (fast(check), 3), "fits": (fits(check), 3),
-            "more": (fast(check, "more"), 3), "compile": (fast(check, "compile"), 2),
+            "right": (right(check), args.jobs or check.side_by_side(7)),
+            "fast": (fast(check), check.side_by_side(3)), "fits": (fits(check), check.side_by_side(3, A6000)),
+            "more": (fast(check, "more"), check.side_by_side(3)),
+            "compile": (fast(check, "compile"), check.side_by_side(2)),
         }  # fmt: skip
         everything = {case.name: case for cases, _ in plan.values() for case in cases}
         unknown = [name for name in args.only if name not in everything]

@@ -44,7 +44,9 @@ def make(folder, small):
             ),
             "vae": AutoencoderKL(
                 sample_size=1024, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.13025, **(SMALL_VAE if small else VAE),
+                up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.13025,
+                force_upcast=False,  # as that of the presets in fp16, sdxl-vae-fp16-fix
+                **(SMALL_VAE if small else VAE),
             ),
             "text_encoder": CLIPTextModel(text_config(SMALL_TEXT if small else TEXT)),
             "text_encoder_2": CLIPTextModelWithProjection(text_config(SMALL_TEXT_2 if small else TEXT_2)),

@@ -144,7 +144,8 @@ class PipelineLoss:
         """float64 [rows], on the CPU."""
         device, dtype = self.pipeline.device, self.model.denoiser.denoiser.dtype
         autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-        return row_losses(
-            self.model, self.images, self.rows, self.model.schedule, seed=self.seed, batch_size=batch_size,
-            device=device, autocast=autocast,
-        )  # fmt: skip
+        with self.model.encodes_in_fp32():
+            return row_losses(
+                self.model, self.images, self.rows, self.model.schedule, seed=self.seed, batch_size=batch_size,
+                device=device, autocast=autocast,
+            )  # fmt: skip

@@ -181,14 +181,30 @@ class Model:
         self.schedules = {name: schedule.to(device) for name, schedule in self.schedules.items()}
         for name, module in self.components.items():
             module.to(device)
-            if name in self.family.upcast and frozen_dtype == torch.float16 and module.config.force_upcast:
-                _decode_in_fp32(module)
+            if frozen_dtype == torch.float16 and self._overflows(name):
+                _in_fp32(module, "decode")
             elif name not in self.trained:
                 with errors_only():  # diffusers asks not to cast modules that have to be fp32: see below
                     module.to(frozen_dtype)
                     for part, layer in module.named_modules():  # T5's, whose sums leave fp16's range
                         if part.rpartition(".")[2] in (getattr(module, "_keep_in_fp32_modules", None) or ()):
-                            layer.float()
+                            _in_fp32(layer.float(), "forward")
+
+    def _overflows(self, name):
+        """Whether the component overflows in fp16: its family's pipeline keeps it in fp32 then."""
+        return name in self.family.upcast and self.components[name].config.force_upcast
+
+    @contextmanager
+    def encodes_in_fp32(self):
+        """What overflows in fp16 and was opened in it, with a whole pipeline, is fp32 for as long as this lasts."""
+        small = [one for name, one in self.components.items() if self._overflows(name) and one.dtype == torch.float16]
+        try:
+            for module in small:
+                module.float()
+            yield
+        finally:
+            for module in small:
+                module.half()
 
     @contextmanager
     def pipeline(self):
@@ -351,15 +367,15 @@ def _try(model, overrides):
         raise ModelError(f"--unet_config {overrides}: of {side} x {side} it makes {tuple(found.shape[-2:])}")
 
 
-def _decode_in_fp32(vae):
-    """Keep autocast out of what makes images of latents: in fp16 the autoencoder overflows."""
-    decode = vae.decode
+def _in_fp32(module, name):
+    """Keep autocast out of a method that gives what fp16 overflows with: an autoencoder's images, T5's sums."""
+    method = getattr(module, name)
 
-    def decoded(latents, *args, **options):
-        with torch.autocast(latents.device.type, enabled=False):
-            return decode(latents.float(), *args, **options)
+    def in_fp32(values, *args, **options):
+        with torch.autocast(values.device.type, enabled=False):
+            return method(values.float(), *args, **options)
 
-    vae.decode = decoded
+    setattr(module, name, in_fp32)
 
 
 def _recompute_activations(module):

@@ -21,9 +21,10 @@ class MergedPipeline:
         matches, self.warnings = args.match(sources)
         self.blocks = block_ratios(args.block_ratios, matches)
         self.pipeline = _base_pipeline(sources[0], args.variant, scheduler, device, dtype)
-        self.targets = _parameters(self.pipeline, sources[0].tensors)
-        _check_places(matches, self.targets)
-        self.mixed = self._take([one for one in matches if one.name in self.targets])
+        self.components = list(sources[0].tensors)
+        targets = self.targets
+        _check_places(matches, targets)
+        self.mixed = self._take([one for one in matches if one.name in targets], targets)
         self.ratio = None
 
     @torch.no_grad()
@@ -31,14 +32,14 @@ class MergedPipeline:
         """Put the weights of a ratio into the pipeline: mixed in fp32, rounded once to the pipeline's precision."""
         if self.ratio == ratio:
             return
-        self.ratio, broken = ratio, []
+        self.ratio, broken, targets = ratio, [], self.targets
         for one, tensors in self.mixed:
             compute = bound(self.args, one.name, self.blocks.get(one.name, ratio))
             if isinstance(compute, int):
                 result = tensors[compute]
             else:
                 result = compute(*(tensor.float() for tensor in tensors), out=torch.empty(tensors[0].shape))
-            target = self.targets[one.name]
+            target = targets[one.name]
             target.copy_(result)
             if not target.isfinite().all():
                 broken.append(one.name)
@@ -46,8 +47,20 @@ class MergedPipeline:
             self.ratio = None
             raise ModelError(f"ratio {ratio:g} is too much for {self.pipeline.dtype}: {_listed(broken)} overflow")
 
+    @property
+    def targets(self):
+        """{canonical name: tensor} of the pipeline's components; what is copied into these, the pipeline has. Asked for
+        anew each time: a pipeline that decodes in fp32 moves its autoencoder's weights elsewhere and back."""
+        modules = {component: getattr(self.pipeline, component) for component in self.components}
+        return {
+            f"{component}.{key}": tensor
+            for component, module in modules.items()
+            for key, tensor in module.state_dict().items()
+            if key not in (getattr(module, "_tied_weights_keys", None) or ())  # other names of what is there already
+        }
+
     @torch.no_grad()
-    def _take(self, matches):
+    def _take(self, matches, targets):
         """[(match, its tensors)] of what depends on the ratio; all else goes into the pipeline once and for all."""
         mixed, broken = [], []
         for one in matches:
@@ -59,7 +72,7 @@ class MergedPipeline:
                 pairs = zip(inputs, tensors, strict=True)
                 broken += [f"{one.name} of {made_of.path}" for made_of, tensor in pairs if not _all_finite([tensor])]
             elif all(_same_bytes(tensors[0], tensor) for tensor in tensors):
-                self.targets[one.name].copy_(tensors[0])
+                targets[one.name].copy_(tensors[0])
             else:
                 mixed.append((one, tensors))
         if broken:
@@ -75,17 +88,6 @@ def _base_pipeline(base, variant, scheduler, device, dtype):
         one = pipeline.scheduler
         pipeline.scheduler = type(one).from_config(one.config, prediction_type=base.prediction_type)
     return pipeline
-
-
-def _parameters(pipeline, components):
-    """{canonical name: tensor} of the pipeline's components; what is copied into these, the pipeline has."""
-    modules = {component: getattr(pipeline, component) for component in components}
-    return {
-        f"{component}.{key}": tensor
-        for component, module in modules.items()
-        for key, tensor in module.state_dict().items()
-        if key not in (getattr(module, "_tied_weights_keys", None) or ())  # other names of what is there already
-    }
 
 
 def _check_places(matches, targets):

@@ -62,6 +62,13 @@ class OptimArgs:
             yield f"--optimizer prodigy finds the learning rate itself: set --learning_rate 1, not {self.learning_rate}"
         if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
             yield f"--use_8bit_adam and --optimizer {self.optimizer} name two optimizers: give one"
+        of_8_bits = self.use_8bit_adam or self.optimizer == "adamw8bit"
+        whole = self.weights_precision == "fp32" and not hasattr(self, "rank")  # what is trained are the weights
+        if of_8_bits and whole and getattr(self, "channels_last", False):
+            yield (
+                "--channels_last: bitsandbytes' 8-bit Adam lays the weights out as usual again at its first step: "
+                "leave one of the two out"
+            )
         if self.optimizer == "prodigy" and set(self.text_encoder_lr or ()) - {self.learning_rate}:
             yield "--text_encoder_lr: --optimizer prodigy finds one learning rate for all: leave the flag out"
         if (self.lr_scheduler == "piecewise_constant") != (self.lr_step_rules is not None):
@@ -223,12 +230,21 @@ def load_optimizer(optimizer, state):
     AdamW is fused on a GPU alone, wherever the checkpoint was made."""
     own = [{key: group[key] for key in OWN_SETTINGS if key in group} for group in optimizer.param_groups]
     groups = [saved | one for saved, one in zip(state["param_groups"], own, strict=True)]
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    weights = getattr(optimizer, "weights", None) or [
+        one for group in optimizer.param_groups for one in group["params"]
+    ]
     moments = {
-        number: {key: like(weights[number], value) if key != "step" else value for key, value in one.items()}
+        number: {key: _moment_of(weights[number], value) if key != "step" else value for key, value in one.items()}
         for number, one in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": moments, "param_groups": groups})
+
+
+def _moment_of(weight, value):
+    """A saved moment sharded as its weight is, and laid out in memory as it is: AdamW's fused kernel takes no other."""
+    if torch.is_tensor(value) and value.shape == weight.shape and value.stride() != weight.stride():
+        value = torch.empty_strided(value.shape, weight.stride(), dtype=value.dtype).copy_(value)
+    return like(weight, value)
 
 
 def build_schedule(args: OptimArgs, optimizer, total_steps, first_step=0):

@@ -77,7 +77,7 @@ class PreflightArgs:
             "--optimizer adafactor --fused_backward_pass --max_grad_norm 0, without accumulation, fp16 or --compile": (
                 not (lora or several) and not self.fused_backward_pass
             ),
-            "--weights_precision bf16, with activations in bf16 too": (
+            "--weights_precision bf16, with activations in bf16 too, on an A6000 or newer": (
                 not (lora or divided) and self.weights_precision == "fp32"
             ),
             "--base_precision int8, or nf4": lora and self.base_precision not in ("int8", "nf4"),
@@ -194,16 +194,19 @@ def _listed(memory):
 
 
 def _advise_on_precision(args, run):
-    """Say what the card could do and was not asked for."""
-    on_gpu = run.device.type != "cpu" and torch.cuda.is_available()
-    if not on_gpu or torch.cuda.get_device_capability(run.device) < (8, 0):
+    """Say what the card could do and was not asked for, or cannot do and was."""
+    if run.device.type == "cpu" or not torch.cuda.is_available():
+        return
+    name = torch.cuda.get_device_name(run.device)
+    if torch.cuda.get_device_capability(run.device) < (8, 0):
+        if run.weights_dtype == torch.bfloat16:
+            run.say(f"{name} has no bf16 and imitates it, slowly: --mixed_precision fp16 is what it is fast in")
         return
     unused = {
         "--mixed_precision bf16 (as fast as fp16, nothing overflows)": run.weights_dtype != torch.bfloat16,
         "--allow_tf32 (faster where fp32 is left)": not args.allow_tf32,
     }
     if any(unused.values()):
-        name = torch.cuda.get_device_name(run.device)
         run.say(f"{name} also has {' and '.join(way for way, is_unused in unused.items() if is_unused)}")
 
 

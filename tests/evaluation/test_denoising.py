@@ -12,9 +12,10 @@ from finetuning.data.captions import CaptionArgs
 from finetuning.data.reading import DatasetError
 from finetuning.data.training_set import DataArgs, load_images
 from finetuning.diffusion.objective import NoiseArgs
-from finetuning.evaluation.denoising import chosen_rows, load_rows, row_losses, stratified_timesteps
+from finetuning.evaluation.denoising import PipelineLoss, chosen_rows, load_rows, row_losses, stratified_timesteps
 from finetuning.families.model import load_model
 from finetuning.families.model_args import ModelArgs
+from finetuning.families.pipelines import open_pipeline
 from finetuning.rng import gaussian
 
 
@@ -105,6 +106,17 @@ def test_timesteps_share_the_schedule_evenly(count):
     assert sorted(int(timestep * count / 1000) for timestep in found) == list(range(count))
     assert found == stratified_timesteps(count, 1000, seed=0)
     assert count == 1 or found != stratified_timesteps(count, 1000, seed=1)
+
+
+def test_an_autoencoder_that_overflows_in_fp16_encodes_in_fp32(tiny_sdxl, shapes_folder, monkeypatch):
+    """As diffusers' pipeline decodes with it; it stays as that pipeline has it."""
+    pipeline, seen = open_pipeline(str(tiny_sdxl), dtype=torch.float16), []
+    encode = pipeline.vae.encode
+    monkeypatch.setattr(pipeline.vae, "encode", lambda pixels: (seen.append(pixels.dtype), encode(pixels))[1])
+    for force_upcast, dtype in ((True, torch.float32), (False, torch.float16)):
+        pipeline.vae.register_to_config(force_upcast=force_upcast)
+        losses = PipelineLoss(pipeline, shapes_folder, size=(32, 32), max_rows=2)()
+        assert losses.isfinite().all() and seen.pop() == dtype and pipeline.vae.dtype == torch.float16
 
 
 def test_rows_are_drawn_once_each_and_with_the_seed():

@@ -68,6 +68,21 @@ def tuned(folders, tmp_path):
     return target
 
 
+def test_sums_that_leave_fp16s_range_are_fp32_where_images_are_validated_too(folders):
+    """Training encodes text outside of autocast, a pipeline within it."""
+    model, seen = load_model(ModelArgs(str(folders["base"]))), []
+    model.to_device(torch.device("cpu"), torch.float16)
+    for name, layer in model.components["text_encoder"].named_modules():
+        if name.endswith(".wo"):
+            with torch.no_grad():
+                layer.weight.fill_(1e6)
+            layer.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            model.encode_text(model.tokenize(["a red circle"]))
+    assert len(seen) == 2 and all(one.dtype == torch.float32 and one.isfinite().all() for one in seen)
+
+
 def test_it_is_merged_into_a_pipeline_and_not_into_a_single_file(folders, tuned, tmp_path, capsys):
     words = ["--base", folders["base"], "--tuned", tuned, "--ratio", 0.5, "--output_dir"]
     assert merge_checkpoints.main([*map(str, words), str(tmp_path / "merged")]) == 0

@@ -79,6 +79,18 @@ def test_an_sdxl_is_mixed_with_both_of_its_text_encoders(blend, tiny_sdxl, tmp_p
         assert same(getattr(found, part).state_dict(), getattr(expected, part).state_dict()), part
 
 
+def test_an_autoencoder_that_the_pipeline_has_moved_meanwhile_is_mixed_like_any_other(blend, tiny_sdxl, tmp_path):
+    """That of an SDXL in fp16 goes to fp32 and back with each image that is decoded."""
+    tuned = shutil.copytree(tiny_sdxl, tmp_path / "xl")
+    rewrite(tuned / VAE, moved)
+    mixed = blend(base=tiny_sdxl, others=[tuned], dtype=torch.float16, components=["vae"])
+    for ratio in (0.5, 1.0):
+        mixed.set(ratio)
+        mixed.pipeline.vae.float().half()
+    expected = open_pipeline(str(tuned), dtype=torch.float16)
+    assert same(mixed.pipeline.vae.state_dict(), expected.vae.state_dict())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_between_them_all_is_mixed_in_fp32_and_rounded_once(dtype, blend, tiny_model, tuned):
     mixed = blend(dtype=dtype)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.optimization import SchedulerType
 
+from finetuning.families.model_args import ModelArgs
 from finetuning.rng import torch_generator
 from finetuning.training.optim import (
     OneByOne,
@@ -33,6 +34,11 @@ class Args(OptimArgs):
     """The flags that an optimizer reads."""
 
     seed: int = 0
+
+
+@dataclass
+class OptimAndModelArgs(OptimArgs, ModelArgs):
+    """The same beside those of the model."""
 
 
 def weights():
@@ -287,6 +293,16 @@ def test_a_warm_up_as_long_as_the_run_ends_like_any_other(kind):
     assert len(rates(schedule_args(kind, lr_warmup_steps=TOTAL), 0)) == TOTAL
 
 
+@pytest.mark.parametrize(("flags", "keeps"), [({}, True), ({"use_8bit_adam": True}, False), (
+    {"use_8bit_adam": True, "weights_precision": "bf16"}, True)])  # fmt: skip
+def test_channels_last_is_refused_where_the_optimizer_undoes_it(flags, keeps, problems_of):
+    kernel = torch.nn.Parameter(torch.randn(64, 64, 3, 3).to(memory_format=torch.channels_last))
+    take_steps(optimizer_for("adamw", [kernel], **flags), [kernel], 1)
+    assert kernel.is_contiguous(memory_format=torch.channels_last) is keeps
+    flags |= {"pretrained_model_name_or_path": "models/mini-sd", "channels_last": True}
+    assert len(problems_of(OptimAndModelArgs, **flags)) == (not keeps)
+
+
 # -- going on from a checkpoint --------------------------------------------------------------------------------------
 
 
@@ -331,6 +347,26 @@ def test_adamw_is_fused_where_its_own_device_wants_it_wherever_the_checkpoint_wa
     after.register_load_state_dict_pre_hook(lambda _, state: seen.append(state["param_groups"][0]["fused"]))
     load_optimizer(after, through_a_file(before.state_dict()))
     assert seen == [fused] and after.param_groups[0]["fused"] is fused
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("formats", [("channels_last", "contiguous_format"), ("contiguous_format", "channels_last")])
+def test_moments_lie_in_memory_as_the_weights_of_the_run_that_resumes(formats, precision):
+    """A checkpoint may be of a run with the other choice of --channels_last; the fused kernel goes by memory alone."""
+    values, ways = torch.randn(6, 4, 3, 3), {"weights_precision": precision}
+    kernels = [
+        torch.nn.Parameter(values.clone(memory_format=getattr(torch, one)))
+        for one in ("contiguous_format", *formats)
+    ]  # fmt: skip
+    straight, before, after = optimizers = [optimizer_for("adamw", [kernel], **ways) for kernel in kernels]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["fused"] = True
+    take_steps(straight, kernels[:1], 2)
+    take_steps(before, kernels[1:2], 1)
+    load_optimizer(after, through_a_file(before.state_dict()))
+    kernels[2].data.copy_(kernels[1])
+    take_steps(after, kernels[2:], 1)
+    torch.testing.assert_close(kernels[2].data, kernels[0].data, rtol=1e-6, atol=0)
 
 
 def test_a_changed_learning_rate_is_used_by_the_schedule_after_a_resume():

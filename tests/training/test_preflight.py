@@ -232,6 +232,7 @@ def test_the_sizes_that_are_said_are_those_in_memory_and_on_disk(
     ("capability", "flags", "said"),
     [
         ((7, 5), {}, ""),
+        ((7, 5), {"dtype": torch.bfloat16}, "has no bf16 and imitates it, slowly: --mixed_precision fp16"),
         ((9, 0), {}, "--mixed_precision bf16 (as fast as fp16, nothing overflows) and --allow_tf32"),
         ((8, 0), {"allow_tf32": True}, "has --mixed_precision bf16"),
         ((8, 0), {"allow_tf32": True, "dtype": torch.bfloat16}, ""),
