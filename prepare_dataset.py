@@ -12,6 +12,7 @@ SOURCE  imagefolder     images with metadata.jsonl, .csv or .parquet, in any of 
         sbu             SBU Captions: lines, JSON, or what img2dataset fetched
         stanford-dogs   Images/, Annotation/ and the .mat lists, unpacked or as tars
         dreambooth      the DreamBooth dataset's folders, with captions from --instance_prompt
+        generated       a folder of generate_images.py: each image and its prompt
         webdataset      tar shards, 'shards/{00000..00012}.tar'
         hub             a dataset on the Hugging Face Hub by name, or a folder that `datasets` wrote
 Reads   PATH or DIR, which is never changed.

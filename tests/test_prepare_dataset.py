@@ -123,9 +123,16 @@ def hub(lay, root):
     return root / "d", flags, {f"{split}/{split}-00000000.png": value for split, value in splits.items()}
 
 
+def generated(lay, root):
+    records = [{"file": "0_a dog.png", "prompt": "a dog", "seed": 3}, {"file": "1_two.png", "prompt": "two"}]
+    lay(root, {"0_a dog.png": 10, "1_two.png": 20, "grid.png": 30, "images.json": records})
+    return root, [], {"train/0_a dog.png": (10, "a dog"), "train/1_two.png": (20, "two")}
+
+
 SOURCES_OF = {
     "imagefolder": imagefolder, "sidecar": sidecar, "parallel": parallel, "unsplash-lite": unsplash, "sbu": sbu,
-    "stanford-dogs": stanford_dogs, "dreambooth": dreambooth, "webdataset": webdataset, "hub": hub,
+    "stanford-dogs": stanford_dogs, "dreambooth": dreambooth, "generated": generated,
+    "webdataset": webdataset, "hub": hub,
 }  # fmt: skip
 
 

@@ -399,6 +399,15 @@ def test_gradients_are_clipped_and_their_norm_before_is_logged(training, argumen
     assert norm == pytest.approx(1e-4, rel=1e-2)
 
 
+def test_the_loss_of_prior_rows_is_weighed(training, arguments, shapes_folder, tmp_path):
+    found = []
+    for weight in (0, 1, 2):
+        prior = ("--prior_data_dir", shapes_folder / "validation", "--prior_loss_weight", weight)
+        assert training.run(FULL, arguments, tmp_path / str(weight), *prior, "--max_train_steps", 1) == 0
+        found += losses(training, tmp_path / str(weight))
+    assert found[0] < found[1] and found[2] - found[1] == pytest.approx(found[1] - found[0], rel=1e-4)
+
+
 # -- before the first step ---------------------------------------------------------------------------------------------
 
 

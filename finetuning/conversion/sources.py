@@ -1,6 +1,6 @@
 """The table of sources."""
 
-from finetuning.conversion import dreambooth, hub, imagefolder, sbu, sidecar, stanford_dogs, unsplash
+from finetuning.conversion import dreambooth, generated, hub, imagefolder, sbu, sidecar, stanford_dogs, unsplash
 from finetuning.conversion.download import DownloadArgs
 from finetuning.conversion.imagefolder import ColumnArgs
 from finetuning.data import tars
@@ -15,6 +15,7 @@ SOURCES = {
     "stanford-dogs": (stanford_dogs.read, (stanford_dogs.StanfordDogsArgs,)),
     "dreambooth": (dreambooth.read, (dreambooth.DreamBoothArgs,)),
     "webdataset": (tars.read_shards, (tars.WebDatasetArgs,)),
+    "generated": (generated.read, ()),
     "hub": (hub.read, (hub.HubArgs, ColumnArgs)),
 }
 FLAGS = tuple(dict.fromkeys(group for _, groups in SOURCES.values() for group in groups))

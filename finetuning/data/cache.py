@@ -45,7 +45,7 @@ class CacheArgs:
     def problems(self):
         if self.cache_folder:
             folder = Path(self.cache_folder).resolve()
-            for name in ("output_dir", "train_data_dir"):
+            for name in ("output_dir", "train_data_dir", "prior_data_dir"):
                 other = getattr(self, name, None)
                 if other and Path(other).resolve() in (folder, *folder.parents):
                     yield f"--cache_folder {self.cache_folder} lies in --{name} {other}: name a folder outside of it"

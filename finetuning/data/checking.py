@@ -10,7 +10,7 @@ from finetuning.data.captions import may_mirror, with_prefix
 from finetuning.data.findings import DatasetError, Findings
 from finetuning.data.folders import STATE_FILES, is_saved_dataset, split_meant
 from finetuning.data.images import open_rgb, remarks, size_in_header
-from finetuning.data.reading import read_folder, read_hub
+from finetuning.data.reading import read_folder, read_hub, read_split
 from finetuning.data.rows import TOGETHER, Rows
 from finetuning.data.threads import in_order
 from finetuning.rng import python_random
@@ -50,6 +50,11 @@ def read_checked(args, tokenizers, seed, validation_fraction=0.0, cache_dir=None
         count = min(args.max_train_samples, len(rows))  # before the images are opened: only these are needed
         rows = rows.take(sorted(python_random(seed, "sample").sample(range(len(rows)), count)))
 
+    if args.prior_data_dir:
+        of_prior = Findings()
+        prior = read_split(args.prior_data_dir, None, "train", args.caption_column, of_prior)
+        findings.take(of_prior, args.prior_data_dir)
+        rows = rows.with_prior(prior, args.prior_data_dir)
     rows, sizes = _readable(rows, images, args, findings)
     rows, sizes = sort_into_buckets(args, rows, sizes, findings)
     held_out_sizes = []

@@ -8,7 +8,7 @@ Code asks for codes (`"unreadable_image" in findings.errors`); people read what 
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from finetuning.cli import UserError
 
@@ -150,6 +150,12 @@ class Findings:
     def warn(self, code, where, reason="", **fields):
         """One more example of something that is worth knowing."""
         self.warnings[code].append(Finding(str(where), str(reason), tuple(fields.items())))
+
+    def take(self, others, place):
+        """Add other findings, which are in `place`."""
+        for own, found in ((self.errors, others.errors), (self.warnings, others.warnings)):
+            for code, examples in found.items():
+                own[code] += [replace(one, where=f"{place}: {one.where}") for one in examples]
 
     def count(self):
         """How many errors there are."""

@@ -6,8 +6,8 @@ they are Arrow columns; a Row is made of them when one is asked for.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 TOGETHER = 10_000  # rows that are Python objects at the same time: memory stays flat
@@ -20,6 +20,7 @@ class Row:
     image: Path | int
     captions: tuple[str, ...]
     origin: str  # where a person finds it: "train/metadata.jsonl line 12"
+    is_prior: bool = False  # of --prior_data_dir: there to be remembered, not to be learned
 
 
 class Rows(Sequence):
@@ -49,6 +50,10 @@ class Rows(Sequence):
         import pyarrow as pa
 
         return Rows(self._table.take(pa.array(indices, pa.int64())))
+
+    def with_prior(self, others, place):
+        """These rows and, behind them, those of `place`, which are there to be remembered."""
+        return Rows.of(chain(self, (replace(row, origin=f"{place}: {row.origin}", is_prior=True) for row in others)))
 
     def images(self):
         """The column of images, as paths or numbers that are equal where the image is the same."""
@@ -82,8 +87,9 @@ def _table(rows):
         "image": pa.array(images, pa.int64() if numbers else pa.large_binary()),
         "captions": pa.array([row.captions for row in rows], pa.list_(pa.large_string())),
         "origin": pa.array([row.origin for row in rows], pa.large_string()),
+        "is_prior": pa.array([row.is_prior for row in rows], pa.bool_()),
     })  # fmt: skip
 
 
-def _row(image, captions, origin):
-    return Row(image if isinstance(image, int) else Path(os.fsdecode(image)), tuple(captions), origin)
+def _row(image, captions, origin, is_prior):
+    return Row(image if isinstance(image, int) else Path(os.fsdecode(image)), tuple(captions), origin, is_prior)

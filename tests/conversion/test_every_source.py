@@ -9,7 +9,7 @@ from finetuning.data.findings import DatasetError
 
 FLAGS = {"instance_prompt": ["a {token} dog"]}
 SPLITS = ("imagefolder", "sidecar", "parallel")  # which know folders of splits
-every_source = pytest.mark.parametrize("kind", [*SPLITS, "dreambooth", "stanford-dogs", "webdataset"])
+every_source = pytest.mark.parametrize("kind", [*SPLITS, "dreambooth", "stanford-dogs", "generated", "webdataset"])
 with_split_folders = pytest.mark.parametrize("kind", SPLITS)
 
 
@@ -28,6 +28,7 @@ def put(lay, pack):
         else:
             lay(root, {
                 "sidecar": {name: 1, text: name}, "parallel": {f"images/{name}": 1, f"captions/{text}": name},
+                "generated": {name: 1, "images.json": [{"file": name, "prompt": "a dog"}]},
                 "dreambooth": {f"dog/{name}": 1}, "stanford-dogs": {f"Images/n02085620-Chihuahua/{name}": 1},
             }[kind])  # fmt: skip
 

@@ -134,6 +134,46 @@ def test_pixels_are_mirrored_where_the_caption_allows_it(folder, load, write_met
     assert {place.row for place in places if mirrored.is_mirrored(place.row, place.epoch)} <= set(range(5, 11))
 
 
+# -- prior preservation ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prior(tmp_path, save_noise, write_metadata):
+    """3 images of what must not be forgotten, as `prepare_dataset.py convert` writes them, and one held out."""
+    for split, count in (("train", 3), ("validation", 1)):
+        (tmp_path / "prior" / split).mkdir(parents=True)
+        for number in range(count):
+            save_noise(tmp_path / f"prior/{split}/{number}.png", seed=50 + number)
+        write_metadata(tmp_path / "prior" / split, [(f"{number}.png", "a star") for number in range(count)])
+    return tmp_path / "prior"
+
+
+def test_prior_rows_are_trained_on_besides_and_weigh_what_the_flag_says(prior, load):
+    flags = {"prior_data_dir": str(prior), "prior_loss_weight": 0.25, "max_train_samples": 5}
+    training, held_out, _ = load(0, 0.2, **flags)
+    assert [row.is_prior for row in training.rows] == [False] * 5 + [True] * 3
+    assert held_out and not any(row.is_prior for row in held_out.rows)
+    assert training.summary() == "8 rows, 3 of them of --prior_data_dir"
+    sampler = BatchSampler(rows=8, micro_batch=8, accumulation=1, processes=1, process=0, seed=0)
+    [batch] = training.loader(sampler, 0, 1, workers=0)
+    weights = dict(zip(batch.rows, batch.weights.tolist(), strict=True))
+    assert weights == {row: 1 / 8 if row < 5 else 1 / 32 for row in range(8)}
+    assert {text for row, text in zip(batch.rows, batch.captions, strict=True) if row >= 5} == {"a star"}
+    # A word that is there to be learned is not the prior's
+    assert training.caption_prefix().startswith("circle") and load()[0].fingerprint() != training.fingerprint()
+
+
+def test_what_is_wrong_with_prior_images_is_named_with_all_the_rest(prior, folder, load):
+    (folder / "03.png").write_bytes(b"no image")
+    (prior / "train/1.png").write_bytes(b"no image")
+    (prior / "train/more.png").write_bytes(b"no image")
+    with pytest.raises(DatasetError) as caught:
+        load(prior_data_dir=str(prior))
+    assert "3 errors" in str(caught.value)
+    assert all(f"{prior}: {name}" in str(caught.value) for name in ("train/more.png", "train/metadata.jsonl line 2"))
+    assert len(load(prior_data_dir=str(prior), on_bad_rows="skip")[0]) == 12
+
+
 def test_unchecked_images_are_named_when_their_turn_comes(folder, load):
     (folder / "03.png").write_bytes(b"no image")
     training = load(check_images="none")[0]
