@@ -37,13 +37,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(script, training, arguments, 
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("script", "flags"),
     [
-        "--use_8bit_adam",
-        "--center_crop --cache_latents",
-        "buckets",
-        "buckets --center_crop --cache_latents",
-        "--fused_backward_pass --optimizer adafactor --max_grad_norm 0 --gradient_accumulation_steps 1",
+        (FULL, "--use_8bit_adam"),
+        (LORA, "--center_crop --cache_latents"),
+        (FULL, "buckets"),
+        (LORA, "buckets --center_crop --cache_latents"),
+        (FULL, "--fused_backward_pass --optimizer adafactor --max_grad_norm 0 --gradient_accumulation_steps 1"),
+        (LORA, "--fused_backward_pass --max_grad_norm 0 --gradient_accumulation_steps 1"),
     ],
 )
 def test_other_ways_resume_exactly(script, training, arguments, bucketed, tmp_path, flags):

@@ -70,6 +70,7 @@ class Check:
     def __init__(self, args, scratch):
         self.args, self.scratch, self.start = args, scratch, time.time()
         self.cases, self.lock = {}, threading.Lock()
+        self.running, self.interrupted = set(), False
         self.facts = {"card": "unknown"}
         self.path = None
 
@@ -113,7 +114,7 @@ class Check:
 
     def time_is_up(self):
         """No new case is started after --seconds."""
-        return time.time() - self.start > self.args.seconds
+        return self.interrupted or time.time() - self.start > self.args.seconds
 
     # -- cases -----------------------------------------------------------------------------------------------------
 
@@ -137,13 +138,21 @@ class Check:
             wait(case.needs)
             try:
                 if not self.time_is_up():
-                    self.keep(case.name, self.run(case, wait))
+                    result = self.run(case, wait)
+                    if not self.interrupted:
+                        self.keep(case.name, result)
             finally:
                 done[case.name].set()
 
         with ThreadPoolExecutor(1 if self.args.small else at_once) as pool:
-            for future in [pool.submit(one, case) for case in cases]:
-                future.result()
+            try:
+                for future in [pool.submit(one, case) for case in cases]:
+                    future.result()
+            except BaseException:  # Ctrl-C, SIGTERM: nothing begins any more, and what runs ends
+                self.interrupted = True
+                for started in list(self.running):
+                    _kill_group(started)
+                raise
 
     def run(self, case, wait):
         """The result of one case: pass or fail, and what was found."""
@@ -192,16 +201,22 @@ class Check:
             started = subprocess.Popen(
                 list(map(str, command)), cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
             )
+            self.running.add(started)
             try:
-                code = started.wait(limit)
+                code = started.wait(0 if self.interrupted else limit)
             except subprocess.TimeoutExpired:
                 code = f"none within {limit:.0f} s"
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(started.pid, signal.SIGKILL)
+            _kill_group(started)
             started.wait()
+            self.running.discard(started)
         text = log.read_text(encoding="utf-8", errors="replace")
         text = text[text.rindex("\n$ ") + 1 if "\n$ " in text else 0 :]
         return code, re.sub(r"[^\n]*\r", "", text)  # of a progress bar only its last state
+
+
+def _kill_group(started):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(started.pid, signal.SIGKILL)
 
 
 def words(text):
@@ -557,6 +572,7 @@ def main():
     parser.add_argument("--official", type=Path, help="diffusers' own train_text_to_image.py, to compare with")
     args = parser.parse_args()
     args.output = args.output.resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     scratch = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     check = Check(args, scratch)
     try:

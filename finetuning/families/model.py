@@ -173,22 +173,27 @@ class Model:
         return start
 
     def to_device(self, device, frozen_dtype):
-        """Move everything; what is not trained is kept in `frozen_dtype`. Files are never written from these.
-
-        An autoencoder that overflows in fp16 stays fp32, where the family's pipeline asks for that (force_upcast).
-        """
+        """Move everything; what is not trained is kept in `frozen_dtype`. Files are never written from these."""
         self.schedule = self.schedule.to(device)
         self.schedules = {name: schedule.to(device) for name, schedule in self.schedules.items()}
         for name, module in self.components.items():
-            module.to(device)
-            if frozen_dtype == torch.float16 and self._overflows(name):
-                _in_fp32(module, "decode")
-            elif name not in self.trained:
-                with errors_only():  # diffusers asks not to cast modules that have to be fp32: see below
-                    module.to(frozen_dtype)
-                    for part, layer in module.named_modules():  # T5's, whose sums leave fp16's range
-                        if part.rpartition(".")[2] in (getattr(module, "_keep_in_fp32_modules", None) or ()):
-                            _in_fp32(layer.float(), "forward")
+            self.cast(name, frozen_dtype)
+            module.to(device)  # after it: a GPU never holds in fp32 what is frozen
+
+    def cast(self, name, frozen_dtype):
+        """Put a component that is not trained into `frozen_dtype`.
+
+        An autoencoder that overflows in fp16 stays fp32, where the family's pipeline asks for that (force_upcast).
+        """
+        module = self.components[name]
+        if frozen_dtype == torch.float16 and self._overflows(name):
+            _in_fp32(module, "decode")
+        elif name not in self.trained:
+            with errors_only():  # diffusers asks not to cast modules that have to be fp32: see below
+                module.to(frozen_dtype)
+                for part, layer in module.named_modules():  # T5's, whose sums leave fp16's range
+                    if part.rpartition(".")[2] in (getattr(module, "_keep_in_fp32_modules", None) or ()):
+                        _in_fp32(layer.float(), "forward")
 
     def _overflows(self, name):
         """Whether the component overflows in fp16: its family's pipeline keeps it in fp32 then."""

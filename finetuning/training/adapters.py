@@ -109,14 +109,14 @@ class AdaptedModel(Model):
                     magnitude = module.lora_magnitude_vector[ADAPTER].weight
                     magnitude.copy_(layer.magnitude.reshape(magnitude.shape))
 
-    def to_device(self, device, frozen_dtype):
-        """Move everything; the autoencoder takes `frozen_dtype`, the base its own precision, adapters stay fp32."""
-        super().to_device(device, frozen_dtype)
+    def cast(self, name, frozen_dtype):
+        """Also of the base, which has a precision of its own; adapters stay fp32."""
+        if name not in [component.name for component in self.family.adaptable]:
+            return super().cast(name, frozen_dtype)
         base_dtype = PRECISIONS.get(self.args.base_precision, frozen_dtype)
-        for component in self.family.adaptable:
-            for parameter in self.components[component.name].parameters():
-                if parameter.is_floating_point():
-                    parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else base_dtype)
+        for parameter in self.components[name].parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else base_dtype)
 
     # -- what a run needs ------------------------------------------------------------------------------------------
 

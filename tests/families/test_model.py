@@ -92,6 +92,20 @@ def output(tmp_path):
 # -- what is trained and what is frozen ------------------------------------------------------------------------------
 
 
+def test_a_gpu_never_holds_in_fp32_what_is_frozen(tiny_model, monkeypatch):
+    model, moved = load(tiny_model), {}
+    for name, module in model.components.items():
+
+        def to(*args, name=name, module=module, usual=module.to):
+            if "cpu" in args:
+                moved[name] = module.dtype
+            return usual(*args)
+
+        monkeypatch.setattr(module, "to", to)
+    model.to_device("cpu", torch.bfloat16)
+    assert moved == {"unet": torch.float32, "text_encoder": torch.bfloat16, "vae": torch.bfloat16}
+
+
 @pytest.mark.parametrize("with_text", [False, True])
 def test_what_is_trained_is_inside_the_denoiser_and_what_is_frozen_outside(with_text, tiny_model, main_weights):
     model = load(tiny_model, train_text_encoder=with_text)
