@@ -314,8 +314,7 @@ WAYS = {  # flags: what they are for
     "--loss_type huber": lambda way: way.loss_changes() < 1 or pytest.fail("Huber's loss is never above the square"),
     "--dream_training": Way.loss_changes,
     "--prediction_type sample": other_target,
-    "--rescale_betas_zero_snr --prediction_type v_prediction --snr_gamma 5 --timestep_bias_strategy later "
-    "--timestep_bias_portion 0.001 --timestep_bias_multiplier 1000": zero_snr,  # the last one, every other time
+    "--rescale_betas_zero_snr --prediction_type v_prediction": zero_snr,
     "--random_resized_crop_scale 0.5": Way.loss_changes,
     "--center_crop --image_interpolation_mode bicubic": Way.loss_changes,
     "--resolution 32x40 --validation_prompt circle --validation_inference_steps 1": other_size,

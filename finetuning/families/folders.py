@@ -36,8 +36,9 @@ def class_of(folder, name):
 
 def scheduler_config(folder, name="scheduler"):
     """A pipeline's scheduler configuration, always with prediction_type and _class_name. Raises ModelError."""
-    config = {"prediction_type": "epsilon"} | read_json(Path(folder) / name / "scheduler_config.json")
-    return config | {"_class_name": class_of(folder, name) or config.get("_class_name")}
+    config = read_json(Path(folder) / name / "scheduler_config.json")
+    named, predicts = class_of(folder, name) or config.get("_class_name"), config.get("prediction_type", "epsilon")
+    return config | {"_class_name": named, "prediction_type": predicts}
 
 
 def components_of_index(index):

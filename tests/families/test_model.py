@@ -417,7 +417,8 @@ def test_the_scheduler_says_what_was_trained_and_stays_of_its_class(base, flag, 
 )
 def test_zero_snr_is_trained_validated_and_handed_over(settings, copied, output):
     path = with_scheduler(copied, **settings, rescale_betas_zero_snr=False)
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("clip")}))
+    if settings is PNDM:
+        path.write_text(path.read_text().replace('"clip_sample"', '"of_another_class"'))
     model = load(copied, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     expected = diffusers.DDIMScheduler.from_config(model.scheduler.config).alphas_cumprod
     assert torch.equal(model.schedule.alpha_bar, expected) and expected[-1] == 0 and expected[-2] > 0
