@@ -61,7 +61,7 @@ def train(args):
     """One run from the first step, or from a checkpoint, to the last."""
     # What we train, and on what
     run = Run(args)
-    model = add_adapters(args, load_model(args, args.prediction_type), run)
+    model = add_adapters(args, load_model(args, noise=args), run)
     data = load_training(args, model.tokenize, run)
     encoder = build_encoder(args, run, model, data)
     check_before_start(args, run, model, data, encoder)

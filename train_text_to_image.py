@@ -53,7 +53,7 @@ def train(args):
     """One run from the first step, or from a checkpoint, to the last."""
     # What we train, and on what
     run = Run(args)
-    model = load_model(args, args.prediction_type, args.seed, start=args)
+    model = load_model(args, noise=args, seed=args.seed, start=args)
     data = load_training(args, model.tokenize, run)
     model.to_device(run.device, run.weights_dtype)
     encoder = build_encoder(args, run, model, data)

@@ -1,6 +1,7 @@
 """Every train_*.py, run as a user runs it, held to the same invariants."""
 
 import json
+import math
 import os
 import random
 import re
@@ -17,6 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from finetuning import files
+from finetuning.families.pipelines import open_pipeline
 from finetuning.training.checkpoint import checkpoints_in
 
 FULL, LORA = "train_text_to_image", "train_lora"
@@ -286,6 +288,13 @@ def other_target(way):
     assert way.config("scheduler/scheduler_config.json")["prediction_type"] == "sample"
 
 
+def zero_snr(way):
+    assert way.loss_changes() and all(math.isfinite(line["train_loss"]) for line in way.training.steps(way.folder))
+    sampler = open_pipeline(way.folder / "checkpoint-2").scheduler.config
+    assert way.config("scheduler/scheduler_config.json").items() <= dict(sampler).items()
+    assert (sampler.rescale_betas_zero_snr, sampler.timestep_spacing) == (True, "trailing")
+
+
 def other_size(way):
     way.loss_changes()
     assert Image.open(way.folder / "validation/step-0/prompt00-0.png").size == (40, 32)
@@ -305,6 +314,7 @@ WAYS = {  # flags: what they are for
     "--loss_type huber": lambda way: way.loss_changes() < 1 or pytest.fail("Huber's loss is never above the square"),
     "--dream_training": Way.loss_changes,
     "--prediction_type sample": other_target,
+    "--rescale_betas_zero_snr --prediction_type v_prediction": zero_snr,
     "--random_resized_crop_scale 0.5": Way.loss_changes,
     "--center_crop --image_interpolation_mode bicubic": Way.loss_changes,
     "--resolution 32x40 --validation_prompt circle --validation_inference_steps 1": other_size,

@@ -25,6 +25,10 @@ class NoiseArgs:
         None, "what the denoiser predicts; none keeps the base's. The saved scheduler says the same",
         choices=PREDICTION_TYPES,
     )  # fmt: skip
+    rescale_betas_zero_snr: bool = flag(
+        False, "the last timestep is noise alone (zero terminal SNR, arXiv 2305.08891), for v_prediction or sample. "
+        "The saved scheduler says the same; without the flag the base's own schedule stays",
+    )  # fmt: skip
     snr_gamma: float | None = flag(None, "min-SNR weighting (arXiv 2303.09556); 5.0 is usual", above=0)
     noise_offset: float = flag(0.0, "add this much noise that is constant over each channel; 0.05 is usual")
     input_perturbation: float = flag(0.0, "perturb the noise that is added, not the target; 0.1 is usual")
@@ -59,6 +63,16 @@ class NoiseArgs:
             )
         if self.dream_training and self.prediction_type not in (None, "epsilon"):
             yield f"--dream_training works with --prediction_type epsilon, not {self.prediction_type}"
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            yield "--rescale_betas_zero_snr does not go with --prediction_type epsilon: take v_prediction or sample"
+
+
+def scheduler_changes(flags):
+    """What the flags of a run, {name: value}, change in the scheduler configuration of its base."""
+    changes = {"prediction_type": flags["prediction_type"]} if flags.get("prediction_type") else {}
+    if flags.get("rescale_betas_zero_snr"):  # sampling has to begin where there is noise alone
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return changes
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,19 @@ def pipeline_index(folder):
     return read_json(Path(folder) / "model_index.json")
 
 
+def class_of(folder, name):
+    """The class that a pipeline's model_index.json names for a component, or None. Raises ModelError."""
+    entry = pipeline_index(folder).get(name)  # [library, class]
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+
+
+def scheduler_config(folder, name="scheduler"):
+    """A pipeline's scheduler configuration, always with prediction_type and _class_name. Raises ModelError."""
+    config = read_json(Path(folder) / name / "scheduler_config.json")
+    named, predicts = class_of(folder, name) or config.get("_class_name"), config.get("prediction_type", "epsilon")
+    return config | {"_class_name": named, "prediction_type": predicts}
+
+
 def components_of_index(index):
     """The folders that a model_index.json names."""
     return [name for name, value in index.items() if isinstance(value, list) and value and value[0]]
@@ -113,11 +126,14 @@ def copy_component(source, target, weights=True):
         path.rename(path.with_name(path.name.replace(f".{variant}.", ".")))
 
 
-def write_scheduler(source, target, prediction_type):
-    """The base's scheduler as it is, except that it says what the denoiser predicts."""
-    target.mkdir()
-    config = read_json(source / "scheduler_config.json")
-    if config.get("prediction_type", "epsilon") == prediction_type:
-        shutil.copyfile(source / "scheduler_config.json", target / "scheduler_config.json")
-    else:
-        write_json(target / "scheduler_config.json", config | {"prediction_type": prediction_type})
+def write_scheduler(source, target, config):
+    """Give the pipeline in `target` the scheduler of the one in `source`, changed where `config` differs from it."""
+    own, path = scheduler_config(source), target / "scheduler" / "scheduler_config.json"
+    path.parent.mkdir()
+    if own == config:
+        shutil.copyfile(source / "scheduler" / path.name, path)
+        return
+    write_json(path, config)
+    if own["_class_name"] != config["_class_name"]:
+        index = pipeline_index(target) | {"scheduler": ["diffusers", config["_class_name"]]}
+        write_json(target / "model_index.json", index)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import torch
 import yaml
 
+from finetuning.diffusion.objective import NoiseArgs
 from finetuning.diffusion.schedule import NoiseSchedule
 from finetuning.families.family import Denoiser, Family, Tokenizers, identity_of
 from finetuning.families.folders import (
@@ -44,6 +45,7 @@ class Model:
     settings: dict = field(default_factory=dict)  # what else model_index.json says of the pipeline
     ema_start: dict | None = field(default=None, repr=False)  # EMA weights loaded apart, by parameter name
     folders: dict = field(default_factory=dict)  # {name: folder} that components came from
+    scheduler_config: dict = field(default_factory=dict)  # of the finished pipeline
     hub_tags = ()  # of its model card
 
     def __post_init__(self):
@@ -288,8 +290,7 @@ class Model:
         for name in components_of_index(index):
             if name not in (*self.trained, "scheduler"):
                 copy_component(self.folders.get(name, self.folder / name), folder / name)
-        prediction_type = self.scheduler.config.prediction_type
-        write_scheduler(self.folder / "scheduler", folder / "scheduler", prediction_type)
+        write_scheduler(self.folder, folder, self.scheduler_config)
         self.save_trained(folder, weights if average is None else average)
         if average is not None:
             for name in self.trained:
@@ -323,17 +324,18 @@ def millions(module):
 # -- opening -----------------------------------------------------------------------------------------------------------
 
 
-def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs | None = None):
+def load_model(args: ModelArgs, noise: NoiseArgs | None = None, seed=0, start: StartArgs | None = None):
     """The Model that the flags name, its components in fp32 on the CPU. Raises ModelError.
 
-    `prediction_type` None keeps the base's; `seed` makes the weights of --from_scratch; without `start` the weights
-    are the base's own.
+    Without `noise` the scheduler is the base's own; `seed` makes the weights of --from_scratch; without `start` the
+    weights are the base's own.
     """
     start = start or StartArgs()
     source = open_source(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
         kinds=("pipeline",), without_weights=("unet",) if start.from_scratch else (),
     ).with_vae(args.pretrained_vae_model_name_or_path, args.cache_dir)  # fmt: skip
+    source = source.trained_with(vars(noise)) if noise else source
     family = source.family
     frozen = {name: source.open(name) for name in family.by_name if name != family.denoiser}
     components = {family.denoiser: _denoiser(args, start, source, seed)} | frozen
@@ -344,8 +346,6 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
         main = source.open(family.denoiser)
         ema_start = {f"{family.denoiser}.{name}": value for name, value in main.state_dict().items()}
     scheduler = source.scheduler(class_name="DDPMScheduler")
-    if prediction_type:
-        scheduler.register_to_config(prediction_type=prediction_type)
     trained = (family.denoiser, *(family.tokenizers if args.train_text_encoder else ()))
     for name, module in components.items():
         module.requires_grad_(name in trained).train(name in trained)
@@ -356,6 +356,7 @@ def load_model(args: ModelArgs, prediction_type=None, seed=0, start: StartArgs |
     model = Model(
         family, source.folder, components, Tokenizers(source.tokenizers(), family), scheduler, trained, schedulers,
         args if isinstance(args, UpscalingArgs) else UpscalingArgs(), source.settings(), ema_start, folders,
+        source.scheduler_config,
     )  # fmt: skip
     if start.unet_config:
         _try(model, start.unet_config)

@@ -7,6 +7,7 @@ Only safetensors are read. A component whose weights are not exactly those that 
 """
 
 import copy
+import inspect
 import json
 import re
 from contextlib import contextmanager
@@ -17,16 +18,18 @@ from pathlib import Path
 import torch
 
 from finetuning.cli import first_few
-from finetuning.diffusion.objective import PREDICTION_TYPES
+from finetuning.diffusion.objective import PREDICTION_TYPES, scheduler_changes
 from finetuning.families.family import Family
 from finetuning.families.folders import (
     OTHER_FORMATS,
     RAW,
     STATE,
+    class_of,
     components_of_index,
     of_checkpoint,
     pipeline_index,
     refuse_pickles,
+    scheduler_config,
     weights_by_variant,
     weights_files,
 )
@@ -85,7 +88,7 @@ class Source:
     class_name: str  # of the pipeline: the family's own, or one of RELATIVES
     folder: Path | None  # pipeline folder whose other files (configurations, tokenizers, scheduler) go with it
     components: dict[str, ComponentFiles]
-    prediction_type: str | None
+    scheduler_config: dict  # of its pipeline, as the run that it is of changed it; {} where there is none
     warnings: tuple[str, ...] = ()  # tensors that are left out, a base that cannot be opened
     base: "Source | None" = field(default=None, repr=False)  # what components that it lacks are opened from
 
@@ -154,40 +157,51 @@ class Source:
 
     def tokenizer(self, name="tokenizer"):
         """The tokenizer in a folder of the pipeline. Raises ModelError."""
-        return open_tokenizer(self._pipeline_folder() / name, self._class_of(name) or "CLIPTokenizer")
+        folder = self._pipeline_folder()
+        return open_tokenizer(folder / name, class_of(folder, name) or "CLIPTokenizer")
 
-    def scheduler_config(self):
-        """The scheduler's configuration, with what the denoiser predicts. Raises ModelError."""
-        path = self._pipeline_folder() / "scheduler" / "scheduler_config.json"
-        config = read_json(path)
-        predicts = self.prediction_type or config.get("prediction_type", "epsilon")
-        if predicts not in PREDICTION_TYPES:
-            raise ModelError(f"{path}: a prediction_type {predicts} is none of {', '.join(PREDICTION_TYPES)}")
-        return config | {"prediction_type": predicts}
+    @property
+    def objective(self):
+        """What the denoiser was trained to predict, in words; None where that is not known."""
+        config = self.scheduler_config
+        predicts = config.get("prediction_type")
+        return f"{predicts} with rescale_betas_zero_snr" if config.get("rescale_betas_zero_snr") else predicts
+
+    def trained_with(self, flags):
+        """This one with the scheduler of a run that started from it with these flags, {name: value}: DDIM's, where its
+        own class cannot have zero terminal SNR."""
+        changes = scheduler_changes(flags)
+        config = self.scheduler_config | changes
+        if "rescale_betas_zero_snr" in changes and not takes_zero_snr(config.get("_class_name")):
+            from diffusers import DDIMScheduler
+
+            known = inspect.signature(DDIMScheduler).parameters
+            config = {key: value for key, value in config.items() if key in known or key.startswith("_")}
+            config = {"clip_sample": False} | config | {"_class_name": "DDIMScheduler"}  # the others do not clip
+        return replace(self, scheduler_config=config)
 
     def scheduler(self, part="scheduler", class_name=None):
         """A scheduler that the pipeline names, or of another of diffusers' classes. Raises ModelError."""
         import diffusers
 
         folder = self._pipeline_folder() / part
-        config = self.scheduler_config() if part == "scheduler" else read_json(folder / "scheduler_config.json")
-        named = self._class_of(part) or config.get("_class_name")
+        path = folder / "scheduler_config.json"
+        config = (part == "scheduler" and self.scheduler_config) or scheduler_config(folder.parent, part)
+        predicts, named = config.get("prediction_type"), config.get("_class_name")
+        if predicts not in PREDICTION_TYPES:
+            raise ModelError(f"{path}: a prediction_type {predicts} is none of {', '.join(PREDICTION_TYPES)}")
         if not str(named).endswith("Scheduler") or not hasattr(diffusers, named):
             raise ModelError(f"{folder.parent} names the {part} {named}, which diffusers does not have")
         with _one_line(folder), errors_only():
             made = getattr(diffusers, class_name or named).from_config(config)
         if not len(getattr(made, "alphas_cumprod", "?")):
-            raise ModelError(f"{folder / 'scheduler_config.json'} describes a schedule without a step")
+            raise ModelError(f"{path} describes a schedule without a step")
         return made
 
     def settings(self):
         """What else model_index.json says of the pipeline, e.g. {"force_zeros_for_empty_prompt": True}."""
         index = pipeline_index(self._pipeline_folder())
         return {key: value for key, value in index.items() if isinstance(value, bool | int | float)}
-
-    def _class_of(self, name):
-        entry = pipeline_index(self._pipeline_folder()).get(name)  # [library, class]
-        return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
     def _pipeline_folder(self):
         if self.folder is None:
@@ -317,10 +331,8 @@ def _pipeline(name, folder, variants, asked, only, without_weights, relatives):
             )
     if asked and not any(one.variant == asked for one in components.values()):
         raise _no_variant(name, asked)
-    predicts = None
-    if (folder / "scheduler").is_dir():
-        predicts = read_json(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
-    return Source(name, "pipeline", family, class_name, folder, components, predicts)
+    scheduler = scheduler_config(folder) if (folder / "scheduler").is_dir() else {}
+    return Source(name, "pipeline", family, class_name, folder, components, scheduler)
 
 
 def _checkpoint(name, path, weights, base, options):
@@ -338,8 +350,7 @@ def _checkpoint(name, path, weights, base, options):
             components[one.name] = _component_files(name, one, folder, [None])
         elif one.name == family.denoiser:
             raise ModelError(f"{name} holds no trained {one.name}: it is not a whole checkpoint of a run")
-    whole = _borrowing(name, "checkpoint", components, lent, warnings)
-    return replace(whole, prediction_type=args.get("prediction_type") or whole.prediction_type)
+    return _borrowing(name, "checkpoint", components, lent, warnings).trained_with(args)
 
 
 def _model_of_run(name, args, options):
@@ -408,13 +419,20 @@ def _borrowing(name, kind, components, lent, warnings=(), family=None):
         raise ModelError(
             f"{name} is of {family.pipeline}, and {lent.given} is a {lent.class_name}: it does not go with it"
         )
-    folder, predicts = (lent.folder, lent.prediction_type) if lent else (None, None)
+    folder, scheduler = (lent.folder, lent.scheduler_config) if lent else (None, {})
     class_name = lent.class_name if lent else family.pipeline
-    return Source(name, kind, family, class_name, folder, components, predicts, warnings, lent)
+    return Source(name, kind, family, class_name, folder, components, scheduler, warnings, lent)
 
 
 def _is_unet(tensors):
     return "conv_in.weight" in tensors and any(key.startswith("down_blocks.") for key in tensors)
+
+
+def takes_zero_snr(class_name):
+    """Whether a class of diffusers' schedulers knows rescale_betas_zero_snr; the others ignore it without a word."""
+    import diffusers
+
+    return "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, str(class_name), object)).parameters
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from finetuning.families.folders import STATE
 from finetuning.families.lora_files import DIFFUSERS_NAME, RAW_NAME, read_lora
 from finetuning.families.model_args import ModelError
-from finetuning.families.opening import Source, open_source
+from finetuning.families.opening import Source, open_source, takes_zero_snr
 from finetuning.families.quiet import errors_only
 from finetuning.families.table import FAMILIES
 
@@ -79,8 +79,6 @@ def check_models(names, loras=(), upscalers=(), *, weights="ema", base=None, vae
 
 def _parts(name, take, weights, variant=None, base=None, vae=None, scheduler=None):
     """(family, [components, tokenizers, schedulers, settings]) of a pipeline; take(source, name) gives a component."""
-    import diffusers
-
     if (Path(name) / STATE).is_file():
         variant = None  # the flag is about the other models of the command: a checkpoint has no variants
     wanted = set().union(*(family.folders for family in FAMILIES.values()))
@@ -90,10 +88,28 @@ def _parts(name, take, weights, variant=None, base=None, vae=None, scheduler=Non
     if problems := list(family.problems(components)):
         raise ModelError(f"{name}: " + "; ".join(problems))
     with errors_only():
-        schedulers = {one: source.scheduler(one) for one in family.schedulers}
-        if scheduler:
-            options = {"skip_prk_steps": True} if scheduler == "pndm" else {}  # PLMS, Stable Diffusion's kind of PNDM
-            own = schedulers["scheduler"].config
-            schedulers["scheduler"] = getattr(diffusers, SCHEDULERS[scheduler]).from_config(own, **options)
-        family.check_scheduler(schedulers["scheduler"])
+        others = {one: source.scheduler(one) for one in family.schedulers if one != "scheduler"}
+        schedulers = {"scheduler": sampler(source, scheduler), **others}
     return family, [components, source.tokenizers(), schedulers, source.settings()]
+
+
+def sampler(source, name=None):
+    """The scheduler of a Source's pipeline, or a key of SCHEDULERS in its place. Raises ModelError where it cannot
+    sample from such a model."""
+    import diffusers
+
+    made = source.scheduler()
+    if name:
+        options = {"skip_prk_steps": True} if name == "pndm" else {}  # PLMS, Stable Diffusion's kind of PNDM
+        with errors_only():
+            made = getattr(diffusers, SCHEDULERS[name]).from_config(made.config, **options)
+    config, kind, why = source.scheduler_config, type(made).__name__, None
+    if not takes_zero_snr(kind):
+        why = "does not know"
+    elif config["prediction_type"] == "epsilon" and made.alphas_cumprod[-1] == 0:
+        why = "divides by zero for, as it predicts epsilon"
+    if why and config.get("rescale_betas_zero_snr"):
+        raise ModelError(f"{source.given} was trained with rescale_betas_zero_snr, which {kind} {why}: take another "
+                         "--scheduler, as dpm++")  # fmt: skip
+    source.family.check_scheduler(made)
+    return made

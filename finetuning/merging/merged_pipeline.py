@@ -4,7 +4,7 @@ import torch
 
 from finetuning.cli import first_few
 from finetuning.families.model_args import ModelError
-from finetuning.families.pipelines import open_pipeline
+from finetuning.families.pipelines import open_pipeline, sampler
 from finetuning.merging.methods import bound
 from finetuning.merging.ratios import block_ratios
 from finetuning.merging.tensor_matching import is_copied
@@ -82,11 +82,9 @@ class MergedPipeline:
 
 def _base_pipeline(base, variant, scheduler, device, dtype):
     """A pipeline of the base's layout; its weights are still to be put in."""
-    base.scheduler_config()  # refuses a base without a pipeline around it
+    made = sampler(base, scheduler)  # refuses a base without a pipeline around it
     pipeline = open_pipeline(str(base.folder), variant=variant, scheduler=scheduler, device=device, dtype=dtype)
-    if base.prediction_type:
-        one = pipeline.scheduler
-        pipeline.scheduler = type(one).from_config(one.config, prediction_type=base.prediction_type)
+    pipeline.scheduler = made
     return pipeline
 
 

@@ -165,7 +165,7 @@ def _copy_rest(sources, matches, configs, class_name, folder):
         write_json(folder / "model_index.json", index | {"_class_name": class_name})
     for component in components_of_index(index):
         if component == "scheduler":
-            write_scheduler(base.folder / component, folder / component, base.prediction_type or "epsilon")
+            write_scheduler(base.folder, folder, base.scheduler_config)
         elif component in written:
             copy_component(configs[component], folder / component, weights=False)
         else:

@@ -36,8 +36,8 @@ def match(sources, components=None, on_mismatch=None):
     """
     base, *others = sources
     hopeless = []
-    if len({source.prediction_type for source in sources} - {None}) > 1:
-        kinds = ", ".join(f"{source.given}: {source.prediction_type}" for source in sources if source.prediction_type)
+    if len({source.objective for source in sources} - {None}) > 1:
+        kinds = ", ".join(f"{source.given}: {source.objective}" for source in sources if source.objective)
         hopeless.append(f"they predict different things ({kinds}): between such weights nothing is meaningful")
     if any(source.family is not base.family for source in others):
         kinds = ", ".join(f"{source.given}: {source.class_name}" for source in sources)

@@ -368,7 +368,7 @@ def _by_loss(evaluator):
     enough = held_out and len(held_out[1]) > 1  # one row has no interval
     facts = {
         "with": "loss", "seed": args.seed, "size": list(args.size),
-        "loss": [args.prediction_type, args.loss_type, args.huber_c],
+        "loss": [args.prediction_type, args.loss_type, args.huber_c, *["zero SNR"] * args.rescale_betas_zero_snr],
         "held-out rows": [held_out[0].fingerprint(), len(held_out[1])] if enough else None,
         "rows to retain": [images.fingerprint(), len(rows)],
     }  # fmt: skip

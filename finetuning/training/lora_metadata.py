@@ -59,6 +59,7 @@ def kohya_facts(args, layout, facts, prediction_type):
         "ss_seed": args.seed,
         "ss_min_snr_gamma": args.snr_gamma,
         "ss_noise_offset": args.noise_offset,
+        "ss_zero_terminal_snr": args.rescale_betas_zero_snr,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{kind}/lora",
         "modelspec.implementation": "diffusers",

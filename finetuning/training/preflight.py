@@ -116,6 +116,10 @@ def check_before_start(args, run, model, data, encoder):
         problems.append(
             f"--bucket_step {args.bucket_step} does not fit the autoencoder: take a multiple of {factor}, e.g. {near}"
         )
+    if model.schedule.alpha_bar[-1] == 0 and model.schedule.prediction_type == "epsilon":
+        whose = "--rescale_betas_zero_snr" if args.rescale_betas_zero_snr else "the schedule of this base"
+        problems.append(f"{whose} leaves no signal at the last timestep, where epsilon is the input itself and teaches "
+                        "nothing: add --prediction_type v_prediction or sample")  # fmt: skip
     if args.dream_training and model.scheduler.config.prediction_type != "epsilon":
         problems.append(
             f"--dream_training works with epsilon, and this model predicts {model.scheduler.config.prediction_type}: "

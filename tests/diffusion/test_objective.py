@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
 
 from finetuning.diffusion import objective
@@ -80,6 +81,15 @@ def test_the_flag_wins_over_the_scheduler_and_none_keeps_the_schedulers():
     scheduler = ddpm(prediction_type="v_prediction")
     assert NoiseSchedule.of(scheduler).prediction_type == "v_prediction"
     assert NoiseSchedule.of(scheduler, "sample").prediction_type == "sample"
+
+
+def test_zero_snr_is_diffusers_rescaling_and_makes_nothing_infinite(latents, draws):
+    scheduler = ddpm(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    rescaled, every = NoiseSchedule.of(scheduler), torch.full((4,), 999)
+    torch.testing.assert_close(rescaled.alpha_bar, (1 - rescale_zero_terminal_snr(ddpm().betas)).cumprod(0))
+    assert rescaled.alpha_bar[-1] == 0 and rescaled.steps_back.isfinite().all()
+    torch.testing.assert_close(rescaled.target(latents, draws.noise, every), -latents)
+    torch.testing.assert_close(rescaled.original(draws.noise, -latents, every), latents)
 
 
 # -- min-SNR ---------------------------------------------------------------------------------------------------------
@@ -274,7 +284,12 @@ def test_the_first_and_the_last_timestep_can_be_drawn_and_no_other(share, timest
 
 @pytest.mark.parametrize(
     "flags",
-    [{"snr_gamma": 0.0}, {"huber_c": 0.0}, {"dream_training": True, "prediction_type": "v_prediction"}],
+    [
+        {"snr_gamma": 0.0},
+        {"huber_c": 0.0},
+        {"dream_training": True, "prediction_type": "v_prediction"},
+        {"rescale_betas_zero_snr": True, "prediction_type": "epsilon"},
+    ],
 )
 def test_flags_that_cannot_work_are_named(flags, problems_of):
     (problem,) = problems_of(NoiseArgs, **flags)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from finetuning.cli import UserError
+from finetuning.diffusion.objective import NoiseArgs
 from finetuning.families.model import Model, load_model
 from finetuning.families.model_args import ModelArgs, ModelError, StartArgs
 from finetuning.families.pipelines import open_pipeline
@@ -22,10 +24,11 @@ RAW = "diffusion_pytorch_model.non_ema.safetensors"
 NON_EMA = {"non_ema_variant": "non_ema"}
 
 
-def load(model, prediction_type=None, seed=0, **flags):
-    start = {name: flags.pop(name) for name in list(flags) if name in StartArgs.__dataclass_fields__}
+def load(model, seed=0, **flags):
+    start, noise = ({name: flags.pop(name) for name in list(flags) if name in kind.__dataclass_fields__}
+                    for kind in (StartArgs, NoiseArgs))  # fmt: skip
     base = ModelArgs(pretrained_model_name_or_path=str(model), **flags)
-    return load_model(base, prediction_type, seed, StartArgs(**start))
+    return load_model(base, NoiseArgs(**noise), seed, StartArgs(**start))
 
 
 def weights_of(model, name="unet"):
@@ -387,17 +390,60 @@ def test_components_that_were_not_trained_are_copied_byte_for_byte(tiny_model, o
     assert not equal(weights_of(model), load_file(tiny_model / "unet" / MAIN))
 
 
+PNDM = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False}
+
+
+def with_scheduler(model, **settings):
+    """Give a pipeline another scheduler, in both of its files; returns that of its configuration."""
+    edit(model / "scheduler/scheduler_config.json", **settings)
+    if "_class_name" in settings:
+        edit(model / "model_index.json", scheduler=["diffusers", settings["_class_name"]])
+    return model / "scheduler/scheduler_config.json"
+
+
 @pytest.mark.parametrize(("base", "flag"), [("epsilon", "v_prediction"), ("v_prediction", None)])
 def test_the_scheduler_says_what_was_trained_and_stays_of_its_class(base, flag, copied, output):
-    path = copied / "scheduler/scheduler_config.json"
-    settings = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False}
-    edit(path, **settings, prediction_type=base)
+    with_scheduler(copied, **PNDM, prediction_type=base)
     model = load(copied, prediction_type=flag)
     assert model.scheduler.config.prediction_type == model.schedule.prediction_type == (flag or base)
     model.save_pipeline(output, model.trained_parameters(), None)
     saved, before = (folder / "scheduler/scheduler_config.json" for folder in (output, copied))
     assert json.loads(saved.read_text()) == json.loads(before.read_text()) | {"prediction_type": flag or base}
     assert flag or saved.read_bytes() == before.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings", [PNDM, {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "DDIMScheduler"}]
+)
+def test_zero_snr_is_trained_validated_and_handed_over(settings, copied, output):
+    path = with_scheduler(copied, **settings, rescale_betas_zero_snr=False)
+    if settings is PNDM:
+        path.write_text(path.read_text().replace('"clip_sample"', '"of_another_class"'))
+    model = load(copied, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    expected = diffusers.DDIMScheduler.from_config(model.scheduler.config).alphas_cumprod
+    assert torch.equal(model.schedule.alpha_bar, expected) and expected[-1] == 0 and expected[-2] > 0
+    with model.pipeline() as pipeline:
+        validation = pipeline.scheduler
+    model.save_pipeline(output, {}, None)
+    saved = StableDiffusionPipeline.from_pretrained(output).scheduler
+    kind = settings["_class_name"].replace("PNDM", "DDIM")  # which does not know it
+    assert type(saved).__name__ == kind == json.loads((output / "model_index.json").read_text())["scheduler"][1]
+    for scheduler in (validation, saved):
+        config = scheduler.config
+        assert (config.rescale_betas_zero_snr, config.timestep_spacing) == (True, "trailing")
+        assert config.prediction_type == "v_prediction" and scheduler.alphas_cumprod[-1] <= 2**-24
+        scheduler.set_timesteps(4)
+        assert scheduler.timesteps[0] == 999
+    if settings is PNDM:  # PNDM never clipped latents, which is DDIM's default
+        assert saved.config.clip_sample is False and "skip_prk_steps" not in saved.config
+
+
+def test_zero_snr_of_the_base_stays_without_the_flag(copied, output):
+    path = with_scheduler(copied, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    model = load(copied)
+    assert model.schedule.alpha_bar[-1] == 0
+    model.save_pipeline(output, {}, None)
+    assert (output / "scheduler/scheduler_config.json").read_bytes() == path.read_bytes()
 
 
 def test_the_average_is_the_pipeline_and_the_raw_weights_are_its_variant(tiny_model, output):

@@ -115,7 +115,7 @@ def single_file(tiny_model, tmp_path):
 def test_a_pipeline_folder_gives_all_its_components(tiny_model, kind, name):
     source = open_source(str(tiny_model), weights=kind)
     assert (source.given, source.folder, source.kind) == (str(tiny_model), tiny_model, "pipeline")
-    assert source.prediction_type == "epsilon" and source.warnings == ()
+    assert source.objective == "epsilon" and source.warnings == ()
     files = FILES | {"unet": name}
     assert set(source.files) == {tiny_model / one / file for one, file in files.items()}
     for one, file in files.items():
@@ -171,7 +171,7 @@ def test_what_a_pipeline_predicts_is_in_its_scheduler(model, saved):
     config = {key: value for key, value in json.loads(path.read_text()).items() if key != "prediction_type"}
     path.write_text(json.dumps(config | ({"prediction_type": saved} if saved else {})))
     source = open_source(model)
-    assert source.prediction_type == source.scheduler().config.prediction_type == (saved or "epsilon")
+    assert source.objective == source.scheduler().config.prediction_type == (saved or "epsilon")
 
 
 def test_components_without_the_variant_are_taken_without(model):
@@ -285,7 +285,7 @@ def test_what_the_cache_lacks_is_named(hub_cache, name, revision):
 @pytest.mark.parametrize(("kind", "folder", "by"), [("ema", "unet_ema", 2), ("raw", "unet", 1)])
 def test_a_checkpoint_has_its_own_unet_and_the_rest_of_its_base(checkpoint, tiny_model, kind, folder, by):
     source = open_source(checkpoint, weights=kind)
-    assert (source.kind, source.folder, source.prediction_type) == ("checkpoint", tiny_model, "epsilon")
+    assert (source.kind, source.folder, source.objective) == ("checkpoint", tiny_model, "epsilon")
     assert equal(source.open("unet"), shifted(load_file(tiny_model / "unet" / UNET), by))
     assert equal(source.open("text_encoder"), file_of(tiny_model / "text_encoder" / TEXT))
     assert source.components["unet"].config == checkpoint / folder
@@ -301,7 +301,7 @@ def test_a_trained_text_encoder_and_prediction_type_are_the_checkpoints(checkpoi
     started_from(checkpoint, prediction_type="v_prediction")
     source = open_source(checkpoint)
     assert equal(source.open("text_encoder"), {key.removeprefix("text_model."): v for key, v in trained.items()})
-    assert source.prediction_type == source.scheduler().config.prediction_type == "v_prediction"
+    assert source.objective == source.scheduler().config.prediction_type == "v_prediction"
     assert tiny_model / "text_encoder" / TEXT not in source.files
 
 
@@ -322,7 +322,7 @@ def test_a_run_from_the_hub_is_found_with_its_revision(checkpoint, hub_cache):
 def test_a_checkpoint_whose_base_is_gone_has_its_own_components_and_says_so(checkpoint, tiny_model):
     started_from(checkpoint, pretrained_model_name_or_path="gone/away")
     source = open_source(checkpoint)
-    assert source.components.keys() == {"unet"} and (source.folder, source.prediction_type) == (None, None)
+    assert source.components.keys() == {"unet"} and (source.folder, source.objective) == (None, None)
     assert "gone/away" in source.warnings[0] and source.open("unet")
     for missing in (lambda: source.open("vae"), source.tokenizer, source.scheduler):
         with pytest.raises(ModelError, match="gone/away"):
@@ -340,7 +340,7 @@ def test_a_single_file_is_the_pipeline_it_was_made_of(single_file, tiny_model, h
     of_the_hub = open_source(single_file, base="org/name", cache_dir=str(hub_cache))
     assert of_the_hub.folder.name == "0" * 40
     alone = open_source(single_file)
-    assert (alone.folder, alone.prediction_type) == (None, None)
+    assert (alone.folder, alone.objective) == (None, None)
     for missing in (lambda: alone.open("unet"), alone.tokenizer):
         with pytest.raises(ModelError, match="--base"):
             missing()
@@ -355,11 +355,11 @@ def test_what_a_single_file_holds_besides_is_said(single_file):
 @pytest.mark.parametrize("place", ["unet", f"unet/{UNET}"])
 def test_a_bare_unet_is_a_folder_or_a_file(model, tiny_model, place):
     source = open_source(model / place)
-    assert (source.kind, source.folder, source.prediction_type) == ("unet", None, None)
+    assert (source.kind, source.folder, source.objective) == ("unet", None, None)
     assert source.components.keys() == {"unet"}
     edit_json(model / "scheduler/scheduler_config.json", prediction_type="v_prediction")
     source = open_source(model / place, base=str(model))
-    assert (source.folder, source.prediction_type) == (model, "v_prediction")
+    assert (source.folder, source.objective) == (model, "v_prediction")
     assert equal(source.open("unet"), load_file(tiny_model / "unet" / UNET)) and source.open("vae")
     for options in ({"weights": "raw"}, {"variant": "non_ema"}):  # of a folder they are chosen as a pipeline's
         assert open_source(model / "unet", **options).files == (model / "unet" / UNET_RAW,)

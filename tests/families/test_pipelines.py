@@ -101,6 +101,36 @@ def test_another_sampler_still_knows_what_the_model_predicts(copied):
     assert open_pipeline(copied, scheduler="euler").scheduler.config.prediction_type == "v_prediction"
 
 
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize(("key", "predicts", "refused"), [
+    *((key, "v_prediction", key == "pndm") for key in SCHEDULERS), ("ddim", "sample", False),
+    ("dpm++", "sample", False), ("ddim", "epsilon", True), ("ddpm", "epsilon", True),
+])  # fmt: skip
+def test_a_sampler_honours_zero_snr_or_is_refused(key, predicts, refused, copied):
+    path = copied / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | ZERO_SNR | {"prediction_type": predicts}))
+    if refused:
+        with pytest.raises(ModelError, match=r"rescale_betas_zero_snr, which (PNDM|DDIM|DDPM)Scheduler .*--scheduler"):
+            open_pipeline(copied, scheduler=key)
+        return
+    pipeline = open_pipeline(copied, scheduler=key)
+    assert pipeline.scheduler.alphas_cumprod[-1] <= 2**-24
+    options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+    assert pipeline("a red circle", **options).images.isfinite().all()
+
+
+@pytest.mark.parametrize("key", [None, "dpm++"])
+def test_a_checkpoint_samples_with_the_zero_snr_that_its_run_trained_with(key, tiny_model, tmp_path):
+    shutil.copytree(tiny_model / "unet", tmp_path / "checkpoint-4/unet")
+    args = {"pretrained_model_name_or_path": str(tiny_model), "prediction_type": "v_prediction"}
+    state = json.dumps({"args": args | {"rescale_betas_zero_snr": True}})
+    (tmp_path / "checkpoint-4/training_state.json").write_text(state)
+    config = open_pipeline(tmp_path / "checkpoint-4", scheduler=key).scheduler.config
+    assert ZERO_SNR.items() <= config.items()
+
+
 @pytest.mark.parametrize(("models", "upscalers", "said"), [
     (["models/mini-x4"], [], "enlarges images and makes none"),
     ([], ["models/mini-sd"], "is no upscaler"),

@@ -111,15 +111,20 @@ def test_with_a_precision_of_its_own_every_part_is_written(tiny_model, write, tm
     assert kinds == {{"fp16": torch.float16, "bf16": torch.bfloat16}[options["dtype"]]}
 
 
-def test_scheduler_says_what_the_trained_unet_predicts(tiny_model, write, tmp_path):
+@pytest.mark.parametrize("changes", [
+    {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True, "prediction_type": "sample"},
+])  # fmt: skip
+def test_scheduler_says_what_the_trained_unet_predicts(changes, tiny_model, write, tmp_path):
     run = tmp_path / "run/checkpoint-3"
     shutil.copytree(tiny_model / "unet", run / "unet", ignore=shutil.ignore_patterns("*.non_ema.*"))
-    args = {"pretrained_model_name_or_path": str(tiny_model), "prediction_type": "v_prediction"}
+    args = {"pretrained_model_name_or_path": str(tiny_model), **changes}
     write_json(run / "training_state.json", {"args": args})
     write([open_source(str(run))] * 2)
     written = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
     start = json.loads((tiny_model / "scheduler/scheduler_config.json").read_text())
-    assert written == start | {"prediction_type": "v_prediction"} != start
+    if "rescale_betas_zero_snr" in changes:
+        start |= {"timestep_spacing": "trailing"}
+    assert written == start | changes != start
 
 
 def test_tensors_that_no_configuration_describes_are_refused(unet, write, tmp_path):

@@ -1,5 +1,6 @@
 """Which tensors belong together, what is said where they do not, and whose are taken then. No file is read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def model(name, prediction_type=None, **components):
         for component, own in components.items()
     }
     family = FAMILIES["StableDiffusionPipeline"]
-    return Source(name, "pipeline", family, family.pipeline, None, found, prediction_type)
+    return Source(name, "pipeline", family, family.pipeline, None, found, {"prediction_type": prediction_type})
 
 
 def taken(matches):
@@ -124,6 +125,15 @@ def test_mismatch_with_one_of_several_takes_that_tensor_from_one_model_alone():
 
 def test_part_that_is_not_merged_may_differ():
     assert match([BASE, TUNED], ["text_encoder"])[1] == []  # their autoencoders have other shapes
+
+
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+
+def test_schedules_that_differ_are_refused_by_name():
+    rescaled = replace(model("new", "v_prediction", unet={"a": (1,)}), scheduler_config=ZERO_SNR)
+    with pytest.raises(ModelError, match=r"old: v_prediction, new: v_prediction with rescale_betas_zero_snr"):
+        match([model("old", "v_prediction", unet={"a": (1,)}), rescaled])
 
 
 @pytest.mark.parametrize("on_mismatch", [None, "base", "tuned"])

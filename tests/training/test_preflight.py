@@ -2,7 +2,9 @@
 
 import copy
 import inspect
+import json
 import re
+import shutil
 import sys
 import time
 from contextlib import nullcontext
@@ -145,8 +147,26 @@ def test_a_cache_without_room_beside_the_checkpoints_is_refused_or_left_out(chec
 def test_dream_is_refused_for_a_base_that_does_not_predict_epsilon(tiny_model, check):
     base = ModelArgs(pretrained_model_name_or_path=str(tiny_model))
     with pytest.raises(ModelError, match=r"--dream_training .*v_prediction"):
-        check(model=load_model(base, "v_prediction"), resolution="32", dream_training=True)
+        check(model=load_model(base, NoiseArgs("v_prediction")), resolution="32", dream_training=True)
     assert check(resolution="32", dream_training=True)
+
+
+@pytest.mark.parametrize(("base", "flags", "said"), [
+    (False, {"rescale_betas_zero_snr": True}, "^--rescale_betas_zero_snr"),
+    (True, {}, "^the schedule of this base"),
+    (True, {"prediction_type": "v_prediction"}, None),
+    (False, {"rescale_betas_zero_snr": True, "prediction_type": "sample"}, None),
+])  # fmt: skip
+def test_zero_snr_is_refused_where_the_model_predicts_epsilon(base, flags, said, tiny_model, tmp_path, check):
+    copied = shutil.copytree(tiny_model, tmp_path / "model")
+    path = copied / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rescale_betas_zero_snr": base}))
+    model = load_model(ModelArgs(pretrained_model_name_or_path=str(copied)), NoiseArgs(**flags))
+    if said:
+        with pytest.raises(ModelError, match=rf"{said} .*--prediction_type v_prediction or sample"):
+            check(model=model, resolution="32", **flags)
+    else:
+        assert check(model=model, resolution="32", **flags)
 
 
 # -- what is said ----------------------------------------------------------------------------------------------------
