@@ -169,10 +169,10 @@ class Source:
 
     def trained_with(self, flags):
         """This one with the scheduler of a run that started from it with these flags, {name: value}: DDIM's, where its
-        own class cannot have zero terminal SNR."""
+        own class cannot sample from what the run makes."""
         changes = scheduler_changes(flags)
         config = self.scheduler_config | changes
-        if "rescale_betas_zero_snr" in changes and not takes_zero_snr(config.get("_class_name")):
+        if changes and cannot_sample(config.get("_class_name"), config):
             from diffusers import DDIMScheduler
 
             known = inspect.signature(DDIMScheduler).parameters
@@ -428,11 +428,16 @@ def _is_unet(tensors):
     return "conv_in.weight" in tensors and any(key.startswith("down_blocks.") for key in tensors)
 
 
-def takes_zero_snr(class_name):
-    """Whether a class of diffusers' schedulers knows rescale_betas_zero_snr; the others ignore it without a word."""
+def cannot_sample(class_name, config):
+    """Why a class of diffusers' schedulers cannot sample from a model with this configuration, in words, or None."""
     import diffusers
 
-    return "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, str(class_name), object)).parameters
+    known = inspect.signature(getattr(diffusers, str(class_name), object)).parameters
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
+        return "does not know rescale_betas_zero_snr"  # and would ignore it without a word
+    if config.get("prediction_type") == "sample" and class_name in ("PNDMScheduler", "EulerAncestralDiscreteScheduler"):
+        return "does not know models that predict the sample"
+    return None
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

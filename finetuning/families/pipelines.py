@@ -8,7 +8,7 @@ import torch
 from finetuning.families.folders import STATE
 from finetuning.families.lora_files import DIFFUSERS_NAME, RAW_NAME, read_lora
 from finetuning.families.model_args import ModelError
-from finetuning.families.opening import Source, open_source, takes_zero_snr
+from finetuning.families.opening import Source, cannot_sample, open_source
 from finetuning.families.quiet import errors_only
 from finetuning.families.table import FAMILIES
 
@@ -103,13 +103,11 @@ def sampler(source, name=None):
         options = {"skip_prk_steps": True} if name == "pndm" else {}  # PLMS, Stable Diffusion's kind of PNDM
         with errors_only():
             made = getattr(diffusers, SCHEDULERS[name]).from_config(made.config, **options)
-    config, kind, why = source.scheduler_config, type(made).__name__, None
-    if not takes_zero_snr(kind):
-        why = "does not know"
-    elif config["prediction_type"] == "epsilon" and made.alphas_cumprod[-1] == 0:
-        why = "divides by zero for, as it predicts epsilon"
-    if why and config.get("rescale_betas_zero_snr"):
-        raise ModelError(f"{source.given} was trained with rescale_betas_zero_snr, which {kind} {why}: take another "
-                         "--scheduler, as dpm++")  # fmt: skip
+    config, kind = source.scheduler_config, type(made).__name__
+    why, no_signal = cannot_sample(kind, config), not made.alphas_cumprod[-1]
+    if no_signal and config["prediction_type"] == "epsilon":
+        why = "divides by zero where rescale_betas_zero_snr leaves no signal, as it predicts epsilon"
+    if why:
+        raise ModelError(f"{source.given} cannot be sampled with the {kind}, which {why}: take another --scheduler")
     source.family.check_scheduler(made)
     return made

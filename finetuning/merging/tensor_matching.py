@@ -38,7 +38,10 @@ def match(sources, components=None, on_mismatch=None):
     hopeless = []
     if len({source.objective for source in sources} - {None}) > 1:
         kinds = ", ".join(f"{source.given}: {source.objective}" for source in sources if source.objective)
-        hopeless.append(f"they predict different things ({kinds}): between such weights nothing is meaningful")
+        hopeless.append(
+            f"they predict different things ({kinds}): between such weights nothing is meaningful. Where only the "
+            "schedule differs, say the same in the scheduler_config.json of both"
+        )
     if any(source.family is not base.family for source in others):
         kinds = ", ".join(f"{source.given}: {source.class_name}" for source in sources)
         hopeless.append(f"they are of different kinds ({kinds})")

@@ -438,6 +438,17 @@ def test_zero_snr_is_trained_validated_and_handed_over(settings, copied, output)
         assert saved.config.clip_sample is False and "skip_prk_steps" not in saved.config
 
 
+def test_a_scheduler_that_cannot_sample_what_was_trained_gives_way_to_ddim(copied, output):
+    with_scheduler(copied, **PNDM)
+    model = load(copied, prediction_type="sample")
+    model.save_pipeline(output, {}, None)
+    pipeline = StableDiffusionPipeline.from_pretrained(output)
+    assert (
+        type(pipeline.scheduler).__name__ == "DDIMScheduler" and pipeline.scheduler.config.prediction_type == "sample"
+    )
+    assert pipeline("a red circle", num_inference_steps=1, height=32, width=32).images[0].size == (32, 32)
+
+
 def test_zero_snr_of_the_base_stays_without_the_flag(copied, output):
     path = with_scheduler(copied, rescale_betas_zero_snr=True, prediction_type="v_prediction")
     model = load(copied)

@@ -101,6 +101,17 @@ def test_another_sampler_still_knows_what_the_model_predicts(copied):
     assert open_pipeline(copied, scheduler="euler").scheduler.config.prediction_type == "v_prediction"
 
 
+@pytest.mark.parametrize("key", ["euler_a", "pndm"])
+def test_a_sampler_that_diffusers_has_not_finished_is_refused_and_not_met_in_a_traceback(key, copied):
+    path = copied / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
+    with pytest.raises(ModelError, match="predict the sample: take another --scheduler"):
+        open_pipeline(copied, scheduler=key)
+    for other in SCHEDULERS.keys() - {"euler_a", "pndm"}:
+        options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+        assert open_pipeline(copied, scheduler=other)("a red circle", **options).images.isfinite().all()
+
+
 ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
 
 
@@ -112,7 +123,7 @@ def test_a_sampler_honours_zero_snr_or_is_refused(key, predicts, refused, copied
     path = copied / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | ZERO_SNR | {"prediction_type": predicts}))
     if refused:
-        with pytest.raises(ModelError, match=r"rescale_betas_zero_snr, which (PNDM|DDIM|DDPM)Scheduler .*--scheduler"):
+        with pytest.raises(ModelError, match=r"(PNDM|DDIM|DDPM)Scheduler, which .*rescale_betas_zero_snr.*--scheduler"):
             open_pipeline(copied, scheduler=key)
         return
     pipeline = open_pipeline(copied, scheduler=key)
