@@ -278,6 +278,7 @@ def test_sigterm_to_the_script_reaches_the_training_process_which_saves(root, ti
         script.terminate()
         message = script.communicate(timeout=120)[1]
     assert script.returncode != 0
+    assert "this run is in fp32" in message  # accelerate_config.yaml says fp16
     assert "--resume_from_checkpoint latest goes on" in message
     [checkpoint] = tmp_path.glob("checkpoint-*")
     check_manifest(checkpoint)
@@ -304,11 +305,10 @@ def test_it_runs_with_variables_from_the_environment(root, tiny_model, shapes_fo
     settings = {
         "MODEL_NAME": tiny_model, "TRAIN_DIR": shapes_folder, "OUTPUT_DIR": tmp_path, "RESOLUTION": 32, "BATCH": 2,
         "STEPS": 2, "LR": "1e-5", "NON_EMA_VARIANT": "non_ema", "EMA_DECAY": 0.5,
-        "EXTRA": "--validation_inference_steps 1",
+        "EXTRA": "--validation_inference_steps 1", "LAUNCH": sys.executable,
     }  # fmt: skip
     done = finetune(root, **settings)
     assert done.returncode == 0, done.stderr
-    assert "this run is in fp32" in done.stderr  # accelerate_config.yaml says fp16
     assert f"{tmp_path}/comparison.png" in done.stdout
     args = json.loads((tmp_path / "args.json").read_text())
     assert (args["max_train_steps"], args["learning_rate"], args["ema_decay"]) == (2, 1e-5, 0.5)

@@ -33,7 +33,8 @@ def losses(training, folder):
 # -- exact resume ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stopped_at", [1, 3, 5])  # the first step, the end of an epoch, the middle of one
+# The first step, the end of an epoch, the middle of one
+@pytest.mark.parametrize(("script", "stopped_at"), [(FULL, 1), (FULL, 3), (FULL, 5), (LORA, 1), (LORA, 5)])
 def test_a_resumed_run_equals_an_uninterrupted_one(script, training, arguments, whole_run, tmp_path, stopped_at):
     training.assert_resumes_exactly(script, arguments, whole_run(script), stopped_at, tmp_path)
 
@@ -55,6 +56,7 @@ def test_other_ways_resume_exactly(script, training, arguments, bucketed, tmp_pa
     training.assert_resumes_exactly(script, words, tmp_path / "straight", 2, tmp_path / "resumed")
 
 
+@pytest.mark.parametrize("script", [FULL])  # the LoRA's checkpoints are written by the same code
 def test_killed_at_random_moments_and_inside_saves_nothing_is_lost(
     script, training, arguments, whole_run, tmp_path, monkeypatch
 ):
@@ -82,6 +84,7 @@ def test_killed_at_random_moments_and_inside_saves_nothing_is_lost(
     training.assert_same(folder, whole_run(script))
 
 
+@pytest.mark.parametrize("script", [LORA])
 def test_a_seed_that_was_drawn_is_kept_on_resume_and_the_steps_are_exact(script, training, arguments, tmp_path):
     cut = arguments.index("--seed")
     words = [*arguments[:cut], *arguments[cut + 2 :], "--lr_scheduler", "constant"]
@@ -107,6 +110,7 @@ def test_args_json_repeats_the_run_as_a_config(script, training, whole_run, tmp_
 # -- one global batch, cut in any way ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("script", [FULL])
 def test_accumulation_and_batch_size_are_interchangeable(script, training, arguments, whole_run, tmp_path):
     for batch, accumulation in ((4, 1), (1, 4)):
         size = ("--train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
@@ -207,6 +211,7 @@ def test_weights_loaded_apart_keep_their_share_in_the_average(training, argument
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("script", [LORA])
 def test_evaluation_shows_the_base_first_and_changes_nothing_of_what_is_trained(
     script, training, arguments, whole_run, tmp_path
 ):

@@ -56,6 +56,7 @@ class Sample:
     origin: str  # where a person finds it, for messages
     split: str | None = None  # train, validation or test where the source says so; none: drawn from the content
     box: tuple[int, int, int, int] | None = None  # left, top, right, bottom in pixels: the part to keep
+    is_prior = False  # as of a data.rows.Row; what is read as it comes has no --prior_data_dir
 
     @property
     def key(self):
