@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 from collections import Counter
 from contextlib import contextmanager
 from html.parser import HTMLParser
@@ -21,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two busy cores c
 
 import pytest
 import torch
+import tqdm.auto
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import (
     AutoencoderKL,
@@ -55,6 +57,8 @@ from models.make_start import MODEL_INDEX, vocabulary
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["a", "red", "green", "blue", "small", "large", "circle", "square", "star", "dog", "cat", "on", "table", "sky"]
 torch.set_num_threads(1)
+for bar in (tqdm.tqdm, tqdm.auto.tqdm):  # their own lock is shared with forked children: one that is killed may hold it
+    bar.set_lock(threading.RLock())
 
 
 def pytest_collection_modifyitems(items):
