@@ -9,31 +9,22 @@ from pathlib import Path
 
 import numpy as np
 
-from finetuning.families.lora_files import adaptable_components, attach, read_lora
 from finetuning.families.pipelines import open_pipeline
 from finetuning.files import write_json
 from finetuning.shapes.scenes import SHAPES
 from models.measure_mini_sd import chalk_and_right
 
 LABELS = {
-    "base": "the base",
     "none": "nothing",
     "crosses": "148 crosses",
     "both": "74 crosses and 66 stars",
     "quarter": "the same, `--prior_loss_weight 0.25`",
-    "ten": "10 crosses",
-    "lora": "LoRA: nothing",
-    "lora-both": "LoRA: 74 crosses and 66 stars",
 }
-BASE = "models/mini-sd"
 
 
 def measured(model):
     """Per cent of held-out captions, in chalk and right: 128 of shapes shown, 64 of crosses, 64 of stars."""
-    is_lora = Path(model).name.startswith("lora")
-    pipeline = open_pipeline(BASE if is_lora else model, scheduler="dpm++")
-    if is_lora:
-        attach(pipeline, read_lora(model, adaptable_components(pipeline)))
+    pipeline = open_pipeline(model, scheduler="dpm++")
     shown = chalk_and_right(pipeline, SHAPES[:4])
     found = {"chalk": shown["chalk"], "right, shown": shown["right"]}
     for shape in SHAPES[4:]:  # datasets/chalk has none of them
@@ -44,7 +35,7 @@ def measured(model):
 
 def measure_all(folder):
     """{label: [one result a seed]}; what was measured before is read again."""
-    runs = {label: sorted(folder.glob(f"{label}-[0-9]")) for label in LABELS} | {"base": [BASE]}
+    runs = {"base": ["models/mini-sd"]} | {label: sorted(folder.glob(f"{label}-[0-9]")) for label in LABELS}
     results = {}
     for label, models in runs.items():
         for model in models:
@@ -65,7 +56,7 @@ def table(results):
             values = [one[figure] for one in runs]
             spread = f" ({min(values):.0f} to {max(values):.0f})" if max(values) - min(values) >= 0.5 else ""
             cells.append(f"{np.mean(values):.0f} %{spread}")
-        lines.append(f"| {LABELS[label]} | " + " | ".join(cells) + " |")
+        lines.append(f"| {LABELS.get(label, 'the base')} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
