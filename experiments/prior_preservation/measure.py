@@ -16,6 +16,7 @@ from models.measure_mini_sd import chalk_and_right
 
 LABELS = {
     "none": "nothing",
+    "ten": "10 crosses",
     "crosses": "148 crosses",
     "both": "74 crosses and 66 stars",
     "quarter": "the same, `--prior_loss_weight 0.25`",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Do images that the base has generated keep what the dataset does not show? Four trainings, three seeds each.
+# Do images that the base has generated keep what the dataset does not show? Five trainings, three seeds each.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
@@ -7,19 +7,21 @@ export HF_HUB_OFFLINE=1 PYTHONPATH=.
 OUT=${OUT:-runs/prior_preservation}
 mkdir -p "$OUT"
 
-prior() {  # folder, seeds, shapes: of every caption with one of these shapes that may be trained on
+prior() {  # folder, seeds, N, shapes: of every Nth caption with one of these shapes that may be trained on
   local folder=$1 seeds=$2; shift 2
   [ -f "$OUT/$folder/conversion.json" ] && return
   python -c "import sys; from finetuning.shapes.scenes import single_scenes
-for scene in single_scenes(sys.argv[1:]): scene.is_held_out or print(scene.caption)" "$@" >"$OUT/$folder.txt"
+captions = [scene.caption for scene in single_scenes(sys.argv[2:]) if not scene.is_held_out]
+print(*captions[:: int(sys.argv[1])], sep='\n')" "$@" >"$OUT/$folder.txt"
   # shellcheck disable=SC2086  # seeds are several words
   python generate_images.py --model models/mini-sd --prompts_file "$OUT/$folder.txt" --seed $seeds --guidance_scale 3 \
     --output_dir "$OUT/$folder-generated"
   python prepare_dataset.py convert generated "$OUT/$folder-generated" --output "$OUT/$folder" \
     --validation_fraction 0 --test_fraction 0
 }
-prior crosses "1 2 3 4" cross
-prior both "1 2" cross star
+prior crosses "1 2 3 4" 1 cross
+prior both "1 2" 1 cross star
+prior ten "1" 4 cross
 
 train() {  # label, further flags: one run for each seed
   local label=$1; shift
@@ -34,6 +36,7 @@ train() {  # label, further flags: one run for each seed
 train none
 train crosses --prior_data_dir "$OUT/crosses"
 train both --prior_data_dir "$OUT/both"
+train ten --prior_data_dir "$OUT/ten"
 train quarter --prior_data_dir "$OUT/both" --prior_loss_weight 0.25
 
 python experiments/prior_preservation/measure.py "$OUT"
