@@ -17,8 +17,8 @@ def read(path, args, findings):
     if not table.is_file():
         raise DatasetError(f"{path} has no images.json: name an --output_dir of generate_images.py")
     try:
-        named = [(record["file"], record["prompt"].strip()) for record in read_json(table)]
-        images = {file: (table.parent / file, prompt) for file, prompt in named}
+        found = read_json(table)
+        images = {one["file"]: (table.parent / one["file"], one["prompt"].strip()) for one in found}
     except (AttributeError, KeyError, TypeError) as error:
         raise DatasetError(f"{table} is not what generate_images.py writes: {error!r}") from error
     for file, (image, prompt) in images.items():
